@@ -1,0 +1,1 @@
+"""Fine-tune PyTorch models under sparse masks, with Triton kernels that make the sparsity pay."""

@@ -1,0 +1,77 @@
+"""What every launcher needs: Triton where there is one, the backend choice, index width, device.
+
+Triton has wheels for Linux alone. Elsewhere the plain-torch backend still works, so the kernels' files import
+``triton`` and ``tl`` from here.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:
+    triton: Any = SimpleNamespace(jit=lambda fn: fn)
+    tl: Any = SimpleNamespace(int32="int32", int64="int64")
+    HAS_TRITON = INTERPRET = False
+else:
+    HAS_TRITON = True
+    # decided when a kernel is decorated, so it cannot change after import
+    INTERPRET: bool = triton.knobs.runtime.interpret
+
+Backend = Literal["auto", "triton", "torch"]
+
+
+def use_triton(operation: str, backend: Backend, tensor: Tensor) -> bool:
+    """Tell whether ``operation`` runs its Triton kernel on ``tensor``'s device.
+
+    Args:
+        operation: the public function's name, for the message.
+        backend: ``"auto"`` takes Triton on a GPU (and in the interpreter), plain torch elsewhere; an explicit
+            request is met or refused, never replaced.
+        tensor: any tensor operand.
+
+    Raises:
+        ValueError: ``backend`` is none of the three.
+        RuntimeError: ``"triton"`` is asked for where it cannot run.
+    """
+    available = HAS_TRITON and (tensor.is_cuda or INTERPRET)
+    match backend:
+        case "auto":
+            return available
+        case "torch":
+            return False
+        case "triton":
+            if not available:
+                raise RuntimeError(
+                    f"{operation}: backend='triton' needs a tensor on a GPU (or TRITON_INTERPRET=1), got one on "
+                    f"{tensor.device}; use backend='auto' or 'torch'"
+                )
+            return True
+        case _:
+            raise ValueError(
+                f"{operation}: backend must be 'auto', 'triton' or 'torch', got {backend!r}"
+            )
+
+
+def extent(tensor: Tensor) -> int:
+    """Return one plus the largest element offset that is reachable from ``tensor``'s first element."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def index_type(*tensors: Tensor) -> Any:
+    """Return the narrowest Triton integer type that holds every element offset of ``tensors``."""
+    return tl.int64 if any(extent(t) > 2**31 for t in tensors) else tl.int32
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make ``tensor``'s GPU current: Triton launches on the current one, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
