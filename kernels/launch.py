@@ -1,7 +1,7 @@
 """What every launcher needs: Triton where there is one, the backend choice, index width, device.
 
-Triton has wheels for Linux alone. Elsewhere the plain-torch backend still works, so the kernels' files import
-``triton`` and ``tl`` from here.
+Triton has wheels for Linux alone. Elsewhere the plain-torch backend still works, so the kernels'
+files import ``triton`` and ``tl`` from here.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def use_triton(operation: str, backend: Backend, tensor: Tensor) -> bool:
 
     Args:
         operation: the public function's name, for the message.
-        backend: ``"auto"`` takes Triton on a GPU (and in the interpreter), plain torch elsewhere; an explicit
-            request is met or refused, never replaced.
+        backend: ``"auto"`` takes Triton on a GPU (and in the interpreter), plain torch elsewhere;
+            an explicit request is met or refused, never replaced.
         tensor: any tensor operand.
 
     Raises:
@@ -50,8 +50,8 @@ def use_triton(operation: str, backend: Backend, tensor: Tensor) -> bool:
         case "triton":
             if not available:
                 raise RuntimeError(
-                    f"{operation}: backend='triton' needs a tensor on a GPU (or TRITON_INTERPRET=1), got one on "
-                    f"{tensor.device}; use backend='auto' or 'torch'"
+                    f"{operation}: backend='triton' needs a tensor on a GPU (or TRITON_INTERPRET=1), "
+                    f"got one on {tensor.device}; use backend='auto' or 'torch'"
                 )
             return True
         case _:
@@ -61,7 +61,7 @@ def use_triton(operation: str, backend: Backend, tensor: Tensor) -> bool:
 
 
 def extent(tensor: Tensor) -> int:
-    """Return one plus the largest element offset that is reachable from ``tensor``'s first element."""
+    """Return one plus the largest element offset reachable from ``tensor``'s first element."""
     if tensor.numel() == 0:
         return 0
     return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -73,5 +73,5 @@ def index_type(*tensors: Tensor) -> Any:
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Make ``tensor``'s GPU current: Triton launches on the current one, which need not be the tensor's."""
+    """Make ``tensor``'s GPU current: Triton launches there, and it need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -45,7 +45,8 @@ class Block:
             )
             if not power_of_two:
                 raise ValueError(
-                    f"Block: {name} must be a power of two from 1 to {MAX_BLOCK_SIDE}, got {side!r}"
+                    f"Block: {name} must be a power of two from 1 to {MAX_BLOCK_SIDE}, "
+                    f"got {side!r}"
                 )
 
     def __str__(self) -> str:

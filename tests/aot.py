@@ -70,8 +70,9 @@ def compile_for(
         kernel: the ``@triton.jit`` function.
         types: Triton type string of each run-time argument, ``"*bf16"``, ``"i32"``, ...
         constants: value of each ``tl.constexpr`` argument.
-        aligned: what the JIT specialises on for aligned, contiguous inputs: every run-time pointer and integer
-            divisible by 16, and the integers named in ``strides_of_one`` equal to 1. False: the generic variant.
+        aligned: what the JIT specialises on for aligned, contiguous inputs: every run-time pointer
+            and integer divisible by 16, and the integers named in ``strides_of_one`` equal to 1.
+            False: the generic variant.
         num_warps, num_stages: launch options.
         strides_of_one: names of the stride arguments that are 1 for contiguous inputs.
     """
