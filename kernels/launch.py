@@ -50,7 +50,7 @@ def use_triton(operation: str, backend: Backend, tensor: Tensor) -> bool:
         case "triton":
             if not available:
                 raise RuntimeError(
-                    f"{operation}: backend='triton' needs a tensor on a GPU (or TRITON_INTERPRET=1), "
+                    f"{operation}: backend='triton' needs a GPU tensor (or TRITON_INTERPRET=1), "
                     f"got one on {tensor.device}; use backend='auto' or 'torch'"
                 )
             return True
