@@ -1,0 +1,28 @@
+"""The enumerations of the controller's surface, with NNCF's names and values."""
+
+from __future__ import annotations
+
+from enum import IntEnum, StrEnum
+
+
+class CompressionStage(IntEnum):
+    """How far the compression of a model has come.
+
+    ``a + b`` is the stage of two algorithms on one model: ``a`` if they agree, else
+    ``PARTIALLY_COMPRESSED``.
+    """
+
+    UNCOMPRESSED = 0
+    PARTIALLY_COMPRESSED = 1
+    FULLY_COMPRESSED = 2
+
+    def __add__(self, other: int) -> CompressionStage:
+        return self if self == other else CompressionStage.PARTIALLY_COMPRESSED
+
+
+class StripFormat(StrEnum):
+    """What a stripped model looks like; after sparsity alone they are all plain weights."""
+
+    NATIVE = "native"
+    DQ = "dequantize"
+    IN_PLACE = "in_place"
