@@ -15,7 +15,7 @@ test: lint test-reference test-interpret test-aot
 lint: $(SETUP)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m basedpyright
+	$(PYTHON) -m basedpyright --pythonpath $(PYTHON)
 
 test-reference: $(SETUP)
 	$(PYTEST) -m "not gpu and not aot" -n 2
@@ -36,6 +36,7 @@ bench: $(SETUP)
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	mkdir -p $(VENV)/typing && ln -sfn $(CURDIR) $(VENV)/typing/triton_sparsity
 	touch $@
 
 clean:

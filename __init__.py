@@ -1,1 +1,49 @@
 """Fine-tune PyTorch models under sparse masks, with Triton kernels that make the sparsity pay."""
+
+# absolute: pytest imports this file once more under the checkout's folder name
+from triton_sparsity.controller.api import CompressionStage, StripFormat
+from triton_sparsity.controller.base_algo import BaseSparsityAlgoController, SparseModuleInfo
+from triton_sparsity.controller.config import (
+    BatchNormAdaptation,
+    MagnitudeSparsityConfig,
+    Override,
+)
+from triton_sparsity.controller.create import create_controller
+from triton_sparsity.controller.magnitude import MagnitudeSparsityController
+from triton_sparsity.controller.schedule import (
+    AdaptiveSchedule,
+    ExponentialSchedule,
+    MultistepSchedule,
+    PolynomialSchedule,
+)
+from triton_sparsity.kernels.block_score import block_score
+from triton_sparsity.kernels.mask import make_mask, pack, unpack
+from triton_sparsity.kernels.masked_weight import apply_mask, apply_mask_
+from triton_sparsity.kernels.pattern import Block, Unstructured
+from triton_sparsity.kernels.select import Threshold, select
+
+__all__ = [
+    "AdaptiveSchedule",
+    "BaseSparsityAlgoController",
+    "BatchNormAdaptation",
+    "Block",
+    "CompressionStage",
+    "ExponentialSchedule",
+    "MagnitudeSparsityConfig",
+    "MagnitudeSparsityController",
+    "MultistepSchedule",
+    "Override",
+    "PolynomialSchedule",
+    "SparseModuleInfo",
+    "StripFormat",
+    "Threshold",
+    "Unstructured",
+    "apply_mask",
+    "apply_mask_",
+    "block_score",
+    "create_controller",
+    "make_mask",
+    "pack",
+    "select",
+    "unpack",
+]

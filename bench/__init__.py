@@ -1,0 +1,1 @@
+"""Jobs: fine-tune, and what is measured."""

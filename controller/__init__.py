@@ -1,0 +1,1 @@
+"""Control plane: what is pruned, when, by which criterion; state, statistics, strip."""

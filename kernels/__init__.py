@@ -1,0 +1,1 @@
+"""Data plane: one operation a file; Triton kernel, plain-torch reference, registration."""

@@ -1,0 +1,221 @@
+"""Which weights of a model are masked, and under which pattern and limits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from ..kernels.pattern import Pattern
+from .modules import SparseModule
+from .scope import check_scopes, matches
+
+
+class ScopedPattern(Protocol):
+    """A per-target override, as the configuration holds it."""
+
+    @property
+    def scope(self) -> str: ...
+    @property
+    def pattern(self) -> Pattern | None: ...
+    @property
+    def minimum_level(self) -> float: ...
+    @property
+    def maximum_level(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight to mask.
+
+    Attributes:
+        name: dotted path of the module; with the parameter's name behind it where that is not
+            ``weight``.
+        users: every (module, parameter name) that holds this very parameter; the first is the
+            owner.
+        transposed: stored as (in, out).
+        pattern, minimum_level, maximum_level: what holds for this weight.
+    """
+
+    name: str
+    users: tuple[tuple[nn.Module, str], ...]
+    transposed: bool
+    pattern: Pattern
+    minimum_level: float
+    maximum_level: float
+
+    @property
+    def weight(self) -> Tensor:
+        module, name = self.users[0]
+        return getattr(module, name)
+
+
+_WEIGHTED = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.Bilinear,
+)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def find_targets(
+    model: nn.Module,
+    *,
+    pattern: Pattern,
+    target_scopes: Sequence[str] | None = None,
+    ignored_scopes: Sequence[str] = (),
+    validate_scopes: bool = True,
+    overrides: Sequence[ScopedPattern] = (),
+) -> list[Target]:
+    """List the weights of ``model`` that scopes select, in module order, each parameter once.
+
+    A weight is a floating-point parameter of at least two dimensions of a linear, convolution,
+    embedding, attention or recurrent module, or any such parameter that a target scope names
+    itself. A tied parameter is left dense when any of its names is ignored.
+
+    Warns:
+        UserWarning: parameters that look like weights but cannot be covered; frozen ones that are.
+
+    Raises:
+        ValueError: a scope matches nothing; no weight is left; a block is larger than its weight;
+            a weight is on the meta device or not initialised; the model holds masks already.
+        TypeError: a target is integer or complex.
+    """
+    sparse = [name for name, module in model.named_modules() if isinstance(module, SparseModule)]
+    if sparse:
+        raise ValueError(
+            f"create_controller: model has a sparsity controller already (module {sparse[0]!r}); "
+            "strip it first, or put all algorithms into one configuration"
+        )
+    found: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    uncovered: list[str] = []
+    for path, module in model.named_modules():
+        for parameter_name, parameter, covered in _parameters_of(module):
+            name = _target_name(path, parameter_name)
+            explicit = target_scopes is not None and any(s == name for s in target_scopes)
+            if covered or explicit:
+                found.setdefault(id(parameter), []).append((name, module, parameter_name))
+            else:
+                uncovered.append(name)
+    names = [name for users in found.values() for name, _, _ in users]
+    if validate_scopes:
+        modules = [path for path, _ in model.named_modules()]
+        known = [*names, *uncovered, *modules]
+        check_scopes(target_scopes or (), known, "target_scopes")
+        check_scopes(ignored_scopes, known, "ignored_scopes")
+        check_scopes([o.scope for o in overrides], names, "overrides")
+
+    def selected(name: str) -> bool:
+        if any(matches(scope, name) for scope in ignored_scopes):
+            return False
+        return target_scopes is None or any(matches(scope, name) for scope in target_scopes)
+
+    targets = []
+    for users in found.values():
+        user_names = [name for name, _, _ in users]
+        ignored = any(matches(scope, n) for scope in ignored_scopes for n in user_names)
+        chosen = next((name for name in user_names if selected(name)), None)
+        if ignored or chosen is None:
+            continue
+        override = next(
+            (o for o in overrides if any(matches(o.scope, n) for n in user_names)), None
+        )
+        module, parameter_name = users[0][1:]
+        target = Target(
+            name=users[0][0],
+            users=tuple((module, name) for _, module, name in users),
+            transposed=_is_transposed(module),
+            pattern=override.pattern if override and override.pattern else pattern,
+            minimum_level=override.minimum_level if override else 0.0,
+            maximum_level=override.maximum_level if override else 1.0,
+        )
+        _check_weight(target)
+        targets.append(target)
+    if not targets:
+        raise ValueError(
+            f"create_controller: no weight to sparsify is left, of {len(names)} in the model; "
+            f"target_scopes={target_scopes!r}, ignored_scopes={ignored_scopes!r}"
+        )
+    devices = {str(t.weight.device) for t in targets}
+    if len(devices) > 1:
+        raise ValueError(
+            f"create_controller: the weights must be on one device, got {sorted(devices)}"
+        )
+    _warn_about([n for n in uncovered if selected(n)], targets)
+    return targets
+
+
+def _parameters_of(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Yield (name, parameter, covered by its module's kind) of what may be a weight."""
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"create_controller: {type(module).__name__} holds an uninitialised {name!r}; "
+                "run the lazy module once first"
+            )
+        if parameter.ndim < 2 or "bias" in name or isinstance(module, _NORMS):
+            continue
+        covered = (
+            ((isinstance(module, _WEIGHTED) or _is_transposed(module)) and name == "weight")
+            or (isinstance(module, nn.MultiheadAttention) and name in _ATTENTION_WEIGHTS)
+            or (isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and name.startswith("weight_"))
+        )
+        yield name, parameter, covered
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Tell whether ``module`` is Hugging Face's Conv1D: a linear that stores (in, out)."""
+    return any(
+        c.__name__ == "Conv1D" and c.__module__.startswith("transformers.")
+        for c in type(module).__mro__
+    )
+
+
+def _target_name(path: str, parameter: str) -> str:
+    if parameter == "weight":
+        return path
+    return f"{path}.{parameter}" if path else parameter
+
+
+def _check_weight(target: Target) -> None:
+    weight = target.weight
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"create_controller: {target.name!r} must have a floating-point weight, "
+            f"got {weight.dtype}; list it in ignored_scopes"
+        )
+    if weight.device.type == "meta":
+        raise ValueError(
+            f"create_controller: {target.name!r} is on the meta device; load its weights first"
+        )
+    shape = (weight.T if target.transposed else weight.flatten(1)).shape
+    if target.pattern.rows > shape[0] or target.pattern.cols > shape[1]:
+        raise ValueError(
+            f"create_controller: {target.pattern} is larger than the weight of {target.name!r}, "
+            f"{tuple(shape)}; list it in ignored_scopes or give it a pattern in overrides"
+        )
+
+
+def _warn_about(uncovered: list[str], targets: list[Target]) -> None:
+    if uncovered:
+        warnings.warn(
+            f"left dense, because their modules are not known to read weights: {uncovered}; "
+            "name them in target_scopes to mask them, or in ignored_scopes to silence this",
+            stacklevel=4,
+        )
+    frozen = [t.name for t in targets if not t.weight.requires_grad]
+    if frozen:
+        warnings.warn(
+            f"masking parameters that are frozen (requires_grad=False): {frozen}", stacklevel=4
+        )

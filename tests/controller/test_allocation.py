@@ -1,0 +1,52 @@
+"""Limits of a pool against a search over every threshold."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triton_sparsity.controller.allocation import allocate
+
+
+def counts_below(scores, members, k):
+    """How many of each member's scores are among the ``k`` lowest of all of them."""
+    order = sorted((s, i) for i in members for s in scores[i])[:k]
+    return [sum(owner == i for _, owner in order) for i in members]
+
+
+@given(data=st.data())
+def test_the_split_is_that_of_one_threshold_held_within_limits(data):
+    sizes = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=5))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
+    values = iter(rng.permutation(sum(sizes)).tolist())
+    scores = [[next(values) for _ in range(n)] for n in sizes]
+    minimum = [data.draw(st.integers(0, n)) for n in sizes]
+    maximum = [data.draw(st.integers(low, n)) for low, n in zip(minimum, sizes, strict=True)]
+    total = data.draw(st.integers(sum(minimum), sum(maximum)))
+
+    fixed, free, left = allocate(
+        total, minimum, maximum, lambda members, k: counts_below(scores, members, k)
+    )
+    got = fixed | dict(zip(free, counts_below(scores, free, left), strict=True))
+
+    def clamped(threshold):
+        return [
+            min(max(sum(s < threshold for s in own), low), high)
+            for own, low, high in zip(scores, minimum, maximum, strict=True)
+        ]
+
+    want = next(c for t in range(sum(sizes) + 1) if sum(c := clamped(t)) == total)
+    assert [got[i] for i in range(len(sizes))] == want
+
+
+def test_without_limits_nothing_is_fixed():
+    assert allocate(3, [0, 0], [4, 4], lambda members, k: [1, 2]) == ({}, [0, 1], 3)
+
+
+@pytest.mark.parametrize("total", [2, 6])
+def test_limits_that_leave_no_choice(total):
+    fixed, free, left = allocate(
+        total, [1, 1], [3, 3], lambda members, k: [k] if len(members) == 1 else [0, k]
+    )
+    assert sum(fixed.values()) + left == total
+    assert left == 0 or free
