@@ -179,7 +179,7 @@ class MagnitudeSparsityConfig(Declaration):
     @field_validator("schedule", mode="before")
     @classmethod
     def _check_schedule(cls, schedule: object) -> object:
-        known = isinstance(schedule, Mapping) and schedule.get("kind") in _SCHEDULES
+        known = isinstance(schedule, Mapping) and str(schedule.get("kind")) in _SCHEDULES
         if schedule is None or isinstance(schedule, Schedule) or known:
             return schedule
         raise ValueError(
@@ -282,9 +282,10 @@ def parse_config(
             section = dict(_only_section(config["compression"]))
             if "target_scopes" in config:
                 section["target_scopes"] = config["target_scopes"]
-            if "ignored_scopes" in config:
-                ignored = _listed(config["ignored_scopes"])
-                section["ignored_scopes"] = ignored + _listed(section.get("ignored_scopes", ()))
+            ignored = [_listed(part.get("ignored_scopes", ())) for part in (config, section)]
+            # what is no list of scopes is left for the configuration to refuse
+            wrong = [scopes for scopes in ignored if not isinstance(scopes, tuple)]
+            section["ignored_scopes"] = wrong[0] if wrong else sum(ignored, ())
             return from_nncf(section)
     return from_nncf(_only_section(config))
 

@@ -8,6 +8,7 @@ Formulas and defaults are NNCF's (https://github.com/openvinotoolkit/nncf, relea
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -206,7 +207,10 @@ class AdaptiveSchedule(Declaration):
             bad_epochs += 1
         if bad_epochs >= self.patience:
             level, bad_epochs = level + self.step, 0
-        return AdaptiveState(min(level, self.target_level), bad_epochs)
+        # ten times 0.05 adds up to a little less than 0.5, which would take an epoch more
+        if level > self.target_level or math.isclose(level, self.target_level, rel_tol=1e-9):
+            level = self.target_level
+        return AdaptiveState(level, bad_epochs)
 
 
 Schedule = PolynomialSchedule | ExponentialSchedule | MultistepSchedule | AdaptiveSchedule

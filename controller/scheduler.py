@@ -158,7 +158,7 @@ class SparsityScheduler(CompressionScheduler):
             self._steps_in_current_epoch += 1
             return
         super().step(next_step)
-        frozen = self._may_freeze and self._steps_in_current_epoch > 0
+        frozen = self._freeze_is_due and self._steps_in_current_epoch > 0
         self._steps_in_current_epoch += 1
         if not frozen:
             self._apply()
@@ -180,7 +180,7 @@ class SparsityScheduler(CompressionScheduler):
             self._steps_in_current_epoch = 0
             super().epoch_step(next_epoch)
             return
-        frozen = self._may_freeze
+        frozen = self._freeze_is_due
         if isinstance(self._schedule, AdaptiveSchedule) and not frozen:
             self._adaptive = self._schedule.advance(
                 self._adaptive, self._controller.measured_sparsity_level()
@@ -231,7 +231,7 @@ class SparsityScheduler(CompressionScheduler):
         return isinstance(schedule, PolynomialSchedule) and schedule.update_per_optimizer_step
 
     @property
-    def _may_freeze(self) -> bool:
+    def _freeze_is_due(self) -> bool:
         epoch = self._schedule.freeze_epoch
         if not isinstance(self._schedule, AdaptiveSchedule):
             epoch = max(epoch, self._schedule.target_epoch)
@@ -239,7 +239,7 @@ class SparsityScheduler(CompressionScheduler):
 
     def _apply(self) -> None:
         self._controller.set_sparsity_level(self.current_sparsity_level)
-        if self._may_freeze:
+        if self._freeze_is_due:
             self._controller.freeze()
 
     def _count_epoch(self) -> None:
