@@ -31,7 +31,7 @@ test-gpu: $(SETUP)
 	$(PYTEST) -m "not aot" tests/kernels tests/controller
 
 bench: $(SETUP)
-	$(PYTHON) -m triton_sparsity.bench.foundation
+	$(PYTHON) -m triton_sparsity.bench.compare
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)

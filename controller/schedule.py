@@ -134,8 +134,13 @@ class MultistepSchedule(Declaration):
     kind: Literal["multistep"] = Field(default="multistep", repr=False)
     steps: Annotated[tuple[Whole, ...], BeforeValidator(_listed), Field(strict=True)] = (90,)
     levels: Annotated[tuple[Level, ...], BeforeValidator(_listed), Field(strict=True)] = (0.1, 0.5)
-    initial_level: Level = Field(
-        default_factory=lambda data: next(iter(data.get("levels", ())), 0.0)
+    # not Level: pydantic 2.10 cannot join its constraints with a default_factory
+    initial_level: float = Field(
+        default_factory=lambda data: next(iter(data.get("levels", ())), 0.0),
+        strict=True,
+        ge=0,
+        lt=1,
+        allow_inf_nan=False,
     )
     freeze_epoch: Whole = 100
 

@@ -83,13 +83,13 @@ class CompressionScheduler:
             ValueError: a key is missing, foreign, or of a wrong value; nothing is changed then.
         """
         _check_keys(state, self.get_state())
-        step = _whole(state, "current_step", least=-1)
-        epoch = _whole(state, "current_epoch", least=-1)
+        step = _integer(state, "current_step", least=-1)
+        epoch = _integer(state, "current_epoch", least=-1)
         self._current_step, self._current_epoch = step, epoch
 
 
 class StubScheduler(CompressionScheduler):
-    """Changes nothing: it neither counts nor drives, and it has no state."""
+    """Changes nothing: it neither counts nor drives, has no state and ignores any it is given."""
 
     def step(self, next_step: int | None = None) -> None:
         pass
@@ -204,10 +204,10 @@ class SparsityScheduler(CompressionScheduler):
         steps_in_current_epoch = 0
         _check_keys(state, self.get_state())
         if self._updates_per_step:
-            steps_in_current_epoch = _whole(state, "_steps_in_current_epoch", least=0)
+            steps_in_current_epoch = _integer(state, "_steps_in_current_epoch", least=0)
             steps = self._configured_steps_per_epoch
             if state["_steps_per_epoch"] is not None:
-                stored = _whole(state, "_steps_per_epoch", least=1)
+                stored = _integer(state, "_steps_per_epoch", least=1)
                 if steps not in (None, stored):
                     raise ValueError(
                         f"load_state: _steps_per_epoch must be {steps} as configured, got {stored}"
@@ -220,7 +220,7 @@ class SparsityScheduler(CompressionScheduler):
                 raise ValueError(
                     f"load_state: current_sparsity_level must be in [0, 1), got {level!r}"
                 )
-            adaptive = AdaptiveState(level, _whole(state, "num_bad_epochs", least=0))
+            adaptive = AdaptiveState(level, _integer(state, "num_bad_epochs", least=0))
         super().load_state(state)
         self._schedule, self._adaptive = schedule, adaptive
         self._steps_in_current_epoch = steps_in_current_epoch
@@ -286,7 +286,7 @@ def _check_keys(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             )
 
 
-def _whole(state: Mapping[str, Any], key: str, least: int) -> int:
+def _integer(state: Mapping[str, Any], key: str, least: int) -> int:
     value = state[key]
     if type(value) is not int or value < least:
         raise ValueError(f"load_state: {key} must be an integer from {least}, got {value!r}")

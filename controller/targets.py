@@ -5,26 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor, nn
 
 from ..kernels.pattern import Pattern
+from .config import Override
 from .modules import SparseModule
-from .scope import check_scopes, matches
-
-
-class ScopedPattern(Protocol):
-    """A per-target override, as the configuration holds it."""
-
-    @property
-    def scope(self) -> str: ...
-    @property
-    def pattern(self) -> Pattern | None: ...
-    @property
-    def minimum_level(self) -> float: ...
-    @property
-    def maximum_level(self) -> float: ...
+from .scope import check_scopes, is_targeted, matches
 
 
 @dataclass(frozen=True)
@@ -76,7 +63,7 @@ def find_targets(
     target_scopes: Sequence[str] | None = None,
     ignored_scopes: Sequence[str] = (),
     validate_scopes: bool = True,
-    overrides: Sequence[ScopedPattern] = (),
+    overrides: Sequence[Override] = (),
 ) -> list[Target]:
     """List the weights of ``model`` that scopes select, in module order, each parameter once.
 
@@ -98,16 +85,7 @@ def find_targets(
             f"create_controller: model has a sparsity controller already (module {sparse[0]!r}); "
             "strip it first, or put all algorithms into one configuration"
         )
-    found: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    uncovered: list[str] = []
-    for path, module in model.named_modules():
-        for parameter_name, parameter, covered in _parameters_of(module):
-            name = _target_name(path, parameter_name)
-            explicit = target_scopes is not None and any(s == name for s in target_scopes)
-            if covered or explicit:
-                found.setdefault(id(parameter), []).append((name, module, parameter_name))
-            else:
-                uncovered.append(name)
+    found, uncovered = _weights_of(model, target_scopes or ())
     names = [name for users in found.values() for name, _, _ in users]
     if validate_scopes:
         modules = [path for path, _ in model.named_modules()]
@@ -116,17 +94,12 @@ def find_targets(
         check_scopes(ignored_scopes, known, "ignored_scopes")
         check_scopes([o.scope for o in overrides], names, "overrides")
 
-    def selected(name: str) -> bool:
-        if any(matches(scope, name) for scope in ignored_scopes):
-            return False
-        return target_scopes is None or any(matches(scope, name) for scope in target_scopes)
-
     targets = []
     for users in found.values():
         user_names = [name for name, _, _ in users]
         ignored = any(matches(scope, n) for scope in ignored_scopes for n in user_names)
-        chosen = next((name for name in user_names if selected(name)), None)
-        if ignored or chosen is None:
+        chosen = any(is_targeted(n, target_scopes, ()) for n in user_names)
+        if ignored or not chosen:
             continue
         override = next(
             (o for o in overrides if any(matches(o.scope, n) for n in user_names)), None
@@ -152,8 +125,25 @@ def find_targets(
         raise ValueError(
             f"create_controller: the weights must be on one device, got {sorted(devices)}"
         )
-    _warn_about([n for n in uncovered if selected(n)], targets)
+    left_dense = [n for n in uncovered if is_targeted(n, target_scopes, ignored_scopes)]
+    _warn_about(left_dense, targets)
     return targets
+
+
+def _weights_of(
+    model: nn.Module, named: Sequence[str]
+) -> tuple[dict[int, list[tuple[str, nn.Module, str]]], list[str]]:
+    """Return the users of each weight (name, module, parameter name), and what cannot be covered."""
+    found: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    uncovered: list[str] = []
+    for path, module in model.named_modules():
+        for parameter_name, parameter, covered in _parameters_of(module):
+            name = _target_name(path, parameter_name)
+            if covered or name in named:
+                found.setdefault(id(parameter), []).append((name, module, parameter_name))
+            else:
+                uncovered.append(name)
+    return found, uncovered
 
 
 def _parameters_of(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
@@ -183,9 +173,9 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def _target_name(path: str, parameter: str) -> str:
-    if parameter == "weight":
-        return path
-    return f"{path}.{parameter}" if path else parameter
+    if not path:
+        return parameter
+    return path if parameter == "weight" else f"{path}.{parameter}"
 
 
 def _check_weight(target: Target) -> None:

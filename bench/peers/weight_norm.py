@@ -1,0 +1,18 @@
+"""``torch.ao.pruning.WeightNormSparsifier``, block magnitude sparsity that ships with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.ao.pruning import WeightNormSparsifier
+
+
+def mask_update(layer: nn.Linear, block: tuple[int, int], level: float) -> Callable[[], None]:
+    """Return what updates ``layer``'s mask once: whole blocks, ``level`` of them pruned."""
+    sparsifier = WeightNormSparsifier(
+        sparsity_level=level, sparse_block_shape=block, zeros_per_block=block[0] * block[1]
+    )
+    model = nn.Sequential(layer)
+    sparsifier.prepare(model, config=[{"tensor_fqn": "0.weight"}])
+    return sparsifier.step
