@@ -41,14 +41,6 @@ def matches(scope: str, name: str) -> bool:
     return any(scope == path or fnmatchcase(path, scope) for path in _upward(name))
 
 
-def is_targeted(
-    name: str, target_scopes: Iterable[str] | None, ignored_scopes: Iterable[str]
-) -> bool:
-    """Tell whether ``name`` is in a target scope (None: everything is) and in no ignored one."""
-    targeted = target_scopes is None or any(matches(scope, name) for scope in target_scopes)
-    return targeted and not any(matches(scope, name) for scope in ignored_scopes)
-
-
 def check_scopes(scopes: Iterable[str], names: Collection[str], argument: str = "scopes") -> None:
     """Refuse scopes that name nothing.
 

@@ -1,6 +1,6 @@
 import pytest
 
-from triton_sparsity.controller.scope import check_scope, check_scopes, is_targeted, matches
+from triton_sparsity.controller.scope import check_scope, check_scopes, matches
 
 NAMES = ["encoder.layers.0.fc1", "encoder.layers.0.fc2", "encoder.layers.10.fc1", "head"]
 
@@ -40,17 +40,6 @@ def test_the_model_itself_has_the_empty_path():
 def test_a_path_is_no_regular_expression():
     assert not matches("head.", "heads")
     assert not matches("h.ad", "head")
-
-
-def test_ignored_scopes_win_over_target_scopes():
-    def targets(target, ignored):
-        return [name for name in NAMES if is_targeted(name, target, ignored)]
-
-    assert targets(None, ()) == NAMES
-    assert targets(None, ["encoder"]) == ["head"]
-    assert targets(["encoder"], ["*.fc1"]) == [NAMES[1]]
-    assert targets(["head", "{re}fc2"], ()) == [NAMES[1], "head"]
-    assert targets([], ()) == []
 
 
 def test_a_scope_that_matches_nothing_is_named_with_its_neighbours():
