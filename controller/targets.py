@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..kernels.pattern import Pattern
 from .config import Override
 from .modules import SparseModule
-from .scope import check_scopes, is_targeted, matches
+from .scope import check_scopes, matches
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,14 @@ def find_targets(
     targets = []
     for users in found.values():
         user_names = [name for name, _, _ in users]
-        ignored = any(matches(scope, n) for scope in ignored_scopes for n in user_names)
-        chosen = any(is_targeted(n, target_scopes, ()) for n in user_names)
+        ignored = any(_is_in(n, ignored_scopes) for n in user_names)
+        chosen = any(_is_targeted(n, target_scopes) for n in user_names)
         if ignored or not chosen:
             continue
         override = next(
             (o for o in overrides if any(matches(o.scope, n) for n in user_names)), None
         )
-        module, parameter_name = users[0][1:]
+        module = users[0][1]
         target = Target(
             name=users[0][0],
             users=tuple((module, name) for _, module, name in users),
@@ -125,15 +125,25 @@ def find_targets(
         raise ValueError(
             f"create_controller: the weights must be on one device, got {sorted(devices)}"
         )
-    left_dense = [n for n in uncovered if is_targeted(n, target_scopes, ignored_scopes)]
+    left_dense = [
+        n for n in uncovered if _is_targeted(n, target_scopes) and not _is_in(n, ignored_scopes)
+    ]
     _warn_about(left_dense, targets)
     return targets
+
+
+def _is_in(name: str, scopes: Sequence[str]) -> bool:
+    return any(matches(scope, name) for scope in scopes)
+
+
+def _is_targeted(name: str, target_scopes: Sequence[str] | None) -> bool:
+    return target_scopes is None or _is_in(name, target_scopes)
 
 
 def _weights_of(
     model: nn.Module, named: Sequence[str]
 ) -> tuple[dict[int, list[tuple[str, nn.Module, str]]], list[str]]:
-    """Return the users of each weight (name, module, parameter name), and what cannot be covered."""
+    """Return each weight's users (name, module, parameter name), and what cannot be covered."""
     found: dict[int, list[tuple[str, nn.Module, str]]] = {}
     uncovered: list[str] = []
     for path, module in model.named_modules():
