@@ -1,0 +1,512 @@
+"""Fine-tune a model under a sparsity schedule: dense training, sparse training, evaluation, files.
+
+A run is a pure function of its options and the task's data, and its whole state lies in one file
+that is replaced in one piece. So a run that is killed at any moment and resumed ends, on the CPU,
+bit for bit where a run without interruption ends.
+
+Reading order: the files, the run, its phases.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import platform
+import signal
+import statistics
+import threading
+import time
+import zlib
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..controller.create import create_controller
+from ..kernels.launch import use_triton
+from .options import Options, checked, sparsity_config, with_defaults
+from .report import curves, write_atomic
+from .tasks import Task, cross_entropy, load_task
+
+FORMAT = 1
+STATE, REPORT = "state.pt", "report.json"
+DENSE, STRIPPED, CURVES = "dense.safetensors", "model.safetensors", "curves.png"
+PHASES = ("dense", "sparse")
+
+
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Load a safetensors file into ``model``.
+
+    Raises:
+        ValueError: the file is damaged, or is not of this model.
+        OSError: it cannot be read.
+    """
+    try:
+        found = safetensors.torch.load(path.read_bytes())
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint {path} is damaged or no safetensors file: {error}") from None
+    wanted = model.state_dict()
+    problems = [
+        *(f"{name!r} is missing" for name in wanted if name not in found),
+        *(f"{name!r} is not in the model" for name in sorted(found) if name not in wanted),
+        *(
+            f"{name!r} has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
+            for name, tensor in wanted.items()
+            if name in found and found[name].shape != tensor.shape
+        ),
+        *(
+            f"{name!r} holds {tensor.dtype}, NaN or infinity"
+            for name, tensor in sorted(found.items())
+            if not (tensor.is_floating_point() and tensor.isfinite().all())
+        ),
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"checkpoint {path} is not of this model: {', '.join(problems[:3])}{more}"
+        )
+    model.load_state_dict(found)
+
+
+def load_state(folder: Path) -> dict[str, Any] | None:
+    """Return the state saved in ``folder``; None where there is none.
+
+    Raises:
+        ValueError: the file is damaged or something else.
+        OSError: it cannot be read.
+    """
+    try:
+        stored = (folder / STATE).read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        state = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
+        version = state["format"]
+    # a damaged archive can fail in any way
+    except Exception as error:
+        raise ValueError(f"{folder / STATE} is damaged or no saved run: {error}") from None
+    if version != FORMAT:
+        raise ValueError(f"{folder / STATE} has format {version!r}, this program reads {FORMAT}")
+    return state
+
+
+def same_run(saved: Options, asked: Options, given: Collection[str]) -> Options:
+    """Return the saved options, if nothing that was asked for explicitly differs from them.
+
+    Args:
+        saved: of the run to resume.
+        asked: of this call.
+        given: names of the options that the user gave.
+
+    Raises:
+        ValueError: an option differs; the message names it and both values.
+    """
+    wanted = {name: getattr(asked, name) for name in given}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    merged = checked(replace(saved, **wanted))
+    for name in wanted:
+        before, now = getattr(saved, name), getattr(merged, name)
+        if before != now:
+            raise ValueError(
+                f"the run to resume has {name.replace('_', '-')} {before!r}, got {now!r}; leave "
+                "the option out, or start another run"
+            )
+    return merged
+
+
+def claim(folder: Path, *, force: bool) -> None:
+    """Make sure that a new run may write its files to ``folder``.
+
+    Raises:
+        FileExistsError: some are there already, and ``force`` is not given.
+        OSError: ``folder`` is no folder.
+    """
+    # the state first: without it the other files are no run that could be resumed
+    names = (STATE, REPORT, DENSE, STRIPPED, CURVES)
+    present = [name for name in names if (folder / name).exists()]
+    if present and not force:
+        raise FileExistsError(
+            f"{folder} holds {', '.join(present)} already: --resume goes on with that run, "
+            "--force replaces it"
+        )
+    for name in present:
+        (folder / name).unlink()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every phase of a run needs."""
+
+    task: Task
+    options: Options
+    folder: Path
+    progress: Callable[[str, int, int, str], None]
+    interrupted: Callable[[], bool]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.options.device)
+
+    def total(self, phase: str) -> int:
+        """Optimiser steps of a phase."""
+        epochs = self.options.dense_epochs if phase == "dense" else self.options.epochs
+        assert epochs is not None
+        assert self.options.steps_per_epoch is not None
+        return epochs * self.options.steps_per_epoch
+
+
+def finetune(
+    options: Options,
+    folder: Path,
+    *,
+    given: Collection[str] | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Callable[[str, int, int, str], None] = lambda phase, done, total, note: None,
+) -> dict[str, Any]:
+    """Train dense, fine-tune sparse, evaluate, strip, and write the files.
+
+    SIGINT and SIGTERM let the current step end and its state be saved.
+
+    Args:
+        options: what to do.
+        folder: where the files go; made if it is not there.
+        given: when resuming, the options that must agree with the saved run's; None: all that
+            are not None. The others are taken from that run.
+        resume: go on with the run in ``folder``, or start one if there is none. The stored report
+            of a run that has ended is returned as it is.
+        force: replace a run in ``folder``.
+        progress: called after each step with phase, steps done, steps in all, and a note.
+
+    Returns:
+        What stands in ``report.json``. Whatever depends on the clock has a key that starts with
+        ``seconds``.
+
+    Raises:
+        ValueError: an option, the checkpoint, the saved state or its data are not as they must be,
+            or the training diverged.
+        FileExistsError: ``folder`` holds a run, and neither ``resume`` nor ``force`` is given.
+        OSError: a file cannot be read or written.
+        ModuleNotFoundError: the task needs a package that is missing.
+        KeyboardInterrupt: a signal asked to stop; the state is saved.
+    """
+    saved = load_state(folder) if resume else None
+    if saved is None:
+        options = checked(options)
+    else:
+        names = [field.name for field in fields(Options)] if given is None else given
+        options = same_run(Options(**saved["options"]), options, names)
+        if saved["phase"] == "done" and (folder / REPORT).exists():
+            return json.loads((folder / REPORT).read_text())
+    task = load_task(options.task)
+    options = with_defaults(options, task.recipe)
+    for name in task.data if saved else ():
+        before, now = saved["data"].get(name), task.data[name]
+        if before != now:
+            raise ValueError(
+                f"the data of {options.task!r} are not those of the run to resume: {name} is "
+                f"{now!r}, was {before!r}"
+            )
+
+    assert options.threads is not None
+    # how sums are split over threads decides their last bits
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    model = task.build()
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+    elif options.checkpoint:
+        load_checkpoint(model, Path(options.checkpoint))
+    # what cannot be pruned is to fail now, not after the dense training
+    create_controller(copy.deepcopy(model), sparsity_config(options))
+    model.to(options.device)
+
+    with catch_signals() as interrupted:
+        job = Job(task, options, folder, progress, interrupted)
+        if saved is None:
+            claim(folder, force=force)
+            saved = start(job, model)
+        if saved["phase"] == "dense":
+            saved = dense_phase(job, model, saved)
+        return sparse_phase(job, model, saved)
+
+
+def start(job: Job, model: nn.Module) -> dict[str, Any]:
+    """Save the state before the first step: it shows that the folder can be written."""
+    state = {
+        "format": FORMAT,
+        "options": asdict(job.options),
+        "data": job.task.data,
+        "phase": "dense",
+        "step": 0,
+        "history": {
+            phase: {"loss": [], "level": [], "metric": [], "seconds": []} for phase in PHASES
+        },
+        "dense": None,
+    }
+    made = [path for path in (job.folder, *job.folder.parents) if not path.exists()]
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        return save(job, state, model)
+    except OSError:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def save(
+    job: Job,
+    state: dict[str, Any],
+    model: nn.Module,
+    optimizer: Any = None,
+    controller: Any = None,
+) -> dict[str, Any]:
+    """Save ``state`` and all that training changes, in one piece; return what was saved."""
+    state = state | {
+        "model": model.state_dict(),
+        "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "controller": None if controller is None else controller.get_state(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(job.device) if job.device.type == "cuda" else None,
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(job.folder / STATE, buffer.getvalue())
+    return state
+
+
+def dense_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Train and evaluate the dense baseline; return the state in which the sparse phase starts."""
+    train(job, model, None, state)
+    result = evaluate(job, model) | seconds_per_step(state, "dense") | {"level": 0.0}
+    weights = serialised(model)
+    write_atomic(job.folder / DENSE, weights)
+    state = state | {"phase": "sparse", "step": 0, "dense": result | sizes(weights)}
+    return save(job, state, model)
+
+
+def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Fine-tune under the schedule, evaluate, strip; write all files and return the report."""
+    controller = create_controller(
+        model,
+        sparsity_config(job.options),
+        backend=job.options.backend,
+    )
+    optimizer = train(job, model, controller, state)
+    layers = controller.statistics().magnitude_sparsity.model_statistics
+    sparse = evaluate(job, model) | seconds_per_step(state, "sparse")
+    sparse |= {"level": layers.sparsity_level_for_layers}
+
+    stripped = controller.strip(do_copy=True)
+    weights = serialised(stripped)
+    targets = [
+        stripped.get_submodule(info.module_node_name).weight
+        for info in controller.sparsified_module_info
+    ]
+    zeros = sum(int((weight == 0).sum()) for weight in targets)
+    report = describe(job) | {
+        "results": {
+            "dense": state["dense"],
+            "sparse": sparse,
+            "stripped": evaluate(job, stripped)
+            | {"level": zeros / sum(weight.numel() for weight in targets)}
+            | sizes(weights),
+        },
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.weight_shape),
+                "groups": layer.groups,
+                "pruned_groups": layer.pruned_groups,
+            }
+            for layer in layers.sparsified_layers_summary
+        ],
+        "history": state["history"],
+    }
+    write_atomic(job.folder / STRIPPED, weights)
+    write_atomic(job.folder / CURVES, curves({"": report}))
+    write_atomic(job.folder / REPORT, json.dumps(report, indent=1, allow_nan=False).encode())
+    save(job, state | {"phase": "done"}, model, optimizer, controller)
+    return report
+
+
+def train(job: Job, model: nn.Module, controller: Any, state: dict[str, Any]) -> Any:
+    """Train from ``state["step"]`` to the end of the phase, and save at intervals.
+
+    ``state`` is kept up to date in place. Returns the optimiser.
+    """
+    options, phase = job.options, state["phase"]
+    total, steps_per_epoch = job.total(phase), options.steps_per_epoch
+    peak = options.dense_lr if phase == "dense" else options.lr
+    assert peak is not None
+    assert steps_per_epoch is not None
+    assert options.batch_size is not None
+    history = state["history"][phase]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.1, fused=True
+    )
+    if state["optimizer"] is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    if state["controller"] is not None:
+        controller.load_state(state["controller"])
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"], job.device)
+
+    model.train()
+    for step in range(state["step"], total):
+        batch = job.task.batch(options.batch_size, options.seed, PHASES.index(phase), step)
+        started = time.perf_counter()
+        if controller is not None:
+            if step % steps_per_epoch == 0:
+                controller.scheduler.epoch_step()
+            controller.scheduler.step()
+        for group in optimizer.param_groups:
+            group["lr"] = peak * learning_rate(step, total)
+        inputs, targets = (tensor.to(job.device) for tensor in batch)
+        with autocast(job):
+            task_loss = cross_entropy(model(inputs), targets)
+        loss = task_loss if controller is None else task_loss + controller.loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history["loss"].append(loss.item())
+        history["seconds"].append(time.perf_counter() - started)
+        history["level"].append(0.0 if controller is None else controller.current_sparsity_level)
+        if not math.isfinite(history["loss"][-1]):
+            raise ValueError(
+                f"the {phase} training diverged: loss {history['loss'][-1]} at step {step}; try a "
+                "smaller learning rate"
+            )
+        state["step"] = step + 1
+        if (step + 1) % steps_per_epoch == 0:
+            history["metric"].append([step + 1, evaluate(job, model, batches=1)["metric"]])
+        stop = job.interrupted()
+        if stop or step + 1 == total or (step + 1) % options.save_every == 0:
+            save(job, state, model, optimizer, controller)
+        job.progress(phase, step + 1, total, f"loss {history['loss'][-1]:.3f}")
+        if stop:
+            raise KeyboardInterrupt
+    return optimizer
+
+
+def learning_rate(step: int, total: int) -> float:
+    """Return the fraction of the peak: up in a tenth of the steps, at most 50, then a cosine."""
+    warm_up = min(50, max(1, total // 10))
+    return min(1.0, (step + 1) / warm_up) * (0.525 + 0.475 * math.cos(math.pi * step / total))
+
+
+@torch.no_grad()
+def evaluate(job: Job, model: nn.Module, *, batches: int | None = None) -> dict[str, float]:
+    """Measure the metric on held-out batches, and the median time of a forward pass.
+
+    Args:
+        job: whose task and device.
+        model: on that device.
+        batches: how many; None: as many as the options say.
+    """
+    held_out = job.task.held_out[: batches or job.options.eval_batches]
+    model.eval()
+    score, seconds = torch.zeros((), dtype=torch.float64), []
+    for batch in held_out:
+        inputs, targets = (tensor.to(job.device) for tensor in batch)
+        started = time.perf_counter()
+        with autocast(job):
+            logits = model(inputs)
+        score += job.task.score(logits, targets).double().cpu()
+        seconds.append(time.perf_counter() - started)
+    model.train()
+    count = sum(targets.numel() for _, targets in held_out)
+    return {"metric": score.item() / count, "seconds_per_batch": statistics.median(seconds)}
+
+
+def autocast(job: Job) -> Any:
+    """Run matrix products in bfloat16, if that is asked for."""
+    enabled = job.options.dtype == "bfloat16"
+    return torch.autocast(job.device.type, torch.bfloat16, enabled=enabled)
+
+
+def seconds_per_step(state: dict[str, Any], phase: str) -> dict[str, float | None]:
+    """Return the median training step of a phase; None where it had none."""
+    seconds = state["history"][phase]["seconds"]
+    return {"seconds_per_step": statistics.median(seconds) if seconds else None}
+
+
+def serialised(model: nn.Module) -> bytes:
+    """Return the safetensors file of ``model``'s weights."""
+    weights: dict[str, Tensor] = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
+    return safetensors.torch.save(weights, metadata={"format": "pt"})
+
+
+def sizes(weights: bytes) -> dict[str, int]:
+    """Return how large a file is, as it is and deflated."""
+    return {"bytes": len(weights), "compressed_bytes": len(zlib.compress(weights, 6))}
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """Return what a report says of the run and the machine, its results apart."""
+    triton = use_triton("finetune", job.options.backend, torch.empty(0, device=job.device))
+    name = (
+        torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else platform.machine()
+    )
+    return {
+        "format": FORMAT,
+        "task": job.task.name,
+        "metric": job.task.metric,
+        "higher_is_better": job.task.higher_is_better,
+        "device": f"{job.options.device} ({name})",
+        "backend": "triton" if triton else "torch",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "triton-sparsity": _version("triton-sparsity"),
+        },
+        "options": asdict(job.options),
+        "data": job.task.data,
+        "files": {"dense": DENSE, "stripped": STRIPPED, "state": STATE, "curves": CURVES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@contextmanager
+def catch_signals() -> Iterator[Callable[[], bool]]:
+    """Note SIGINT and SIGTERM rather than act on them; a second one acts as it always did."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: object) -> None:
+        caught.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(caught)
+    finally:
+        restore()

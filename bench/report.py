@@ -1,0 +1,188 @@
+"""What a run leaves behind and shows: files written in one piece, tables, curves, progress."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that at any moment it holds the old content or the new, never a part.
+
+    Raises:
+        OSError: it cannot be written; the file is then as it was, and nothing is left beside it.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        raise
+    # the rename itself is durable once the folder is
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def progress_bars(*, quiet: bool) -> Iterator[Callable[[str, int, int, str], None]]:
+    """Yield what ``finetune`` calls after each step: bars on a terminal's stderr, else lines.
+
+    Args:
+        quiet: neither bars nor lines.
+    """
+    console = Console(stderr=True, quiet=quiet)
+    if not console.is_terminal:
+
+        def line(phase: str, done: int, total: int, note: str) -> None:
+            if done == total:
+                console.print(f"{phase} training: {total} steps, {note}")
+
+        yield line
+        return
+
+    with Progress(
+        TextColumn("{task.description:>15}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    ) as progress:
+        bars: dict[str, Any] = {}
+
+        def advance(phase: str, done: int, total: int, note: str) -> None:
+            if phase not in bars:
+                bars[phase] = progress.add_task(f"{phase} training", note="")
+            progress.update(bars[phase], completed=done, total=total, note=note)
+
+        yield advance
+
+
+def print_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Print what was done and, for the dense, sparse and stripped model, what came of it."""
+    options = report["options"]
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"{report['task']} on {report['device']}, backend {report['backend']}, "
+        f"{options['dtype']}, {options['threads']} threads, seed {options['seed']}\n"
+        f"pattern {options['pattern']}, level {options['level']} by {options['schedule']} schedule"
+    )
+    console.print(results_table(report["metric"], report["results"]))
+    console.print(f"{folder}: {', '.join(report['files'].values())}")
+
+
+def results_table(metric: str, results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return a table of one row a model.
+
+    Args:
+        metric: its name.
+        results: by the model's name; a time or size that was not measured is absent or None.
+    """
+    table = Table()
+    table.add_column("model")
+    for title in (metric, "level", "training step", "forward", "file, deflated"):
+        table.add_column(title, justify="right")
+    for name, result in results.items():
+        table.add_row(
+            name,
+            f"{result['metric']:.4f}",
+            f"{100 * result['level']:.1f} %",
+            _milliseconds(result.get("seconds_per_step")),
+            _milliseconds(result["seconds_per_batch"]),
+            f"{result['compressed_bytes'] / 2**20:.2f} MiB"
+            if "compressed_bytes" in result
+            else "",
+        )
+    return table
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1000 * seconds:.1f} ms"
+
+
+def curves(runs: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Draw loss, level and metric over the optimiser steps of one or several runs, as a PNG.
+
+    Args:
+        runs: reports of one task by label. The first that trained a dense phase shows it; the
+            sparse phases start where it ends.
+    """
+    # the figure's own canvas: no window system, no state that is shared with other plots
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 8), dpi=120, layout="constrained")
+    loss, level, metric = figure.subplots(3, sharex=True)
+    first = next(iter(runs.values()))
+    dense_steps = max(len(run["history"]["dense"]["loss"]) for run in runs.values())
+    shown = [
+        ("dense", 0, run["history"]["dense"], "0.35")
+        for run in runs.values()
+        if run["history"]["dense"]["loss"]
+    ][:1]
+    shown += [
+        (label or "sparse", dense_steps, run["history"]["sparse"], f"C{i}")
+        for i, (label, run) in enumerate(runs.items())
+    ]
+    for label, start, history, colour in shown:
+        steps = range(start + 1, start + 1 + len(history["loss"]))
+        loss.plot(steps, history["loss"], color=colour, alpha=0.25, linewidth=0.8)
+        loss.plot(steps, _smooth(history["loss"]), color=colour, label=label)
+        level.plot(steps, [100 * x for x in history["level"]], color=colour)
+        points = [(start + step, value) for step, value in history["metric"]]
+        metric.plot(*zip(*points, strict=True), color=colour, marker=".")
+    for axes in (loss, level, metric):
+        axes.grid(alpha=0.3)
+        if dense_steps:
+            axes.axvline(dense_steps + 0.5, color="0.5", linestyle=":")
+    dense_metric = first["results"]["dense"]["metric"]
+    metric.axhline(
+        dense_metric, color="0.35", linestyle="--", label="dense model, all held-out data"
+    )
+    for i, (label, run) in enumerate(runs.items()):
+        metric.plot(
+            dense_steps + len(run["history"]["sparse"]["loss"]),
+            run["results"]["stripped"]["metric"],
+            color=f"C{i}",
+            marker="*",
+            markersize=12,
+            linestyle="",
+            label=f"{label} stripped, all held-out data".strip(),
+        )
+    loss.set_ylabel("training loss, nats")
+    level.set_ylabel("sparsity level, %")
+    level.set_ylim(-5, 105)
+    metric.set_ylabel(f"{first['metric']}, part of held-out data")
+    metric.set_xlabel("optimiser step")
+    loss.legend()
+    metric.legend()
+    loss.set_title(f"{first['task']}: dense training, then fine-tuning under a sparsity schedule")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Return the exponential moving average over about 20 values, unbiased at the start."""
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = 0.95 * total + value, 0.95 * weight + 1
+        smoothed.append(total / weight)
+    return smoothed

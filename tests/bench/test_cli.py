@@ -1,0 +1,314 @@
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+
+from triton_sparsity.bench.cli import main
+from triton_sparsity.bench.tasks import load_task
+
+QUICK = [
+    "--task=digits",
+    "--pattern=block:8",
+    "--dense-epochs=2",
+    "--epochs=3",
+    "--steps-per-epoch=4",
+    "--batch-size=8",
+    "--save-every=2",
+    "--threads=1",
+]
+PROGRAM = (sys.executable, "-m", "triton_sparsity.bench.cli")
+
+
+def run(*arguments):
+    """Run the program in this process; return its exit code."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    return caught.value.code or 0
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if not k.startswith("seconds")}
+    return value
+
+
+def assert_one_line_error(code, captured):
+    """An error of the user's is one line on stderr, exit code 2, and nothing on stdout."""
+    assert code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("triton-sparsity: error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
+
+
+def test_help_and_version_tell_what_there_is(capsys):
+    assert run("--help") == 0
+    assert "finetune" in capsys.readouterr().out
+    assert run() == 0
+    assert "finetune" in capsys.readouterr().out
+    assert run("finetune", "--help") == 0
+    text = capsys.readouterr().out
+    for option in ("--pattern", "--level", "--schedule", "--scope", "--resume", "--json"):
+        assert option in text
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("triton-sparsity 0.")
+
+
+def test_a_run_prints_its_table_and_where_it_ran(tmp_path, capsys):
+    assert run("finetune", *QUICK, "-o", tmp_path / "run") == 0
+    captured = capsys.readouterr()
+    for text in ("digits on cpu", "backend torch", "accuracy", "dense", "sparse", "stripped"):
+        assert text in captured.out
+    assert "80.0 %" in captured.out
+    # no terminal: a line a phase, no bars
+    assert [line.split(":")[0] for line in captured.err.splitlines()] == [
+        "dense training",
+        "sparse training",
+    ]
+
+
+def test_json_is_all_that_is_printed_and_is_the_stored_report(tmp_path, capsys):
+    assert run("finetune", *QUICK, "-o", tmp_path, "--json") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    report = json.loads(captured.out)
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    assert report["backend"] == "torch"
+    assert report["device"].startswith("cpu")
+    # a run that has ended shows its result again
+    assert run("finetune", "--resume", "-o", tmp_path, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--level", "1"], "level must be in [0, 1), got 1.0"),
+        (["--level", "-0.1"], "level must be in [0, 1), got -0.1"),
+        (["--level", "nan"], "level must be in [0, 1), got nan"),
+        (["--level", "much"], "--level"),
+        (["--pattern", "rows"], "got 'rows'"),
+        (["--pattern", "block:17"], "power of two from 1 to 256, got 17"),
+        (["--pattern", "block:256"], "larger than the weight of 'layers.0.attention.qkv'"),
+        (["--task", "mnist"], "task must be 'stdlib-lm' or 'digits', got 'mnist'"),
+        (["--device", "tpu"], "got 'tpu'"),
+        (["--device", "cuda:99"], "'cuda:99' is not there"),
+        (["--dtype", "float8"], "dtype must be one of float32, bfloat16, got 'float8'"),
+        (["--schedule", "linear"], "got 'linear'"),
+        (["--backend", "cudnn"], "got 'cudnn'"),
+        (["--scope", "nothing"], "'nothing'"),
+        (["--ignore", "layers"], "no weight to sparsify is left"),
+        (["--scope", "{re}("], "'{re}('"),
+        (["--seed", "-1"], "seed must be from 0"),
+        (["--resume", "--force"], "exclude each other"),
+        (["--nope"], "--nope"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_option_is_one_line_and_makes_no_folder(tmp_path, capsys, arguments, message):
+    code = run("finetune", *QUICK, "-o", tmp_path / "run", *arguments)
+    captured = capsys.readouterr()
+    assert_one_line_error(code, captured)
+    assert message in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton can run on the GPU that is here")
+def test_the_triton_backend_without_a_gpu_is_one_line(tmp_path, capsys):
+    code = run("finetune", *QUICK, "-o", tmp_path / "run", "--backend", "triton")
+    captured = capsys.readouterr()
+    assert_one_line_error(code, captured)
+    assert "finetune: backend='triton' needs a" in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["finetune"], ["no-such-command"], ["finetune", "-o"]])
+def test_a_bad_command_line_is_one_line(capsys, arguments):
+    assert_one_line_error(run(*arguments), capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("absent", "No such file or directory"),
+        ("folder", "Is a directory"),
+        ("empty", "is damaged or no safetensors file"),
+        ("cut", "is damaged or no safetensors file"),
+        ("text", "is damaged or no safetensors file"),
+        ("missing", "'norm.bias' is missing"),
+        ("extra", "'norm.other' is not in the model"),
+        ("foreign", "'bert.embeddings' is not in the model and 1 more"),
+        ("shape", "'norm.bias' has shape (3,), not (64,)"),
+        ("integers", "'norm.bias' holds torch.int64"),
+        ("nan", "'norm.bias' holds torch.float32, NaN or infinity"),
+    ],
+)
+def test_a_bad_checkpoint_is_one_line_and_makes_no_folder(tmp_path, capsys, damage, message):
+    path = tmp_path / "checkpoint"
+    weights = load_task("digits").build().state_dict()
+    match damage:
+        case "missing":
+            del weights["norm.bias"]
+        case "extra":
+            weights["norm.other"] = torch.zeros(1)
+        case "foreign":
+            weights = {k: v for k, v in weights.items() if k not in ("norm.bias", "norm.weight")}
+            weights |= {"bert.embeddings": torch.zeros(1), "bert.pooler": torch.zeros(1)}
+        case "shape":
+            weights["norm.bias"] = torch.zeros(3)
+        case "integers":
+            weights["norm.bias"] = torch.zeros(64, dtype=torch.int64)
+        case "nan":
+            weights["norm.bias"] = torch.full((64,), float("nan"))
+    stored = safetensors.torch.save(weights)
+    match damage:
+        case "absent":
+            pass
+        case "folder":
+            path.mkdir()
+        case "empty":
+            path.write_bytes(b"")
+        case "cut":
+            path.write_bytes(stored[: len(stored) // 2])
+        case "text":
+            path.write_text("no weights")
+        case _:
+            path.write_bytes(stored)
+    code = run("finetune", *QUICK, "-o", tmp_path / "run", "--checkpoint", path)
+    captured = capsys.readouterr()
+    assert_one_line_error(code, captured)
+    assert message in captured.err
+    assert str(path) in captured.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_state_is_one_line(tmp_path, capsys):
+    (tmp_path / "state.pt").write_bytes(b"PK\x03\x04")
+    code = run("finetune", *QUICK, "-o", tmp_path, "--resume")
+    captured = capsys.readouterr()
+    assert_one_line_error(code, captured)
+    assert str(tmp_path / "state.pt") in captured.err
+
+
+def test_another_option_than_the_saved_one_is_one_line_with_both_values(tmp_path, capsys):
+    assert run("finetune", *QUICK, "-o", tmp_path) == 0
+    capsys.readouterr()
+    code = run("finetune", "-o", tmp_path, "--resume", "--level", "0.5")
+    captured = capsys.readouterr()
+    assert_one_line_error(code, captured)
+    assert "has level 0.8, got 0.5" in captured.err
+
+
+def test_a_folder_that_holds_a_run_is_one_line(tmp_path, capsys):
+    assert run("finetune", *QUICK, "-o", tmp_path) == 0
+    capsys.readouterr()
+    code = run("finetune", *QUICK, "-o", tmp_path)
+    captured = capsys.readouterr()
+    assert_one_line_error(code, captured)
+    assert "--resume" in captured.err
+    assert "--force" in captured.err
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "/proc/run"])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys, place):
+    (tmp_path / "file").write_bytes(b"mine")
+    code = run("finetune", *QUICK, "-o", tmp_path / place)
+    captured = capsys.readouterr()
+    assert_one_line_error(code, captured)
+    assert place in captured.err
+    assert (tmp_path / "file").read_bytes() == b"mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_sklearn_the_task_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    code = run("finetune", *QUICK, "-o", tmp_path / "run")
+    captured = capsys.readouterr()
+    assert_one_line_error(code, captured)
+    assert "pip install 'triton-sparsity[demo]'" in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(tmp_path):
+    done = subprocess.run(
+        [*PROGRAM, "finetune", *QUICK, "-o", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        # a file of this many bytes is as large as the system lets any become
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"triton-sparsity: error: {tmp_path / 'run' / 'state.pt'}: File too large\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+LONGER = [*QUICK, "--dense-epochs=8", "--epochs=8", "--save-every=1"]
+
+
+def start(folder, *arguments):
+    return subprocess.Popen(
+        [*PROGRAM, "finetune", *arguments, "-o", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_saves(process, folder, count):
+    """Wait until the state was replaced ``count`` times."""
+    seen, last = 0, None
+    while seen < count:
+        assert process.poll() is None, process.stderr.read()
+        try:
+            now = os.stat(folder / "state.pt").st_mtime_ns
+        except FileNotFoundError:
+            now = None
+        seen, last = seen + (now != last), now
+        time.sleep(0.0005)
+
+
+def test_a_killed_run_resumes_to_the_same_result_bit_for_bit(tmp_path, capsys):
+    assert run("finetune", *LONGER, "-o", tmp_path / "whole", "--json") == 0
+    whole = json.loads(capsys.readouterr().out)
+
+    folder = tmp_path / "killed"
+    moment = random.Random()
+    process = start(folder, *LONGER)
+    wait_for_saves(process, folder, moment.randint(1, 40))
+    time.sleep(moment.uniform(0, 0.03))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert not (folder / "report.json").exists()
+
+    assert run("finetune", "--resume", "-o", folder, "--json") == 0
+    assert without_times(json.loads(capsys.readouterr().out)) == without_times(whole)
+    for name in ("dense.safetensors", "model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
+
+
+def test_a_stopped_run_exits_with_130_and_tells_how_to_go_on(tmp_path):
+    process = start(tmp_path / "run", *LONGER, "--json")
+    wait_for_saves(process, tmp_path / "run", 5)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    assert err == (
+        "triton-sparsity: stopped; to go on: triton-sparsity finetune --resume -o "
+        f"{tmp_path / 'run'}\n"
+    )

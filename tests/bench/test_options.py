@@ -1,0 +1,140 @@
+import pytest
+import torch
+from torch import nn
+
+import triton_sparsity as ts
+from triton_sparsity.bench.options import (
+    Options,
+    checked,
+    parse_pattern,
+    sparsity_config,
+    spell_pattern,
+    with_defaults,
+)
+from triton_sparsity.bench.tasks import Recipe
+
+RECIPE = Recipe(dense_epochs=3, epochs=10, steps_per_epoch=4, batch_size=2, dense_lr=1e-2, lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("unstructured", ts.Unstructured()),
+        ("block:16x16", ts.Block(16, 16)),
+        ("block:64", ts.Block(64, 64)),
+        ("block:1x256", ts.Block(1, 256)),
+    ],
+)
+def test_patterns_are_parsed_and_spelled_in_one_way(text, pattern):
+    assert parse_pattern(text) == pattern
+    assert parse_pattern(spell_pattern(pattern)) == pattern
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "block", "block:", "block:x16", "block:16x", "block:16x16x16", "block:-16"),
+        *("block:1.5", "blocks:16", "unstructured:4", "Block:16", "16x16"),
+    ],
+)
+def test_a_pattern_that_is_none_is_shown(text):
+    with pytest.raises(ValueError, match=r"pattern must be 'unstructured'") as caught:
+        parse_pattern(text)
+    assert repr(text) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["block:17", "block:0", "block:512", "block:16x24"])
+def test_sides_that_are_no_powers_of_two_are_refused(text):
+    with pytest.raises(ValueError, match="power of two"):
+        parse_pattern(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("level", 1.0),
+        ("level", -0.1),
+        ("level", float("nan")),
+        ("initial_level", 0.9),
+        ("ramp", 0.0),
+        ("ramp", 1.1),
+        ("dense_epochs", -1),
+        ("epochs", 0),
+        ("steps_per_epoch", 0),
+        ("batch_size", 0),
+        ("dense_lr", 0.0),
+        ("lr", float("inf")),
+        ("lr", float("nan")),
+        ("eval_batches", 0),
+        ("save_every", 0),
+        ("threads", 0),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("schedule", "linear"),
+        ("importance", "l2"),
+        ("dtype", "float16"),
+        ("device", "tpu"),
+        ("device", "cuda:x"),
+        ("device", f"cuda:{torch.cuda.device_count()}"),
+        ("backend", "cudnn"),
+    ],
+)
+def test_what_an_option_cannot_be_is_named_and_shown(name, value):
+    with pytest.raises(ValueError, match=name.replace("_", "-")) as caught:
+        checked(Options(**{name: value}))
+    assert str(value) in str(caught.value)
+
+
+def test_defaults_are_valid_and_checking_changes_nothing_twice():
+    options = with_defaults(checked(Options()), RECIPE)
+    assert checked(options) == options
+    assert with_defaults(options, RECIPE) == options
+
+
+def test_a_checkpoint_stands_for_the_dense_training_unless_more_is_asked_for():
+    assert with_defaults(Options(checkpoint="x"), RECIPE).dense_epochs == 0
+    assert with_defaults(Options(checkpoint="x", dense_epochs=5), RECIPE).dense_epochs == 5
+    assert with_defaults(Options(), RECIPE).dense_epochs == 3
+
+
+@pytest.mark.parametrize("schedule", ["polynomial", "exponential", "multistep"])
+@pytest.mark.parametrize("epochs", [1, 2, 3, 10])
+def test_the_target_is_reached_at_the_end_of_the_ramp(schedule, epochs):
+    config = sparsity_config(
+        with_defaults(Options(schedule=schedule, epochs=epochs, initial_level=0.1), RECIPE)
+    )
+    levels = [config.schedule.level(epoch) for epoch in range(epochs)]
+    assert levels == sorted(levels)
+    assert levels[-1] == 0.8
+    if epochs == 10:
+        assert levels[6] == 0.8
+        assert 0.1 <= levels[0] < levels[3] < levels[5] < 0.8
+
+
+def test_the_adaptive_schedule_ends_at_the_target_if_there_is_time():
+    schedule = sparsity_config(
+        with_defaults(Options(schedule="adaptive", level=0.2, epochs=10), RECIPE)
+    ).schedule
+    assert schedule.target_level == 0.2
+    assert schedule.freeze_epoch >= 10
+
+
+def test_the_configuration_carries_pattern_scopes_and_importance():
+    options = with_defaults(
+        Options(
+            pattern="block:2x4",
+            importance="normed_abs",
+            scope=("0", "2"),
+            ignore=("2",),
+            level=0.5,
+            epochs=1,
+        ),
+        RECIPE,
+    )
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    controller = ts.create_controller(model, sparsity_config(options))
+    controller.scheduler.epoch_step()
+    controller.scheduler.step()
+    (info,) = controller.sparsified_module_info
+    assert info.module_node_name == "0"
+    assert int((~info.operand.binary_mask).sum()) == 32
