@@ -1,0 +1,358 @@
+"""Masked weights: a weight with its pruned elements exactly +0, as a new tensor or in place.
+
+Pruned elements are deselected, never multiplied by zero: a NaN or an Inf behind the mask stays
+there. A list is a loop of launches: its weights can then be of any sizes, dtypes and strides, and
+the launches can be captured in a CUDA graph, which a table of addresses built here could not.
+
+Reading order: reference -> plain torch -> kernels -> launchers -> operators -> public functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
+from .mask import WORDS, expand_mask, word_mask
+from .pattern import Block, Pattern, Unstructured, grid_shape
+
+TILE = 4096  # elements of a program: 4 or 8 16-byte loads in flight for each thread
+TILE_COLS = 256
+
+
+def apply_mask_reference(weight: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
+    """Define the semantics: plain PyTorch, any device, any float dtype, differentiable."""
+    keep = expand_mask(mask, pattern, weight.shape, backend="torch")
+    return weight.clone().masked_fill_(~keep, 0)
+
+
+def _and_words(weight: Tensor, words: Tensor, rows: int, out: Tensor) -> None:
+    """AND the weight's bits with a word mask: on a CPU four times as fast as a selection."""
+    R, C = weight.shape
+    full, rest = divmod(R, rows)
+    if rest:  # the last row of blocks is lower than the others
+        _and_words(weight[-rest:], words[full:], rest, out[-rest:])
+        weight, words, out = weight[:-rest], words[:full], out[:-rest]
+    torch.bitwise_and(
+        weight.view(words.dtype).view(full, rows, C),
+        words[:, None],
+        out=out.view(words.dtype).view(full, rows, C),
+    )
+
+
+@triton.jit
+def _tile_offsets(
+    M,
+    N,
+    INDEX: tl.constexpr,
+    TILE_M: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Offsets of a program's rows, chunks of columns, and columns; [TILE_M, CHUNKS, WIDTH]."""
+    tiles_n = tl.cdiv(N, CHUNKS * WIDTH)
+    pid_m, pid_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    offs_m = (pid_m * TILE_M + tl.arange(0, TILE_M)).to(INDEX)[:, None, None]
+    chunk = (pid_n * CHUNKS + tl.arange(0, CHUNKS)).to(INDEX)[None, :, None]
+    return offs_m, chunk, chunk * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+
+
+@triton.jit
+def _load_keep(
+    mask_ptr,
+    M,
+    N,
+    stride_mm,
+    stride_mn,
+    offs_m,
+    chunk,
+    offs_n,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    PACKED: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Tell which elements are kept; a mask byte covers ROWS x COLS of them and is read once."""
+    group = chunk if COLS == WIDTH else offs_n // COLS
+    flags = tl.load(
+        mask_ptr + (offs_m // ROWS) * stride_mm + group * stride_mn,
+        mask=(offs_m < M) & (group * COLS < N),
+        other=0,
+    )  # [TILE_M, CHUNKS, 1], or WIDTH where a chunk holds several blocks
+    if PACKED:
+        flags = (flags >> (offs_n % 8).to(tl.uint8)) & 1
+    return flags != 0
+
+
+@triton.jit
+def _apply_mask_kernel(
+    w_ptr,
+    mask_ptr,
+    out_ptr,
+    M,
+    N,
+    stride_wm,
+    stride_wn,
+    stride_mm,
+    stride_mn,
+    stride_om,
+    stride_on,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    PACKED: tl.constexpr,
+    INDEX: tl.constexpr,
+    TILE_M: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    offs_m, chunk, offs_n = _tile_offsets(M, N, INDEX, TILE_M, CHUNKS, WIDTH)
+    keep = _load_keep(
+        mask_ptr, M, N, stride_mm, stride_mn, offs_m, chunk, offs_n, ROWS, COLS, PACKED, WIDTH
+    )
+    inside = (offs_m < M) & (offs_n < N)
+    # a mask that changes within 16 bytes would split the load, so only whole chunks are skipped
+    SKIP: tl.constexpr = COLS == WIDTH and not PACKED
+    w = tl.load(
+        w_ptr + offs_m * stride_wm + offs_n * stride_wn,
+        mask=inside & keep if SKIP else inside,
+        other=0,
+    )  # [TILE_M, CHUNKS, WIDTH]
+    tl.store(out_ptr + offs_m * stride_om + offs_n * stride_on, tl.where(keep, w, 0), mask=inside)
+
+
+@triton.jit
+def _zero_blocks_kernel(
+    w_ptr,
+    mask_ptr,
+    M,
+    N,
+    stride_wm,
+    stride_wn,
+    stride_mm,
+    stride_mn,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    INDEX: tl.constexpr,
+    TILE_M: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    offs_m, chunk, offs_n = _tile_offsets(M, N, INDEX, TILE_M, CHUNKS, WIDTH)
+    keep = _load_keep(
+        mask_ptr, M, N, stride_mm, stride_mn, offs_m, chunk, offs_n, ROWS, COLS, False, WIDTH
+    )
+    pruned = (offs_m < M) & (offs_n < N) & (keep == 0)
+    tl.store(w_ptr + offs_m * stride_wm + offs_n * stride_wn, 0, mask=pruned)
+
+
+def _tile(cols: int, transposed: bool) -> dict[str, int]:
+    """Return the tile of a weight whose mask bytes cover ``cols`` columns.
+
+    A chunk is no narrower than 8 columns, 16 bytes of a 16-bit float.
+    """
+    width = max(cols, 8)
+    tile_cols = 64 if transposed else TILE_COLS
+    return {"TILE_M": TILE // tile_cols, "CHUNKS": tile_cols // width, "WIDTH": width}
+
+
+def _launch(weight: Tensor, mask: Tensor, rows: int, cols: int, out: Tensor) -> None:
+    if weight.numel() == 0:
+        return
+    M, N = weight.shape
+    packed = mask.dtype == torch.uint8
+    transposed = out.stride(0) < out.stride(1)
+    words = WORDS[weight.element_size()]  # the kernels move bits, whichever float they make up
+    w, o, m = weight.view(words), out.view(words), mask.view(torch.uint8)
+    if packed:
+        rows, cols = 1, 8
+    elif transposed:
+        w, o, m, M, N, rows, cols = w.T, o.T, m.T, N, M, cols, rows
+    tile = _tile(cols, packed and transposed)
+    grid = (triton.cdiv(M, tile["TILE_M"]) * triton.cdiv(N, tile["CHUNKS"] * tile["WIDTH"]),)
+    layout = {"ROWS": rows, "COLS": cols, "INDEX": index_type(w, m, o), **tile}
+    with on_device(weight):
+        if out is weight and not packed:
+            _zero_blocks_kernel[grid](w, m, M, N, *w.stride(), *m.stride(), **layout)
+        else:
+            _apply_mask_kernel[grid](
+                w, m, o, M, N, *w.stride(), *m.stride(), *o.stride(), PACKED=packed, **layout
+            )
+
+
+def _pattern(mask: Tensor, rows: int, cols: int) -> Pattern:
+    return Unstructured() if mask.dtype == torch.uint8 else Block(rows, cols)
+
+
+def _apply(weight: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
+    out = torch.empty_like(weight)
+    if mask.dtype not in WORDS.values():
+        if use_triton("apply_mask", "auto", weight):
+            _launch(weight, mask, rows, cols, out)
+            return out
+        mask = word_mask(mask, _pattern(mask, rows, cols), weight.shape, weight.dtype)
+    _and_words(weight, mask, rows, out)
+    return out
+
+
+def _apply_(weight: Tensor, mask: Tensor, rows: int, cols: int) -> None:
+    if mask.dtype in WORDS.values():
+        _and_words(weight, mask, rows, weight)
+    elif use_triton("apply_mask_", "auto", weight):
+        _launch(weight, mask, rows, cols, weight)
+    else:
+        weight.masked_fill_(~expand_mask(mask, _pattern(mask, rows, cols), weight.shape), 0)
+
+
+_op = torch.library.custom_op("triton_sparsity::apply_mask", _apply, mutates_args=())
+_op_ = torch.library.custom_op("triton_sparsity::apply_mask_", _apply_, mutates_args={"weight"})
+
+
+@_op.register_fake
+def _(weight: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
+    return torch.empty_like(weight)
+
+
+@_op_.register_fake
+def _(weight: Tensor, mask: Tensor, rows: int, cols: int) -> None:
+    return None
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, mask, ctx.rows, ctx.cols = inputs
+    ctx.save_for_backward(mask)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    (mask,) = ctx.saved_tensors
+    return _op(grad, mask, ctx.rows, ctx.cols), None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _takes_operator(
+    operation: str, weight: Tensor, mask: Tensor, pattern: Pattern, backend: Backend
+) -> bool:
+    """Validate the arguments; tell whether the operator runs, or the reference in its stead."""
+    width = WORDS.get(weight.element_size()) if weight.is_floating_point() else None
+    if width is None:
+        raise TypeError(
+            f"{operation}: weight must be a float of 16, 32 or 64 bits, got {weight.dtype}"
+        )
+    if weight.ndim != 2:
+        raise ValueError(f"{operation}: weight must be a matrix, got shape {tuple(weight.shape)}")
+    R, C = weight.shape
+    if mask.dtype == torch.uint8 and isinstance(pattern, Unstructured):
+        expected = R, -(-C // 8)
+    elif mask.dtype == torch.bool and isinstance(pattern, Block):
+        expected = grid_shape(pattern, (R, C))
+    elif mask.dtype == width:
+        expected = -(-R // pattern.rows), C
+    else:
+        compact = "uint8" if isinstance(pattern, Unstructured) else "bool"
+        raise TypeError(
+            f"{operation}: mask must be {compact} (compact) or {width} (words) for pattern "
+            f"{pattern} and a {weight.dtype} weight, got {mask.dtype}"
+        )
+    if mask.shape != expected:
+        raise ValueError(
+            f"{operation}: mask must have shape {expected} for a weight of shape {(R, C)} and "
+            f"pattern {pattern}, got {tuple(mask.shape)}"
+        )
+    if mask.device != weight.device:
+        raise ValueError(
+            f"{operation}: mask must be on the weight's device {weight.device}, got {mask.device}"
+        )
+    triton_possible = use_triton(operation, backend, weight)
+    if mask.dtype == width:
+        if backend == "triton":
+            raise ValueError(
+                f"{operation}: mask must be compact with backend='triton', got {mask.dtype} words"
+            )
+        return True
+    return triton_possible or not (weight.is_cuda or INTERPRET)
+
+
+def _pairs(operation: str, weights: Sequence[Tensor], masks: Tensor | Sequence[Tensor]):
+    if isinstance(masks, Tensor) or len(weights) != len(masks):
+        got = "one tensor" if isinstance(masks, Tensor) else f"{len(masks)}"
+        raise ValueError(f"{operation}: mask must be {len(weights)} tensors, got {got}")
+    return zip(weights, masks, strict=True)
+
+
+@overload
+def apply_mask(
+    weight: Tensor, mask: Tensor, pattern: Pattern, *, backend: Backend = "auto"
+) -> Tensor: ...
+@overload
+def apply_mask(
+    weight: Sequence[Tensor],
+    mask: Sequence[Tensor],
+    pattern: Pattern,
+    *,
+    backend: Backend = "auto",
+) -> list[Tensor]: ...
+def apply_mask(weight, mask, pattern, *, backend="auto"):
+    """Return ``weight`` with its pruned elements +0; gradients are +0 there too.
+
+    Args:
+        weight: float of 16, 32 or 64 bits, shape ``(R, C)``, any strides; or a sequence of such.
+        mask: on the weight's device; a sequence, one mask a weight, if ``weight`` is one. Either
+            compact: for ``Block``, bool ``(ceil(R / rows), ceil(C / cols))``; for
+            ``Unstructured``, the bits of ``(R, C)`` packed along the rows in little bit order,
+            uint8 ``(R, ceil(C / 8))``. Or words, always in plain torch and meant for a CPU: an
+            integer of the weight's width, ``(ceil(R / rows), C)``, -1 where kept and 0 where not.
+        pattern: the pattern that the mask belongs to.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        A new tensor of the weight's shape and dtype, or a list of them. Its layout is that of
+        ``torch.empty_like``: a weight stored transposed stays so. What lies behind the mask, NaN
+        and Inf included, reaches neither the result nor the gradient.
+
+    Raises:
+        TypeError: the weight's or the mask's dtype is none of the above.
+        ValueError: a shape, a device, a length or ``backend`` does not fit, or ``"triton"`` is
+            asked for with words.
+        RuntimeError: ``"triton"`` is asked for where it cannot run.
+    """
+    if not isinstance(weight, Tensor):
+        pairs = _pairs("apply_mask", weight, mask)
+        return [apply_mask(w, m, pattern, backend=backend) for w, m in pairs]
+    if _takes_operator("apply_mask", weight, mask, pattern, backend):
+        return _op(weight, mask, pattern.rows, pattern.cols)
+    return apply_mask_reference(weight, mask, pattern)
+
+
+@torch.no_grad()
+def apply_mask_(
+    weight: Tensor | Sequence[Tensor],
+    mask: Tensor | Sequence[Tensor],
+    pattern: Pattern,
+    *,
+    backend: Backend = "auto",
+) -> None:
+    """Set the pruned elements of ``weight`` to +0 in place, unseen by autograd.
+
+    With a compact ``Block`` mask only the pruned blocks are written, and no weight is read. Other
+    masks write the kept elements back as they were.
+
+    Args:
+        weight: as for ``apply_mask``.
+        mask: as for ``apply_mask``.
+        pattern: the pattern that the mask belongs to.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``apply_mask``.
+    """
+    if not isinstance(weight, Tensor):
+        for w, m in _pairs("apply_mask_", weight, mask):
+            apply_mask_(w, m, pattern, backend=backend)
+    elif _takes_operator("apply_mask_", weight, mask, pattern, backend):
+        _op_(weight, mask, pattern.rows, pattern.cols)
+    else:
+        weight.masked_fill_(~expand_mask(mask, pattern, weight.shape, backend="torch"), 0)
