@@ -17,7 +17,7 @@ try:
     import triton
     import triton.language as tl
 except ModuleNotFoundError:
-    triton: Any = SimpleNamespace(jit=lambda fn: fn)
+    triton: Any = SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda fn: fn))
     tl: Any = SimpleNamespace(int32="int32", int64="int64")
     HAS_TRITON = INTERPRET = False
 else:

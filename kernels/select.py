@@ -1,0 +1,689 @@
+"""Exact selection: the k-th smallest magnitude of a list of tensors, without sorting or joining.
+
+``key = float32(|t|) * scale``. Keys that are no NaN order as their bit patterns do: 31 bits, or 15 if
+all tensors are of one 16-bit type and unscaled. So this is a search over integers, which narrows a
+bracket of patterns until one is left.
+
+1. A sample (everything, if that is little) is counted into bins: over all patterns and, if these
+   are more than the bins, again over the bracket that this gave, k -+ six standard deviations.
+2. A full read counts the keys below the bracket, and by bin those inside. As a rule each pattern
+   of the bracket has its own bin, and k's bin is the answer: one read.
+3. If k turns out to lie outside the bracket (the counts of a full read are exact, so this shows) or
+   in a bin of several patterns, the next full read goes on with the part that holds it.
+
+Floor: one read, ``sum(numel * itemsize)`` bytes; the samples add 1/64 of that, or 1/32, to large
+lists. At most two full reads for patterns of 15 bits, which have a bin each, and three for those of
+31. On the GPU all passes are launched, and those with nothing left to do return before they read:
+nothing waits for the host.
+
+No ``tl.histogram``: 2048 bins cost it 64 population counts an element, some 35 times the read.
+Only the few keys inside the bracket are binned, by integer additions to memory, whose sums do not
+depend on their order.
+
+Reading order: reference -> kernels -> launcher -> plain torch -> operator -> public function.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .launch import Backend, on_device, tl, triton, use_triton
+
+Reduce = Callable[[Tensor], Tensor]
+
+# the pattern of +Inf; larger ones are NaN
+_INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
+_BINS_LOG2 = 18
+# The least that is sampled: on the GPU enough for a bracket of fewer patterns than bins. The CPU
+# keeps the keys inside its bracket, so that it need not read again.
+_SAMPLE, _SAMPLE_CPU = 1 << 21, 1 << 18
+_CHUNK = 1 << 17  # elements that a CPU thread handles at a time: they stay in its cache
+_KEPT = 1 << 20  # keys that it keeps at most
+
+_HEADER = 4  # counts before the bins
+_COARSE = 512  # groups of bins, searched first
+_LO, _KEEP_TIES, _NONFINITE, _READS = 1, 6, 7, 8  # what the host takes from the state
+
+
+class Threshold(NamedTuple):
+    """What separates the k smallest keys from the others.
+
+    Attributes:
+        value: 0-d float32, the k-th smallest key; -inf if k is 0.
+        keep_ties: 0-d int64, how many of the keys equal to ``value`` are not among the k smallest.
+        nonfinite: 0-d int64, how many keys are NaN or Inf; if any, the others mean nothing.
+    """
+
+    value: Tensor
+    keep_ties: Tensor
+    nonfinite: Tensor
+
+
+def select_reference(tensors: Sequence[Tensor], k: int, scales: Tensor | None = None) -> Threshold:
+    """Define the semantics: plain torch, any device, on data small enough to join and sort."""
+    keys = torch.cat([t.detach().abs().float().flatten() for t in tensors])
+    if scales is not None:
+        keys *= scales.repeat_interleave(
+            torch.tensor([t.numel() for t in tensors]).to(scales.device)
+        )
+    value = keys.sort().values[k - 1] if k else keys.new_tensor(-torch.inf)
+    return Threshold(value, (keys <= value).sum() - k, (~keys.isfinite()).sum())
+
+
+# The kernels' int64 vectors.
+#
+# State: 0 done; 1 lo, 2 hi: the answer is in [lo, hi); 3 start, 4 last: patterns in [start, last) are
+# binned; 5 shift: a bin holds 2^shift patterns; 6 keep_ties; 7 nonfinite; 8 full reads so far. If
+# start > lo or last < hi, that end of the bracket is one pattern that many keys may share: those are
+# compared and counted in registers, since additions to one address queue up.
+#
+# Counts: 0 keys below start; 1 equal to lo; 2 equal to hi - 1; 3 nonfinite (or whether there are
+# any, which is cheaper, and then the next full read counts them); 4... bins.
+#
+# Table: n addresses, n sizes, n positions in the list, n + 1 first tiles.
+
+
+@triton.jit(do_not_specialize=["tensors", "stride"])
+def _count_kernel(
+    table_ptr,
+    scales_ptr,
+    state_ptr,
+    counts_ptr,
+    tensors,
+    stride,
+    DTYPE: tl.constexpr,
+    PATTERN: tl.constexpr,
+    INFINITY: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    COUNT_NONFINITE: tl.constexpr,
+    BINS: tl.constexpr,
+    COPIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    VEC: tl.constexpr,
+    RUN: tl.constexpr,
+    SEARCH: tl.constexpr,
+):
+    lo = tl.load(state_ptr + 1).to(tl.int32)
+    hi = tl.load(state_ptr + 2).to(tl.int32)
+    start = tl.load(state_ptr + 3).to(tl.int32)
+    last = tl.load(state_ptr + 4).to(tl.int32)
+    shift = tl.load(state_ptr + 5).to(tl.int32)
+    # no key is -1
+    lo_tie = tl.where(start > lo, lo, -1)
+    hi_tie = tl.where(last < hi, last, -1)
+    has_ties = (lo_tie >= 0) | (hi_tie >= 0)
+    width = (last - start).to(tl.uint32)
+
+    first_tile_ptr = table_ptr + 3 * tensors
+    # a finished search has no tiles left
+    tiles = tl.where(tl.load(state_ptr) != 0, 0, tl.load(first_tile_ptr + tensors))
+    pid = tl.program_id(0).to(tl.int64)
+    tile = tiles * pid // tl.num_programs(0)
+    end = tiles * (pid + 1) // tl.num_programs(0)
+    i = -1
+    for start_n in range(0, tensors, SEARCH):
+        offs_n = start_n + tl.arange(0, SEARCH)
+        first_tiles = tl.load(first_tile_ptr + offs_n, mask=offs_n < tensors, other=1 << 62)
+        i += tl.sum((first_tiles <= tile).to(tl.int32))
+
+    counts_ptr += (pid % COPIES) * (4 + BINS)
+    weight = tl.full((), 1, tl.int64) * stride
+    offs_r = tl.arange(0, ROWS)
+    offs_v = tl.arange(0, VEC)
+    below = tl.zeros((ROWS,), tl.int32)
+    at_lo = tl.zeros((ROWS,), tl.int32)
+    at_hi = tl.zeros((ROWS,), tl.int32)
+    nonfinite = tl.zeros((ROWS,), tl.int32)
+    largest = tl.zeros((ROWS,), tl.int32)
+    while tile < end:
+        x_ptr = tl.load(table_ptr + i).to(tl.pointer_type(DTYPE))
+        if ALIGNED:
+            # the compiler knows nothing of an address that was loaded
+            x_ptr = tl.multiple_of(x_ptr, 16)
+        size = tl.load(table_ptr + tensors + i)
+        first = tl.load(first_tile_ptr + i)
+        stop = tl.minimum(tl.load(first_tile_ptr + i + 1), end)
+        if SCALED:
+            scale = tl.load(scales_ptr + tl.load(table_ptr + 2 * tensors + i))
+        for t in range(tile - first, stop - first):
+            # 64-bit up to the tile, 32-bit inside it
+            offset = t * (ROWS * VEC) * stride
+            left = tl.minimum(size - offset, ROWS * VEC * stride).to(tl.int32)
+            row = offs_r
+            if SAMPLED:
+                # one run of every `stride`, drawn: a fixed step would see the same columns only
+                run = offs_r // RUN
+                draw = tl.randint(0, ((first + t) * (ROWS // RUN)).to(tl.int32) + run)
+                run = run * stride + (draw.to(tl.int32) & (stride - 1))
+                row = run * RUN + offs_r % RUN
+            # sizes are multiples of VEC: one predicate a vector lets it be one load
+            in_row = row * VEC < left
+            x = tl.load(
+                x_ptr + offset + row[None, :] * VEC + offs_v[:, None],
+                mask=in_row[None, :] & (offs_v >= 0)[:, None],
+                other=float("nan") if DTYPE.is_floating() else PATTERN,
+            )  # [VEC, ROWS]; NaN, being above every bracket, is counted nowhere
+            if DTYPE.is_floating():
+                x = x.to(tl.float32)
+                if SCALED:
+                    x *= scale
+                x = x.to(tl.int32, bitcast=True)
+            key = x.to(tl.int32) & PATTERN
+            above = key - start
+            below += tl.sum((above < 0).to(tl.int32), 0)
+            if COUNT_NONFINITE:
+                nonfinite += tl.where(in_row, tl.sum((key >= INFINITY).to(tl.int32), 0), 0)
+            else:
+                largest = tl.maximum(largest, tl.where(in_row, tl.max(key, 0), 0))
+            if has_ties:
+                at_lo += tl.sum((key == lo_tie).to(tl.int32), 0)
+                at_hi += tl.sum((key == hi_tie).to(tl.int32), 0)
+            in_bins = above.to(tl.uint32, bitcast=True) < width
+            offs_b = above if BINS > PATTERN else above >> shift
+            tl.atomic_add(counts_ptr + 4 + offs_b, weight, mask=in_bins, sem="relaxed")
+        tile = stop
+        i += 1
+    tl.atomic_add(counts_ptr, tl.sum(below.to(tl.int64)) * weight, sem="relaxed")
+    tl.atomic_add(counts_ptr + 1, tl.sum(at_lo.to(tl.int64)) * weight, sem="relaxed")
+    tl.atomic_add(counts_ptr + 2, tl.sum(at_hi.to(tl.int64)) * weight, sem="relaxed")
+    if not COUNT_NONFINITE:
+        nonfinite = (largest >= INFINITY).to(tl.int32)
+    tl.atomic_add(counts_ptr + 3, tl.sum(nonfinite.to(tl.int64)), sem="relaxed")
+
+
+@triton.jit
+def _locate(
+    rank,
+    state_ptr,
+    counts_ptr,
+    coarse_ptr,
+    TOP: tl.constexpr,
+    BINS: tl.constexpr,
+    COARSE: tl.constexpr,
+):
+    """Return the patterns [left, right) that hold the key of ``rank``, keys before and up to them."""
+    below_start = tl.load(counts_ptr)
+    at_lo = tl.load(counts_ptr + 1)
+    at_hi = tl.load(counts_ptr + 2)
+    lo = tl.load(state_ptr + 1)
+    hi = tl.load(state_ptr + 2)
+    start = tl.load(state_ptr + 3)
+    last = tl.load(state_ptr + 4)
+    shift = tl.load(state_ptr + 5)
+
+    FINE: tl.constexpr = BINS // COARSE
+    offs_c = tl.arange(0, COARSE)
+    offs_f = tl.arange(0, FINE)
+    coarse = tl.load(coarse_ptr + offs_c)
+    short = below_start + tl.cumsum(coarse, 0) < rank
+    c = tl.minimum(tl.sum(short.to(tl.int32)), COARSE - 1)
+    before = below_start + tl.sum(tl.where(offs_c < c, coarse, 0))
+    fine = tl.load(counts_ptr + 4 + c * FINE + offs_f)
+    short = before + tl.cumsum(fine, 0) < rank
+    f = tl.minimum(tl.sum(short.to(tl.int32)), FINE - 1)
+    before += tl.sum(tl.where(offs_f < f, fine, 0))
+    upto = before + tl.sum(tl.where(offs_f == f, fine, 0))
+    left = start + ((c * FINE + f).to(tl.int64) << shift)
+    right = tl.minimum(left + (tl.full((), 1, tl.int64) << shift), last)
+
+    below_last = below_start + tl.sum(coarse)
+    if rank <= below_start:
+        left, right, before, upto = lo, start, below_start - at_lo, below_start
+    if rank <= below_start - at_lo:
+        left, right, before, upto = lo * 0, lo, at_lo * 0, below_start - at_lo
+    if rank > below_last:
+        left, right, before, upto = last, hi, below_last, below_last + at_hi
+    if rank > below_last + at_hi:
+        left, right, before, upto = hi, hi * 0 + TOP, below_last + at_hi, below_last + at_hi
+    return left, right, before, upto
+
+
+@triton.jit(do_not_specialize=["k"])
+def _narrow_kernel(
+    state_ptr,
+    counts_ptr,
+    coarse_ptr,
+    pool_ptr,
+    out_ptr,
+    k,
+    SAMPLED: tl.constexpr,
+    COUNT_NONFINITE: tl.constexpr,
+    TOP: tl.constexpr,
+    BINS: tl.constexpr,
+    COARSE: tl.constexpr,
+):
+    total = tl.load(pool_ptr)
+    spread = tl.load(pool_ptr + 1) if SAMPLED else total * 0
+    exact = spread == 0
+    # see _margin
+    share = k / tl.maximum(total, 1).to(tl.float32)
+    margin = 6 * tl.sqrt(spread * share * (1 - share)) + 64 * (spread / tl.maximum(total, 1))
+    margin = tl.ceil(margin).to(tl.int64)
+    lo, _, before, _ = _locate(k - margin, state_ptr, counts_ptr, coarse_ptr, TOP, BINS, COARSE)
+    _, hi, _, upto = _locate(k + margin, state_ptr, counts_ptr, coarse_ptr, TOP, BINS, COARSE)
+
+    has_ties = upto - before > total // 32
+    start = tl.where(has_ties, lo + 1, lo)
+    last = tl.where(has_ties, tl.maximum(hi - 1, start), hi)
+    # the narrowest bins that reach across
+    reach = tl.full((16,), BINS, tl.int64) << tl.arange(0, 16)
+    shift = tl.sum((reach < last - start).to(tl.int64))
+
+    nonfinite = tl.load(counts_ptr + 3)
+    was_done = tl.load(state_ptr)
+    running = was_done == 0
+    found = exact & (hi - lo == 1)
+    if not COUNT_NONFINITE:
+        found = found & (nonfinite == 0)
+    tl.store(out_ptr, was_done | found.to(tl.int64))
+    tl.store(out_ptr + 1, tl.where(running, lo, tl.load(state_ptr + 1)))
+    tl.store(out_ptr + 2, tl.where(running, hi, tl.load(state_ptr + 2)))
+    tl.store(out_ptr + 3, tl.where(running, start, tl.load(state_ptr + 3)))
+    tl.store(out_ptr + 4, tl.where(running, last, tl.load(state_ptr + 4)))
+    tl.store(out_ptr + 5, tl.where(running, shift, tl.load(state_ptr + 5)))
+    tl.store(out_ptr + 6, tl.where(running, upto - k, tl.load(state_ptr + 6)))
+    tl.store(out_ptr + 7, tl.where(running & exact, nonfinite, tl.load(state_ptr + 7)))
+    tl.store(out_ptr + 8, tl.load(state_ptr + 8) + (running & exact).to(tl.int64))
+
+
+class _Plan(NamedTuple):
+    """What a search works with: the type whose bit patterns are compared, and what follows."""
+
+    kind: torch.dtype
+    top: int  # the end of the patterns that can be found: +Inf can, NaN cannot
+    bins: int
+    samples: int  # sampled passes that it takes to tell single patterns apart
+
+
+def _plan(tensors: Sequence[Tensor], scales: Tensor | None) -> _Plan:
+    kinds = {t.dtype for t in tensors}
+    narrow = scales is None and kinds in ({torch.bfloat16}, {torch.float16})
+    kind = kinds.pop() if narrow else torch.float32
+    bits = 8 * kind.itemsize - 1
+    samples = 1 if bits <= _BINS_LOG2 else 2
+    return _Plan(kind, _INFINITY[kind] + 1, 1 << min(bits, _BINS_LOG2), samples)
+
+
+def _shift(width: int, bins: int) -> int:
+    """Return log2 of the narrowest bins that reach across ``width`` patterns."""
+    return max(0, (width - 1).bit_length() - (bins - 1).bit_length())
+
+
+def _margin(k: int, total: int, spread: int) -> float:
+    """Return six standard deviations of a sampled rank, and some for the extremes.
+
+    Of ``total`` elements one in ``step`` was sampled; ``spread = (step - 1) * total``.
+    """
+    return 6 * (spread * (k / total) * (1 - k / total)) ** 0.5 + 64 * spread / total
+
+
+def _sample_step(total: int, least: int) -> int:
+    """Return of how many elements one is sampled: of 64, within limits."""
+    return max(1, total // min(max(total // 64, least), 2 * _SAMPLE))
+
+
+def _flat(tensor: Tensor) -> Tensor | None:
+    """Return a view of the elements in the order of memory; None if there are gaps or overlaps."""
+    dense = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+    return dense.view(-1) if dense.is_contiguous() else None
+
+
+class _Launch(NamedTuple):
+    """One launch of the count kernel: memory of one dtype, all of it aligned or none."""
+
+    dtype: torch.dtype
+    aligned: bool
+    rows: int
+    vec: int
+    step: int
+    pieces: int
+    tiles: int
+    table: Tensor
+
+
+def _launches(tensors: Sequence[Tensor], step: int) -> list[_Launch]:
+    """Divide flat tensors into whole aligned 16-byte vectors and the rest; lay tiles over both."""
+    groups = defaultdict(list)
+    for position, t in enumerate(tensors):
+        address, size = t.data_ptr(), t.numel()
+        whole = 0 if address % 16 else size - size % (16 // t.itemsize)
+        if whole:
+            groups[t.dtype, True].append((address, whole, position))
+        if whole < size:
+            tail = address + whole * t.itemsize, size - whole, position
+            groups[t.dtype, False].append(tail)
+    launches = []
+    for (dtype, aligned), pieces in groups.items():
+        rows, vec = (512, 16 // dtype.itemsize) if aligned else (2048, 1)
+        span = rows * vec * step
+        tiles = [0, *accumulate(-(-size // span) for _, size, _ in pieces)]
+        table = _upload([*chain(*zip(*pieces, strict=True)), *tiles], tensors[0].device)
+        launches.append(_Launch(dtype, aligned, rows, vec, step, len(pieces), tiles[-1], table))
+    return launches
+
+
+def _upload(values: Sequence[int], device: torch.device) -> Tensor:
+    host = torch.tensor(values, dtype=torch.int64)
+    # from memory that is not pinned, the copy would wait for the device
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _launch_count(
+    launch: _Launch,
+    plan: _Plan,
+    scales: Tensor | None,
+    state: Tensor,
+    counts: Tensor,
+    exactly: bool,
+) -> None:
+    programs = 3
+    if state.is_cuda:
+        # as many as run at a time, at 80 registers a thread
+        programs = 6 * torch.cuda.get_device_properties(state.device).multi_processor_count
+    dtype = str(launch.dtype).removeprefix("torch.")
+    if launch.dtype == plan.kind and scales is None:
+        dtype = f"int{8 * launch.dtype.itemsize}"
+    _count_kernel[(min(programs, launch.tiles),)](
+        launch.table, scales, state, counts, launch.pieces, launch.step,
+        DTYPE=getattr(tl, dtype), PATTERN=2 ** (8 * plan.kind.itemsize - 1) - 1,
+        INFINITY=_INFINITY[plan.kind], ALIGNED=launch.aligned, SCALED=scales is not None,
+        SAMPLED=launch.step > 1, COUNT_NONFINITE=exactly, BINS=plan.bins, COPIES=len(counts),
+        # 32 bytes are sampled at one place: a sector
+        ROWS=launch.rows, VEC=launch.vec, RUN=32 // (launch.vec * launch.dtype.itemsize),
+        SEARCH=256,
+    )  # fmt: skip
+
+
+def _search_triton(
+    tensors: Sequence[Tensor], k: int, scales: Tensor | None, reduce: Reduce | None
+) -> Tensor:
+    """Return the final state; nothing here waits for the device."""
+    device = tensors[0].device
+    plan = _plan(tensors, scales)
+    total = sum(t.numel() for t in tensors)
+    # a power of two, so that a masked random number is uniform
+    step = 1 << _sample_step(total, _SAMPLE).bit_length() - 1
+    # several copies of the bins, where many additions would meet at few addresses
+    copies = 1 if total <= _SAMPLE else (1 << 20) // plan.bins
+    flat = [t.contiguous().view(-1) if (f := _flat(t)) is None else f for t in tensors]
+    with on_device(tensors[0]):
+        full = _launches(flat, 1)
+        sample = _launches(flat, step) if step > 1 else full
+        pool = _upload([total, (step - 1) * total], device)
+        if reduce is not None:
+            pool = reduce(pool)
+        hi = plan.top if k else 0
+        state = _upload([0, 0, hi, 0, hi, _shift(hi, plan.bins), 0, 0, 0], device)
+        for n in range(2 * plan.samples + 1) if k else [plan.samples + 1]:
+            sampled = n < plan.samples
+            # the first full read is to be fast: as a rule it is the last
+            exactly = n != plan.samples or (step == 1 and reduce is None)
+            counts = torch.zeros(copies, _HEADER + plan.bins, dtype=torch.int64, device=device)
+            for launch in sample if sampled else full:
+                _launch_count(launch, plan, scales, state, counts, exactly)
+            counts = counts.sum(0)
+            if reduce is not None:
+                counts = reduce(counts)
+            coarse = counts[_HEADER:].view(_COARSE, -1).sum(1)
+            narrowed = torch.empty_like(state)
+            _narrow_kernel[(1,)](
+                state, counts, coarse, pool, narrowed, k,
+                SAMPLED=sampled, COUNT_NONFINITE=exactly,
+                TOP=plan.top, BINS=plan.bins, COARSE=_COARSE,
+            )  # fmt: skip
+            state = narrowed
+    return state
+
+
+def _select_triton(
+    tensors: Sequence[Tensor], k: int, scales: Tensor | None, reduce: Reduce | None = None
+) -> Threshold:
+    state = _search_triton(tensors, k, scales, reduce)
+    found = (state[n].clone() for n in (_LO, _KEEP_TIES, _NONFINITE))
+    return _threshold(k, _plan(tensors, scales).kind, *found)
+
+
+def _threshold(
+    k: int, kind: torch.dtype, pattern: Tensor, keep_ties: Tensor, nonfinite: Tensor
+) -> Threshold:
+    if k == 0:
+        value = torch.full((), -torch.inf, device=pattern.device)
+        return Threshold(value, torch.zeros_like(keep_ties), nonfinite)
+    bits = pattern.to(torch.int32 if kind == torch.float32 else torch.int16)
+    return Threshold(bits.view(kind).float(), keep_ties, nonfinite)
+
+
+class _Piece(NamedTuple):
+    """Memory that the CPU reads at a time, how many of its elements to skip, and their scale."""
+
+    values: Tensor
+    skip: int
+    scale: float | None
+
+
+def _pieces(tensors: Sequence[Tensor], scales: Tensor | None, step: int) -> list[_Piece]:
+    """Divide the tensors; one element in ``step`` will be read, as if all were joined."""
+    factors = [None] * len(tensors) if scales is None else scales.tolist()
+    pieces, skip = [], 0
+    for tensor, scale in zip(tensors, factors, strict=True):
+        flat = _flat(tensor)
+        if flat is not None:
+            parts = flat.split(_CHUNK * step)
+        else:
+            parts = tensor.split(max(1, _CHUNK * step * tensor.shape[0] // tensor.numel()))
+        for values in parts:
+            pieces.append(_Piece(values, skip, scale))
+            skip = (skip - values.numel()) % step
+    return pieces
+
+
+def _patterns(piece: _Piece, kind: torch.dtype, step: int) -> np.ndarray:
+    values = piece.values.reshape(-1)[piece.skip :: step].cpu()
+    if kind != torch.float32:
+        return values.view(torch.int16).numpy() & 0x7FFF
+    if values.dtype == torch.bfloat16:
+        x = (values.view(torch.int16).numpy().astype(np.int32) << 16).view(np.float32)
+    else:
+        x = values.numpy().astype(np.float32, copy=False)
+    if piece.scale is not None:
+        x = x * np.float32(piece.scale)
+    return x.view(np.int32) & 0x7FFFFFFF
+
+
+class _Counts(NamedTuple):
+    """Counts of keys: 0 below the bracket, 1 nonfinite, 2 all, 3... bins; and the keys inside it."""
+
+    numbers: np.ndarray
+    inside: list[np.ndarray] | None  # None if they are too many to keep
+
+
+def _count(chunks: Iterable[np.ndarray], plan: _Plan, lo: int, hi: int, shift: int) -> _Counts:
+    infinity = _INFINITY[plan.kind]
+    below = nonfinite = seen = held = 0
+    bins = np.zeros(plan.bins, np.int64)
+    inside: list[np.ndarray] = []
+    keeps = True
+    for keys in chunks:
+        is_below = keys < lo
+        is_inside = (keys < hi) ^ is_below
+        seen += keys.size
+        below += np.count_nonzero(is_below)
+        if keys.max(initial=0) >= infinity:
+            nonfinite += np.count_nonzero(keys >= infinity)
+        if hi - lo > 1:
+            inside.append(keys[np.flatnonzero(is_inside)])
+            held += inside[-1].size
+        else:
+            bins[0] += np.count_nonzero(is_inside)
+        if held > _KEPT:
+            bins += np.bincount(np.concatenate(inside) - lo >> shift, minlength=plan.bins)
+            inside, held, keeps = [], 0, False
+    if inside:
+        bins += np.bincount(np.concatenate(inside) - lo >> shift, minlength=plan.bins)
+    numbers = np.concatenate([[below, nonfinite, seen], bins])
+    return _Counts(numbers, inside if keeps else None)
+
+
+def _read(pieces: Sequence[_Piece], plan: _Plan, step: int, *bracket: int) -> _Counts:
+    """Count one element in ``step``, on as many threads as torch would use."""
+
+    def count(share: Sequence[_Piece]) -> _Counts:
+        with np.errstate(all="ignore"):
+            return _count((_patterns(p, plan.kind, step) for p in share), plan, *bracket)
+
+    threads = max(1, min(torch.get_num_threads(), 8, len(pieces)))
+    if threads == 1:
+        return count(pieces)
+    with ThreadPoolExecutor(threads) as pool:
+        shares = list(pool.map(count, (pieces[n::threads] for n in range(threads))))
+    keeps = all(share.inside is not None for share in shares)
+    inside = list(chain(*(share.inside for share in shares))) if keeps else None
+    return _Counts(sum(share.numbers for share in shares), inside)
+
+
+def _search_torch(
+    tensors: Sequence[Tensor], k: int, scales: Tensor | None, reduce: Reduce | None
+) -> tuple[int, int, int, int]:
+    """Return the pattern, keep_ties, nonfinite, and how many full reads it took."""
+
+    def agree(numbers: np.ndarray | list[int]) -> np.ndarray:
+        summed = torch.tensor(numbers, device=tensors[0].device)
+        return (summed if reduce is None else reduce(summed)).cpu().numpy()
+
+    plan = _plan(tensors, scales)
+    total = sum(t.numel() for t in tensors)
+    # odd: a power of two would see the same columns of every row
+    step = _sample_step(total, _SAMPLE_CPU) | 1
+    total, spread = agree([total, (step - 1) * total]).tolist()
+    if k > total:
+        raise ValueError(f"select: k must be at most the {total} elements of all ranks, got {k}")
+    pieces = _pieces(tensors, scales, 1)
+    sample = _pieces(tensors, scales, step)
+    samples = plan.samples if k and spread else 0
+    lo, hi, reads = 0, plan.top if k else 0, 0
+    inside, elsewhere = None, np.zeros(2, np.int64)
+    while True:
+        sampled = samples > 0
+        shift = _shift(hi - lo, plan.bins)
+        if sampled:
+            numbers = step * _read(sample, plan, step, lo, hi, shift).numbers
+            samples -= 1
+        elif inside is None:
+            numbers, inside = _read(pieces, plan, 1, lo, hi, shift)
+            reads += 1
+        else:
+            numbers, inside = _count(inside, plan, lo, hi, shift)
+            numbers[:2] = elsewhere + (numbers[0], 0)
+        elsewhere = numbers[:2]
+        numbers = agree(numbers)
+        below, nonfinite, seen = numbers[:3].tolist()
+        upto = np.concatenate([[below], below + np.cumsum(numbers[3:])])
+        rank, margin = (k * (seen / total), _margin(k, total, spread)) if sampled else (k, 0)
+        # segment 0 is [0, lo), the last is [hi, top), the bins are those between
+        first, final = np.searchsorted(upto, (rank - margin, rank + margin)).tolist()
+        left = 0 if first == 0 else min(lo + (first - 1 << shift), hi)
+        right = plan.top if final > plan.bins else min(lo + (final << shift), hi)
+        if left < lo or right > hi:
+            inside = None
+        lo, hi = left, right
+        if not sampled and (hi - lo <= 1 or k == 0):
+            return lo, int(upto[min(final, plan.bins)]) - k, nonfinite, reads
+
+
+def _select_torch(
+    tensors: Sequence[Tensor], k: int, scales: Tensor | None, reduce: Reduce | None = None
+) -> Threshold:
+    *found, _ = _search_torch(tensors, k, scales, reduce)
+    found = (torch.tensor(n, device=tensors[0].device) for n in found)
+    return _threshold(k, _plan(tensors, scales).kind, *found)
+
+
+def _runs_triton(tensors: Sequence[Tensor], backend: Backend) -> bool:
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    if wide and backend == "triton":
+        raise ValueError(
+            "select: tensors must be of 16 or 32 bits for backend='triton', got float64"
+        )
+    return use_triton("select", backend, tensors[0]) and not wide
+
+
+@torch.library.custom_op("triton_sparsity::select", mutates_args=())
+def _op(tensors: list[Tensor], k: int, scales: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    implementation = _select_triton if _runs_triton(tensors, "auto") else _select_torch
+    return tuple(implementation(tensors, k, scales))
+
+
+@_op.register_fake
+def _(tensors: list[Tensor], k: int, scales: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    first = tensors[0]
+    value = first.new_empty((), dtype=torch.float32)
+    return value, first.new_empty((), dtype=torch.int64), first.new_empty((), dtype=torch.int64)
+
+
+def select(
+    tensors: Sequence[Tensor],
+    k: int,
+    *,
+    scales: Tensor | None = None,
+    reduce: Reduce | None = None,
+    backend: Backend = "auto",
+) -> Threshold:
+    """Return the exact k-th smallest of ``float32(|t|) * scale`` over all elements of all tensors.
+
+    Args:
+        tensors: of one device, any shapes and strides, float32, bfloat16 or float16 (float64 is
+            rounded to float32, without Triton). Empty ones are fine. A tensor whose elements leave
+            gaps in memory is copied: by Triton's backend as a whole, else by a few rows at a time.
+        k: from 0 to the number of elements.
+        scales: float32 ``(len(tensors),)``, on the same device, finite and not negative.
+        reduce: makes this one selection over the tensors of several ranks: it gets an int64 vector
+            and returns the sum of all ranks' vectors, on the same device. ``k`` then counts in
+            the elements of all, and all return the same. The ranks must agree on the set of
+            dtypes, on whether there are ``scales``, and on the backend; Triton's, which never
+            learns how many elements there are, returns NaN for a ``k`` beyond them.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``, which counts in the host's memory.
+
+    Returns:
+        ``Threshold`` on the tensors' device, bit-equal on every run and backend. Triton's backend
+        does not wait for the device, but it cannot be captured in a CUDA graph: the addresses
+        are copied from the host.
+
+    Raises:
+        ValueError: an argument is not as above.
+    """
+    if not tensors:
+        raise ValueError("select: tensors must be at least one tensor, got none")
+    device = tensors[0].device
+    for t in tensors:
+        if t.dtype not in (*_INFINITY, torch.float64):
+            kinds = "float32, bfloat16, float16 or float64"
+            raise ValueError(f"select: tensors must be {kinds}, got {t.dtype}")
+        if t.device != device:
+            raise ValueError(f"select: tensors must be on one device, got {device} and {t.device}")
+    if scales is not None and (
+        scales.shape != (len(tensors),) or scales.dtype != torch.float32 or scales.device != device
+    ):
+        raise ValueError(
+            f"select: scales must be float32 ({len(tensors)},) on {device}, "
+            f"got {scales.dtype} {tuple(scales.shape)} on {scales.device}"
+        )
+    total = sum(t.numel() for t in tensors)
+    if k < 0 or (reduce is None and k > total):
+        raise ValueError(f"select: k must be from 0 to {total} elements, got {k}")
+
+    runs_triton = _runs_triton(tensors, backend)
+    tensors = [t.detach() for t in tensors]
+    scales = None if scales is None else scales.detach()
+    if reduce is None and backend == "auto":
+        return Threshold(*_op(tensors, k, scales))
+    return (_select_triton if runs_triton else _select_torch)(tensors, k, scales, reduce)
