@@ -205,7 +205,7 @@ def finetune(
     else:
         names = [field.name for field in fields(Options)] if given is None else given
         options = same_run(Options(**saved["options"]), options, names)
-        if saved["phase"] == "done" and (folder / REPORT).exists():
+        if (folder / REPORT).exists():
             return json.loads((folder / REPORT).read_text())
     task = load_task(options.task)
     options = with_defaults(options, task.recipe)
@@ -302,7 +302,7 @@ def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str,
         sparsity_config(job.options),
         backend=job.options.backend,
     )
-    optimizer = train(job, model, controller, state)
+    train(job, model, controller, state)
     layers = controller.statistics().magnitude_sparsity.model_statistics
     sparse = evaluate(job, model) | seconds_per_step(state, "sparse")
     sparse |= {"level": layers.sparsity_level_for_layers}
@@ -335,15 +335,15 @@ def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str,
     }
     write_atomic(job.folder / STRIPPED, weights)
     write_atomic(job.folder / CURVES, curves({"": report}))
+    # last: a run that has its report has ended
     write_atomic(job.folder / REPORT, json.dumps(report, indent=1, allow_nan=False).encode())
-    save(job, state | {"phase": "done"}, model, optimizer, controller)
     return report
 
 
-def train(job: Job, model: nn.Module, controller: Any, state: dict[str, Any]) -> Any:
+def train(job: Job, model: nn.Module, controller: Any, state: dict[str, Any]) -> None:
     """Train from ``state["step"]`` to the end of the phase, and save at intervals.
 
-    ``state`` is kept up to date in place. Returns the optimiser.
+    ``state`` is kept up to date in place.
     """
     options, phase = job.options, state["phase"]
     total, steps_per_epoch = job.total(phase), options.steps_per_epoch
@@ -397,7 +397,6 @@ def train(job: Job, model: nn.Module, controller: Any, state: dict[str, Any]) ->
         job.progress(phase, step + 1, total, f"loss {history['loss'][-1]:.3f}")
         if stop:
             raise KeyboardInterrupt
-    return optimizer
 
 
 def learning_rate(step: int, total: int) -> float:

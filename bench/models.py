@@ -53,7 +53,7 @@ class LanguageModel(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 256, bias=False)
         self.head_width = width // heads
-        initialise(self)
+        self.apply(_initialise)
 
     def forward(self, text: Tensor) -> Tensor:
         x = self.embedding(text)
@@ -76,7 +76,7 @@ class VisionTransformer(nn.Module):
         self.layers = nn.ModuleList(Layer(width, heads, causal=False) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
-        initialise(self)
+        self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
         p = self.patch
@@ -104,14 +104,9 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-def initialise(model: LanguageModel | VisionTransformer) -> None:
-    """Start with signals of about unit size, and every answer as likely as any other.
-
-    Against weights of a fixed small size it halves the steps that a short run needs.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    nn.init.zeros_(model.head.weight)
+def _initialise(module: nn.Module) -> None:
+    """Start with signals of about unit size: it halves the steps that a short run needs."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -53,13 +53,13 @@ def progress_bars(*, quiet: bool) -> Iterator[Callable[[str, int, int, str], Non
 
         def line(phase: str, done: int, total: int, note: str) -> None:
             if done == total:
-                console.print(f"{phase} training: {total} steps, {note}")
+                console.print(f"{phase}: {total} steps, {note}")
 
         yield line
         return
 
     with Progress(
-        TextColumn("{task.description:>15}"),
+        TextColumn("{task.description:>20}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -70,19 +70,27 @@ def progress_bars(*, quiet: bool) -> Iterator[Callable[[str, int, int, str], Non
 
         def advance(phase: str, done: int, total: int, note: str) -> None:
             if phase not in bars:
-                bars[phase] = progress.add_task(f"{phase} training", note="")
+                bars[phase] = progress.add_task(phase, note="")
             progress.update(bars[phase], completed=done, total=total, note=note)
 
         yield advance
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """Return one line on what ran where."""
+    options = report["options"]
+    return (
+        f"{report['task']} on {report['device']}, backend {report['backend']}, "
+        f"{options['dtype']}, {options['threads']} threads, seed {options['seed']}"
+    )
 
 
 def print_report(report: Mapping[str, Any], folder: Path) -> None:
     """Print what was done and, for the dense, sparse and stripped model, what came of it."""
     options = report["options"]
     console = Console(highlight=False, soft_wrap=True)
+    console.print(summary(report))
     console.print(
-        f"{report['task']} on {report['device']}, backend {report['backend']}, "
-        f"{options['dtype']}, {options['threads']} threads, seed {options['seed']}\n"
         f"pattern {options['pattern']}, level {options['level']} by {options['schedule']} schedule"
     )
     console.print(results_table(report["metric"], report["results"]))

@@ -1,20 +1,20 @@
 """Exact selection: the k-th smallest magnitude of a list of tensors, without sorting or joining.
 
-``key = float32(|t|) * scale``. Keys that are no NaN order as their bit patterns do: 31 bits, or 15 if
-all tensors are of one 16-bit type and unscaled. So this is a search over integers, which narrows a
-bracket of patterns until one is left.
+``key = float32(|t|) * scale``. Keys that are no NaN order as their bit patterns do: 31 bits, or 15
+if all tensors are of one 16-bit type and unscaled. So this is a search over integers, which
+narrows a bracket of patterns until one is left.
 
 1. A sample (everything, if that is little) is counted into bins: over all patterns and, if these
    are more than the bins, again over the bracket that this gave, k -+ six standard deviations.
 2. A full read counts the keys below the bracket, and by bin those inside. As a rule each pattern
    of the bracket has its own bin, and k's bin is the answer: one read.
-3. If k turns out to lie outside the bracket (the counts of a full read are exact, so this shows) or
-   in a bin of several patterns, the next full read goes on with the part that holds it.
+3. If k turns out to lie outside the bracket (the counts of a full read are exact, so this shows)
+   or in a bin of several patterns, the next full read goes on with the part that holds it.
 
 Floor: one read, ``sum(numel * itemsize)`` bytes; the samples add 1/64 of that, or 1/32, to large
-lists. At most two full reads for patterns of 15 bits, which have a bin each, and three for those of
-31. On the GPU all passes are launched, and those with nothing left to do return before they read:
-nothing waits for the host.
+lists. At most two full reads for patterns of 15 bits, which have a bin each, and three for those
+of 31. On the GPU all passes are launched, and those with nothing left to do return before they
+read: nothing waits for the host.
 
 No ``tl.histogram``: 2048 bins cost it 64 population counts an element, some 35 times the read.
 Only the few keys inside the bracket are binned, by integer additions to memory, whose sums do not
@@ -46,7 +46,7 @@ _BINS_LOG2 = 18
 # keeps the keys inside its bracket, so that it need not read again.
 _SAMPLE, _SAMPLE_CPU = 1 << 21, 1 << 18
 _CHUNK = 1 << 17  # elements that a CPU thread handles at a time: they stay in its cache
-_KEPT = 1 << 20  # keys that it keeps at most
+_KEPT = 1 << 19  # keys that it keeps at most
 
 _HEADER = 4  # counts before the bins
 _COARSE = 512  # groups of bins, searched first
@@ -80,10 +80,10 @@ def select_reference(tensors: Sequence[Tensor], k: int, scales: Tensor | None = 
 
 # The kernels' int64 vectors.
 #
-# State: 0 done; 1 lo, 2 hi: the answer is in [lo, hi); 3 start, 4 last: patterns in [start, last) are
-# binned; 5 shift: a bin holds 2^shift patterns; 6 keep_ties; 7 nonfinite; 8 full reads so far. If
-# start > lo or last < hi, that end of the bracket is one pattern that many keys may share: those are
-# compared and counted in registers, since additions to one address queue up.
+# State: 0 done; 1 lo, 2 hi: the answer is in [lo, hi); 3 start, 4 last: patterns in [start, last)
+# are binned; 5 shift: a bin holds 2^shift patterns; 6 keep_ties; 7 nonfinite; 8 full reads so far.
+# If start > lo or last < hi, that end of the bracket is a pattern which many keys may share: these
+# are compared and counted in registers, as additions to one address queue up.
 #
 # Counts: 0 keys below start; 1 equal to lo; 2 equal to hi - 1; 3 nonfinite (or whether there are
 # any, which is cheaper, and then the next full read counts them); 4... bins.
@@ -211,7 +211,7 @@ def _locate(
     BINS: tl.constexpr,
     COARSE: tl.constexpr,
 ):
-    """Return the patterns [left, right) that hold the key of ``rank``, keys before and up to them."""
+    """Return the patterns [left, right) that hold the key of ``rank``; keys before, up to it."""
     below_start = tl.load(counts_ptr)
     at_lo = tl.load(counts_ptr + 1)
     at_hi = tl.load(counts_ptr + 2)
@@ -265,12 +265,17 @@ def _narrow_kernel(
     total = tl.load(pool_ptr)
     spread = tl.load(pool_ptr + 1) if SAMPLED else total * 0
     exact = spread == 0
-    # see _margin
-    share = k / tl.maximum(total, 1).to(tl.float32)
-    margin = 6 * tl.sqrt(spread * share * (1 - share)) + 64 * (spread / tl.maximum(total, 1))
-    margin = tl.ceil(margin).to(tl.int64)
-    lo, _, before, _ = _locate(k - margin, state_ptr, counts_ptr, coarse_ptr, TOP, BINS, COARSE)
-    _, hi, _, upto = _locate(k + margin, state_ptr, counts_ptr, coarse_ptr, TOP, BINS, COARSE)
+    if SAMPLED:
+        # as in _margin
+        share = k / tl.maximum(total, 1).to(tl.float32)
+        margin = 6 * tl.sqrt(spread * share * (1 - share)) + 64 * (spread / tl.maximum(total, 1))
+        margin = tl.ceil(margin).to(tl.int64)
+        lo, _, before, _ = _locate(
+            k - margin, state_ptr, counts_ptr, coarse_ptr, TOP, BINS, COARSE
+        )
+        _, hi, _, upto = _locate(k + margin, state_ptr, counts_ptr, coarse_ptr, TOP, BINS, COARSE)
+    else:
+        lo, hi, before, upto = _locate(k, state_ptr, counts_ptr, coarse_ptr, TOP, BINS, COARSE)
 
     has_ties = upto - before > total // 32
     start = tl.where(has_ties, lo + 1, lo)
@@ -388,8 +393,8 @@ def _launch_count(
 ) -> None:
     programs = 3
     if state.is_cuda:
-        # as many as run at a time, at 80 registers a thread
-        programs = 6 * torch.cuda.get_device_properties(state.device).multi_processor_count
+        # as many as run at a time, at up to 96 registers a thread
+        programs = 5 * torch.cuda.get_device_properties(state.device).multi_processor_count
     dtype = str(launch.dtype).removeprefix("torch.")
     if launch.dtype == plan.kind and scales is None:
         dtype = f"int{8 * launch.dtype.itemsize}"
@@ -488,7 +493,7 @@ def _pieces(tensors: Sequence[Tensor], scales: Tensor | None, step: int) -> list
 
 
 def _patterns(piece: _Piece, kind: torch.dtype, step: int) -> np.ndarray:
-    values = piece.values.reshape(-1)[piece.skip :: step].cpu()
+    values = piece.values.detach().reshape(-1)[piece.skip :: step].cpu()
     if kind != torch.float32:
         return values.view(torch.int16).numpy() & 0x7FFF
     if values.dtype == torch.bfloat16:
@@ -501,7 +506,7 @@ def _patterns(piece: _Piece, kind: torch.dtype, step: int) -> np.ndarray:
 
 
 class _Counts(NamedTuple):
-    """Counts of keys: 0 below the bracket, 1 nonfinite, 2 all, 3... bins; and the keys inside it."""
+    """Numbers of keys (0 below the bracket, 1 nonfinite, 2 all, 3... bins); the keys inside it."""
 
     numbers: np.ndarray
     inside: list[np.ndarray] | None  # None if they are too many to keep
@@ -513,6 +518,11 @@ def _count(chunks: Iterable[np.ndarray], plan: _Plan, lo: int, hi: int, shift: i
     bins = np.zeros(plan.bins, np.int64)
     inside: list[np.ndarray] = []
     keeps = True
+
+    def add_to_bins() -> None:
+        if inside:
+            bins[:] += np.bincount(np.concatenate(inside) - lo >> shift, minlength=plan.bins)
+
     for keys in chunks:
         is_below = keys < lo
         is_inside = (keys < hi) ^ is_below
@@ -526,10 +536,10 @@ def _count(chunks: Iterable[np.ndarray], plan: _Plan, lo: int, hi: int, shift: i
         else:
             bins[0] += np.count_nonzero(is_inside)
         if held > _KEPT:
-            bins += np.bincount(np.concatenate(inside) - lo >> shift, minlength=plan.bins)
-            inside, held, keeps = [], 0, False
-    if inside:
-        bins += np.bincount(np.concatenate(inside) - lo >> shift, minlength=plan.bins)
+            add_to_bins()
+            inside.clear()
+            held, keeps = 0, False
+    add_to_bins()
     numbers = np.concatenate([[below, nonfinite, seen], bins])
     return _Counts(numbers, inside if keeps else None)
 
@@ -557,8 +567,9 @@ def _search_torch(
     """Return the pattern, keep_ties, nonfinite, and how many full reads it took."""
 
     def agree(numbers: np.ndarray | list[int]) -> np.ndarray:
-        summed = torch.tensor(numbers, device=tensors[0].device)
-        return (summed if reduce is None else reduce(summed)).cpu().numpy()
+        if reduce is None:
+            return np.asarray(numbers)
+        return reduce(torch.tensor(numbers, device=tensors[0].device)).cpu().numpy()
 
     plan = _plan(tensors, scales)
     total = sum(t.numel() for t in tensors)
@@ -583,7 +594,7 @@ def _search_torch(
             reads += 1
         else:
             numbers, inside = _count(inside, plan, lo, hi, shift)
-            numbers[:2] = elsewhere + (numbers[0], 0)
+            numbers[:2] = np.add(elsewhere, (numbers[0], 0))
         elsewhere = numbers[:2]
         numbers = agree(numbers)
         below, nonfinite, seen = numbers[:3].tolist()

@@ -61,7 +61,16 @@ def _width(modifiers: str) -> int:
 
 
 def compile_for(
-    arch, kernel, types, constants, *, aligned=True, num_warps=4, num_stages=3, strides_of_one=()
+    arch,
+    kernel,
+    types,
+    constants,
+    *,
+    aligned=True,
+    num_warps=4,
+    num_stages=3,
+    strides_of_one=(),
+    unspecialized=(),
 ):
     """Compile ``kernel`` for ``sm_<arch>``.
 
@@ -75,6 +84,7 @@ def compile_for(
             False: the generic variant.
         num_warps, num_stages: launch options.
         strides_of_one: names of the stride arguments that are 1 for contiguous inputs.
+        unspecialized: names of the integers that the JIT is told not to specialise on.
     """
     constants = dict(constants)
     if aligned:
@@ -88,6 +98,7 @@ def compile_for(
         for i, n in enumerate(names)
         if aligned
         and n not in constants
+        and n not in unspecialized
         and (types[n].startswith("*") or types[n] in ("i32", "i64"))
     }
     built = triton.compile(

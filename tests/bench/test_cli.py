@@ -70,8 +70,8 @@ def test_a_run_prints_its_table_and_where_it_ran(tmp_path, capsys):
     assert "80.0 %" in captured.out
     # no terminal: a line a phase, no bars
     assert [line.split(":")[0] for line in captured.err.splitlines()] == [
-        "dense training",
-        "sparse training",
+        "dense",
+        "sparse",
     ]
 
 
