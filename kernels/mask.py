@@ -13,6 +13,7 @@ Reading order: reference -> kernels -> launcher -> operators -> public function.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -308,11 +309,18 @@ def _launch(
     for i, (tensor, mask) in enumerate(zip(tensors, out, strict=True)):
         if tensor.numel() == 0:
             continue
-        layout, shape, strides, block_r, block_c = _tiling(tensor, mask, packed)
-        entry = (tensor.data_ptr(), mask.data_ptr(), *shape, *strides, units, equal_bytes, i)
-        launches.setdefault((tensor.dtype, layout, block_r, block_c), []).append(entry)
-        units += shape[0] * triton.cdiv(shape[1], block_c)
-        equal_bytes += triton.cdiv(shape[0] * triton.cdiv(shape[1], 8), 16) * 16
+        layout, (rows, cols), strides, block_r, block_c = _tiling(tensor, mask, packed)
+        block_u = max(1, TIES_TILE[packed and layout == "flat"] // block_c)
+        # not triton.cdiv, which takes microseconds
+        pieces = -(-cols // block_c)
+        entry = (
+            -(-rows // block_r) * pieces,
+            -(-rows * pieces // block_u),
+            *(tensor.data_ptr(), mask.data_ptr(), rows, cols, *strides, units, equal_bytes, i),
+        )
+        launches.setdefault((tensor.dtype, layout, block_r, block_c, block_u), []).append(entry)
+        units += rows * pieces
+        equal_bytes += -(-rows * -(-cols // 8) // 16) * 16
     if not launches:
         return
     equal = value.new_empty(equal_bytes, dtype=torch.uint8)
@@ -321,32 +329,26 @@ def _launch(
 
     ties_launches = []
     with on_device(value):
-        for (dtype, layout, block_r, block_c), entries in launches.items():
-            block_u = max(1, TIES_TILE[packed and layout == "flat"] // block_c)
-            programs = ties_programs = 0
-            rows = []
-            for entry in entries:
-                rows.append((programs, ties_programs, *entry))
-                pieces = triton.cdiv(entry[3], block_c)
-                programs += triton.cdiv(entry[2], block_r) * pieces
-                ties_programs += triton.cdiv(entry[2] * pieces, block_u)
-            # entries past the end start after every program
-            n = triton.next_power_of_2(len(rows))
-            rows += [(2**62,) * len(rows[0])] * (n - len(rows))
-            table = torch.tensor(list(zip(*rows, strict=True)), pin_memory=value.is_cuda)
-            table = table.to(value.device, non_blocking=True)
+        for (dtype, layout, block_r, block_c, block_u), entries in launches.items():
+            columns = [list(column) for column in zip(*entries, strict=True)]
+            programs, ties_programs = sum(columns[0]), sum(columns[1])
+            columns[:2] = [list(accumulate(c, initial=0))[:-1] for c in columns[:2]]
+            # what fills the table up starts after every program
+            n = 1 << (len(entries) - 1).bit_length()
+            table = torch.tensor(
+                [column + [2**62] * (n - len(entries)) for column in columns],
+                pin_memory=value.is_cuda,
+            ).to(value.device, non_blocking=True)
             meta = {"PACKED": packed, "LAYOUT": layout, "INDEX": index, "N": n}
             meta |= {"BLOCK_C": block_c, "num_warps": 8}
             _compare_kernel[(programs,)](
                 table, value, scales, equal, count,
                 DTYPE=getattr(tl, str(dtype).removeprefix("torch.")), BLOCK_R=block_r, **meta,
             )  # fmt: skip
-            ties_launches.append((ties_programs, table, block_u, meta))
+            ties_launches.append((ties_programs, table, {"BLOCK_U": block_u, **meta}))
         end = torch.cumsum(count, 0)
-        for programs, table, block_u, meta in ties_launches:
-            _ties_kernel[(programs,)](
-                table, keep_ties, equal, count, end, BLOCK_U=block_u, **meta
-            )  # fmt: skip
+        for programs, table, meta in ties_launches:
+            _ties_kernel[(programs,)](table, keep_ties, equal, count, end, **meta)
 
 
 def _new_masks(tensors: Sequence[Tensor], packed: bool) -> list[Tensor]:
@@ -472,12 +474,11 @@ def make_mask(
                 f"make_mask: threshold.{name} must be 0-d {dtype} on {tensors[0].device}, "
                 f"got {t.dtype} {tuple(t.shape)} on {t.device}"
             )
-    use_triton("make_mask", backend, tensors[0])
-    plain = backend == "torch"
-    if any(t.dtype == torch.float64 for t in tensors):
-        if backend == "triton":
-            raise ValueError("make_mask: tensors must not be float64 with backend='triton'")
-        plain = True
+    on_triton = use_triton("make_mask", backend, tensors[0])
+    has_float64 = any(t.dtype == torch.float64 for t in tensors)
+    if has_float64 and backend == "triton":
+        raise ValueError("make_mask: tensors must not be float64 with backend='triton'")
+    plain = backend == "torch" or (on_triton and has_float64)
     if scales is not None:
         scales = scales.contiguous()
     with torch.no_grad():

@@ -9,7 +9,7 @@ from aot import ARCHITECTURES, assert_lean, compile_for
 from triton_sparsity.kernels import bits
 from triton_sparsity.kernels import mask as module
 from triton_sparsity.kernels.launch import HAS_TRITON, INTERPRET, tl
-from triton_sparsity.kernels.mask import make_mask, unpack
+from triton_sparsity.kernels.mask import make_mask, pack, unpack
 from triton_sparsity.kernels.select import Threshold, select
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -301,6 +301,19 @@ def test_nothing_waits_for_the_device(packed):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_equal(out, want_masks(tensors, 99, packed))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs more memory than a CPU test may take")
+@pytest.mark.parametrize("shape", [(1, 2**31 - 128), (3, 2**30)], ids=str)
+def test_offsets_near_and_past_2_to_the_31(shape):
+    tensor = torch.zeros(shape, dtype=torch.float16, device=DEVICE)
+    tensor[0, 0] = tensor[-1, -1] = 1
+    threshold = Threshold(*(torch.tensor(v, device=DEVICE) for v in (0.0, 5, 0)))
+    (mask,) = make_mask([tensor], threshold, packed=True)
+    assert int((mask != 0).sum()) == 2
+    assert (int(mask[0, 0]), int(mask[-1, -1])) == (0b111111, 0b10000000)
+    assert torch.equal(pack(unpack(mask, shape[1])), mask)
 
 
 @pytest.mark.skipif(INTERPRET or DEVICE == "cuda", reason="Triton runs here")
