@@ -97,7 +97,7 @@ def finetune(
         Text, _option("polynomial, exponential, multistep or adaptive.", "polynomial")
     ] = None,
     ramp: Annotated[
-        Real, _option("Fraction of the sparse epochs in which the level rises.", "0.6")
+        Real, _option("Fraction of the sparse epochs in which the level rises.", "0.7")
     ] = None,
     importance: Annotated[
         Text, _option("abs or normed_abs (by the norm of each weight).", "abs")

@@ -56,7 +56,7 @@ class Options:
     level: float = 0.8
     initial_level: float = 0.0
     schedule: str = "polynomial"
-    ramp: float = 0.6
+    ramp: float = 0.7
     importance: str = "abs"
     scope: tuple[str, ...] = ("layers",)
     ignore: tuple[str, ...] = ()

@@ -161,23 +161,19 @@ def curves(runs: Mapping[str, Mapping[str, Any]]) -> bytes:
         if dense_steps:
             axes.axvline(dense_steps + 0.5, color="0.5", linestyle=":")
     dense_metric = first["results"]["dense"]["metric"]
-    metric.axhline(
-        dense_metric, color="0.35", linestyle="--", label="dense model, all held-out data"
-    )
-    for i, (label, run) in enumerate(runs.items()):
-        metric.plot(
-            dense_steps + len(run["history"]["sparse"]["loss"]),
-            run["results"]["stripped"]["metric"],
-            color=f"C{i}",
-            marker="*",
-            markersize=12,
-            linestyle="",
-            label=f"{label} stripped, all held-out data".strip(),
-        )
+    metric.axhline(dense_metric, color="0.35", linestyle="--")
+    star = {"marker": "*", "markersize": 12, "linestyle": ""}
+    for i, run in enumerate(runs.values()):
+        end = dense_steps + len(run["history"]["sparse"]["loss"])
+        metric.plot(end, run["results"]["stripped"]["metric"], color=f"C{i}", **star)
+    # the colours have their legend above
+    metric.plot([], [], color="0.35", marker=".", label="part of the held-out data")
+    metric.plot([], [], color="0.35", linestyle="--", label="dense, all of it")
+    metric.plot([], [], color="0.35", **star, label="stripped, all of it")
     loss.set_ylabel("training loss, nats")
     level.set_ylabel("sparsity level, %")
     level.set_ylim(-5, 105)
-    metric.set_ylabel(f"{first['metric']}, part of held-out data")
+    metric.set_ylabel(first["metric"])
     metric.set_xlabel("optimiser step")
     loss.legend()
     metric.legend()

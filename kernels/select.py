@@ -50,6 +50,7 @@ _KEPT = 1 << 19  # keys that it keeps at most
 
 _HEADER = 4  # counts before the bins
 _COARSE = 512  # groups of bins, searched first
+_SEARCH = 256  # tensors of the list that a program looks at together to find where it begins
 _LO, _KEEP_TIES, _NONFINITE, _READS = 1, 6, 7, 8  # what the host takes from the state
 
 
@@ -157,7 +158,7 @@ def _count_kernel(
             scale = tl.load(scales_ptr + tl.load(table_ptr + 2 * tensors + i))
         for t in range(tile - first, stop - first):
             # 64-bit up to the tile, 32-bit inside it
-            offset = t * (ROWS * VEC) * stride
+            offset = weight * (ROWS * VEC) * t
             left = tl.minimum(size - offset, ROWS * VEC * stride).to(tl.int32)
             row = offs_r
             if SAMPLED:
@@ -287,7 +288,8 @@ def _narrow_kernel(
     nonfinite = tl.load(counts_ptr + 3)
     was_done = tl.load(state_ptr)
     running = was_done == 0
-    found = exact & (hi - lo == 1)
+    # nothing is between them if k falls among NaN
+    found = exact & (hi - lo <= 1)
     if not COUNT_NONFINITE:
         found = found & (nonfinite == 0)
     tl.store(out_ptr, was_done | found.to(tl.int64))
@@ -405,7 +407,7 @@ def _launch_count(
         SAMPLED=launch.step > 1, COUNT_NONFINITE=exactly, BINS=plan.bins, COPIES=len(counts),
         # 32 bytes are sampled at one place: a sector
         ROWS=launch.rows, VEC=launch.vec, RUN=32 // (launch.vec * launch.dtype.itemsize),
-        SEARCH=256,
+        SEARCH=_SEARCH,
     )  # fmt: skip
 
 
@@ -521,7 +523,12 @@ def _count(chunks: Iterable[np.ndarray], plan: _Plan, lo: int, hi: int, shift: i
 
     def add_to_bins() -> None:
         if inside:
-            bins[:] += np.bincount(np.concatenate(inside) - lo >> shift, minlength=plan.bins)
+            joined = np.concatenate(inside)
+            if not keeps:
+                inside.clear()
+            joined -= lo
+            joined >>= shift
+            bins[:] += np.bincount(joined, minlength=plan.bins)
 
     for keys in chunks:
         is_below = keys < lo
@@ -536,9 +543,9 @@ def _count(chunks: Iterable[np.ndarray], plan: _Plan, lo: int, hi: int, shift: i
         else:
             bins[0] += np.count_nonzero(is_inside)
         if held > _KEPT:
+            keeps = False
             add_to_bins()
-            inside.clear()
-            held, keeps = 0, False
+            held = 0
     add_to_bins()
     numbers = np.concatenate([[below, nonfinite, seen], bins])
     return _Counts(numbers, inside if keeps else None)
