@@ -107,8 +107,8 @@ def test_the_target_is_reached_at_the_end_of_the_ramp(schedule, epochs):
     assert levels == sorted(levels)
     assert levels[-1] == 0.8
     if epochs == 10:
-        assert levels[6] == 0.8
-        assert 0.1 <= levels[0] < levels[3] < levels[5] < 0.8
+        assert levels[7] == 0.8
+        assert 0.1 <= levels[0] < levels[3] < levels[6] < 0.8
 
 
 def test_the_adaptive_schedule_ends_at_the_target_if_there_is_time():
