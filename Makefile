@@ -2,6 +2,8 @@
 VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 PYTEST := $(PYTHON) -m pytest
+# two workers with a thread each: more threads than cores would slow both
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2
 SETUP := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready)
 
 .PHONY: demo test lint test-reference test-interpret test-aot test-gpu bench clean
@@ -18,14 +20,14 @@ lint: $(SETUP)
 	$(PYTHON) -m basedpyright --pythonpath $(PYTHON)
 
 test-reference: $(SETUP)
-	$(PYTEST) -m "not gpu and not aot" -n 2
+	$(PARALLEL) -m "not gpu and not aot"
 
 # the interpreter replaces the compiler when a kernel is decorated, hence a process of its own
 test-interpret: $(SETUP)
-	TRITON_INTERPRET=1 $(PYTEST) -m "not gpu and not aot" -n 2 tests/kernels
+	TRITON_INTERPRET=1 $(PARALLEL) -m "not gpu and not aot" tests/kernels
 
 test-aot: $(SETUP)
-	$(PYTEST) -m aot -n 2
+	$(PARALLEL) -m aot
 
 test-gpu: $(SETUP)
 	$(PYTEST) -m "not aot" tests/kernels tests/controller
