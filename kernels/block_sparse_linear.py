@@ -1,0 +1,536 @@
+"""Block-sparse linear: ``y = x (W * M)^T + b`` with kernels that read only the kept blocks of W.
+
+W is an ordinary dense parameter, never copied or re-packed, in either memory layout. The forward
+pass and the input gradient, ``dX = dY (W * M)``, are one kernel: the same product with the roles
+of rows and columns exchanged, and the transposed lists of ``topology.py``. The weight gradient is
+``block_sparse_wgrad.py``; the plain-torch way, ``block_sparse_torch.py``; tiles, ``tiles.py``.
+
+**Tiles.** An output tile is BLOCK_M tokens by one block's rows; its reduction walks the kept
+columns. A step reads BLOCK_M + BLOCK_N elements a column for BLOCK_M * BLOCK_N multiplications, an
+intensity of m n / (m + n) FLOP a byte (16 bit). A random mask shares no activations between block
+rows, so n is the block's and only m is free; two registers in three hold float32 sums:
+
+    block   tile        intensity   share of 790 TFLOP/s at 7 TB/s of L2
+    256     128 x 256   85          0.76
+    128     256 x 128   85          0.76
+    64      512 x 64    57          0.50
+    32      512 x 32    30          0.27
+    16      512 x 16    15          0.14
+
+Both numbers are estimates, to be replaced by measured ones; dense Triton GEMMs with the tiles of
+the first two lines reach 0.85 to 0.9 of cuBLAS on Hopper. Multicasting W's tile over a cluster of
+two tiles of tokens would lift 256 x 128 to 102, and is out of reach of plain Triton.
+
+**One loop.** A program (one a multiprocessor: 8 warps, 160 to 230 registers, 200 KB of shared
+memory) walks its tiles in a single loop over all their steps, so that the copy engine fetches the
+next tile's operands while the last one is converted and stored, itself by a bulk copy. Nothing in
+the loop waits for a list: a step's block index is loaded in the step before, a tile's task a whole
+tile ahead. One ``wgmma`` group stays in flight across steps. Tokens are few: smaller tiles, two
+programs a multiprocessor, more of them in flight, since then the bytes of W are what takes time.
+
+**Balance.** Tasks are sorted by length; programs deal them out round-robin, longest first in one
+panel, shortest first in the next, longest first in the last. Tiles of one round are equally long,
+and what a program gains in one panel it gives back in the next.
+
+**L2.** Panels of as many token tiles as hold 16 MB of activations; in a panel, all block rows, and
+within a block row all token tiles. A panel's activations stay in L2 while the kept part of W
+streams by once a panel, each tile of it read by neighbours at the same time.
+
+Past 90 % sparsity the floor is device memory, not arithmetic: 8192 tokens of 4096 -> 14336 read
+and write 0.3 GB, 0.07 ms, as long as 6 % of the blocks' arithmetic at the full rate.
+
+Reading order: reference -> kernel -> launchers -> operators -> public function.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import block_sparse_torch
+from .block_sparse_wgrad import launch_wgrad
+from .launch import Backend, index_type, on_device, tl, triton, use_triton
+from .pattern import Block, Pattern, grid_shape
+from .tiles import (
+    Tile,
+    bulk_copies,
+    descriptor,
+    device_of,
+    dot_precision,
+    linear_tile,
+    measured,
+)
+from .topology import Topology, block_topology, capacities
+
+MIN_SIDE = 16  # of a block: the tensor cores' smallest dot
+PANEL_BYTES = 16 * 2**20
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def block_sparse_linear_reference(
+    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, pattern: Pattern
+) -> Tensor:
+    """Define the semantics: plain PyTorch, any device, any float dtype, differentiable."""
+    keep = mask.repeat_interleave(pattern.rows, 0).repeat_interleave(pattern.cols, 1)
+    R, C = weight.shape
+    return torch.nn.functional.linear(x, weight.masked_fill(~keep[:R, :C], 0), bias)
+
+
+@triton.jit
+def _place(tile, num_m, bands, group):
+    """Return which tokens and which band of outputs a tile is.
+
+    Panels of ``group`` token tiles; in each, band after band, every second panel from the last
+    band to the first.
+    """
+    panel = tile // (group * bands)
+    first = panel * group
+    width = tl.maximum(tl.minimum(num_m - first, group), 1)
+    within = tile - first * bands
+    band = within // width
+    turned = ((num_m - 1) // group - panel) % 2 == 1
+    return first + within - band * width, tl.where(turned, bands - 1 - band, band)
+
+
+@triton.jit
+def _steps(entries, PARTS: tl.constexpr):
+    """Return the steps of a tile: an empty one takes a step, over zeros, to be written at all."""
+    return tl.maximum(entries * PARTS, 1)
+
+
+@triton.jit
+def _load(
+    source,
+    row,
+    col,
+    rows,
+    cols,
+    stride_row,
+    stride_col,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BULK: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Load a tile [ROWS, COLS] of a matrix; zeros outside of it."""
+    if BULK:
+        tile = source.load([row, col])
+    else:
+        offs_row, offs_col = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
+        at = offs_row.to(INDEX)[:, None] * stride_row + offs_col.to(INDEX)[None, :] * stride_col
+        inside = (offs_row < rows)[:, None] & (offs_col < cols)[None, :]
+        tile = tl.load(source + at, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit(do_not_specialize=["M", "TASKS", "absent", "group"])
+def _block_sparse_linear_kernel(
+    x,  # BULK: descriptors of x, w and y; else their pointers
+    w,
+    y,
+    bias_ptr,
+    task_ptr,
+    index_ptr,
+    M,
+    N,
+    K,
+    TASKS,
+    absent,  # a block index past the last column
+    group,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_ym,
+    stride_yn,
+    HAS_BIAS: tl.constexpr,
+    W_BY_K: tl.constexpr,  # w lies with its N elements side by side
+    SIDE_N: tl.constexpr,
+    SIDE_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OUT: tl.constexpr,
+    BULK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    PARTS: tl.constexpr = SIDE_K // BLOCK_K
+    PER_TASK: tl.constexpr = SIDE_N // BLOCK_N
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    num_m, bands = tl.cdiv(M, BLOCK_M), TASKS * PER_TASK
+    tiles = num_m * bands
+
+    total = 0
+    for first in range(program, tiles, programs * 128):
+        mine = first + tl.arange(0, 128) * programs
+        _, band = _place(mine, num_m, bands, group)
+        entries = tl.load(task_ptr + band // PER_TASK * 3 + 2, mask=mine < tiles, other=0)  # [128]
+        total += tl.sum(tl.where(mine < tiles, _steps(entries, PARTS), 0))
+
+    tile_m, band = _place(program, num_m, bands, group)
+    task = task_ptr + band // PER_TASK * 3
+    m, n = tile_m * BLOCK_M, tl.load(task) * SIDE_N + band % PER_TASK * BLOCK_N
+    entry, entries = tl.load(task + 1), tl.load(task + 2)
+    end, left, part = entry + entries, _steps(entries, PARTS), 0
+    block = tl.load(index_ptr + entry, mask=entry < end, other=absent)
+
+    # what comes next is loaded a whole tile ahead of its use
+    tile = tl.minimum(program + programs, tiles - 1)
+    tile_m, band = _place(tile, num_m, bands, group)
+    task = task_ptr + band // PER_TASK * 3
+    next_line, next_entry, next_entries = tl.load(task), tl.load(task + 1), tl.load(task + 2)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(total):
+        k = block * SIDE_K + part * BLOCK_K
+        xs = _load(x, m, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, BULK, INDEX)
+        if W_BY_K:
+            ws = _load(w, k, n, K, N, stride_wk, stride_wn, BLOCK_K, BLOCK_N, BULK, INDEX)
+        else:
+            ws = _load(w, n, k, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, BULK, INDEX).T
+        acc = tl.dot(xs, ws, acc, input_precision=PRECISION)
+
+        out_m, out_n = m, n
+        left -= 1
+        done = left == 0
+        part += 1
+        if part == PARTS:
+            part = 0
+            entry += 1
+        if done:
+            m, n = tile_m * BLOCK_M, next_line * SIDE_N + band % PER_TASK * BLOCK_N
+            entry, end = next_entry, next_entry + next_entries
+            left, part = _steps(next_entries, PARTS), 0
+            tile = tl.minimum(tile + programs, tiles - 1)
+            tile_m, band = _place(tile, num_m, bands, group)
+            task = task_ptr + band // PER_TASK * 3
+        # outside of the branch, because its end would wait for them
+        next_line = tl.load(task, mask=done, other=next_line)
+        next_entry = tl.load(task + 1, mask=done, other=next_entry)
+        next_entries = tl.load(task + 2, mask=done, other=next_entries)
+        block = tl.load(index_ptr + entry, mask=entry < end, other=absent)
+        if done:
+            offs_n = out_n + tl.arange(0, BLOCK_N)
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)  # [BLOCK_N]
+                acc += bias.to(tl.float32)[None, :]
+            if BULK:
+                y.store([out_m, out_n], acc.to(OUT))
+            else:
+                offs_m = out_m + tl.arange(0, BLOCK_M)
+                at = offs_m.to(INDEX)[:, None] * stride_ym + offs_n.to(INDEX)[None, :] * stride_yn
+                tl.store(y + at, acc.to(OUT), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """Return ``matrix`` with unit stride along its rows: an activation may be copied."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _launch_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tasks: Tensor,
+    index: Tensor,
+    side_n: int,
+    side_k: int,
+    tuned: Tile | None,
+) -> Tensor:
+    """Return ``x weight^T + bias`` over the blocks that ``tasks`` and ``index`` list."""
+    x = _rows(x)
+    (M, K), N = x.shape, weight.shape[0]
+    y = x.new_empty((M, N))
+    if y.numel() == 0:
+        return y
+    if K == 0:
+        return y.copy_(bias.expand(M, N)) if bias is not None else y.zero_()
+    device, precision = device_of(x), dot_precision(x.dtype)
+    by_k = weight.stride(0) < weight.stride(1)
+    stored = weight.T if by_k else weight
+    bulk = precision != "ieee" and bulk_copies(device, x, stored, y)
+    tile = tuned or linear_tile(
+        side_n, side_k, x.dtype, device, precision=precision, bulk=bulk, few=False
+    )
+    tiles = triton.cdiv(M, tile.m) * len(tasks) * (side_n // tile.n)
+    if 4 * tiles <= device.processors:
+        tile = linear_tile(
+            side_n, side_k, x.dtype, device, precision=precision, bulk=bulk, few=True
+        )
+        tiles = triton.cdiv(M, tile.m) * len(tasks) * (side_n // tile.n)
+    if bulk:
+        ops = (
+            descriptor(x, tile.m, tile.k),
+            descriptor(stored, *((tile.k, tile.n) if by_k else (tile.n, tile.k))),
+            descriptor(y, tile.m, tile.n),
+        )
+    else:
+        ops = x, weight, y
+    with on_device(x):
+        _block_sparse_linear_kernel[(min(tiles, device.processors * tile.programs),)](
+            *ops, x if bias is None else bias, tasks, index, M, N, K, len(tasks),
+            triton.cdiv(K, side_k), max(1, PANEL_BYTES // (tile.m * K * x.element_size())),
+            *x.stride(), *weight.stride(), *y.stride(),
+            HAS_BIAS=bias is not None,
+            W_BY_K=by_k,
+            SIDE_N=side_n,
+            SIDE_K=side_k,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            BLOCK_K=tile.k,
+            OUT=getattr(tl, str(x.dtype).removeprefix("torch.")),
+            BULK=bulk,
+            PRECISION=precision,
+            INDEX=index_type(x, weight, y),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )  # fmt: skip
+    return y
+
+
+def _tuned(direction: str, weight: Tensor, rows: int, cols: int) -> Tile | None:
+    shape = weight.shape[0], weight.shape[1]
+    return measured.get((direction, shape, Block(rows, cols), weight.dtype))
+
+
+@torch.library.custom_op("triton_sparsity::block_sparse_linear", mutates_args=())
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lists: list[Tensor],
+    rows: int,
+    cols: int,
+    dense_weight_grad: bool,
+    triton_runs: bool,
+) -> Tensor:
+    topology = Topology(*lists)
+    if not triton_runs:
+        return block_sparse_torch.forward(x, weight, bias, topology, rows, cols)
+    tuned = _tuned("forward", weight, rows, cols)
+    return _launch_product(
+        x, weight, bias, topology.row_tasks, topology.col_index, rows, cols, tuned
+    )
+
+
+@torch.library.custom_op("triton_sparsity::block_sparse_linear_dgrad", mutates_args=())
+def _dgrad_op(
+    grad: Tensor, weight: Tensor, lists: list[Tensor], rows: int, cols: int, triton_runs: bool
+) -> Tensor:
+    topology = Topology(*lists)
+    if not triton_runs:
+        return block_sparse_torch.dgrad(grad, weight, topology, rows, cols)
+    tuned = _tuned("dgrad", weight, rows, cols)
+    return _launch_product(
+        grad, weight.T, None, topology.col_tasks, topology.row_index, cols, rows, tuned
+    )
+
+
+@torch.library.custom_op("triton_sparsity::block_sparse_linear_wgrad", mutates_args=())
+def _wgrad_op(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,  # for its layout
+    lists: list[Tensor],
+    rows: int,
+    cols: int,
+    triton_runs: bool,
+) -> Tensor:
+    topology = Topology(*lists)
+    out = torch.empty_like(weight)
+    if x.shape[0] == 0:
+        out.zero_()
+    elif not triton_runs:
+        block_sparse_torch.wgrad(grad, x, topology, rows, cols, out)
+    elif out.numel():
+        launch_wgrad(_rows(grad), _rows(x), topology, rows, cols, out)
+    return out
+
+
+@_op.register_fake
+def _(x, weight, bias, lists, rows, cols, dense_weight_grad, triton_runs) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@_dgrad_op.register_fake
+def _(grad, weight, lists, rows, cols, triton_runs) -> Tensor:
+    return grad.new_empty((grad.shape[0], weight.shape[1]))
+
+
+@_wgrad_op.register_fake
+def _(grad, x, weight, lists, rows, cols, triton_runs) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, lists, *ctx.options = inputs
+    ctx.save_for_backward(x, weight, *lists)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, *lists = ctx.saved_tensors
+    rows, cols, dense_weight_grad, triton_runs = ctx.options
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    grad_x = grad_weight = grad_bias = None
+    if wants_x:
+        grad_x = _dgrad_op(grad, weight, lists, rows, cols, triton_runs)
+    if wants_weight and dense_weight_grad:
+        grad_weight = grad.T @ x
+    elif wants_weight:
+        grad_weight = _wgrad_op(grad, x, weight, lists, rows, cols, triton_runs)
+    if wants_bias:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        grad_bias = grad.sum(0, dtype=wide).to(grad.dtype)
+    return grad_x, grad_weight, grad_bias, [None] * len(lists), None, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _flops(tokens: int, weight: Tensor, kept: Tensor, rows: int, cols: int) -> int:
+    """Count the multiplications and additions with kept weights; waits for the mask."""
+    R, C = weight.shape
+    heights = torch.full((kept.shape[0],), rows, dtype=torch.float64)
+    widths = torch.full((kept.shape[1],), cols, dtype=torch.float64)
+    heights[-1:] = R - rows * (len(heights) - 1)
+    widths[-1:] = C - cols * (len(widths) - 1)
+    return 2 * tokens * int(heights @ kept.cpu().double() @ widths)
+
+
+@register_flop_formula(torch.ops.triton_sparsity.block_sparse_linear, get_raw=True)
+def _(x, weight, bias, lists, rows, cols, *_, **__) -> int:
+    return _flops(x.shape[0], weight, Topology(*lists).kept, rows, cols)
+
+
+@register_flop_formula(torch.ops.triton_sparsity.block_sparse_linear_dgrad, get_raw=True)
+def _(grad, weight, lists, rows, cols, *_, **__) -> int:
+    return _flops(grad.shape[0], weight, Topology(*lists).kept, rows, cols)
+
+
+@register_flop_formula(torch.ops.triton_sparsity.block_sparse_linear_wgrad, get_raw=True)
+def _(grad, x, weight, lists, rows, cols, *_, **__) -> int:
+    return _flops(grad.shape[0], weight, Topology(*lists).kept, rows, cols)
+
+
+def _check(
+    x: Tensor, weight: Tensor, topology: Tensor | Topology, bias: Tensor | None, pattern: Pattern
+) -> None:
+    def must(condition: bool, message: str) -> None:
+        if not condition:
+            raise ValueError(f"block_sparse_linear: {message}")
+
+    must(
+        isinstance(pattern, Block) and min(pattern.rows, pattern.cols) >= MIN_SIDE,
+        f"pattern must be blocks of at least {MIN_SIDE} a side, got {pattern}",
+    )
+    must(weight.ndim == 2, f"weight must be a matrix, got shape {tuple(weight.shape)}")
+    R, C = weight.shape
+    must(
+        x.ndim > 0 and x.shape[-1] == C,
+        f"x must have {C} features, as weight {(R, C)} has, got shape {tuple(x.shape)}",
+    )
+    must(
+        weight.dtype in (*DTYPES, torch.float64),
+        f"weight must be a float of 16, 32 or 64 bits, got {weight.dtype}",
+    )
+    must(x.dtype == weight.dtype, f"x must have weight's {weight.dtype}, got {x.dtype}")
+    must(x.device == weight.device, f"x must be on weight's {weight.device}, got {x.device}")
+    if bias is not None:
+        must(bias.shape == (R,), f"bias must have shape {(R,)}, got {tuple(bias.shape)}")
+        must(
+            bias.dtype == weight.dtype,
+            f"bias must have weight's {weight.dtype}, got {bias.dtype}",
+        )
+        must(
+            bias.device == weight.device,
+            f"bias must be on weight's {weight.device}, got {bias.device}",
+        )
+    grid = grid_shape(pattern, (R, C))
+    if isinstance(topology, Tensor):
+        must(
+            topology.dtype == torch.bool and topology.shape == grid,
+            f"mask must be bool {grid}, one a block of {pattern} of weight {(R, C)}, got "
+            f"{topology.dtype} {tuple(topology.shape)}",
+        )
+        mask = topology
+    else:
+        shapes = tuple(tuple(t.shape) for t in topology)
+        must(
+            shapes == capacities(grid, pattern),
+            f"topology must be of {grid} {pattern} of weight {(R, C)}, got one of "
+            f"{tuple(topology.kept.shape)} blocks",
+        )
+        mask = topology.kept
+    must(mask.device == weight.device, f"mask must be on {weight.device}, got {mask.device}")
+
+
+def block_sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    topology: Topology | Tensor,
+    bias: Tensor | None = None,
+    *,
+    pattern: Pattern,
+    dense_weight_grad: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Multiply ``x`` by the kept blocks of ``weight``: ``x (W * M)^T + b``.
+
+    Sums are in float32 (float64 for float64) and rounded once. float32 operands are multiplied in
+    TF32 on a GPU if ``torch.backends.cuda.matmul.fp32_precision`` says so, exactly otherwise. Two
+    runs give the same bits. Pruned blocks are not multiplied by zero but left out: a NaN in them
+    goes nowhere. Under autocast, floats are cast as for ``torch.nn.functional.linear``.
+
+    Args:
+        x: activations, shape ``(..., C)``, any strides.
+        weight: float of 16, 32 or 64 bits, shape ``(R, C)``, any strides.
+        topology: the lists of ``block_topology``; or a bool mask ``(ceil(R / rows), ceil(C /
+            cols))``, True = kept, from which they are built in every call.
+        bias: shape ``(R,)``.
+        pattern: ``Block`` of 16 to 256 a side, rectangular too.
+        dense_weight_grad: give pruned weights their gradient too, as growing algorithms ask;
+            otherwise it is exactly zero there, and not computed.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        Shape ``(..., R)``, dtype of ``x``.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit the weight's, the mask is another
+            weight's, or a block is smaller than 16 a side.
+        RuntimeError: ``"triton"`` is asked for where it cannot run.
+    """
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        to = torch.get_autocast_dtype(kind)
+        x, weight, bias = (
+            t.to(to) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+            for t in (x, weight, bias)
+        )
+    _check(x, weight, topology, bias, pattern)
+    triton_runs = use_triton("block_sparse_linear", backend, x)
+    if weight.dtype == torch.float64:
+        if backend == "triton":
+            raise ValueError(
+                "block_sparse_linear: weight must not be float64 for backend='triton'"
+            )
+        triton_runs = False
+    if isinstance(topology, Tensor):
+        topology = block_topology(topology, pattern, backend=backend)
+    flat = x[None] if x.ndim == 1 else x.flatten(0, -2)
+    y = _op(
+        flat,
+        weight,
+        bias,
+        list(topology),
+        pattern.rows,
+        pattern.cols,
+        dense_weight_grad,
+        triton_runs,
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,318 @@
+"""Block topology: the lists by which the block-sparse kernels walk a block mask.
+
+No size depends on how many blocks are kept and no address changes, so building the lists waits
+for no GPU, and a mask update that rewrites them in place may sit in a CUDA graph. Two launches
+build them: one program a line (a block row or a block column) counts, then one program a line
+finds its place among the counts and writes what is its own, the padding included. No atomics.
+
+Reading order: layout -> reference -> kernels -> launcher -> operator -> public function.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import Backend, on_device, tl, triton, use_triton
+from .pattern import Pattern
+
+BUNDLE_WIDTH = 256  # elements: the widest tile of a weight gradient
+CHUNK = 256
+
+
+class Topology(NamedTuple):
+    """The kept blocks of one weight, for its forward pass and both of its gradients.
+
+    ``Rb`` block rows, ``Cb`` block columns, ``n`` kept blocks. A task is ``(line, first entry,
+    entries)``; those with the most entries come first, so that the longest work starts first, and
+    equal ones stay in order. All but ``kept`` are int32; what is not meant is padding.
+    """
+
+    row_tasks: Tensor  # (Rb, 3): the block rows
+    col_index: Tensor  # (Rb * Cb,): block column of each entry, row by row; from n on, Cb
+    col_tasks: Tensor  # (Cb, 3): the block columns
+    row_index: Tensor  # (Rb * Cb,): block row of each entry, column by column; from n on, Rb
+    bundles: Tensor  # (capacity, 3): tasks of neighbours in one line, see bundling; then zeros
+    bundle_count: Tensor  # (1,): how many bundles are meant
+    kept: Tensor  # (Rb, Cb), bool: the mask
+
+
+def bundling(pattern: Pattern, grid: tuple[int, int]) -> tuple[bool, int]:
+    """Return which kept blocks share a tile of the weight gradient.
+
+    The blocks of a block row multiply the same columns of the output's gradient; those of a block
+    column, the same columns of the input. Bundles lie along the rows of a tall weight and along
+    the columns of a wide one: then the tiles in flight at one time read a part of the wider
+    activation and all of the narrower one.
+
+    Returns:
+        True for neighbours in a block row, False for a block column; how many at most.
+    """
+    by_rows = grid[0] * pattern.rows >= grid[1] * pattern.cols
+    return by_rows, max(BUNDLE_WIDTH // (pattern.cols if by_rows else pattern.rows), 1)
+
+
+def capacities(grid: tuple[int, int], pattern: Pattern) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of a topology's tensors."""
+    (Rb, Cb), (by_rows, size) = grid, bundling(pattern, grid)
+    bundles = Rb * -(-Cb // size) if by_rows else Cb * -(-Rb // size)
+    return (Rb, 3), (Rb * Cb,), (Cb, 3), (Rb * Cb,), (bundles, 3), (1,), (Rb, Cb)
+
+
+def _empty(mask: Tensor, pattern: Pattern) -> Topology:
+    shapes = capacities((mask.shape[0], mask.shape[1]), pattern)
+    kinds = [torch.int32] * 6 + [torch.bool]
+    return Topology(
+        *(mask.new_empty(s, dtype=kind) for s, kind in zip(shapes, kinds, strict=True))
+    )
+
+
+def _lines_reference(kept: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tasks, index list and bundles of up to ``size`` of the rows of ``kept``."""
+    lines, length = kept.shape
+    counts = kept.sum(1)
+    first = counts.cumsum(0) - counts
+    order = counts.argsort(descending=True, stable=True)
+    entries = torch.arange(length, device=kept.device).expand(lines, -1)[kept]
+    index = torch.nn.functional.pad(entries, (0, lines * length - len(entries)), value=length)
+
+    pieces = (counts + size - 1) // size
+    line = torch.arange(lines, device=kept.device).repeat_interleave(pieces)
+    done = (torch.arange(len(line), device=kept.device) - (pieces.cumsum(0) - pieces)[line]) * size
+    bundles = torch.stack([line, first[line] + done, (counts[line] - done).clamp(max=size)], 1)
+    return torch.stack([order, first[order], counts[order]], 1), index, bundles
+
+
+def topology_reference(mask: Tensor, pattern: Pattern) -> Topology:
+    """Define the lists: plain PyTorch, any device."""
+    by_rows, size = bundling(pattern, (mask.shape[0], mask.shape[1]))
+    rows, cols = _lines_reference(mask, size), _lines_reference(mask.T, size)
+    bundles = rows[2] if by_rows else cols[2]
+    out = _empty(mask, pattern)
+    for target, source in zip(out[:4], rows[:2] + cols[:2], strict=True):
+        target.copy_(source)
+    out.bundles.zero_()[: len(bundles)] = bundles
+    out.bundle_count.fill_(len(bundles))
+    out.kept.copy_(mask)
+    return out
+
+
+@triton.jit
+def _topology_count_kernel(
+    mask_ptr, kept_ptr, counts_ptr, ROWS, COLS, stride_mr, stride_mc, CHUNK: tl.constexpr
+):
+    """Count the kept blocks of one line; copy the mask, row by row."""
+    line = tl.program_id(0)
+    is_row = line < ROWS
+    line = tl.where(is_row, line, line - ROWS)
+    length = tl.where(is_row, COLS, ROWS)
+    mask_ptr += line.to(tl.int64) * tl.where(is_row, stride_mr, stride_mc)
+    stride = tl.where(is_row, stride_mc, stride_mr)
+    count = 0
+    for start in range(0, length, CHUNK):
+        offs = start + tl.arange(0, CHUNK)
+        inside = offs < length
+        flags = tl.load(mask_ptr + offs.to(tl.int64) * stride, mask=inside, other=0)  # [CHUNK]
+        count += tl.sum((flags != 0).to(tl.int32))
+        tl.store(kept_ptr + line.to(tl.int64) * COLS + offs, flags, mask=inside & is_row)
+    tl.store(counts_ptr + tl.program_id(0), count)
+
+
+@triton.jit
+def _list_line(
+    mask_ptr,  # the first block of the line
+    stride,
+    counts_ptr,
+    tasks_ptr,
+    index_ptr,
+    bundles_ptr,
+    bundle_count_ptr,
+    line,
+    lines,
+    length,
+    SIZE: tl.constexpr,
+    BUNDLED: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Write one line's task, entries and bundles where they stand among those of all lines."""
+    count = tl.load(counts_ptr + line)
+    total, first, rank = 0, 0, 0
+    all_pieces, first_piece = 0, 0
+    for start in range(0, lines, CHUNK):
+        offs = start + tl.arange(0, CHUNK)
+        others = tl.load(counts_ptr + offs, mask=offs < lines, other=-1)  # [CHUNK]
+        before = offs < line
+        total += tl.sum(tl.maximum(others, 0))
+        first += tl.sum(tl.where(before, others, 0))
+        rank += tl.sum(((others > count) | ((others == count) & before)).to(tl.int32))
+        pieces = (tl.maximum(others, 0) + SIZE - 1) // SIZE
+        all_pieces += tl.sum(pieces)
+        first_piece += tl.sum(tl.where(before, pieces, 0))
+    tl.store(tasks_ptr + rank * 3, line)
+    tl.store(tasks_ptr + rank * 3 + 1, first)
+    tl.store(tasks_ptr + rank * 3 + 2, count)
+
+    # this line's share of the padding lies after that of the lines before it
+    kept, pruned = first, total + line * length - first
+    for start in range(0, length, CHUNK):
+        offs = start + tl.arange(0, CHUNK)
+        inside = offs < length
+        flags = tl.load(mask_ptr + offs.to(tl.int64) * stride, mask=inside, other=0)  # [CHUNK]
+        keep = (flags != 0).to(tl.int32)
+        drop = (inside & (flags == 0)).to(tl.int32)
+        place = tl.where(
+            keep != 0,
+            kept + tl.cumsum(keep, 0) - 1,
+            pruned + tl.cumsum(drop, 0) - 1,
+        )
+        tl.store(index_ptr + place, tl.where(keep != 0, offs, length), mask=inside)
+        kept += tl.sum(keep)
+        pruned += tl.sum(drop)
+
+    if BUNDLED:
+        room = (length + SIZE - 1) // SIZE
+        pieces = (count + SIZE - 1) // SIZE
+        unused = all_pieces + line * room - first_piece
+        for start in range(0, room, CHUNK):
+            offs = start + tl.arange(0, CHUNK)
+            used = offs < pieces
+            at = bundles_ptr + tl.where(used, first_piece + offs, unused + offs - pieces) * 3
+            tl.store(at, tl.where(used, line, 0), mask=offs < room)
+            tl.store(at + 1, tl.where(used, first + offs * SIZE, 0), mask=offs < room)
+            size = tl.minimum(count - offs * SIZE, SIZE)
+            tl.store(at + 2, tl.where(used, size, 0), mask=offs < room)
+        tl.store(bundle_count_ptr, all_pieces, mask=line == 0)
+
+
+@triton.jit
+def _topology_list_kernel(
+    kept_ptr,
+    counts_ptr,
+    row_tasks_ptr,
+    col_index_ptr,
+    col_tasks_ptr,
+    row_index_ptr,
+    bundles_ptr,
+    bundle_count_ptr,
+    ROWS,
+    COLS,
+    SIZE: tl.constexpr,
+    BY_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    line = tl.program_id(0)
+    if line < ROWS:
+        _list_line(
+            kept_ptr + line.to(tl.int64) * COLS,
+            1,
+            counts_ptr,
+            row_tasks_ptr,
+            col_index_ptr,
+            bundles_ptr,
+            bundle_count_ptr,
+            line,
+            ROWS,
+            COLS,
+            SIZE,
+            BY_ROWS,
+            CHUNK,
+        )
+    else:
+        _list_line(
+            kept_ptr + (line - ROWS),
+            COLS,
+            counts_ptr + ROWS,
+            col_tasks_ptr,
+            row_index_ptr,
+            bundles_ptr,
+            bundle_count_ptr,
+            line - ROWS,
+            COLS,
+            ROWS,
+            SIZE,
+            not BY_ROWS,
+            CHUNK,
+        )
+
+
+def _launch(mask: Tensor, by_rows: bool, size: int, out: Topology) -> None:
+    Rb, Cb = mask.shape
+    counts = torch.empty(Rb + Cb, dtype=torch.int32, device=mask.device)
+    kept = out.kept.view(torch.uint8)
+    chunk = min(CHUNK, max(triton.next_power_of_2(max(Rb, Cb)), 16))
+    with on_device(mask):
+        _topology_count_kernel[(Rb + Cb,)](
+            mask.view(torch.uint8), kept, counts, Rb, Cb, *mask.stride(), CHUNK=chunk
+        )
+        _topology_list_kernel[(Rb + Cb,)](
+            kept, counts, *out[:6], Rb, Cb, SIZE=size, BY_ROWS=by_rows, CHUNK=chunk
+        )
+
+
+@torch.library.custom_op("triton_sparsity::block_topology_", mutates_args={*Topology._fields})
+def _op(
+    mask: Tensor,
+    by_rows: bool,
+    size: int,
+    row_tasks: Tensor,
+    col_index: Tensor,
+    col_tasks: Tensor,
+    row_index: Tensor,
+    bundles: Tensor,
+    bundle_count: Tensor,
+    kept: Tensor,
+) -> None:
+    _launch(
+        mask,
+        by_rows,
+        size,
+        Topology(row_tasks, col_index, col_tasks, row_index, bundles, bundle_count, kept),
+    )
+
+
+@_op.register_fake
+def _(mask, by_rows, size, *lists) -> None:
+    return None
+
+
+def block_topology(
+    mask: Tensor, pattern: Pattern, *, out: Topology | None = None, backend: Backend = "auto"
+) -> Topology:
+    """Build the lists that ``block_sparse_linear`` walks.
+
+    Args:
+        mask: bool ``(Rb, Cb)``, any strides, True = kept.
+        pattern: the blocks of the mask.
+        out: a topology of a mask of the same shape, device and pattern; its tensors are rewritten
+            in place and returned. A captured CUDA graph may do so.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"`` (which waits for the GPU).
+
+    Raises:
+        ValueError: the mask is no bool matrix, or ``out`` belongs to another shape or device.
+        RuntimeError: ``"triton"`` is asked for where it cannot run.
+    """
+    if mask.dtype != torch.bool or mask.ndim != 2:
+        raise ValueError(
+            f"block_topology: mask must be a bool matrix, got {mask.dtype} {tuple(mask.shape)}"
+        )
+    triton_runs = use_triton("block_topology", backend, mask)
+    grid = mask.shape[0], mask.shape[1]
+    if out is None:
+        out = _empty(mask, pattern)
+    elif tuple(tuple(t.shape) for t in out) != capacities(grid, pattern):
+        raise ValueError(
+            f"block_topology: out must be of a mask {grid} of pattern {pattern}, got one of a "
+            f"mask {tuple(out.kept.shape)}"
+        )
+    elif out.kept.device != mask.device:
+        raise ValueError(
+            f"block_topology: out must be on the mask's {mask.device}, got {out.kept.device}"
+        )
+    if triton_runs and mask.numel():
+        _op(mask, *bundling(pattern, grid), *out)
+    else:
+        for target, source in zip(out, topology_reference(mask, pattern), strict=True):
+            target.copy_(source)
+    return out

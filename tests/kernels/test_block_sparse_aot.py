@@ -1,0 +1,358 @@
+"""Machine code of the block-sparse kernels for GPUs that are absent."""
+
+import re
+
+import pytest
+import torch
+
+from aot import SHARED_LIMIT, assert_lean, compile_for
+from triton_sparsity.kernels import block_sparse_wgrad as wgrad
+from triton_sparsity.kernels.block_sparse_linear import _block_sparse_linear_kernel
+from triton_sparsity.kernels.launch import INTERPRET, tl
+from triton_sparsity.kernels.tiles import Device, Tile, linear_tile, wgrad_tile
+from triton_sparsity.kernels.topology import (
+    CHUNK,
+    _topology_count_kernel,
+    _topology_list_kernel,
+)
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(INTERPRET, reason="the interpreter replaces the compiler"),
+]
+
+DEVICES = {
+    80: Device((8, 0), 108, 164 * 1024),
+    90: Device((9, 0), 132, 228 * 1024),
+    100: Device((10, 0), 148, 228 * 1024),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TL = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+REGISTERS = 65536  # of a multiprocessor
+
+
+def box(dtype, rows, cols):
+    return f"tensordesc<{dtype}[{rows},{cols}]>"
+
+
+def compile_linear(
+    arch,
+    dtype,
+    side_n,
+    side_k,
+    *,
+    by_k=False,
+    bulk=None,
+    few=False,
+    aligned=True,
+    tf32=True,
+    bias=False,
+    index=tl.int32,
+):
+    precision = "tf32" if dtype != "fp32" or tf32 else "ieee"
+    bulk = (arch >= 90 and aligned and precision != "ieee") if bulk is None else bulk
+    tile = linear_tile(
+        side_n, side_k, DTYPES[dtype], DEVICES[arch], precision=precision, bulk=bulk, few=few
+    )
+    types = dict.fromkeys("xwy", f"*{dtype}")
+    if bulk:
+        types = {
+            "x": box(dtype, tile.m, tile.k),
+            "w": box(dtype, *((tile.k, tile.n) if by_k else (tile.n, tile.k))),
+            "y": box(dtype, tile.m, tile.n),
+        }
+    strides = [f"stride_{name}" for name in ("xm", "xk", "wn", "wk", "ym", "yn")]
+    sizes = ["M", "N", "K", "TASKS", "absent", "group"]
+    types |= dict.fromkeys([*sizes, *strides], "i32")
+    types |= {"bias_ptr": f"*{dtype}", "task_ptr": "*i32", "index_ptr": "*i32"}
+    compiled = compile_for(
+        arch,
+        _block_sparse_linear_kernel,
+        types,
+        {
+            "HAS_BIAS": bias,
+            "W_BY_K": by_k,
+            "SIDE_N": side_n,
+            "SIDE_K": side_k,
+            "BLOCK_M": tile.m,
+            "BLOCK_N": tile.n,
+            "BLOCK_K": tile.k,
+            "OUT": TL[dtype],
+            "BULK": bulk,
+            "PRECISION": precision,
+            "INDEX": index,
+        },
+        aligned=aligned,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        strides_of_one=["stride_xk", "stride_yn", "stride_wn" if by_k else "stride_wk"],
+        unspecialized=["M", "TASKS", "absent", "group"],
+    )
+    return tile, compiled
+
+
+def compile_wgrad(
+    arch, dtype, side_a, side_b, *, lone_a=True, bulk=None, aligned=True, tf32=True, index=tl.int32
+):
+    precision = "tf32" if dtype != "fp32" or tf32 else "ieee"
+    device = DEVICES[arch]
+    side_u, side_v = (side_a, side_b) if lone_a else (side_b, side_a)
+    if bulk is None:
+        wide = wgrad.takes_bulk_copies(side_u, side_v, precision)
+        bulk = arch >= 90 and aligned and wide
+    tile = wgrad_tile(side_u, side_v, DTYPES[dtype], device, precision=precision, bulk=bulk)
+    shared = wgrad.layout(tile, lone_a, side_a, side_b, bulk, device)
+    types = dict.fromkeys(("a", "b", "out"), f"*{dtype}")
+    if bulk:
+        block_a, block_b = (tile.m, shared["BLOCK_V"])[:: 1 if lone_a else -1]
+        types = {
+            "a": box(dtype, tile.k, block_a),
+            "b": box(dtype, tile.k, block_b),
+            "out": box(dtype, shared["ACC_ROWS"], shared["ACC_COLS"]),
+        }
+    strides = [f"stride_{name}" for name in ("at", "aa", "bt", "bb", "oa", "ob", "ka", "kb")]
+    types |= dict.fromkeys(["T", "NA", "NB", "absent", *strides], "i32")
+    types |= {"out_ptr": f"*{dtype}", "scratch_ptr": "*fp32", "kept_ptr": "*u8"}
+    types |= dict.fromkeys(("bundle_ptr", "bundle_count_ptr", "index_ptr"), "*i32")
+    compiled = compile_for(
+        arch,
+        wgrad._block_sparse_wgrad_kernel,
+        types,
+        {
+            "STRIP_ROWS": wgrad.STRIP_ROWS,
+            "STRIP_COLS": wgrad.strip_cols(tile, DTYPES[dtype]),
+            "BULK": bulk,
+            "PRECISION": precision,
+            "INDEX": index,
+            **shared,
+        },
+        aligned=aligned,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        strides_of_one=["stride_aa", "stride_bb", "stride_ob", "stride_kb"],
+        unspecialized=["T", "absent"],
+    )
+    return tile, compiled
+
+
+def count(compiled, pattern):
+    return len(re.findall(pattern, compiled.sass))
+
+
+def widths(compiled, instruction):
+    """Bytes a thread of every such instruction; cp.async counts as LDGSTS alone."""
+    found = re.findall(rf"\b{instruction}\.E([\w.]*)", compiled.sass)
+    sizes = {"128": 16, "64": 8, "U16": 2, "U8": 1, "S8": 1}
+    return [next((n for key, n in sizes.items() if key in m), 4) for m in found]
+
+
+def assert_resident(tile, compiled, arch):
+    """As many programs fit on a multiprocessor as the tile says."""
+    assert_lean(compiled, arch)
+    assert compiled.stack == 0
+    threads = tile.programs * tile.warps * 32
+    assert compiled.registers * threads <= REGISTERS
+    reserved = 1024  # bytes of shared memory that the driver takes of every program
+    assert tile.programs * (compiled.shared + reserved) <= SHARED_LIMIT[arch] + reserved
+
+
+def assert_operands_arrive_in_bulk(compiled):
+    """Operands come by the copy engine; what threads load are lists, flags and the bias."""
+    assert count(compiled, "UTMALDG") >= 2
+    assert not compiled.has("LDGSTS")
+    assert count(compiled, r"\bLDG\b") <= 64
+    assert max(widths(compiled, "LDG")) <= 4
+
+
+def assert_operands_arrive_async(compiled, narrow=()):
+    """Operands come by cp.async, 16 bytes a thread; what threads load are lists and flags."""
+    pieces = widths(compiled, "LDGSTS")
+    assert pieces
+    assert set(pieces) <= {16, *narrow}
+    assert pieces.count(16) > len(pieces) / 2
+
+
+def assert_wgmma_runs_async(compiled, dots=1):
+    """All products are wgmma, and only the last of a step ends a group: none is serialised."""
+    assert compiled.has("HGMMA")
+    assert not compiled.has("HMMA")
+    assert count(compiled, r"HGMMA.*gsb0") == dots
+    assert count(compiled, r"WARPGROUP.DEPBAR.LE gsb0, 0x[1-9]") == 1
+
+
+@pytest.mark.parametrize("by_k", [False, True], ids=["forward", "dgrad"])
+@pytest.mark.parametrize("side", [256, 128, 64, 32, 16])
+def test_hopper_linear_is_wgmma_fed_by_bulk_copies(side, by_k):
+    tile, compiled = compile_linear(90, "bf16", side, side, by_k=by_k, bias=not by_k)
+    assert_resident(tile, compiled, 90)
+    assert_operands_arrive_in_bulk(compiled)
+    assert_wgmma_runs_async(compiled)
+    assert compiled.has("UTMASTG")
+    assert compiled.global_stores() == []
+    # every stage that was asked for is there: two copies in each but the last, two in the loop
+    assert count(compiled, "UTMALDG") == 2 * tile.stages
+
+
+@pytest.mark.parametrize("sides", [(256, 16), (16, 256)], ids=str)
+def test_hopper_linear_takes_rectangles(sides):
+    tile, compiled = compile_linear(90, "fp16", *sides)
+    assert_resident(tile, compiled, 90)
+    assert_operands_arrive_in_bulk(compiled)
+    assert_wgmma_runs_async(compiled)
+
+
+def test_hopper_linear_of_few_tokens_keeps_many_copies_in_flight():
+    tile, compiled = compile_linear(90, "bf16", 128, 128, few=True)
+    assert_resident(tile, compiled, 90)
+    assert_operands_arrive_in_bulk(compiled)
+    assert_wgmma_runs_async(compiled)
+    assert count(compiled, "UTMALDG") == 12
+
+
+@pytest.mark.parametrize("by_k", [False, True], ids=["forward", "dgrad"])
+def test_hopper_linear_without_bulk_copies(by_k):
+    tile, compiled = compile_linear(90, "bf16", 128, 128, by_k=by_k, bulk=False)
+    assert_resident(tile, compiled, 90)
+    assert_operands_arrive_async(compiled)
+    assert_wgmma_runs_async(compiled)
+    assert set(compiled.global_stores()) == {16}
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_linear_of_unaligned_operands_is_lean(arch):
+    tile, compiled = compile_linear(arch, "bf16", 128, 128, bulk=False, aligned=False)
+    assert_resident(tile, compiled, arch)
+
+
+@pytest.mark.parametrize("compile_one", [compile_linear, compile_wgrad])
+def test_offsets_past_int32_cost_no_spill(compile_one):
+    tile, compiled = compile_one(90, "bf16", 128, 128, bulk=False, index=tl.int64)
+    assert_resident(tile, compiled, 90)
+    assert_operands_arrive_async(compiled)
+
+
+@pytest.mark.parametrize("side", [128, 32])
+def test_ampere_linear_is_mma_fed_by_async_copies(side):
+    tile, compiled = compile_linear(80, "bf16", side, side)
+    assert_resident(tile, compiled, 80)
+    assert_operands_arrive_async(compiled)
+    assert compiled.has("HMMA")
+
+
+@pytest.mark.parametrize("side", [256, 128, 64])
+def test_blackwell_linear_is_fed_by_bulk_copies(side):
+    tile, compiled = compile_linear(100, "bf16", side, side)
+    assert_resident(tile, compiled, 100)
+    assert_operands_arrive_in_bulk(compiled)
+    assert "tcgen05.mma" in compiled.ptx
+
+
+@pytest.mark.parametrize("by_k", [False, True], ids=["forward", "dgrad"])
+def test_hopper_linear_in_tf32_is_wgmma(by_k):
+    tile, compiled = compile_linear(90, "fp32", 128, 128, by_k=by_k)
+    assert_resident(tile, compiled, 90)
+    assert_operands_arrive_in_bulk(compiled)
+    assert compiled.has("HGMMA")
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_exact_float32_uses_no_tensor_core(arch):
+    tile, compiled = compile_linear(arch, "fp32", 64, 64, tf32=False)
+    assert_resident(tile, compiled, arch)
+    assert_operands_arrive_async(compiled)
+    assert not compiled.has("HGMMA")
+    assert not compiled.has("HMMA")
+
+
+@pytest.mark.parametrize("lone_a", [True, False])
+@pytest.mark.parametrize(("side", "dots"), [(256, 1), (128, 2), (64, 4)])
+def test_hopper_wgrad_of_wide_blocks_is_wgmma_fed_by_bulk_copies(side, dots, lone_a):
+    tile, compiled = compile_wgrad(90, "bf16", side, side, lone_a=lone_a)
+    assert_resident(tile, compiled, 90)
+    assert_operands_arrive_in_bulk(compiled)
+    assert_wgmma_runs_async(compiled, dots)
+    assert compiled.has("UTMASTG")
+    assert set(compiled.global_stores()) == {16}  # zeros, and parts
+    assert count(compiled, "UTMALDG") == (1 + dots) * tile.stages
+
+
+@pytest.mark.parametrize("lone_a", [True, False])
+@pytest.mark.parametrize("side", [32, 16])
+def test_hopper_wgrad_gathers_narrow_blocks_into_wgmma_tiles(side, lone_a):
+    tile, compiled = compile_wgrad(90, "bf16", side, side, lone_a=lone_a)
+    assert_resident(tile, compiled, 90)
+    # a lone side of 16 columns is 8 bytes a thread
+    assert_operands_arrive_async(compiled, narrow=(8,) if side == 16 else ())
+    assert_wgmma_runs_async(compiled)
+    assert set(compiled.global_stores()) == {16}
+
+
+@pytest.mark.parametrize(("sides", "dots"), [((64, 128), 2), ((128, 64), 4)], ids=str)
+def test_hopper_wgrad_of_rectangles(sides, dots):
+    tile, compiled = compile_wgrad(90, "fp16", *sides)
+    assert_resident(tile, compiled, 90)
+    assert_operands_arrive_in_bulk(compiled)
+    assert_wgmma_runs_async(compiled, dots)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_wgrad_of_unaligned_operands_is_lean(arch):
+    tile, compiled = compile_wgrad(arch, "bf16", 128, 128, bulk=False, aligned=False)
+    assert_resident(tile, compiled, arch)
+
+
+@pytest.mark.parametrize("lone_a", [True, False])
+def test_ampere_wgrad_is_mma_fed_by_async_copies(lone_a):
+    tile, compiled = compile_wgrad(80, "bf16", 64, 64, lone_a=lone_a)
+    assert_resident(tile, compiled, 80)
+    assert_operands_arrive_async(compiled)
+    assert compiled.has("HMMA")
+
+
+@pytest.mark.parametrize("side", [256, 128, 64])
+def test_blackwell_wgrad_is_lean(side):
+    tile, compiled = compile_wgrad(100, "bf16", side, side)
+    assert_resident(tile, compiled, 100)
+    assert "tcgen05.mma" in compiled.ptx
+
+
+@pytest.mark.parametrize("tf32", [True, False], ids=["tf32", "ieee"])
+@pytest.mark.parametrize("side", [128, 32])
+def test_wgrad_in_float32_is_lean(side, tf32):
+    tile, compiled = compile_wgrad(90, "fp32", side, side, tf32=tf32)
+    assert_resident(tile, compiled, 90)
+    assert compiled.has("HGMMA") == tf32
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_sum_of_parts_is_lean(arch):
+    tile = Tile(64, 256, 64, 8, 4, 1)
+    shared = wgrad.layout(tile, True, 64, 64, False, DEVICES[arch])
+    strides = ["stride_oa", "stride_ob"]
+    types = dict.fromkeys(["T", "NA", "NB", "absent", "programs", *strides], "i32")
+    types |= dict.fromkeys(("bundle_ptr", "bundle_count_ptr", "index_ptr"), "*i32")
+    compiled = compile_for(
+        arch,
+        wgrad._block_sparse_wgrad_sum_kernel,
+        types | {"out_ptr": "*bf16", "scratch_ptr": "*fp32"},
+        {"SUM_ROWS": 16, "INDEX": tl.int32, **shared},
+        strides_of_one=["stride_ob"],
+        unspecialized=["T", "absent", "programs"],
+    )
+    assert_lean(compiled, arch)
+    assert set(widths(compiled, "LDG")) <= {4, 16}
+    assert set(compiled.global_stores()) == {16}
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_topology_kernels_are_lean(arch):
+    lists = ("row_tasks", "col_index", "col_tasks", "row_index", "bundles", "bundle_count")
+    types = {"mask_ptr": "*u8", "kept_ptr": "*u8", "counts_ptr": "*i32"}
+    types |= dict.fromkeys([f"{name}_ptr" for name in lists], "*i32")
+    types |= dict.fromkeys(("ROWS", "COLS", "stride_mr", "stride_mc"), "i32")
+    for kernel, constants in (
+        (_topology_count_kernel, {"CHUNK": CHUNK}),
+        (_topology_list_kernel, {"CHUNK": CHUNK, "SIZE": 2, "BY_ROWS": True}),
+    ):
+        mine = {name: types[name] for name in kernel.arg_names if name in types}
+        assert_lean(compile_for(arch, kernel, mine, constants, aligned=False), arch)

@@ -1,0 +1,533 @@
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from triton_sparsity.kernels import block_sparse_linear as linear_module
+from triton_sparsity.kernels import block_sparse_torch, tiles
+from triton_sparsity.kernels import block_sparse_wgrad as wgrad_module
+from triton_sparsity.kernels.block_sparse_linear import (
+    block_sparse_linear,
+    block_sparse_linear_reference,
+)
+from triton_sparsity.kernels.launch import INTERPRET, tl
+from triton_sparsity.kernels.pattern import Block, Unstructured, grid_shape
+from triton_sparsity.kernels.topology import Topology, block_topology
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = INTERPRET or DEVICE == "cuda"
+DTYPES = [torch.float32, torch.float16]
+if not INTERPRET:
+    DTYPES += [torch.bfloat16, torch.float64]
+triton_only = pytest.mark.skipif(not TRITON, reason="concerns the Triton kernels")
+not_interpreted = pytest.mark.skipif(INTERPRET, reason="does not concern the Triton kernels")
+
+# tokens, R, C, rows, cols: edge blocks on both sides, rectangles, tall and wide weights,
+# operands that the copy engine takes (multiples of 16 bytes) and others
+CASES = [
+    (37, 128, 64, 32, 32),
+    (5, 130, 70, 64, 64),
+    (1, 65, 40, 64, 16),
+    (37, 40, 136, 16, 128),
+    (17, 128, 264, 64, 128),
+    (3, 264, 80, 256, 64),
+    (67, 48, 264, 16, 256),
+]
+
+
+def random_mask(grid, kind="some"):
+    g = torch.Generator().manual_seed(grid[0] * 31 + grid[1])
+    mask = torch.rand(grid, generator=g) < {"all": 2, "none": -1}.get(kind, 0.5)
+    if kind == "empty lines":
+        mask[:] = True
+        mask[0], mask[:, -1] = False, False
+    if kind == "skewed":
+        mask = torch.rand(grid, generator=g) < torch.linspace(0.95, 0.05, grid[0])[:, None]
+    return mask.to(DEVICE)
+
+
+def make(tokens, R, C, rows, cols, dtype=torch.float32, kind="some", bias=True, by_k=False):
+    g = torch.Generator().manual_seed(tokens * 7919 + R * 31 + C)
+
+    def leaf(*shape):
+        return torch.randn(*shape, generator=g).to(DEVICE, dtype).requires_grad_()
+
+    x, w, b = leaf(tokens, C), leaf(R, C), leaf(R) if bias else None
+    if by_k:
+        w = w.detach().T.contiguous().T.requires_grad_()
+    pattern = Block(rows, cols)
+    return x, w, random_mask(grid_shape(pattern, (R, C)), kind), b, pattern
+
+
+def doubled(tensor):
+    return None if tensor is None else tensor.detach().double().requires_grad_()
+
+
+def run(function, x, w, mask, b, pattern, grad, **options):
+    """Return the output and the gradients of x, w and b; gradients go through the dtype once."""
+    if function is block_sparse_linear:
+        y = function(x, w, mask, b, pattern=pattern, **options)
+    else:
+        y = function(x, w, mask, b, pattern)
+    leaves = [t for t in (x, w, b) if t is not None]
+    return y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))
+
+
+def assert_as_good_as_eager(actual, eager, exact):
+    """Allow the kernel no more error against float64 than eager plus one rounding step."""
+    assert actual.shape == exact.shape
+    if actual.numel() == 0:
+        return
+    step = 4 * torch.finfo(actual.dtype).eps * exact.abs().amax()
+    budget = (eager.double() - exact).abs().amax() + step
+    assert (actual.double() - exact).abs().amax() <= budget
+
+
+def assert_all_agree(x, w, mask, b, pattern, grad=None, **options):
+    g = torch.Generator().manual_seed(5)
+    if grad is None:
+        grad = torch.randn(*x.shape[:-1], w.shape[0], generator=g).to(DEVICE, x.dtype)
+    actual = run(block_sparse_linear, x, w, mask, b, pattern, grad, **options)
+    eager = run(block_sparse_linear_reference, x, w, mask, b, pattern, grad)
+    wide = doubled(x), doubled(w), mask, doubled(b), pattern, grad.double()
+    exact = run(block_sparse_linear_reference, *wide)
+    for one in zip(actual, eager, exact, strict=True):
+        assert_as_good_as_eager(*one)
+    return actual
+
+
+@contextmanager
+def poisoned_memory():
+    """Fill what is allocated and not written with NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_and_gradients_are_as_good_as_eager(case, dtype):
+    with poisoned_memory():
+        assert_all_agree(*make(*case, dtype=dtype))
+
+
+@pytest.mark.parametrize("case", CASES[1:6:2], ids=str)
+def test_a_weight_stored_transposed_is_read_as_it_lies(case):
+    x, w, mask, b, pattern = make(*case, dtype=torch.float16, by_k=True)
+    with poisoned_memory():
+        _, _, grad_w, _ = assert_all_agree(x, w, mask, b, pattern)
+    assert grad_w.stride() == w.stride()
+
+
+@pytest.mark.parametrize("kind", ["all", "none", "empty lines", "skewed"])
+@pytest.mark.parametrize("sides", [(32, 32), (64, 128)], ids=str)
+def test_any_mask(kind, sides):
+    with poisoned_memory():
+        assert_all_agree(*make(37, 160, 256, *sides, dtype=torch.float16, kind=kind))
+
+
+def test_without_bias_no_blocks_mean_zeros():
+    x, w, mask, b, pattern = make(5, 64, 96, 32, 32, kind="none", bias=False)
+    y, grad_x, grad_w = run(block_sparse_linear, x, w, mask, b, pattern, torch.ones(5, 64))
+    assert not y.any()
+    assert not grad_x.any()
+    assert not grad_w.any()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 67])
+def test_any_number_of_tokens(tokens):
+    with poisoned_memory():
+        *_, grad_w, grad_b = assert_all_agree(*make(tokens, 64, 48, 16, 16, dtype=torch.float16))
+    if tokens == 0:
+        assert not grad_w.any()
+        assert not grad_b.any()
+
+
+@pytest.mark.parametrize("shape", [(64, 0), (0, 64)], ids=str)
+def test_a_weight_without_elements(shape):
+    x, w, mask, b, pattern = make(3, *shape, 32, 32)
+    y, grad_x, *_ = run(block_sparse_linear, x, w, mask, b, pattern, torch.ones(3, shape[0]))
+    assert torch.equal(y, b.expand(3, -1))
+    assert not grad_x.any()
+
+
+@pytest.mark.parametrize("leading", [(), (7,), (2, 3, 5), (4, 0)], ids=str)
+def test_any_leading_dimensions(leading):
+    _, w, mask, b, pattern = make(1, 64, 48, 16, 16)
+    x = torch.randn(*leading, 48, device=DEVICE, requires_grad=True)
+    y, grad_x, *_ = assert_all_agree(x, w, mask, b, pattern)
+    assert y.shape == (*leading, 64)
+    assert grad_x.shape == x.shape
+
+
+VIEWS = {
+    "transposed": lambda t: t.T.contiguous().T,
+    "sliced": lambda t: torch.cat([t, t], 1)[:, 3 : 3 + t.shape[1]],
+    "sliced, aligned": lambda t: torch.cat([t, t], 1)[:, 16 : 16 + t.shape[1]],
+    "strided": lambda t: t.repeat_interleave(2, 1)[:, ::2],
+    "expanded": lambda t: t[:1].expand(t.shape[0], -1),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("operand", ["x", "weight"])
+def test_any_strides(view, operand):
+    x, w, mask, b, pattern = make(19, 96, 80, 32, 16, dtype=torch.float16)
+    if operand == "x":
+        x = VIEWS[view](x.detach()).requires_grad_()
+    else:
+        w = VIEWS[view](w.detach()).requires_grad_()
+    assert_all_agree(x, w, mask, b, pattern)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda y: y.sum(),
+        lambda y: (y.T * torch.arange(float(y.shape[0]), device=y.device)).sum(),
+        lambda y: torch.cat([y, y], 1).square().sum(),
+        lambda y: y[:, 1:].square().sum(),
+    ],
+    ids=["sum", "transpose", "cat", "slice"],
+)
+def test_gradients_of_any_layout(loss):
+    x, w, mask, b, pattern = make(19, 96, 80, 32, 16)
+    got = torch.autograd.grad(loss(block_sparse_linear(x, w, mask, b, pattern=pattern)), (x, w, b))
+    wide = doubled(x), doubled(w), doubled(b)
+    y = block_sparse_linear_reference(*wide[:2], mask, wide[2], pattern)
+    for a, exact in zip(got, torch.autograd.grad(loss(y), wide), strict=True):
+        torch.testing.assert_close(a.double(), exact, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES[1:5], ids=str)
+def test_pruned_weights_are_never_read_and_their_gradient_is_zero(case):
+    x, w, mask, b, pattern = make(*case, dtype=torch.float16)
+    keep = mask.repeat_interleave(pattern.rows, 0).repeat_interleave(pattern.cols, 1)
+    keep = keep[: w.shape[0], : w.shape[1]]
+    poisoned = w.detach().masked_fill(~keep, float("nan")).requires_grad_()
+    grad = torch.randn(x.shape[0], w.shape[0], device=DEVICE).half()
+    want = run(block_sparse_linear, x, w, mask, b, pattern, grad)
+    with poisoned_memory():
+        got = run(block_sparse_linear, x, poisoned, mask, b, pattern, grad)
+    assert all(map(torch.equal, got, want))
+    assert not got[2][~keep].any()
+    assert not torch.signbit(got[2][~keep]).any()
+
+
+def test_a_dense_weight_gradient_is_dense():
+    x, w, mask, b, pattern = make(37, 96, 80, 32, 16, dtype=torch.float16)
+    grad = torch.randn(37, 96, device=DEVICE)
+    sparse = run(block_sparse_linear, x, w, mask, b, pattern, grad)
+    dense = run(block_sparse_linear, x, w, mask, b, pattern, grad, dense_weight_grad=True)
+    torch.testing.assert_close(dense[2], grad.half().T @ x)
+    for i in (0, 1, 3):
+        assert torch.equal(sparse[i], dense[i])
+
+
+@pytest.mark.parametrize("wanted", range(3), ids=["x", "weight", "bias"])
+def test_each_gradient_alone(wanted):
+    x, w, mask, b, pattern = make(19, 96, 80, 32, 16, dtype=torch.float16)
+    leaves = [x, w, b]
+    all_grads = torch.autograd.grad(
+        block_sparse_linear(x, w, mask, b, pattern=pattern).sum(), leaves
+    )
+    frozen = [t if i == wanted else t.detach() for i, t in enumerate(leaves)]
+    y = block_sparse_linear(frozen[0], frozen[1], mask, frozen[2], pattern=pattern)
+    (grad,) = torch.autograd.grad(y.sum(), frozen[wanted])
+    assert torch.equal(grad, all_grads[wanted])
+
+
+@pytest.mark.parametrize("case", CASES[4:6], ids=str)
+def test_two_runs_give_the_same_bits(case):
+    args = make(*case, dtype=torch.float16)
+    grad = torch.randn(case[0], case[1], device=DEVICE)
+    first, second = (run(block_sparse_linear, *args, grad) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_a_topology_is_as_good_as_its_mask_and_follows_updates():
+    x, w, mask, b, pattern = make(19, 96, 80, 32, 16, dtype=torch.float16)
+    topology = block_topology(mask, pattern)
+    for new in (mask, ~mask):
+        block_topology(new, pattern, out=topology)
+        got = block_sparse_linear(x, w, topology, b, pattern=pattern)
+        assert torch.equal(got, block_sparse_linear(x, w, new, b, pattern=pattern))
+
+
+def test_a_mask_update_between_forward_and_backward_is_noticed():
+    x, w, mask, b, pattern = make(19, 96, 80, 32, 16, dtype=torch.float16)
+    topology = block_topology(mask, pattern)
+    y = block_sparse_linear(x, w, topology, b, pattern=pattern)
+    block_topology(~mask, pattern, out=topology)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@triton_only
+@pytest.mark.parametrize("processors", [1, 2, 64])
+def test_any_number_of_programs(processors, monkeypatch):
+    # 1: a program walks all tiles; 64: more programs than tiles, and the tile for few tokens
+    monkeypatch.setattr(tiles, "INTERPRETED_PROCESSORS", processors)
+    assert_all_agree(*make(70, 192, 128, 64, 64, dtype=torch.float16))
+
+
+@triton_only
+@pytest.mark.parametrize("panel", [1, 3], ids=["panels of one tile", "of three"])
+def test_panels_cover_every_tile(panel, monkeypatch):
+    # a tile of exact float32 is 64 tokens
+    monkeypatch.setattr(linear_module, "PANEL_BYTES", panel * 64 * 64 * 4)
+    with poisoned_memory():
+        assert_all_agree(*make(260, 96, 64, 32, 32, kind="skewed"))
+
+
+@triton_only
+@pytest.mark.parametrize("case", [(70, 256, 96, 64, 32), (70, 128, 512, 128, 128)], ids=str)
+@pytest.mark.parametrize("processors", [5, 16])
+def test_a_weight_gradient_in_parts_is_whole(case, processors, monkeypatch):
+    monkeypatch.setattr(tiles, "INTERPRETED_PROCESSORS", processors)
+    monkeypatch.setattr(wgrad_module, "MIN_STEPS", 1)
+    sums = []
+    kernel = wgrad_module._block_sparse_wgrad_sum_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            sums.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(wgrad_module, "_block_sparse_wgrad_sum_kernel", Spy())
+    with poisoned_memory():
+        assert_all_agree(*make(*case, dtype=torch.float16))
+    assert sums
+
+
+@triton_only
+@pytest.mark.parametrize("case", CASES[1:4], ids=str)
+def test_offsets_in_int64_change_no_bit(case, monkeypatch):
+    x, w, mask, b, pattern = make(*case)
+    grad = torch.randn(case[0], case[1], device=DEVICE)
+    want = run(block_sparse_linear, x, w, mask, b, pattern, grad)
+    monkeypatch.setattr(linear_module, "index_type", lambda *_: tl.int64)
+    monkeypatch.setattr(wgrad_module, "index_type", lambda *_: tl.int64)
+    got = run(block_sparse_linear, x, w, mask, b, pattern, grad)
+    assert all(map(torch.equal, got, want))
+
+
+@triton_only
+def test_operands_off_the_copy_engine_give_the_same(monkeypatch):
+    args = make(37, 256, 128, 128, 64, dtype=torch.float16)
+    grad = torch.randn(37, 256, device=DEVICE)
+    bulk = run(block_sparse_linear, *args, grad)
+    for module in (linear_module, wgrad_module):
+        monkeypatch.setattr(module, "bulk_copies", lambda *_: False)
+    loads = run(block_sparse_linear, *args, grad)
+    for a, b in zip(bulk, loads, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-3)
+
+
+@triton_only
+def test_a_measured_tile_is_used(monkeypatch):
+    args = make(37, 128, 64, 32, 32, dtype=torch.float16)
+    seen = []
+    descriptor = tiles.descriptor
+
+    def spy(matrix, rows, cols):
+        seen.append((rows, cols))
+        return descriptor(matrix, rows, cols)
+
+    monkeypatch.setattr(linear_module, "descriptor", spy)
+    key = "forward", (128, 64), args[4], torch.float16
+    monkeypatch.setitem(tiles.measured, key, tiles.Tile(64, 16, 16, 4, 2, 1))
+    assert_all_agree(*args)
+    assert seen[:3] == [(64, 16), (16, 16), (64, 16)]
+
+
+SIDES = [16, 32, 64, 128, 256]
+HOPPER = tiles.Device((9, 0), 132, 228 * 1024)
+AMPERE = tiles.Device((8, 6), 84, 100 * 1024)
+
+
+@pytest.mark.parametrize("device", [HOPPER, AMPERE], ids=["sm_90", "sm_86"])
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_divide_their_blocks(dtype, precision, device):
+    for n in SIDES:
+        for k in SIDES:
+            for bulk in (True, False):
+                options = {"precision": precision, "bulk": bulk}
+                for few in (True, False):
+                    tile = tiles.linear_tile(n, k, dtype, device, few=few, **options)
+                    assert n % tile.n == k % tile.k == 0
+                    assert tile.stages >= 2
+                tile = tiles.wgrad_tile(n, k, dtype, device, **options)
+                assert n % tile.m == 0
+                assert tile.stages >= 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "want"), [("ieee", "ieee"), ("tf32", "tf32"), ("none", "ieee")]
+)
+def test_float32_follows_the_setting_of_torch(setting, want):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = setting
+        assert tiles.dot_precision(torch.float32) == want
+        assert tiles.dot_precision(torch.bfloat16) == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+@not_interpreted
+@pytest.mark.skipif(DEVICE == "cuda", reason="concerns the CPU")
+@pytest.mark.parametrize("gathers", [True, False])
+def test_on_a_cpu_gathering_and_the_dense_gemm_agree(gathers, monkeypatch):
+    monkeypatch.setattr(block_sparse_torch, "gathering_pays", lambda *_: gathers)
+    for case in CASES:
+        with poisoned_memory():
+            assert_all_agree(*make(*case, by_k=case[0] == 37))
+
+
+@not_interpreted
+@pytest.mark.skipif(DEVICE == "cuda", reason="concerns the CPU")
+def test_on_a_cpu_sparse_masks_gather_and_dense_ones_do_not():
+    for side in SIDES:
+        for density, gathers in ((0.1, True), (0.9, False)):
+            mask = torch.arange(100).reshape(10, 10) < 100 * density
+            topology = block_topology(mask, Block(side, side))
+            pays = block_sparse_torch.gathering_pays(topology.row_tasks, 10, side)
+            assert pays == gathers
+
+
+@not_interpreted
+def test_gradcheck():
+    x, w, mask, b, pattern = make(3, 33, 20, 16, 16, dtype=torch.float64)
+
+    def function(x, w, b):
+        return block_sparse_linear(x, w, mask, b, pattern=pattern, backend="torch")
+
+    # one column of the Jacobian, not all: 33 x 20 inputs
+    torch.autograd.gradcheck(function, (x, w, b), fast_mode=True)
+
+
+@pytest.mark.parametrize("by_k", [False, True], ids=["row-major", "column-major"])
+def test_opcheck(by_k):
+    x, w, mask, b, pattern = make(5, 40, 70, 32, 16, by_k=by_k)
+    lists = list(block_topology(mask, pattern))
+    ops = torch.ops.triton_sparsity
+    grad = torch.randn(5, 40, device=DEVICE)
+    sides = pattern.rows, pattern.cols
+    torch.library.opcheck(ops.block_sparse_linear.default, (x, w, b, lists, *sides, False, TRITON))
+    x, w = x.detach(), w.detach()
+    torch.library.opcheck(ops.block_sparse_linear_dgrad.default, (grad, w, lists, *sides, TRITON))
+    torch.library.opcheck(
+        ops.block_sparse_linear_wgrad.default, (grad, x, w, lists, *sides, TRITON)
+    )
+
+
+def test_compiles_in_one_graph_and_masks_change_without_another():
+    x, w, mask, b, pattern = make(5, 40, 70, 32, 16)
+    topology = block_topology(mask, pattern)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def loss(x, w, b, topology):
+        return block_sparse_linear(x, w, topology, b, pattern=pattern).square().sum()
+
+    for new in (mask, ~mask):
+        block_topology(new, pattern, out=topology)
+        got = torch.autograd.grad(loss(x, w, b, topology), (x, w, b))
+        y = block_sparse_linear(x, w, new, b, pattern=pattern)
+        want = torch.autograd.grad(y.square().sum(), (x, w, b))
+        for a, e in zip(got, want, strict=True):
+            torch.testing.assert_close(a, e)
+    assert len(graphs) == 1
+
+
+def test_flops_are_those_of_the_kept_weights():
+    x, w, mask, b, pattern = make(5, 40, 70, 32, 16)
+    keep = mask.repeat_interleave(32, 0).repeat_interleave(16, 1)[:40, :70]
+    with FlopCounterMode(display=False) as counter:
+        block_sparse_linear(x, w, mask, b, pattern=pattern).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 5 * int(keep.sum())
+
+
+@pytest.mark.skipif(INTERPRET, reason="autocast on a CPU is bfloat16's")
+def test_autocast_casts_as_linear_does():
+    x, w, mask, b, pattern = make(5, 64, 96, 32, 32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = block_sparse_linear(x, w, mask, b, pattern=pattern)
+        like = torch.nn.functional.linear(x, w, b)
+    assert y.dtype == like.dtype == torch.bfloat16
+    grads = torch.autograd.grad(y.float().square().sum(), (x, w, b))
+    assert all(g.dtype == torch.float32 for g in grads)
+    wide = x.double(), w.double(), mask, b.double(), pattern
+    torch.testing.assert_close(
+        y.double(), block_sparse_linear_reference(*wide), atol=0.2, rtol=0.05
+    )
+
+
+def bad_arguments():
+    x, w, mask, b, pattern = make(3, 64, 96, 32, 32)
+    topology = block_topology(mask, pattern)
+    wrong = block_topology(mask[:1], pattern)
+    return {
+        "x": [
+            ((x[:, :95], w, mask, b), "x must have 96 features"),
+            ((x.half(), w, mask, b), "x must have weight's"),
+            ((x.to("meta"), w, mask, b), "x must be on"),
+        ],
+        "weight": [
+            ((x, w[0], mask, b), "weight must be a matrix"),
+            ((x.long(), w.long(), mask, None), "weight must be a float"),
+        ],
+        "bias": [
+            ((x, w, mask, b[:1]), "bias must have shape"),
+            ((x, w, mask, b.half()), "bias must have weight's"),
+            ((x, w, mask, b.to("meta")), "bias must be on"),
+        ],
+        "mask": [
+            ((x, w, mask.T, b), "mask must be bool"),
+            ((x, w, mask.int(), b), "mask must be bool"),
+            ((x, w, mask.to("meta"), b), "mask must be on"),
+            ((x, w, wrong, b), "topology must be of"),
+            ((x, w, Topology(*(t.to("meta") for t in topology)), b), "mask must be on"),
+        ],
+    }
+
+
+@pytest.mark.parametrize("argument", ["x", "weight", "bias", "mask"])
+def test_bad_inputs_name_the_argument(argument):
+    for args, message in bad_arguments()[argument]:
+        with pytest.raises(ValueError, match=f"^block_sparse_linear: {message}"):
+            block_sparse_linear(*args, pattern=Block(32, 32))
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Block(8, 32), Block(32, 1)], ids=str)
+def test_small_blocks_are_refused(pattern):
+    x, w, mask, b, _ = make(3, 64, 96, 32, 32)
+    with pytest.raises(ValueError, match=r"^block_sparse_linear: pattern must be blocks"):
+        block_sparse_linear(x, w, mask, b, pattern=pattern)
+
+
+@triton_only
+def test_triton_does_not_take_float64():
+    x, w, mask, b, pattern = make(3, 64, 96, 32, 32, dtype=torch.float64)
+    with pytest.raises(ValueError, match="weight must not be float64"):
+        block_sparse_linear(x, w, mask, b, pattern=pattern, backend="triton")
+
+
+@pytest.mark.skipif(TRITON, reason="needs a machine where Triton cannot run")
+def test_triton_is_refused_where_it_cannot_run():
+    x, w, mask, b, pattern = make(3, 64, 96, 32, 32)
+    with pytest.raises(RuntimeError, match="block_sparse_linear: backend='triton'"):
+        block_sparse_linear(x, w, mask, b, pattern=pattern, backend="triton")
