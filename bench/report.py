@@ -98,15 +98,15 @@ def print_report(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def results_table(metric: str, results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return a table of one row a model.
+    """Return a table of one row a model: a training step's time, a held-out batch's, and the size.
 
     Args:
         metric: its name.
         results: by the model's name; a time or size that was not measured is absent or None.
     """
     table = Table()
-    table.add_column("model")
-    for title in (metric, "level", "training step", "forward", "file, deflated"):
+    table.add_column("model", no_wrap=True)
+    for title in (metric, "level", "step", "forward", "deflated"):
         table.add_column(title, justify="right")
     for name, result in results.items():
         table.add_row(

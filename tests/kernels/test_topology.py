@@ -136,16 +136,14 @@ def test_opcheck():
 def test_bad_inputs_name_the_problem(bad):
     mask, pattern = make((5, 7), "some"), Block(32, 64)
     out = block_topology(mask, pattern)
+    arguments = {
+        "dtype": (mask.to(torch.uint8), pattern),
+        "shape": (mask[0], pattern),
+        "out shape": (mask[:4], pattern, out),
+        "out pattern": (mask, Block(128, 32), out),
+    }[bad]
     with pytest.raises(ValueError, match=r"^block_topology: (mask|out) must be"):
-        match bad:
-            case "dtype":
-                block_topology(mask.to(torch.uint8), pattern)
-            case "shape":
-                block_topology(mask[0], pattern)
-            case "out shape":
-                block_topology(mask[:4], pattern, out=out)
-            case "out pattern":
-                block_topology(mask, Block(128, 32), out=out)
+        block_topology(*arguments[:2], out=(arguments[2:] or (None,))[0])
 
 
 @pytest.mark.skipif(TRITON, reason="needs a machine where Triton cannot run")
