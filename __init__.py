@@ -17,10 +17,12 @@ from triton_sparsity.controller.schedule import (
     PolynomialSchedule,
 )
 from triton_sparsity.kernels.block_score import block_score
+from triton_sparsity.kernels.block_sparse_linear import block_sparse_linear
 from triton_sparsity.kernels.mask import make_mask, pack, unpack
 from triton_sparsity.kernels.masked_weight import apply_mask, apply_mask_
 from triton_sparsity.kernels.pattern import Block, Unstructured
 from triton_sparsity.kernels.select import Threshold, select
+from triton_sparsity.kernels.topology import Topology, block_topology
 
 __all__ = [
     "AdaptiveSchedule",
@@ -37,10 +39,13 @@ __all__ = [
     "SparseModuleInfo",
     "StripFormat",
     "Threshold",
+    "Topology",
     "Unstructured",
     "apply_mask",
     "apply_mask_",
     "block_score",
+    "block_sparse_linear",
+    "block_topology",
     "create_controller",
     "make_mask",
     "pack",
