@@ -10,16 +10,17 @@ from typing import Any
 
 from rich.console import Console
 
-from .finetune import DENSE, finetune
+from .files import CURVES, DENSE, REPORT, write_atomic
+from .finetune import finetune
 from .options import Options
-from .report import curves, progress_bars, results_table, summary, write_atomic
+from .report import curves, progress_bars, results_table, summary
 
 FOLDER = Path("runs", "demo")
 RUNS = (
     # what the same additional steps do without pruning: the others are to be measured against it
     ("dense, trained on", "dense", Options(level=0.0)),
     ("80 % unstructured", "unstructured", Options(pattern="unstructured")),
-    ("80 % in 16x16 blocks", "blocks", Options(pattern="block:16x16")),
+    ("80 % 16x16 blocks", "blocks", Options(pattern="block:16x16")),
 )
 
 
@@ -32,7 +33,7 @@ def main() -> None:
     console.print(summary(first))
     console.print(results_table(first["metric"], rows(reports)))
     seconds = time.perf_counter() - started
-    console.print(f"{FOLDER / 'curves.png'} shows how they got there; {seconds:.0f} s in all")
+    console.print(f"{FOLDER / CURVES} shows how they got there; {seconds:.0f} s in all")
 
 
 def run(folder: Path, changes: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
@@ -57,8 +58,8 @@ def run(folder: Path, changes: dict[str, Any] | None = None) -> dict[str, dict[s
 
             reports[label] = finetune(options, folder / name, force=True, progress=advance)
             dense = dense or folder / name / DENSE
-    write_atomic(folder / "curves.png", curves(reports))
-    write_atomic(folder / "report.json", json.dumps(reports, allow_nan=False).encode())
+    write_atomic(folder / CURVES, curves(reports))
+    write_atomic(folder / REPORT, json.dumps(reports, allow_nan=False).encode())
     return reports
 
 

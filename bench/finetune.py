@@ -4,7 +4,7 @@ A run is a pure function of its options and the task's data, and its whole state
 that is replaced in one piece. So a run that is killed at any moment and resumed ends, on the CPU,
 bit for bit where a run without interruption ends.
 
-Reading order: the files, the run, its phases.
+Reading order: the run, its phases, what they share.
 """
 
 from __future__ import annotations
@@ -18,128 +18,37 @@ import signal
 import statistics
 import threading
 import time
-import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from ..controller.create import create_controller
 from ..kernels.launch import use_triton
-from .options import Options, checked, sparsity_config, with_defaults
-from .report import curves, write_atomic
+from .files import (
+    CURVES,
+    DENSE,
+    FORMAT,
+    REPORT,
+    STATE,
+    STRIPPED,
+    claim,
+    load_checkpoint,
+    load_state,
+    serialised,
+    sizes,
+    write_atomic,
+)
+from .options import Options, checked, same_run, sparsity_config, with_defaults
+from .report import curves
 from .tasks import Task, cross_entropy, load_task
 
-FORMAT = 1
-STATE, REPORT = "state.pt", "report.json"
-DENSE, STRIPPED, CURVES = "dense.safetensors", "model.safetensors", "curves.png"
 PHASES = ("dense", "sparse")
-
-
-def load_checkpoint(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into ``model``.
-
-    Raises:
-        ValueError: the file is damaged, or is not of this model.
-        OSError: it cannot be read.
-    """
-    try:
-        found = safetensors.torch.load(path.read_bytes())
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint {path} is damaged or no safetensors file: {error}") from None
-    wanted = model.state_dict()
-    problems = [
-        *(f"{name!r} is missing" for name in wanted if name not in found),
-        *(f"{name!r} is not in the model" for name in sorted(found) if name not in wanted),
-        *(
-            f"{name!r} has shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
-            for name, tensor in wanted.items()
-            if name in found and found[name].shape != tensor.shape
-        ),
-        *(
-            f"{name!r} holds {tensor.dtype}, NaN or infinity"
-            for name, tensor in sorted(found.items())
-            if not (tensor.is_floating_point() and tensor.isfinite().all())
-        ),
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"checkpoint {path} is not of this model: {', '.join(problems[:3])}{more}"
-        )
-    model.load_state_dict(found)
-
-
-def load_state(folder: Path) -> dict[str, Any] | None:
-    """Return the state saved in ``folder``; None where there is none.
-
-    Raises:
-        ValueError: the file is damaged or something else.
-        OSError: it cannot be read.
-    """
-    try:
-        stored = (folder / STATE).read_bytes()
-    except FileNotFoundError:
-        return None
-    try:
-        state = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
-        version = state["format"]
-    # a damaged archive can fail in any way
-    except Exception as error:
-        raise ValueError(f"{folder / STATE} is damaged or no saved run: {error}") from None
-    if version != FORMAT:
-        raise ValueError(f"{folder / STATE} has format {version!r}, this program reads {FORMAT}")
-    return state
-
-
-def same_run(saved: Options, asked: Options, given: Collection[str]) -> Options:
-    """Return the saved options, if nothing that was asked for explicitly differs from them.
-
-    Args:
-        saved: of the run to resume.
-        asked: of this call.
-        given: names of the options that the user gave.
-
-    Raises:
-        ValueError: an option differs; the message names it and both values.
-    """
-    wanted = {name: getattr(asked, name) for name in given}
-    wanted = {name: value for name, value in wanted.items() if value is not None}
-    merged = checked(replace(saved, **wanted))
-    for name in wanted:
-        before, now = getattr(saved, name), getattr(merged, name)
-        if before != now:
-            raise ValueError(
-                f"the run to resume has {name.replace('_', '-')} {before!r}, got {now!r}; leave "
-                "the option out, or start another run"
-            )
-    return merged
-
-
-def claim(folder: Path, *, force: bool) -> None:
-    """Make sure that a new run may write its files to ``folder``.
-
-    Raises:
-        FileExistsError: some are there already, and ``force`` is not given.
-        OSError: ``folder`` is no folder.
-    """
-    # the state first: without it the other files are no run that could be resumed
-    names = (STATE, REPORT, DENSE, STRIPPED, CURVES)
-    present = [name for name in names if (folder / name).exists()]
-    if present and not force:
-        raise FileExistsError(
-            f"{folder} holds {', '.join(present)} already: --resume goes on with that run, "
-            "--force replaces it"
-        )
-    for name in present:
-        (folder / name).unlink()
 
 
 @dataclass(frozen=True)
@@ -439,19 +348,6 @@ def seconds_per_step(state: dict[str, Any], phase: str) -> dict[str, float | Non
     """Return the median training step of a phase; None where it had none."""
     seconds = state["history"][phase]["seconds"]
     return {"seconds_per_step": statistics.median(seconds) if seconds else None}
-
-
-def serialised(model: nn.Module) -> bytes:
-    """Return the safetensors file of ``model``'s weights."""
-    weights: dict[str, Tensor] = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
-    return safetensors.torch.save(weights, metadata={"format": "pt"})
-
-
-def sizes(weights: bytes) -> dict[str, int]:
-    """Return how large a file is, as it is and deflated."""
-    return {"bytes": len(weights), "compressed_bytes": len(zlib.compress(weights, 6))}
 
 
 def describe(job: Job) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -128,6 +129,30 @@ def with_defaults(options: Options, recipe: Recipe) -> Options:
     defaults = asdict(recipe) | ({"dense_epochs": 0} if options.checkpoint else {})
     missing = {k: v for k, v in defaults.items() if getattr(options, k) is None}
     return replace(options, **missing)
+
+
+def same_run(saved: Options, asked: Options, given: Collection[str]) -> Options:
+    """Return the saved options, if nothing that was asked for explicitly differs from them.
+
+    Args:
+        saved: of the run to resume.
+        asked: of this call.
+        given: names of the options that the user gave.
+
+    Raises:
+        ValueError: an option differs; the message names it and both values.
+    """
+    wanted = {name: getattr(asked, name) for name in given}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    merged = checked(replace(saved, **wanted))
+    for name in wanted:
+        before, now = getattr(saved, name), getattr(merged, name)
+        if before != now:
+            raise ValueError(
+                f"the run to resume has {name.replace('_', '-')} {before!r}, got {now!r}; leave "
+                "the option out, or start another run"
+            )
+    return merged
 
 
 def parse_pattern(text: str) -> Pattern:

@@ -1,44 +1,16 @@
-"""What a run leaves behind and shows: files written in one piece, tables, curves, progress."""
+"""What a run leaves behind and shows: tables, curves, progress."""
 
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment it holds the old content or the new, never a part.
-
-    Raises:
-        OSError: it cannot be written; the file is then as it was, and nothing is left beside it.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            error.filename = str(path)
-        raise
-    # the rename itself is durable once the folder is
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 @contextmanager

@@ -118,11 +118,11 @@ def stdlib_lm(root: Path) -> Task:
         higher_is_better=False,
         recipe=Recipe(
             dense_epochs=28,
-            epochs=10,
+            epochs=12,
             steps_per_epoch=25,
             batch_size=8,
             dense_lr=6e-3,
-            lr=6e-3,
+            lr=8e-3,
         ),
         build=lambda: LanguageModel(width=128, heads=4, layers=4),
         sample=sample,

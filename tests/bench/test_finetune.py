@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 
 from triton_sparsity.bench import finetune as module
-from triton_sparsity.bench.finetune import CURVES, DENSE, REPORT, STATE, STRIPPED, finetune
+from triton_sparsity.bench.files import CURVES, DENSE, REPORT, STATE, STRIPPED, write_atomic
+from triton_sparsity.bench.finetune import finetune
 from triton_sparsity.bench.options import Options
-from triton_sparsity.bench.report import write_atomic
 from triton_sparsity.bench.tasks import load_task
 
 QUICK = Options(
