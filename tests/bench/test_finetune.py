@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -14,7 +15,7 @@ from triton_sparsity.bench import finetune as module
 from triton_sparsity.bench.files import CURVES, DENSE, REPORT, STATE, STRIPPED, write_atomic
 from triton_sparsity.bench.finetune import finetune
 from triton_sparsity.bench.options import Options
-from triton_sparsity.bench.tasks import load_task
+from triton_sparsity.bench.tasks import Task, load_task
 
 QUICK = Options(
     task="digits",
@@ -199,7 +200,19 @@ def test_every_schedule_resumes(tmp_path, schedule, pattern):
     assert_same_result(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_both_seeds_and_masks_make_a_difference(tmp_path, uninterrupted):
+def test_every_step_of_every_phase_has_a_batch_of_its_own(tmp_path, monkeypatch):
+    streams = []
+
+    def note(task, size, *stream):
+        streams.append(stream)
+        return task.sample(np.random.default_rng(stream), size)
+
+    monkeypatch.setattr(Task, "batch", note)
+    finetune(replace(QUICK, seed=7), tmp_path)
+    assert streams == [*((7, 0, n) for n in range(8)), *((7, 1, n) for n in range(12))]
+
+
+def test_the_seed_makes_a_difference(tmp_path, uninterrupted):
     finetune(replace(QUICK, seed=1), tmp_path)
     assert (tmp_path / STRIPPED).read_bytes() != (uninterrupted / STRIPPED).read_bytes()
 
