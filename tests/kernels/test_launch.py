@@ -59,7 +59,7 @@ def test_a_backend_is_met_or_refused():
     else:
         with pytest.raises(RuntimeError, match="op: backend='triton' needs a GPU tensor"):
             use_triton("op", "triton", x)
-    with pytest.raises(ValueError, match="op: backend must be .*, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"op: backend must be .*, got 'gpu'"):
         use_triton("op", "gpu", x)
 
 
