@@ -3,13 +3,12 @@
 # absolute: pytest imports this file once more under the checkout's folder name
 from triton_sparsity.controller.api import CompressionStage, StripFormat
 from triton_sparsity.controller.base_algo import BaseSparsityAlgoController, SparseModuleInfo
-from triton_sparsity.controller.config import (
-    BatchNormAdaptation,
-    MagnitudeSparsityConfig,
-    Override,
-)
+from triton_sparsity.controller.config import BatchNormAdaptation, Override
 from triton_sparsity.controller.create import create_controller
-from triton_sparsity.controller.magnitude import MagnitudeSparsityController
+from triton_sparsity.controller.magnitude import (
+    MagnitudeSparsityConfig,
+    MagnitudeSparsityController,
+)
 from triton_sparsity.controller.schedule import (
     AdaptiveSchedule,
     ExponentialSchedule,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from ..controller.config import MagnitudeSparsityConfig
+from ..controller.magnitude import MagnitudeSparsityConfig
 from ..controller.schedule import (
     AdaptiveSchedule,
     ExponentialSchedule,

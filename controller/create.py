@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from ..kernels.launch import Backend
 from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
-from .config import MagnitudeSparsityConfig, parse_config
-from .magnitude import MagnitudeSparsityController
+from .magnitude import MagnitudeSparsityConfig, MagnitudeSparsityController
 from .modules import SparseModule, densify, sparsify
+from .nncf_config import Config, ConfigLike, parse_config
 from .operand import MaskOperand
-from .targets import find_targets
+from .targets import Target, find_targets
 
 
 def create_controller(
     model: nn.Module,
-    config: MagnitudeSparsityConfig | Mapping[str, Any],
+    config: ConfigLike,
     *,
     backend: Backend = "auto",
     batchnorm_data: Iterable[Any] | None = None,
@@ -37,13 +37,16 @@ def create_controller(
             BatchNorm adaptation; see ``adapt_batchnorm``.
 
     Raises:
-        ValueError, TypeError: the configuration or a weight does not fit, see
-            ``MagnitudeSparsityConfig`` and ``find_targets``; the model is then as it was.
+        ValueError, TypeError: the configuration or a weight does not fit, see the configuration's
+            class and ``find_targets``; the model is then as it was.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
-    config = parse_config(config)
-    if config.batchnorm_adaptation is not None and batchnorm_data is None:
+    configs = parse_config(config)
+    if any(one.batchnorm_adaptation for one in configs) and batchnorm_data is None:
         raise ValueError("create_controller: batchnorm_adaptation needs batchnorm_data, got None")
+    if len(configs) > 1:
+        raise ValueError(f"create_controller: one algorithm can be given, got {len(configs)}")
+    (config,) = configs
     targets = find_targets(
         model,
         pattern=config.pattern,
@@ -52,30 +55,43 @@ def create_controller(
         validate_scopes=config.validate_scopes,
         overrides=config.overrides,
     )
-    infos = [
-        SparseModuleInfo(
-            module_node_name=target.name,
-            module=target.users[0][0],
-            operand=MaskOperand(
-                target.weight, target.pattern, transposed=target.transposed, backend=backend
-            ),
-            parameter_name=target.users[0][1],
-            minimum_level=target.minimum_level,
-            maximum_level=target.maximum_level,
-        )
-        for target in targets
-    ]
+    infos = [_info(target, backend) for target in targets]
     try:
         for target, info in zip(targets, infos, strict=True):
             for module, parameter_name in target.users:
                 sparsify(module, {parameter_name: info.operand})
         _cover_readers(model)
-        return MagnitudeSparsityController(model, infos, config, batchnorm_data)
+        return _controller(model, infos, config, batchnorm_data)
     except BaseException:
         for module in list(model.modules()):
             if isinstance(module, SparseModule):
                 densify(module)
         raise
+
+
+def _controller(
+    model: nn.Module,
+    infos: list[SparseModuleInfo],
+    config: Config,
+    batchnorm_data: Iterable[Any] | None,
+) -> BaseSparsityAlgoController:
+    """Return the algorithm that a configuration is of."""
+    match config:
+        case MagnitudeSparsityConfig():
+            return MagnitudeSparsityController(model, infos, config, batchnorm_data)
+
+
+def _info(target: Target, backend: Backend) -> SparseModuleInfo:
+    return SparseModuleInfo(
+        module_node_name=target.name,
+        module=target.users[0][0],
+        operand=MaskOperand(
+            target.weight, target.pattern, transposed=target.transposed, backend=backend
+        ),
+        parameter_name=target.users[0][1],
+        minimum_level=target.minimum_level,
+        maximum_level=target.maximum_level,
+    )
 
 
 def _cover_readers(model: nn.Module) -> None:
