@@ -9,6 +9,7 @@ its masks ``_own_state`` and ``_load_own_state``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from .loss import CompressionLoss, ZeroCompressionLoss
 from .modules import SparseModule
 from .operand import MaskOperand
 from .pruning import Scores, apply_pruning, find_prunings, pools
+from .saliency import Saliency
 from .schedule import Schedule
 from .scheduler import CompressionScheduler, SparsityScheduler, StubScheduler
 from .state import masks_state, read_masks
@@ -79,6 +81,7 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         self._target_level: float | None = None
         self._thresholds: dict[str, Tensor] = {}
         self._config: AlgorithmConfig | None = None
+        self._saliency: Saliency | None = None
         self._batchnorm: BatchNormAdaptation | None = None
         self._batchnorm_data: Iterable[Any] | None = None
 
@@ -130,6 +133,24 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
 
     def freeze(self, freeze: bool = True) -> None:
         self.frozen = freeze
+
+    def calibration(self) -> AbstractContextManager[None]:
+        """Measure the inputs of the target modules while the context is open.
+
+        ``with controller.calibration(): model(x)``, over some batches, is what the importance
+        ``"wanda"`` needs. Each context starts anew; it may be opened again as training goes on.
+
+        Raises:
+            ValueError: the importance is another; a module's inputs cannot be measured.
+        """
+        if self._saliency is None:
+            raise ValueError(f"calibration: {self.name} has no importance that needs one")
+        return self._saliency.calibration()
+
+    def begin_step(self) -> None:
+        """Look at what the step that has ended left; the scheduler calls it at each ``step()``."""
+        if self._saliency is not None and not self.frozen:
+            self._saliency.observe()
 
     @torch.no_grad()
     def set_sparsity_level(
@@ -247,11 +268,13 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
 
     def _own_state(self) -> dict[str, Any]:
         """Return what the algorithm has beyond masks, schedule and loss: values and tensors."""
-        return {}
+        return {} if self._saliency is None else self._saliency.get_state()
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
         """Take over ``_own_state``'s result; what is refused must change nothing."""
-        if state:
+        if self._saliency is not None:
+            self._saliency.load_state(state)
+        elif state:
             raise ValueError(
                 f"load_state: {self.name} has no state of its own, got {', '.join(state)}"
             )

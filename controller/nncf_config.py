@@ -124,7 +124,7 @@ def from_nncf(section: Mapping[str, Any]) -> Config:
 
 
 def _magnitude(section: Mapping[str, Any]) -> MagnitudeSparsityConfig:
-    own = ("sparsity_level_setting_mode", "weight_importance")
+    own = ("sparsity_level_setting_mode", "weight_importance", "seed")
     params, given, spelled = _shared(section, ("schedule", *own, *_SCHEDULE_KEYS))
     given |= {key: params[key] for key in own if key in params}
     spelled |= {key: f"params.{key}" for key in own}
