@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..kernels.mask import pack
 from .api import CompressionStage, StripFormat
@@ -82,6 +83,7 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         self._thresholds: dict[str, Tensor] = {}
         self._config: AlgorithmConfig | None = None
         self._saliency: Saliency | None = None
+        self._optimizer: Optimizer | None = None
         self._batchnorm: BatchNormAdaptation | None = None
         self._batchnorm_data: Iterable[Any] | None = None
 
@@ -131,6 +133,18 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
     def disable_scheduler(self) -> None:
         self._scheduler = StubScheduler()
 
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimiser of the weights, which algorithms that grow groups back must be told."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer | None) -> None:
+        self._use_optimizer(optimizer)
+
+    def _use_optimizer(self, optimizer: Optimizer | None) -> None:
+        self._optimizer = optimizer
+
     def freeze(self, freeze: bool = True) -> None:
         self.frozen = freeze
 
@@ -146,6 +160,11 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         if self._saliency is None:
             raise ValueError(f"calibration: {self.name} has no importance that needs one")
         return self._saliency.calibration()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True if the importance looks at the inputs."""
+        return self._saliency is not None and self._saliency.importance == "wanda"
 
     def begin_step(self) -> None:
         """Look at what the step that has ended left; the scheduler calls it at each ``step()``."""
@@ -347,4 +366,9 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         Raises:
             ValueError: ``strip_format`` is no ``StripFormat``; ``model`` holds no mask.
         """
-        return strip_masks(model, do_copy, StripFormat(strip_format))
+        strip_format = StripFormat(strip_format)
+        self._before_strip(do_copy)
+        return strip_masks(model, do_copy, strip_format)
+
+    def _before_strip(self, do_copy: bool) -> None:
+        """Bring masks up to date before they are folded, or let go of a model that is stripped."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
 from ..kernels.launch import Backend
 from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
+from .composite import CompositeController
+from .const import ConstSparsityConfig, ConstSparsityController
 from .magnitude import MagnitudeSparsityConfig, MagnitudeSparsityController
 from .modules import SparseModule, densify, sparsify
 from .nncf_config import Config, ConfigLike, parse_config
 from .operand import MaskOperand
+from .regrowth import SETConfig, SETController
+from .rigl import RigLConfig, RigLController
 from .targets import Target, find_targets
 
 
@@ -30,7 +35,8 @@ def create_controller(
 
     Args:
         model: any module with floating-point weights on one device.
-        config: one of the configuration classes, or NNCF's ``compression`` dictionary.
+        config: one of the configuration classes, NNCF's ``compression`` dictionary, or a list of
+            these, whose weights must be disjoint; that makes a ``CompositeController``.
         backend: ``"auto"`` runs Triton on a GPU and plain torch elsewhere; ``"triton"`` and
             ``"torch"`` are met or refused.
         batchnorm_data: batches on the model's device, needed when the configuration asks for
@@ -44,24 +50,28 @@ def create_controller(
     configs = parse_config(config)
     if any(one.batchnorm_adaptation for one in configs) and batchnorm_data is None:
         raise ValueError("create_controller: batchnorm_adaptation needs batchnorm_data, got None")
-    if len(configs) > 1:
-        raise ValueError(f"create_controller: one algorithm can be given, got {len(configs)}")
-    (config,) = configs
-    targets = find_targets(
-        model,
-        pattern=config.pattern,
-        target_scopes=config.target_scopes,
-        ignored_scopes=config.ignored_scopes,
-        validate_scopes=config.validate_scopes,
-        overrides=config.overrides,
-    )
-    infos = [_info(target, backend) for target in targets]
+    targets = []
+    for one in configs:
+        found = find_targets(
+            model,
+            pattern=one.pattern,
+            target_scopes=one.target_scopes,
+            ignored_scopes=one.ignored_scopes,
+            validate_scopes=one.validate_scopes,
+            overrides=one.overrides,
+        )
+        targets.append(found)
+    _check_disjoint(targets, configs)
+    infos = [[_info(target, backend) for target in found] for found in targets]
     try:
-        for target, info in zip(targets, infos, strict=True):
+        for target, info in zip(chain(*targets), chain(*infos), strict=True):
             for module, parameter_name in target.users:
                 sparsify(module, {parameter_name: info.operand})
         _cover_readers(model)
-        return _controller(model, infos, config, batchnorm_data)
+        controllers = []
+        for one, members in zip(configs, infos, strict=True):
+            controllers.append(_controller(model, members, one, batchnorm_data))
+        return controllers[0] if len(configs) == 1 else CompositeController(model, controllers)
     except BaseException:
         for module in list(model.modules()):
             if isinstance(module, SparseModule):
@@ -79,6 +89,25 @@ def _controller(
     match config:
         case MagnitudeSparsityConfig():
             return MagnitudeSparsityController(model, infos, config, batchnorm_data)
+        case ConstSparsityConfig():
+            return ConstSparsityController(model, infos, config, batchnorm_data)
+        case SETConfig():
+            return SETController(model, infos, config, batchnorm_data)
+        case RigLConfig():
+            return RigLController(model, infos, config, batchnorm_data)
+
+
+def _check_disjoint(targets: Sequence[Sequence[Target]], configs: Sequence[Config]) -> None:
+    """Refuse a weight that two algorithms would mask."""
+    takers: dict[int, str] = {}
+    for place, (found, config) in enumerate(zip(targets, configs, strict=True)):
+        for target in found:
+            taker = f"{config.algorithm} (number {place + 1})"
+            if (other := takers.setdefault(id(target.weight), taker)) != taker:
+                raise ValueError(
+                    f"create_controller: {target.name!r} must be masked by one algorithm, got "
+                    f"{other} and {taker}; part their weights by target_scopes and ignored_scopes"
+                )
 
 
 def _info(target: Target, backend: Backend) -> SparseModuleInfo:

@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from .config import SCHEDULES, AlgorithmConfig, BatchNormAdaptation, listed
+from .const import ConstSparsityConfig
 from .declaration import Declaration, DeclarationError, did_you_mean
 from .magnitude import MagnitudeSparsityConfig
+from .regrowth import RegrowthConfig, SETConfig
+from .rigl import RigLConfig
 from .schedule import Schedule
 
 _Declaration = TypeVar("_Declaration", bound=Declaration)
 
-Config = MagnitudeSparsityConfig
+Config = MagnitudeSparsityConfig | ConstSparsityConfig | SETConfig | RigLConfig
 ConfigLike = Config | Mapping[str, Any] | Sequence[Config | Mapping[str, Any]]
 
 # NNCF's keys in `params`, and the schedules' fields that they are
@@ -117,9 +120,17 @@ def from_nncf(section: Mapping[str, Any]) -> Config:
     match section.get("algorithm"):
         case "magnitude_sparsity":
             return _magnitude(section)
+        case "const_sparsity":
+            _, given, spelled = _shared(section, ())
+            return _build(ConstSparsityConfig, given, spelled)
+        case "set":
+            return _build(SETConfig, *_regrowth(section))
+        case "rigl":
+            return _build(RigLConfig, *_regrowth(section))
         case algorithm:
             raise ValueError(
-                f"compression: algorithm must be 'magnitude_sparsity', got {algorithm!r}"
+                "compression: algorithm must be 'magnitude_sparsity', 'const_sparsity', 'set' or "
+                f"'rigl', got {algorithm!r}"
             )
 
 
@@ -141,6 +152,20 @@ def _magnitude(section: Mapping[str, Any]) -> MagnitudeSparsityConfig:
     else:
         given["schedule"] = _nncf_schedule(section, params, default="polynomial")
     return _build(MagnitudeSparsityConfig, given, spelled)
+
+
+def _regrowth(section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    own = tuple(
+        key for key in RegrowthConfig.model_fields if key not in AlgorithmConfig.model_fields
+    )
+    params, given, spelled = _shared(section, own)
+    if "sparsity_init" in section:
+        raise ValueError(
+            "compression: sparsity_init must be left out; the level holds from the start, "
+            f"params.level, got {section['sparsity_init']!r}"
+        )
+    given |= {key: params[key] for key in own if key in params}
+    return given, spelled | {key: f"params.{key}" for key in own}
 
 
 def _shared(
