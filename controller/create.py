@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
+from ..kernels.dispatch import Dispatch
 from ..kernels.launch import Backend
 from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
 from .composite import CompositeController
@@ -26,6 +27,7 @@ def create_controller(
     config: ConfigLike,
     *,
     backend: Backend = "auto",
+    dispatch: Dispatch = "auto",
     batchnorm_data: Iterable[Any] | None = None,
 ) -> BaseSparsityAlgoController:
     """Put ``model`` under sparse masks, in place, and return what controls them.
@@ -39,6 +41,9 @@ def create_controller(
             these, whose weights must be disjoint; that makes a ``CompositeController``.
         backend: ``"auto"`` runs Triton on a GPU and plain torch elsewhere; ``"triton"`` and
             ``"torch"`` are met or refused.
+        dispatch: which linears skip pruned blocks of 16 a side and more: ``"auto"``: those that
+            are faster for it, judged at each update of the masks by output, input gradient and
+            weight gradient; ``"sparse"``: all; ``"dense"``: none.
         batchnorm_data: batches on the model's device, needed when the configuration asks for
             BatchNorm adaptation; see ``adapt_batchnorm``.
 
@@ -48,6 +53,10 @@ def create_controller(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     configs = parse_config(config)
+    if dispatch not in get_args(Dispatch):
+        raise ValueError(
+            f"create_controller: dispatch must be 'auto', 'sparse' or 'dense', got {dispatch!r}"
+        )
     if any(one.batchnorm_adaptation for one in configs) and batchnorm_data is None:
         raise ValueError("create_controller: batchnorm_adaptation needs batchnorm_data, got None")
     targets = []
@@ -62,7 +71,7 @@ def create_controller(
         )
         targets.append(found)
     _check_disjoint(targets, configs)
-    infos = [[_info(target, backend) for target in found] for found in targets]
+    infos = [[_info(target, backend, dispatch) for target in found] for found in targets]
     try:
         for target, info in zip(chain(*targets), chain(*infos), strict=True):
             for module, parameter_name in target.users:
@@ -110,12 +119,16 @@ def _check_disjoint(targets: Sequence[Sequence[Target]], configs: Sequence[Confi
                 )
 
 
-def _info(target: Target, backend: Backend) -> SparseModuleInfo:
+def _info(target: Target, backend: Backend, dispatch: Dispatch) -> SparseModuleInfo:
     return SparseModuleInfo(
         module_node_name=target.name,
         module=target.users[0][0],
         operand=MaskOperand(
-            target.weight, target.pattern, transposed=target.transposed, backend=backend
+            target.weight,
+            target.pattern,
+            transposed=target.transposed,
+            backend=backend,
+            dispatch=dispatch,
         ),
         parameter_name=target.users[0][1],
         minimum_level=target.minimum_level,
