@@ -1,30 +1,33 @@
-"""The base of every sparsity algorithm: scores become thresholds, thresholds become masks.
+"""The base of every sparsity algorithm.
 
-An algorithm overrides ``scores``; pools, exact counts, limits, state, stage, statistics and strip
-are here.
+An algorithm that prunes the lowest scores overrides ``scores`` and no more: pools, exact counts
+and limits are in ``pruning.py``; schedule, state, stage, statistics and strip are here. An
+algorithm whose masks come about in another way overrides ``_set_level``; one with a state beyond
+its masks ``_own_state`` and ``_load_own_state``.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from ..kernels.mask import make_mask, pack, unpack
-from ..kernels.pattern import Pattern
-from ..kernels.select import Threshold, select
-from .allocation import allocate
+from ..kernels.mask import pack
 from .api import CompressionStage, StripFormat
 from .batchnorm import adapt_batchnorm
 from .compression import PTCompressionAlgorithmController, SparsityController
-from .config import BatchNormAdaptation
+from .config import AlgorithmConfig, BatchNormAdaptation
 from .loss import CompressionLoss, ZeroCompressionLoss
 from .modules import SparseModule
 from .operand import MaskOperand
+from .pruning import Scores, apply_pruning, find_prunings, pools
+from .saliency import Saliency
+from .schedule import Schedule
 from .scheduler import CompressionScheduler, SparsityScheduler, StubScheduler
 from .state import masks_state, read_masks
 from .statistics import SparsityStatistics, Statistics, summarise
@@ -59,28 +62,6 @@ class SparseModuleInfo:
         return getattr(self.module, self.parameter_name)
 
 
-class Scores(NamedTuple):
-    """Importance of the groups of several weights.
-
-    Attributes:
-        tensors: one matrix a weight, of a block pattern's grid, or of the weight itself where
-            every element is a group: its magnitude is the score, and no copy is made.
-        scales: float32 factor of each tensor, or None.
-    """
-
-    tensors: list[Tensor]
-    scales: Tensor | None
-
-
-class _Pruning(NamedTuple):
-    """A threshold found and not yet applied."""
-
-    infos: list[SparseModuleInfo]
-    scores: Scores
-    threshold: Threshold
-    pruned: int
-
-
 class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], SparsityController):
     """Base of the sparsity algorithms' controllers.
 
@@ -100,12 +81,34 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         self._scheduler: CompressionScheduler = CompressionScheduler()
         self._target_level: float | None = None
         self._thresholds: dict[str, Tensor] = {}
+        self._config: AlgorithmConfig | None = None
+        self._saliency: Saliency | None = None
+        self._optimizer: Optimizer | None = None
         self._batchnorm: BatchNormAdaptation | None = None
         self._batchnorm_data: Iterable[Any] | None = None
 
-    @abstractmethod
     def scores(self, infos: Sequence[SparseModuleInfo]) -> Scores:
         """Score every group of the weights given. All of them share one pattern."""
+        raise NotImplementedError(f"{type(self).__name__} must override scores()")
+
+    def _configure(
+        self, config: AlgorithmConfig, batchnorm_data: Iterable[Any] | None = None
+    ) -> None:
+        """Take over what every algorithm's configuration has."""
+        self._config = config
+        self._batchnorm = config.batchnorm_adaptation
+        self._batchnorm_data = batchnorm_data
+
+    def _follow(self, schedule: Schedule | None, initial_level: float) -> None:
+        """Take up a schedule, if there is one, and set the initial level."""
+        if schedule is None:
+            self._scheduler = StubScheduler()
+        else:
+            self._scheduler = SparsityScheduler(self, schedule)
+            self._target_level = self._scheduler.target_level
+        self.set_sparsity_level(initial_level)
+        if initial_level > 0 and self._batchnorm is not None:
+            self._adapt_batchnorm()
 
     @property
     def current_sparsity_level(self) -> float:
@@ -130,8 +133,43 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
     def disable_scheduler(self) -> None:
         self._scheduler = StubScheduler()
 
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimiser of the weights, which algorithms that grow groups back must be told."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer | None) -> None:
+        self._use_optimizer(optimizer)
+
+    def _use_optimizer(self, optimizer: Optimizer | None) -> None:
+        self._optimizer = optimizer
+
     def freeze(self, freeze: bool = True) -> None:
         self.frozen = freeze
+
+    def calibration(self) -> AbstractContextManager[None]:
+        """Measure the inputs of the target modules while the context is open.
+
+        ``with controller.calibration(): model(x)``, over some batches, is what the importance
+        ``"wanda"`` needs. Each context starts anew; it may be opened again as training goes on.
+
+        Raises:
+            ValueError: the importance is another; a module's inputs cannot be measured.
+        """
+        if self._saliency is None:
+            raise ValueError(f"calibration: {self.name} has no importance that needs one")
+        return self._saliency.calibration()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True if the importance looks at the inputs."""
+        return self._saliency is not None and self._saliency.importance == "wanda"
+
+    def begin_step(self) -> None:
+        """Look at what the step that has ended left; the scheduler calls it at each ``step()``."""
+        if self._saliency is not None and not self.frozen:
+            self._saliency.observe()
 
     @torch.no_grad()
     def set_sparsity_level(
@@ -166,15 +204,21 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         infos = self._resolve(target_sparsified_module_info)
         if self.frozen:
             return
-        prunings = [
-            p
-            for pool in _pools(infos)
-            for p in self._prune(pool, float(level), limits=len(infos) > 1)
-        ]
-        for pruning in prunings:
-            self._apply(pruning)
+        self._set_level(infos, float(level))
         if run_batchnorm_adaptation:
             self._adapt_batchnorm()
+
+    def _set_level(self, infos: list[SparseModuleInfo], level: float) -> None:
+        """Prune the groups of lowest score; what is refused leaves every mask as it was."""
+        prunings = [
+            pruning
+            for pool in pools(infos)
+            for pruning in find_prunings(pool, level, self.scores, limits=len(infos) > 1)
+        ]
+        for pruning in prunings:
+            apply_pruning(pruning)
+            for info in pruning.infos:
+                self._thresholds[info.module_node_name] = pruning.threshold.value
 
     def _resolve(self, target: SparseModuleInfo | None) -> list[SparseModuleInfo]:
         if not isinstance(self.sparsified_module_info[0].module, SparseModule):
@@ -190,67 +234,6 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
             )
         return [target]
 
-    def _prune(
-        self, infos: list[SparseModuleInfo], level: float, *, limits: bool
-    ) -> list[_Pruning]:
-        """Find the thresholds of one pool; several where limits hold some weights apart."""
-        groups = [info.operand.groups for info in infos]
-        total = round(level * sum(groups))
-        if not limits or all(i.minimum_level <= 0 and i.maximum_level >= 1 for i in infos):
-            return [self._threshold(infos, total)]
-        # a schedule passes levels below a weight's minimum on its way up
-        minimum = [
-            round(min(i.minimum_level, level) * n) for i, n in zip(infos, groups, strict=True)
-        ]
-        maximum = [round(i.maximum_level * n) for i, n in zip(infos, groups, strict=True)]
-        minimum = [min(low, high) for low, high in zip(minimum, maximum, strict=True)]
-        if not sum(minimum) <= total <= sum(maximum):
-            raise ValueError(
-                f"set_sparsity_level: level {level} cannot be reached within the limits of "
-                f"overrides: {total} of {sum(groups)} groups to prune, between {sum(minimum)} "
-                f"and {sum(maximum)} allowed"
-            )
-
-        def natural(members: list[int], k: int) -> list[int]:
-            pruning = self._threshold([infos[i] for i in members], k)
-            masks = _masks_of(pruning)
-            return [
-                infos[i].operand.groups - _kept(mask, infos[i].operand)
-                for i, mask in zip(members, masks, strict=True)
-            ]
-
-        fixed, free, left = allocate(total, minimum, maximum, natural)
-        prunings = [self._threshold([infos[i]], count) for i, count in fixed.items()]
-        if free:
-            prunings.append(self._threshold([infos[i] for i in free], left))
-        return prunings
-
-    def _threshold(self, infos: list[SparseModuleInfo], pruned: int) -> _Pruning:
-        scores = self.scores(infos)
-        threshold = select(
-            scores.tensors, pruned, scales=scores.scales, backend=infos[0].operand.backend
-        )
-        # the one wait for the device: masks must not change before every score is known to be
-        # finite
-        if threshold.nonfinite:
-            for info, tensor in zip(infos, scores.tensors, strict=True):
-                if not torch.isfinite(tensor).all():
-                    raise ValueError(
-                        f"set_sparsity_level: the weight of {info.module_node_name!r} holds NaN "
-                        "or Inf; masks are left as they were"
-                    )
-        return _Pruning(infos, scores, threshold, pruned)
-
-    def _apply(self, pruning: _Pruning) -> None:
-        masks = _masks_of(pruning, out=[info.operand.mask for info in pruning.infos])
-        kept: list[int] | list[None] = [None] * len(masks)
-        if any(info.operand.topology is not None for info in pruning.infos):
-            # of all weights at once: each count by itself would be a wait for the device
-            kept = torch.stack([mask.count_nonzero() for mask in masks]).tolist()
-        for info, count in zip(pruning.infos, kept, strict=True):
-            info.operand.set_(None, all_kept=pruning.pruned == 0, kept=count)
-            self._thresholds[info.module_node_name] = pruning.threshold.value
-
     def _adapt_batchnorm(self) -> None:
         assert self._batchnorm is not None
         assert self._batchnorm_data is not None
@@ -264,8 +247,8 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         pruned = sum(info.operand.pruned_groups() for info in infos)
         wanted = 0
         if self._target_level is not None:
-            pools = [sum(info.operand.groups for info in pool) for pool in _pools(infos)]
-            wanted = sum(round(self._target_level * groups) for groups in pools) - 1
+            sizes = [sum(info.operand.groups for info in pool) for pool in pools(infos)]
+            wanted = sum(round(self._target_level * groups) for groups in sizes) - 1
         if pruned == 0 and wanted > 0:
             return CompressionStage.UNCOMPRESSED
         if pruned >= wanted:
@@ -300,7 +283,20 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         return Statistics(**{self.name: SparsityStatistics(model, level)})
 
     def builder_state(self) -> dict[str, Any]:
-        return {}
+        return {} if self._config is None else self._config.model_dump(mode="json")
+
+    def _own_state(self) -> dict[str, Any]:
+        """Return what the algorithm has beyond masks, schedule and loss: values and tensors."""
+        return {} if self._saliency is None else self._saliency.get_state()
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Take over ``_own_state``'s result; what is refused must change nothing."""
+        if self._saliency is not None:
+            self._saliency.load_state(state)
+        elif state:
+            raise ValueError(
+                f"load_state: {self.name} has no state of its own, got {', '.join(state)}"
+            )
 
     def get_state(self) -> dict[str, dict[str, Any]]:
         """Return the whole state under the algorithm's name; masks are packed, on the CPU."""
@@ -310,6 +306,7 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
             "scheduler_state": self._scheduler.get_state(),
             "compression_stage": int(self.compression_stage()),
             "frozen": self.frozen,
+            "algorithm_state": self._own_state(),
             "weights": masks_state(self.sparsified_module_info),
         }
         return {self.name: state}
@@ -334,8 +331,15 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         if missing:
             raise ValueError(f"load_state: state lacks {sorted(missing)}")
         grids = read_masks(own["weights"], self.sparsified_module_info)
-        self._scheduler.load_state(own["scheduler_state"])
-        self._loss.load_state(own["loss_state"])
+        before = self._scheduler.get_state(), self._loss.get_state()
+        try:
+            self._scheduler.load_state(own["scheduler_state"])
+            self._loss.load_state(own["loss_state"])
+            self._load_own_state(own.get("algorithm_state", {}))
+        except BaseException:
+            self._scheduler.load_state(before[0])
+            self._loss.load_state(before[1])
+            raise
         self.frozen = bool(own["frozen"])
         for info, grid in zip(self.sparsified_module_info, grids, strict=True):
             operand = info.operand
@@ -362,28 +366,9 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         Raises:
             ValueError: ``strip_format`` is no ``StripFormat``; ``model`` holds no mask.
         """
-        return strip_masks(model, do_copy, StripFormat(strip_format))
+        strip_format = StripFormat(strip_format)
+        self._before_strip(do_copy)
+        return strip_masks(model, do_copy, strip_format)
 
-
-def _pools(infos: Sequence[SparseModuleInfo]) -> list[list[SparseModuleInfo]]:
-    """Part the weights by pattern: in a mixed pool an element would count as much as a block."""
-    pools: dict[Pattern, list[SparseModuleInfo]] = {}
-    for info in infos:
-        pools.setdefault(info.operand.pattern, []).append(info)
-    return list(pools.values())
-
-
-def _masks_of(pruning: _Pruning, out: list[Tensor] | None = None) -> list[Tensor]:
-    operand = pruning.infos[0].operand
-    return make_mask(
-        pruning.scores.tensors,
-        pruning.threshold,
-        scales=pruning.scores.scales,
-        packed=operand.packed,
-        out=out,
-        backend=operand.backend,
-    )
-
-
-def _kept(mask: Tensor, operand: MaskOperand) -> int:
-    return int((unpack(mask, operand.shape[1]) if operand.packed else mask).sum())
+    def _before_strip(self, do_copy: bool) -> None:
+        """Bring masks up to date before they are folded, or let go of a model that is stripped."""

@@ -259,10 +259,23 @@ class MaskOperand:
     @torch.no_grad()
     def fold_(self, weight: Tensor) -> None:
         """Set the pruned elements of ``weight`` to zero, in place."""
-        matrix = self.matrix(weight)
-        apply_mask_(matrix, self._argument, self.pattern, backend=self.backend)
-        if matrix.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
-            weight.copy_(matrix.reshape(weight.shape))
+        self._fold_(weight, self._argument)
+
+    @torch.no_grad()
+    def zero_(self, tensor: Tensor, groups: Tensor) -> None:
+        """Set some groups of a tensor of the weight's shape to zero, in place.
+
+        Args:
+            tensor: the weight, or what an optimiser knows of each of its elements.
+            groups: bool grid, True for the groups to clear.
+        """
+        self._fold_(tensor, self._compact(~groups))
+
+    def _fold_(self, tensor: Tensor, mask: Tensor) -> None:
+        matrix = self.matrix(tensor)
+        apply_mask_(matrix, mask, self.pattern, backend=self.backend)
+        if matrix.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+            tensor.copy_((matrix.T if self.transposed else matrix).reshape(tensor.shape))
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return ``weight`` as a matrix (out, in): a view where its strides allow one."""
@@ -273,6 +286,11 @@ class MaskOperand:
         return self.mask if self._words is None else self._words
 
     def _apply(self, weight: Tensor) -> Tensor:
+        if self.dense_weight_grad and torch.is_grad_enabled() and weight.requires_grad:
+            return _StraightThrough.apply(self._masked(weight.detach()), weight)
+        return self._masked(weight)
+
+    def _masked(self, weight: Tensor) -> Tensor:
         masked = apply_mask(
             self.matrix(weight), self._argument, self.pattern, backend=self.backend
         )
@@ -282,4 +300,17 @@ class MaskOperand:
         return pack(grid) if self.packed else grid
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_folded": None}
+        # a copy is not watched by the algorithm that looks at dense gradients
+        return self.__dict__ | {"_folded": None, "dense_weight_grad": False}
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The masked weight's value; the weight gets its gradient whole."""
+
+    @staticmethod
+    def forward(ctx: Any, masked: Tensor, weight: Tensor) -> Tensor:
+        return masked.view_as(masked)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0]

@@ -218,6 +218,50 @@ def test_every_schedule_resumes(tmp_path, schedule, pattern):
     assert_same_result(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"algorithm": "const"},
+        {"algorithm": "set"},
+        # killed in the step after whose gradients it grows, which was saved, and later
+        {"algorithm": "rigl", "delta_t": 4, "save_every": 1},
+        {"algorithm": "rigl", "initial_masks": "random", "pattern": "unstructured"},
+        {"importance": "snip_momentum"},
+        {"importance": "wanda"},
+    ],
+    ids=lambda how: " ".join(map(str, how.values())),
+)
+def test_every_algorithm_resumes(tmp_path, how):
+    options = replace(QUICK, dense_epochs=0, epochs=5, **how)
+    report = finetune(options, tmp_path / "whole")
+    assert report["results"]["stripped"]["level"] == pytest.approx(0.8, abs=1e-2)
+
+    moments = [4, 11]
+
+    def kill(phase, done, total, note):
+        if done in moments:
+            moments.remove(done)
+            raise Killed
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            finetune(options, tmp_path / "killed", resume=True, progress=kill)
+    finetune(options, tmp_path / "killed", resume=True, progress=kill)
+    assert_same_result(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_const_keeps_the_zeros_of_a_sparse_checkpoint(tmp_path, uninterrupted):
+    checkpoint = str(uninterrupted / STRIPPED)
+    options = replace(QUICK, algorithm="const", dense_epochs=None, checkpoint=checkpoint)
+    finetune(options, tmp_path)
+    before, after = (safetensors.torch.load_file(f / STRIPPED) for f in (uninterrupted, tmp_path))
+    report = json.loads((tmp_path / REPORT).read_text())
+    names = [f"{layer['name']}.weight" for layer in report["layers"]]
+    assert all(torch.equal(before[name] == 0, after[name] == 0) for name in names)
+    # what is left has been trained
+    assert any((before[name] != after[name]).any() for name in names)
+
+
 def test_every_step_of_every_phase_has_a_batch_of_its_own(tmp_path, monkeypatch):
     streams = []
 
