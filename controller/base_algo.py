@@ -6,6 +6,7 @@ are here.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.mask import make_mask, pack, unpack
-from ..kernels.pattern import Pattern
+from ..kernels.pattern import NM, Pattern, Unstructured, maximum_level
 from ..kernels.select import Threshold, select
+from ..kernels.semi_structured import nm_mask, nm_score
 from .allocation import allocate
 from .api import CompressionStage, StripFormat
 from .batchnorm import adapt_batchnorm
@@ -64,7 +66,8 @@ class Scores(NamedTuple):
 
     Attributes:
         tensors: one matrix a weight, of a block pattern's grid, or of the weight itself where
-            every element is a group: its magnitude is the score, and no copy is made.
+            every element is a group: its magnitude is the score, and no copy is made. Under N:M
+            the weight's too: its elements compete inside their tuple.
         scales: float32 factor of each tensor, or None.
     """
 
@@ -73,12 +76,18 @@ class Scores(NamedTuple):
 
 
 class _Pruning(NamedTuple):
-    """A threshold found and not yet applied."""
+    """A threshold found and not yet applied.
+
+    Under N:M the scores are those of tuples, and ``elements`` has those of their elements. Where
+    every tuple is pruned no threshold is needed, and the masks are there.
+    """
 
     infos: list[SparseModuleInfo]
     scores: Scores
-    threshold: Threshold
+    threshold: Threshold | None
     pruned: int
+    elements: list[Tensor]
+    masks: list[Tensor]
 
 
 class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], SparsityController):
@@ -144,6 +153,11 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
 
         Frozen masks stay as they are. Whatever is refused leaves every mask as it was.
 
+        N:M can express levels up to 1 - n/m, which count elements. At level s of a pool of N:M
+        weights exactly ``round(s / (1 - n/m) * tuples)`` tuples are pruned to n of m: those that
+        lose the least, by the sum of what they lose. Beside weights that can go further an N:M
+        weight stays at 1 - n/m.
+
         Args:
             level: fraction of groups to prune, in [0, 1).
             target_sparsified_module_info: prune this weight only; None: every target weight. All
@@ -151,9 +165,9 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
             run_batchnorm_adaptation: re-estimate BatchNorm statistics afterwards.
 
         Raises:
-            ValueError: the level is outside [0, 1) or beyond what the limits allow; a weight holds
-                NaN or Inf; the entry is another controller's; there is no BatchNorm adaptation
-                configured.
+            ValueError: the level is outside [0, 1) or beyond what limits and patterns allow; a
+                weight holds NaN or Inf; the entry is another controller's; there is no BatchNorm
+                adaptation configured.
             RuntimeError: the model has been stripped.
         """
         if not (isinstance(level, (int, float)) and 0 <= level < 1):
@@ -164,6 +178,7 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
                 "configuration"
             )
         infos = self._resolve(target_sparsified_module_info)
+        _check_reachable("set_sparsity_level: level", level, infos)
         if self.frozen:
             return
         prunings = [
@@ -175,6 +190,14 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
             self._apply(pruning)
         if run_batchnorm_adaptation:
             self._adapt_batchnorm()
+
+    def check_reachable(self, target_level: float) -> None:
+        """Refuse a schedule's target that no weight's pattern can express.
+
+        Raises:
+            ValueError: all weights are under N:M, and the target is above 1 - n/m.
+        """
+        _check_reachable("schedule: target_level", target_level, self.sparsified_module_info)
 
     def _resolve(self, target: SparseModuleInfo | None) -> list[SparseModuleInfo]:
         if not isinstance(self.sparsified_module_info[0].module, SparseModule):
@@ -194,28 +217,36 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         self, infos: list[SparseModuleInfo], level: float, *, limits: bool
     ) -> list[_Pruning]:
         """Find the thresholds of one pool; several where limits hold some weights apart."""
-        groups = [info.operand.groups for info in infos]
+        groups = [info.operand.candidates for info in infos]
+        # what N:M cannot express above it counts as all of it
+        most = maximum_level(infos[0].operand.pattern)
+        level = min(level / most, 1.0)
         total = round(level * sum(groups))
         if not limits or all(i.minimum_level <= 0 and i.maximum_level >= 1 for i in infos):
             return [self._threshold(infos, total)]
         # a schedule passes levels below a weight's minimum on its way up
         minimum = [
-            round(min(i.minimum_level, level) * n) for i, n in zip(infos, groups, strict=True)
+            round(min(i.minimum_level / most, level) * n)
+            for i, n in zip(infos, groups, strict=True)
         ]
-        maximum = [round(i.maximum_level * n) for i, n in zip(infos, groups, strict=True)]
+        maximum = [
+            round(min(i.maximum_level / most, 1.0) * n) for i, n in zip(infos, groups, strict=True)
+        ]
         minimum = [min(low, high) for low, high in zip(minimum, maximum, strict=True)]
         if not sum(minimum) <= total <= sum(maximum):
             raise ValueError(
-                f"set_sparsity_level: level {level} cannot be reached within the limits of "
+                f"set_sparsity_level: level {level * most} cannot be reached within the limits of "
                 f"overrides: {total} of {sum(groups)} groups to prune, between {sum(minimum)} "
                 f"and {sum(maximum)} allowed"
             )
 
         def natural(members: list[int], k: int) -> list[int]:
             pruning = self._threshold([infos[i] for i in members], k)
+            if pruning.threshold is None:
+                return [infos[i].operand.candidates for i in members]
             masks = _masks_of(pruning)
             return [
-                infos[i].operand.groups - _kept(mask, infos[i].operand)
+                infos[i].operand.candidates - _kept(mask, infos[i].operand)
                 for i, mask in zip(members, masks, strict=True)
             ]
 
@@ -227,25 +258,38 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
 
     def _threshold(self, infos: list[SparseModuleInfo], pruned: int) -> _Pruning:
         scores = self.scores(infos)
-        threshold = select(
-            scores.tensors, pruned, scales=scores.scales, backend=infos[0].operand.backend
-        )
-        # the one wait for the device: masks must not change before every score is known to be
-        # finite
-        if threshold.nonfinite:
-            for info, tensor in zip(infos, scores.tensors, strict=True):
-                if not torch.isfinite(tensor).all():
-                    raise ValueError(
-                        f"set_sparsity_level: the weight of {info.module_node_name!r} holds NaN "
-                        "or Inf; masks are left as they were"
-                    )
-        return _Pruning(infos, scores, threshold, pruned)
+        pattern, backend = infos[0].operand.pattern, infos[0].operand.backend
+        elements = scores.tensors
+        if isinstance(pattern, NM):
+            if pruned == sum(info.operand.candidates for info in infos):
+                found = [nm_mask(tensor, pattern, backend=backend) for tensor in elements]
+                _check_finite(infos, elements, torch.stack([f.nonfinite for f in found]).sum())
+                return _Pruning(infos, scores, None, pruned, elements, [f.mask for f in found])
+            tuples = [nm_score(tensor, pattern, backend=backend) for tensor in elements]
+            scores = Scores(tuples, scores.scales)
+        threshold = select(scores.tensors, pruned, scales=scores.scales, backend=backend)
+        _check_finite(infos, scores.tensors, threshold.nonfinite)
+        return _Pruning(infos, scores, threshold, pruned, elements, [])
 
     def _apply(self, pruning: _Pruning) -> None:
-        _masks_of(pruning, out=[info.operand.mask for info in pruning.infos])
+        operands = [info.operand for info in pruning.infos]
+        pattern = operands[0].pattern
+        if pruning.threshold is None:
+            for operand, mask in zip(operands, pruning.masks, strict=True):
+                operand.mask.copy_(mask)
+        elif isinstance(pattern, NM):
+            masks = zip(operands, pruning.elements, _masks_of(pruning), strict=True)
+            for operand, elements, whole in masks:
+                backend = operand.backend
+                nm_mask(elements, pattern, whole=whole, out=operand.mask, backend=backend)
+        else:
+            _masks_of(pruning, out=[operand.mask for operand in operands])
         for info in pruning.infos:
             info.operand.set_(None, all_kept=pruning.pruned == 0)
-            self._thresholds[info.module_node_name] = pruning.threshold.value
+            if pruning.threshold is None:
+                self._thresholds.pop(info.module_node_name, None)
+            else:
+                self._thresholds[info.module_node_name] = pruning.threshold.value
 
     def _adapt_batchnorm(self) -> None:
         assert self._batchnorm is not None
@@ -260,8 +304,11 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         pruned = sum(info.operand.pruned_groups() for info in infos)
         wanted = 0
         if self._target_level is not None:
-            pools = [sum(info.operand.groups for info in pool) for pool in _pools(infos)]
-            wanted = sum(round(self._target_level * groups) for groups in pools) - 1
+            for pool in _pools(infos):
+                target = min(self._target_level, maximum_level(pool[0].operand.pattern))
+                wanted += round(target * sum(info.operand.groups for info in pool))
+            patterns = {info.operand.pattern for info in infos}
+            wanted -= max(p.dropped if isinstance(p, NM) else 1 for p in patterns)
         if pruned == 0 and wanted > 0:
             return CompressionStage.UNCOMPRESSED
         if pruned >= wanted:
@@ -369,17 +416,44 @@ def _pools(infos: Sequence[SparseModuleInfo]) -> list[list[SparseModuleInfo]]:
     return list(pools.values())
 
 
+def _check_reachable(what: str, level: float, infos: Sequence[SparseModuleInfo]) -> None:
+    patterns = {info.operand.pattern for info in infos}
+    pattern = max(patterns, key=maximum_level)
+    most = maximum_level(pattern)
+    # 2/3 is not 1 - 1/3 in floating point
+    if level > most and not math.isclose(level, most, rel_tol=1e-9):
+        raise ValueError(
+            f"{what} must be at most 1 - n/m = {most:g} under the pattern {pattern}, got {level!r}"
+        )
+
+
+def _check_finite(
+    infos: Sequence[SparseModuleInfo], scores: Sequence[Tensor], nonfinite: Tensor
+) -> None:
+    # the one wait for the device: masks must not change before every score is known to be finite
+    if nonfinite:
+        for info, tensor in zip(infos, scores, strict=True):
+            if not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"set_sparsity_level: the weight of {info.module_node_name!r} holds NaN or "
+                    "Inf; masks are left as they were"
+                )
+
+
 def _masks_of(pruning: _Pruning, out: list[Tensor] | None = None) -> list[Tensor]:
+    """Return which of the scores' groups are kept: packed if unstructured, else bool."""
+    assert pruning.threshold is not None
     operand = pruning.infos[0].operand
     return make_mask(
         pruning.scores.tensors,
         pruning.threshold,
         scales=pruning.scores.scales,
-        packed=operand.packed,
+        packed=isinstance(operand.pattern, Unstructured),
         out=out,
         backend=operand.backend,
     )
 
 
 def _kept(mask: Tensor, operand: MaskOperand) -> int:
-    return int((unpack(mask, operand.shape[1]) if operand.packed else mask).sum())
+    packed = isinstance(operand.pattern, Unstructured)
+    return int((unpack(mask, operand.shape[1]) if packed else mask).sum())

@@ -5,6 +5,7 @@ Reading order: the objects, then the dictionary form and its translation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..kernels.pattern import Block, Pattern, Unstructured
+from ..kernels.pattern import NM, Block, Pattern, Unstructured, maximum_level
 from .declaration import Declaration, DeclarationError, did_you_mean
 from .schedule import (
     AdaptiveSchedule,
@@ -39,30 +40,36 @@ def parse_pattern(pattern: object) -> Pattern:
     """Return the pattern that ``pattern`` is or spells.
 
     Args:
-        pattern: a pattern, ``"unstructured"``, or ``{"block": [rows, cols]}``.
+        pattern: a pattern, ``"unstructured"``, ``{"block": [rows, cols]}``, ``{"nm": [n, m]}`` or
+            ``{"nm": [2, 4], "transposable": True}``.
 
     Raises:
-        ValueError: it is none of these, or the block's sides are no powers of two from 1 to 256.
+        ValueError: it is none of these, or ``Block`` or ``NM`` refuse its numbers.
     """
     match pattern:
-        case Unstructured() | Block():
+        case Unstructured() | Block() | NM():
             return pattern
         case "unstructured":
             return Unstructured()
         case {"block": [rows, cols], **rest} if not rest:
             return Block(rows, cols)
+        case {"nm": [n, m], **rest} if not rest.keys() - {"transposable"}:
+            return NM(n, m, **rest)
     raise ValueError(
-        "must be Unstructured(), Block(rows, cols), 'unstructured' or {'block': [rows, cols]}, "
+        "must be Unstructured(), Block(rows, cols), NM(n, m), 'unstructured', "
+        "{'block': [rows, cols]}, {'nm': [n, m]} or {'nm': [2, 4], 'transposable': True}, "
         f"got {pattern!r}"
     )
 
 
-def _spell_pattern(pattern: Pattern) -> str | dict[str, list[int]]:
+def _spell_pattern(pattern: Pattern) -> str | dict[str, Any]:
     match pattern:
         case Unstructured():
             return "unstructured"
         case Block(rows, cols):
             return {"block": [rows, cols]}
+        case NM(n, m, transposable):
+            return {"nm": [n, m]} | ({"transposable": True} if transposable else {})
 
 
 def _scope(scope: str) -> str:
@@ -139,7 +146,8 @@ class MagnitudeSparsityConfig(Declaration):
 
     Args:
         algorithm: its name, fixed.
-        pattern: what is pruned together.
+        pattern: what is pruned together. Under ``NM`` a level counts elements, and the schedule
+            may go up to 1 - n/m; ``NM`` in an override stays there where the schedule goes on.
         sparsity_level_setting_mode: ``"global"``: a schedule sets the level of all target weights
             as one pool; ``"local"``: no schedule, levels are set weight by weight through the
             controller.
@@ -202,6 +210,18 @@ class MagnitudeSparsityConfig(Declaration):
             raise ValueError(
                 "sparsity_init must be left out with a schedule, which has its own initial_level, "
                 f"got {self.sparsity_init!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> MagnitudeSparsityConfig:
+        most = maximum_level(self.pattern)
+        target = self.initial_level if self.schedule is None else self.schedule.target_level
+        # 2/3 is not 1 - 1/3 in floating point
+        if target > most and not math.isclose(target, most, rel_tol=1e-9):
+            raise ValueError(
+                f"target_level must be at most 1 - n/m = {most:g} with pattern {self.pattern}, "
+                f"got {target!r}"
             )
         return self
 
@@ -293,7 +313,8 @@ def parse_config(
 def from_nncf(section: Mapping[str, Any]) -> MagnitudeSparsityConfig:
     """Translate NNCF's ``compression`` dictionary, and our additions to it.
 
-    Beyond NNCF ``params`` takes ``pattern`` (``"unstructured"``, ``{"block": [64, 64]}``),
+    Beyond NNCF ``params`` takes ``pattern`` (``"unstructured"``, ``{"block": [64, 64]}``,
+    ``{"nm": [2, 4]}``),
     ``overrides`` (a list of dictionaries with ``Override``'s fields) and, for the adaptive
     schedule, ``step`` and ``eps``. As in NNCF a key that the chosen schedule has no use for, and
     ``compression_lr_multiplier``, which scales parameters that this algorithm has not, are let be.

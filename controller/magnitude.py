@@ -43,6 +43,7 @@ class MagnitudeSparsityController(BaseSparsityAlgoController):
         else:
             self._scheduler = SparsityScheduler(self, config.schedule)
             self._target_level = self._scheduler.target_level
+            self.check_reachable(self._target_level)
         initial = config.initial_level
         self.set_sparsity_level(initial)
         if initial > 0 and self._batchnorm is not None:

@@ -302,9 +302,10 @@ def apply_mask(weight, mask, pattern, *, backend="auto"):
         weight: float of 16, 32 or 64 bits, shape ``(R, C)``, any strides; or a sequence of such.
         mask: on the weight's device; a sequence, one mask a weight, if ``weight`` is one. Either
             compact: for ``Block``, bool ``(ceil(R / rows), ceil(C / cols))``; for
-            ``Unstructured`` and ``NM``, the bits of ``(R, C)`` packed along the rows in little bit
-            order, uint8 ``(R, ceil(C / 8))``. Or words, always in plain torch and meant for a CPU: an
-            integer of the weight's width, ``(ceil(R / rows), C)``, -1 where kept and 0 where not.
+            ``Unstructured`` and ``NM``, the bits of ``(R, C)`` packed along the rows in little
+            bit order, uint8 ``(R, ceil(C / 8))``. Or words, always in plain torch and meant for a
+            CPU: an integer of the weight's width, ``(ceil(R / rows), C)``, -1 where kept and 0
+            where not.
         pattern: the pattern that the mask belongs to.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 

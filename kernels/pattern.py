@@ -102,6 +102,11 @@ class NM:
         """Sides of a group, in elements."""
         return (4, 4) if self.transposable else (1, self.m)
 
+    @property
+    def dropped(self) -> int:
+        """How many elements a pruned group lacks."""
+        return self.group[0] * (self.m - self.n)
+
     def __str__(self) -> str:
         return f"{self.n}:{self.m} transposable" if self.transposable else f"{self.n}:{self.m}"
 

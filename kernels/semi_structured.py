@@ -20,13 +20,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import combinations, product
 from math import lcm
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .bits import Packer, bytes_of, packed_shape
-from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
+from .launch import Backend, index_type, on_device, tl, triton, use_triton
 from .pattern import NM
 
 CHUNK = 2**17  # elements that plain torch handles at a time: keys and ranks stay in cache
@@ -65,7 +65,9 @@ def _rank_reference(keys: Tensor, n: int) -> Tensor:
     """Tell which elements are kept of tuples that lie along the first dimension."""
     m = keys.shape[0]
     # its rank among the elements before it, were each larger; every pair then corrects both
-    rank = torch.arange(m, dtype=torch.uint8, device=keys.device)[:, None].repeat(1, keys[0].numel())
+    rank = torch.arange(m, dtype=torch.uint8, device=keys.device)[:, None].repeat(
+        1, keys[0].numel()
+    )
     keys = keys.view(rank.shape)
     for distance in range(1, m):
         later_wins = (keys[distance:] > keys[:-distance]).view(torch.uint8)
@@ -144,7 +146,7 @@ def _columns(x):
     N: tl.constexpr = x.shape[2]
     if N == 1:
         return (x.reshape([A, B]),)
-    else:
+    else:  # noqa: RET505  the compiler visits what follows a return
         low, high = tl.split(x.reshape([A, B, 2, N // 2]).permute(0, 1, 3, 2))
         return _columns(low) + _columns(high)
 
@@ -159,8 +161,9 @@ def _ranks(keys, M: tl.constexpr):
         for i in tl.static_range(j):
             later_wins = (keys[j] > keys[i]).to(tl.int32)
             rank -= later_wins
-            ranks = ranks[:i] + (ranks[i] + later_wins,) + ranks[i + 1 :]
-        ranks = ranks + (rank,)
+            # the compiler knows no starred expression
+            ranks = ranks[:i] + (ranks[i] + later_wins,) + ranks[i + 1 :]  # noqa: RUF005
+        ranks += (rank,)
     return ranks
 
 
@@ -353,13 +356,13 @@ def _tile_kernel(
             other=0.0,
         )  # [BLOCK_R, BLOCK_C * 4]
         x = tl.abs(x.to(tl.float32))
-        keys = keys + _columns(x.reshape([BLOCK_R, BLOCK_C, 4]))
+        keys += _columns(x.reshape([BLOCK_R, BLOCK_C, 4]))
 
     pairs = ()
     for row in tl.static_range(4):
         for i in tl.static_range(3):
             for j in tl.static_range(i + 1, 4):
-                pairs = pairs + (keys[4 * row + i] + keys[4 * row + j],)
+                pairs += (keys[4 * row + i] + keys[4 * row + j],)
     best = tl.full([BLOCK_R, BLOCK_C], -1.0, tl.float32)
     code = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
     for t in tl.static_range(len(TABLE)):
@@ -442,9 +445,7 @@ def _launch(
                 *arguments, TABLE=_TABLE, INDEX=index, BLOCK_R=block_r, BLOCK_C=block_c
             )
         elif m & (m - 1) == 0:
-            _nm_kernel[grid](
-                *arguments, KEPT=n, M=m, INDEX=index, BLOCK_R=block_r, TUPLES=block_c
-            )
+            _nm_kernel[grid](*arguments, KEPT=n, M=m, INDEX=index, BLOCK_R=block_r, TUPLES=block_c)
         else:
             _straddling_kernel[grid](
                 *arguments, KEPT=n, M=m, LANES=triton.next_power_of_2(m), INDEX=index,
@@ -605,3 +606,19 @@ def nm_score(weight: Tensor, pattern: NM, *, backend: Backend = "auto") -> Tenso
     scores = _new_scores(weight, pattern)
     _reference(weight, pattern, None, None, scores)
     return scores
+
+
+def nm_fits(kept: Tensor, pattern: NM) -> bool:
+    """Tell whether of every group of a bool matrix n at most are kept, or all.
+
+    Args:
+        kept: bool ``(R, C)``, divided into groups without remainder.
+        pattern: whose n holds for each tuple, and for each row and column of a tile.
+    """
+    tall, wide = pattern.group
+    rows, cols = kept.shape[0] // tall, kept.shape[1] // wide
+    groups = kept.view(rows, tall, cols, wide)
+    fits = (groups.sum(3) <= pattern.n).all(1)
+    if pattern.transposable:
+        fits &= (groups.sum(1) <= pattern.n).all(2)
+    return bool((fits | groups.all(3).all(1)).all())
