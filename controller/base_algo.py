@@ -395,15 +395,18 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         Args:
             model: the controlled model or a copy of it.
             do_copy: leave ``model`` as it is and strip a deep copy.
-            strip_format: a mask has one folded form, plain weights with zeros, so that all formats
-                agree.
+            strip_format: a mask has one folded form, plain weights with zeros, so that NNCF's
+                formats agree. ``SEMI_STRUCTURED`` also turns the weights of linear modules under
+                2:4, in half precision on a GPU of compute capability 8.0 or later, into PyTorch's
+                semi-structured tensors, for inference.
 
         Returns:
             The model with its original classes, pruned weights exactly zero, no mask and no
             further key; its outputs equal the masked model's.
 
         Raises:
-            ValueError: ``strip_format`` is no ``StripFormat``; ``model`` holds no mask.
+            ValueError: ``strip_format`` is no ``StripFormat``; ``model`` holds no mask; a weight
+                under 2:4 cannot be packed, or there is none. Nothing has changed then.
         """
         return strip_masks(model, do_copy, StripFormat(strip_format))
 

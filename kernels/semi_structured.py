@@ -17,6 +17,7 @@ Reading order: references -> kernels -> launcher -> operators -> public function
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from itertools import combinations, product
 from math import lcm
@@ -606,6 +607,39 @@ def nm_score(weight: Tensor, pattern: NM, *, backend: Backend = "auto") -> Tenso
     scores = _new_scores(weight, pattern)
     _reference(weight, pattern, None, None, scores)
     return scores
+
+
+def pack_semi_structured(weight: Tensor) -> Tensor:
+    """Turn a 2:4 weight into PyTorch's semi-structured tensor, by PyTorch's own packing.
+
+    Args:
+        weight: float16 or bfloat16 ``(R, C)``, contiguous, on a GPU of compute capability 8.0 or
+            later, with two zeros at least in every four elements of a row.
+
+    Raises:
+        ValueError: it is not such, or of a shape that the device's library refuses.
+    """
+    obstacle = _obstacle(weight)
+    if obstacle is not None:
+        raise ValueError(f"pack_semi_structured: {obstacle}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor")
+        try:
+            return torch.sparse.to_sparse_semi_structured(weight)
+        except RuntimeError as error:
+            raise ValueError(f"pack_semi_structured: {error}") from error
+
+
+def _obstacle(weight: Tensor) -> str | None:
+    """Say why the device cannot multiply ``weight`` as a semi-structured tensor."""
+    if not weight.is_cuda:
+        return f"weight must be on a CUDA device, got {weight.device}"
+    capability = torch.cuda.get_device_capability(weight.device)
+    if capability < (8, 0):
+        return f"the device must have compute capability 8.0 or later, got {capability}"
+    if weight.dtype not in (torch.float16, torch.bfloat16):
+        return f"weight must be float16 or bfloat16, got {weight.dtype}"
+    return None
 
 
 def nm_fits(kept: Tensor, pattern: NM) -> bool:

@@ -17,7 +17,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter has no reliable bfloat16
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRET else [torch.bfloat16, torch.float64])]
 # powers of two below, at and above a byte, and lengths that straddle bytes
-PAIRS = [(2, 4), (1, 2), (3, 8), (9, 16), (31, 32), (1, 3), (3, 5), (4, 7), (5, 12), (16, 31)]
+PAIRS = [(2, 4), (1, 2), (3, 8), (9, 16), (31, 32), (1, 3), (3, 5), (4, 7), (5, 12)]
+if not INTERPRET:  # it would take half a minute
+    PAIRS.append((16, 31))
 TRANSPOSABLE = NM(2, 4, transposable=True)
 PATTERNS = [*(NM(n, m) for n, m in PAIRS), TRANSPOSABLE]
 FEW = [NM(2, 4), NM(9, 16), NM(3, 5), TRANSPOSABLE]
@@ -324,7 +326,7 @@ def test_the_weight_is_read_once_in_16_byte_loads(arch, dtype, pattern):
     loads = compiled.global_loads()
     elements = module.TILE // 128  # of a thread
     assert loads == [16] * (elements * DTYPE_NAMES[dtype].itemsize // 16)
-    assert compiled.registers <= 168
+    assert compiled.registers <= (200 if pattern.m == 32 else 128)
 
 
 @pytest.mark.aot
