@@ -3,13 +3,16 @@
 # absolute: pytest imports this file once more under the checkout's folder name
 from triton_sparsity.controller.api import CompressionStage, StripFormat
 from triton_sparsity.controller.base_algo import BaseSparsityAlgoController, SparseModuleInfo
-from triton_sparsity.controller.config import (
-    BatchNormAdaptation,
-    MagnitudeSparsityConfig,
-    Override,
-)
+from triton_sparsity.controller.composite import CompositeController
+from triton_sparsity.controller.config import BatchNormAdaptation, Override
+from triton_sparsity.controller.const import ConstSparsityConfig, ConstSparsityController
 from triton_sparsity.controller.create import create_controller
-from triton_sparsity.controller.magnitude import MagnitudeSparsityController
+from triton_sparsity.controller.magnitude import (
+    MagnitudeSparsityConfig,
+    MagnitudeSparsityController,
+)
+from triton_sparsity.controller.regrowth import SETConfig, SETController
+from triton_sparsity.controller.rigl import RigLConfig, RigLController
 from triton_sparsity.controller.schedule import (
     AdaptiveSchedule,
     ExponentialSchedule,
@@ -31,7 +34,10 @@ __all__ = [
     "BaseSparsityAlgoController",
     "BatchNormAdaptation",
     "Block",
+    "CompositeController",
     "CompressionStage",
+    "ConstSparsityConfig",
+    "ConstSparsityController",
     "ExponentialSchedule",
     "MagnitudeSparsityConfig",
     "MagnitudeSparsityController",
@@ -39,6 +45,10 @@ __all__ = [
     "NMMask",
     "Override",
     "PolynomialSchedule",
+    "RigLConfig",
+    "RigLController",
+    "SETConfig",
+    "SETController",
     "SparseModuleInfo",
     "StripFormat",
     "Threshold",

@@ -88,6 +88,14 @@ def finetune(
     task: Annotated[
         Text, _option("stdlib-lm (language model of Python's source) or digits.", "stdlib-lm")
     ] = None,
+    algorithm: Annotated[Text, _option("magnitude, const, set or rigl.", "magnitude")] = None,
+    compare: Annotated[
+        Text,
+        typer.Option("--compare", help="Algorithms, by commas: run each from one dense baseline."),
+    ] = None,
+    levels: Annotated[
+        Text, typer.Option("--levels", help="With --compare: levels, by commas, not one level.")
+    ] = None,
     pattern: Annotated[
         Text, _option("unstructured, block:ROWSxCOLS or block:SIDE.", "block:16x16")
     ] = None,
@@ -100,7 +108,19 @@ def finetune(
         Real, _option("Fraction of the sparse epochs in which the level rises.", "0.7")
     ] = None,
     importance: Annotated[
-        Text, _option("abs or normed_abs (by the norm of each weight).", "abs")
+        Text, _option("abs, normed_abs, snip, snip_momentum, wanda or random.", "abs")
+    ] = None,
+    initial_masks: Annotated[
+        Text, _option("Of set and rigl: importance or random.", "importance")
+    ] = None,
+    distribution: Annotated[
+        Text, _option("Of set and rigl, over the layers: erk or uniform.", "erk")
+    ] = None,
+    alpha: Annotated[
+        Real, _option("Of set and rigl: fraction of the groups that moves at first.", "0.3")
+    ] = None,
+    delta_t: Annotated[
+        Whole, _option("Of set and rigl: steps between updates.", "ramp / 20")
     ] = None,
     scope: Annotated[
         list[str] | None,
@@ -123,6 +143,9 @@ def finetune(
     device: Annotated[Text, _option("auto, cpu, cuda or cuda:N.", "auto")] = None,
     dtype: Annotated[Text, _option("float32, or bfloat16 by autocast.", "float32")] = None,
     backend: Annotated[Text, _option("auto, triton or torch.", "auto")] = None,
+    dispatch: Annotated[
+        Text, _option("Which layers skip pruned blocks: auto, sparse or dense.", "auto")
+    ] = None,
     threads: Annotated[Whole, _option("CPU threads.", "torch's own choice")] = None,
     seed: Annotated[Whole, _option("Seed of weights and data order.", "0")] = None,
     resume: Annotated[
@@ -144,26 +167,38 @@ def finetune(
     """
     if resume and force:
         raise typer.BadParameter("--resume and --force exclude each other")
+    for one, other, both in (
+        ("--compare", "--algorithm", compare and algorithm),
+        ("--levels", "--level", levels and level is not None),
+    ):
+        if both:
+            raise typer.BadParameter(f"{one} and {other} exclude each other")
+    if levels and not compare:
+        raise typer.BadParameter("--levels needs --compare")
+    own = ("output", "compare", "levels", "resume", "force", "as_json")
     names = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in context.params.items()
-        if value not in (None, [], ()) and name not in ("output", "resume", "force", "as_json")
+        if value not in (None, [], ()) and name not in own
     }
     # torch and matplotlib take seconds to import, which --help has no use for
     from .finetune import finetune as run
     from .options import Options
-    from .report import print_report, progress_bars
+    from .report import print_comparison, print_report, progress_bars
+    from .series import comparison, run_series
 
+    how: dict[str, Any] = {"resume": resume, "force": force}
     try:
         with progress_bars(quiet=as_json) as progress:
-            report = run(
-                Options(**names),
-                output,
-                given=names,
-                resume=resume,
-                force=force,
-                progress=progress,
-            )
+            if compare:
+                options = Options(**names)
+                entries = comparison(
+                    options, compare.split(","), _numbers(levels) or [options.level]
+                )
+                given = {*names, "algorithm", "level"}
+                report = run_series(entries, output, given=given, progress=progress, **how)
+            else:
+                report = run(Options(**names), output, given=names, progress=progress, **how)
     except KeyboardInterrupt:
         print(
             f"triton-sparsity: stopped; to go on: triton-sparsity finetune --resume -o {output}",
@@ -172,8 +207,17 @@ def finetune(
         raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(report, allow_nan=False))
+    elif compare:
+        print_comparison(report, output)
     else:
         print_report(report, output)
+
+
+def _numbers(text: str | None) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")] if text else []
+    except ValueError:
+        raise typer.BadParameter(f"--levels must be numbers, by commas, got {text!r}") from None
 
 
 if __name__ == "__main__":

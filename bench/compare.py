@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..controller.config import MagnitudeSparsityConfig
 from ..controller.create import create_controller
+from ..controller.magnitude import MagnitudeSparsityConfig
 from ..controller.schedule import PolynomialSchedule
 from ..kernels.pattern import Block, Pattern, Unstructured
 from .measure import Timing, Work, in_turn

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +9,17 @@ from typing import Any
 
 from rich.console import Console
 
-from .files import CURVES, DENSE, REPORT, write_atomic
-from .finetune import finetune
+from .files import CURVES
 from .options import Options
-from .report import curves, progress_bars, results_table, summary
+from .report import progress_bars, results_table, rows, summary
+from .series import Entry, run_series
 
 FOLDER = Path("runs", "demo")
 RUNS = (
     # what the same additional steps do without pruning: the others are to be measured against it
-    ("dense, trained on", "dense", Options(level=0.0)),
-    ("80 % unstructured", "unstructured", Options(pattern="unstructured")),
-    ("80 % 16x16 blocks", "blocks", Options(pattern="block:16x16")),
+    Entry("dense, trained on", "dense", Options(level=0.0)),
+    Entry("80 % unstructured", "unstructured", Options(pattern="unstructured")),
+    Entry("80 % 16x16 blocks", "blocks", Options(pattern="block:16x16")),
 )
 
 
@@ -40,38 +39,15 @@ def run(folder: Path, changes: dict[str, Any] | None = None) -> dict[str, dict[s
     """Train the dense model in the first run and go on from it in the others.
 
     Args:
-        folder: gets a folder a run, and ``curves.png`` and ``report.json`` of them all.
+        folder: gets what ``run_series`` writes.
         changes: options to change in every run.
 
     Returns:
         The reports by the model's name.
     """
-    reports: dict[str, dict[str, Any]] = {}
-    dense: Path | None = None
+    entries = [entry._replace(options=replace(entry.options, **(changes or {}))) for entry in RUNS]
     with progress_bars(quiet=False) as progress:
-        for label, name, options in RUNS:
-            given = {"checkpoint": str(dense), "dense_epochs": 0} if dense else {}
-            options = replace(options, **(changes or {}) | given)
-
-            def advance(phase: str, done: int, total: int, note: str, label: str = label) -> None:
-                progress("dense" if phase == "dense" else label, done, total, note)
-
-            reports[label] = finetune(options, folder / name, force=True, progress=advance)
-            dense = dense or folder / name / DENSE
-    write_atomic(folder / CURVES, curves(reports))
-    write_atomic(folder / REPORT, json.dumps(reports, allow_nan=False).encode())
-    return reports
-
-
-def rows(reports: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the table's rows: the dense baseline, and of each run what was stripped."""
-    first = next(iter(reports.values()))
-    table = {"dense": first["results"]["dense"]}
-    for label, report in reports.items():
-        results = report["results"]
-        step = {"seconds_per_step": results["sparse"]["seconds_per_step"]}
-        table[label] = results["stripped"] | step
-    return table
+        return run_series(entries, folder, force=True, progress=progress)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 FORMAT = 1
 STATE, REPORT = "state.pt", "report.json"
 DENSE, STRIPPED, CURVES = "dense.safetensors", "model.safetensors", "curves.png"
+LEVELS = "levels.png"  # of several runs
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -18,9 +18,10 @@ import signal
 import statistics
 import threading
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..controller.base_algo import BaseSparsityAlgoController
 from ..controller.create import create_controller
+from ..controller.magnitude import MagnitudeSparsityConfig
+from ..controller.schedule import PolynomialSchedule
 from ..kernels.launch import use_triton
 from .files import (
     CURVES,
@@ -49,6 +53,7 @@ from .report import curves
 from .tasks import Task, cross_entropy, load_task
 
 PHASES = ("dense", "sparse")
+CALIBRATION_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def finetune(
     elif options.checkpoint:
         load_checkpoint(model, Path(options.checkpoint))
     # what cannot be pruned is to fail now, not after the dense training
-    create_controller(copy.deepcopy(model), sparsity_config(options))
+    control(copy.deepcopy(model), replace(options, backend="auto", dispatch="auto"))
     model.to(options.device)
 
     with catch_signals() as interrupted:
@@ -206,15 +211,14 @@ def dense_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str, 
 
 def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Fine-tune under the schedule, evaluate, strip; write all files and return the report."""
-    controller = create_controller(
-        model,
-        sparsity_config(job.options),
-        backend=job.options.backend,
-    )
+    controller = control(model, job.options)
+    if controller.needs_calibration and state["controller"] is None:
+        calibrate(job, model, controller)
     train(job, model, controller, state)
-    layers = controller.statistics().magnitude_sparsity.model_statistics
+    parts = [part.model_statistics for part in vars(controller.statistics()).values()]
+    layers = [layer for part in parts for layer in part.sparsified_layers_summary]
     sparse = evaluate(job, model) | seconds_per_step(state, "sparse")
-    sparse |= {"level": layers.sparsity_level_for_layers}
+    sparse |= {"level": controller.compression_rate}
 
     stripped = controller.strip(do_copy=True)
     weights = serialised(stripped)
@@ -237,8 +241,9 @@ def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str,
                 "shape": list(layer.weight_shape),
                 "groups": layer.groups,
                 "pruned_groups": layer.pruned_groups,
+                "path": layer.path,
             }
-            for layer in layers.sparsified_layers_summary
+            for layer in layers
         ],
         "history": state["history"],
     }
@@ -247,6 +252,39 @@ def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str,
     # last: a run that has its report has ended
     write_atomic(job.folder / REPORT, json.dumps(report, indent=1, allow_nan=False).encode())
     return report
+
+
+def control(model: nn.Module, options: Options) -> BaseSparsityAlgoController:
+    """Put ``model`` under the algorithm that the options name, on the device where it is.
+
+    Raises:
+        ValueError: the options do not fit the model.
+    """
+    config = sparsity_config(options)
+    backend: Any = options.backend
+    dispatch: Any = options.dispatch
+    with warnings.catch_warnings():
+        # it is what the next lines are for
+        warnings.filterwarnings("ignore", "const_sparsity: no group")
+        controller = create_controller(model, config, backend=backend, dispatch=dispatch)
+    if options.algorithm != "const" or controller.compression_rate > 0:
+        return controller
+    # no zeros there: those of one pruning, which then stay
+    controller.strip(do_copy=False)
+    once = PolynomialSchedule(initial_level=options.level, target_level=options.level)
+    shared = config.model_dump(exclude={"algorithm"})
+    magnitude = MagnitudeSparsityConfig(**shared, schedule=once, weight_importance="abs")
+    create_controller(model, magnitude, backend=backend).strip(do_copy=False)
+    return create_controller(model, config, backend=backend, dispatch=dispatch)
+
+
+def calibrate(job: Job, model: nn.Module, controller: BaseSparsityAlgoController) -> None:
+    """Show the model a few batches of training data that no step sees."""
+    assert job.options.batch_size is not None
+    with controller.calibration(), torch.no_grad(), autocast(job):
+        for i in range(CALIBRATION_BATCHES):
+            inputs, _ = job.task.batch(job.options.batch_size, job.options.seed, len(PHASES), i)
+            model(inputs.to(job.device))
 
 
 def train(job: Job, model: nn.Module, controller: Any, state: dict[str, Any]) -> None:
@@ -266,6 +304,8 @@ def train(job: Job, model: nn.Module, controller: Any, state: dict[str, Any]) ->
     )
     if state["optimizer"] is not None:
         optimizer.load_state_dict(state["optimizer"])
+    if controller is not None:
+        controller.optimizer = optimizer
     if state["controller"] is not None:
         controller.load_state(state["controller"])
     torch.set_rng_state(state["rng"])

@@ -6,10 +6,16 @@ import math
 import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
 
 import torch
 
-from ..controller.config import MagnitudeSparsityConfig
+from ..controller.const import ConstSparsityConfig
+from ..controller.criteria import WeightImportance
+from ..controller.magnitude import MagnitudeSparsityConfig
+from ..controller.nncf_config import Config
+from ..controller.regrowth import SETConfig
+from ..controller.rigl import RigLConfig
 from ..controller.schedule import (
     AdaptiveSchedule,
     ExponentialSchedule,
@@ -21,6 +27,9 @@ from ..kernels.launch import use_triton
 from ..kernels.pattern import Block, Pattern, Unstructured
 from .tasks import Recipe
 
+ALGORITHMS = ("magnitude", "const", "set", "rigl")
+GRADIENT_OR_INPUT = ("snip", "snip_momentum", "wanda")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -28,12 +37,20 @@ class Options:
 
     Attributes:
         task: ``"stdlib-lm"`` or ``"digits"``.
+        algorithm: ``"magnitude"`` along the schedule; ``"const"``: the checkpoint's zeros stay,
+            or where it has none those of one pruning by magnitude; ``"set"`` and ``"rigl"``: at
+            the level from the start, with masks that move until the end of the ramp.
         pattern: ``"unstructured"``, ``"block:ROWSxCOLS"`` or ``"block:SIDE"``.
         level, initial_level: where the schedule ends and starts, in [0, 1).
         schedule: ``"polynomial"`` (cubic, at every step), ``"exponential"``, ``"multistep"`` (four
             equal rises) or ``"adaptive"``, the latter three at every epoch.
         ramp: fraction of the sparse epochs in which the level rises, in (0, 1].
-        importance: ``"abs"`` or ``"normed_abs"``.
+        importance: ``"abs"``, ``"normed_abs"``, ``"snip"``, ``"snip_momentum"``, ``"wanda"`` or
+            ``"random"``; by it magnitude prunes, and set and rigl drop.
+        initial_masks: of set and rigl: ``"importance"`` or ``"random"``.
+        distribution: of set and rigl, over the layers: ``"erk"`` or ``"uniform"``.
+        alpha: of set and rigl: fraction of the kept groups that moves at the first update.
+        delta_t: of set and rigl: steps between two updates; None: a twentieth of the ramp.
         scope, ignore: target and ignored scopes; by default the transformer's layers, without
             embedding, norms and head.
         dense_epochs, epochs: of the dense and the sparse training. With a checkpoint the default
@@ -48,17 +65,24 @@ class Options:
         dtype: ``"float32"``, or ``"bfloat16"``: matrix products in bfloat16 by autocast, weights
             and optimiser in float32.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        dispatch: which layers skip pruned blocks: ``"auto"`` (where it is faster), ``"sparse"``
+            or ``"dense"``.
         threads: of torch on the CPU; None: as many as torch takes.
         seed: of the model's start and of the order of the data.
     """
 
     task: str = "stdlib-lm"
+    algorithm: str = "magnitude"
     pattern: str = "block:16x16"
     level: float = 0.8
     initial_level: float = 0.0
     schedule: str = "polynomial"
     ramp: float = 0.7
     importance: str = "abs"
+    initial_masks: str = "importance"
+    distribution: str = "erk"
+    alpha: float = 0.3
+    delta_t: int | None = None
     scope: tuple[str, ...] = ("layers",)
     ignore: tuple[str, ...] = ()
     dense_epochs: int | None = None
@@ -73,6 +97,7 @@ class Options:
     device: str = "auto"
     dtype: str = "float32"
     backend: str = "auto"
+    dispatch: str = "auto"
     threads: int | None = None
     seed: int = 0
 
@@ -90,18 +115,25 @@ def checked(options: Options) -> Options:
     except RuntimeError as error:
         raise ValueError(str(error)) from None
     for name, choices in (
+        ("algorithm", ALGORITHMS),
         ("schedule", ("polynomial", "exponential", "multistep", "adaptive")),
-        ("importance", ("abs", "normed_abs")),
+        ("importance", get_args(WeightImportance)),
+        ("initial_masks", ("importance", "random")),
+        ("distribution", ("erk", "uniform")),
         ("dtype", ("float32", "bfloat16")),
+        ("dispatch", ("auto", "sparse", "dense")),
     ):
         if getattr(options, name) not in choices:
             raise ValueError(
-                f"{name} must be one of {', '.join(choices)}, got {getattr(options, name)!r}"
+                f"{name.replace('_', '-')} must be one of {', '.join(choices)}, "
+                f"got {getattr(options, name)!r}"
             )
     for name, fits, what in (
         ("level", lambda x: 0 <= x < 1, "in [0, 1)"),
         ("initial_level", lambda x: 0 <= x <= options.level, "from 0 to the level"),
         ("ramp", lambda x: 0 < x <= 1, "in (0, 1]"),
+        ("alpha", lambda x: 0 <= x <= 1, "in [0, 1]"),
+        ("delta_t", lambda x: x >= 1, "at least 1"),
         ("dense_epochs", lambda x: x >= 0, "at least 0"),
         ("epochs", lambda x: x >= 1, "at least 1"),
         ("steps_per_epoch", lambda x: x >= 1, "at least 1"),
@@ -116,6 +148,15 @@ def checked(options: Options) -> Options:
         value = getattr(options, name)
         if value is not None and not fits(value):
             raise ValueError(f"{name.replace('_', '-')} must be {what}, got {value!r}")
+    if options.importance in GRADIENT_OR_INPUT:
+        starts = options.initial_level > 0
+        if options.algorithm != "magnitude":
+            starts = options.initial_masks == "importance" and options.level > 0
+        if starts:
+            raise ValueError(
+                f"importance {options.importance} has nothing to judge the first masks by; start "
+                f"from {'initial-level 0' if options.algorithm == 'magnitude' else 'random masks'}"
+            )
     return replace(
         options,
         pattern=spell_pattern(pattern),
@@ -196,18 +237,56 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def sparsity_config(options: Options) -> MagnitudeSparsityConfig:
-    """Return the controller's configuration; the target is reached at the end of the ramp."""
+def sparsity_config(options: Options) -> Config:
+    """Return the configuration of the algorithm."""
+    where = {
+        "pattern": parse_pattern(options.pattern),
+        "target_scopes": options.scope,
+        "ignored_scopes": options.ignore,
+    }
+    match options.algorithm:
+        case "magnitude":
+            importance = {"weight_importance": options.importance, "seed": options.seed}
+            return MagnitudeSparsityConfig(**where, **importance, schedule=schedule(options))
+        case "const":
+            return ConstSparsityConfig(**where)
+        case "set":
+            return SETConfig(**where, **regrowth(options))
+        case "rigl":
+            return RigLConfig(**where, **regrowth(options))
+    raise ValueError(
+        f"algorithm must be one of {', '.join(ALGORITHMS)}, got {options.algorithm!r}"
+    )
+
+
+def regrowth(options: Options) -> dict[str, Any]:
+    """Return what SET and RigL are told; the masks stay from the end of the ramp on."""
+    assert options.epochs is not None
+    assert options.steps_per_epoch is not None
+    t_end = round(options.ramp * options.epochs * options.steps_per_epoch)
+    return {
+        "level": options.level,
+        "t_end": t_end,
+        "distribution": options.distribution,
+        "initial_masks": options.initial_masks,
+        "weight_importance": options.importance,
+        "alpha": options.alpha,
+        "delta_t": options.delta_t or max(1, t_end // 20),
+        "seed": options.seed,
+    }
+
+
+def schedule(options: Options) -> Schedule:
+    """Return the schedule; the target is reached at the end of the ramp."""
     assert options.epochs is not None
     # the level of an epoch holds from its start, so the last epoch is the latest to reach it in
     target_epoch = min(max(1, round(options.ramp * options.epochs)), options.epochs - 1)
     span = {"initial_level": options.initial_level, "target_level": options.level}
     # groups may return as long as training goes on
     end = {"freeze_epoch": options.epochs}
-    schedule: Schedule
     match options.schedule:
         case "polynomial":
-            schedule = PolynomialSchedule(
+            return PolynomialSchedule(
                 **span,
                 **end,
                 target_epoch=target_epoch,
@@ -216,21 +295,14 @@ def sparsity_config(options: Options) -> MagnitudeSparsityConfig:
                 steps_per_epoch=options.steps_per_epoch,
             )
         case "exponential":
-            schedule = ExponentialSchedule(**span, **end, target_epoch=target_epoch)
+            return ExponentialSchedule(**span, **end, target_epoch=target_epoch)
         case "multistep":
             rise = (options.level - options.initial_level) / 4
-            schedule = MultistepSchedule(
+            return MultistepSchedule(
                 **end,
                 initial_level=options.initial_level,
                 steps=tuple(target_epoch * i // 3 for i in (1, 2, 3)),
                 levels=(*(options.initial_level + rise * i for i in (1, 2, 3)), options.level),
             )
         case _:
-            schedule = AdaptiveSchedule(**span, **end)
-    return MagnitudeSparsityConfig(
-        pattern=parse_pattern(options.pattern),
-        schedule=schedule,
-        weight_importance=options.importance,
-        target_scopes=options.scope,
-        ignored_scopes=options.ignore,
-    )
+            return AdaptiveSchedule(**span, **end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from .files import CURVES, LEVELS, REPORT
 
 
 @contextmanager
@@ -62,11 +65,40 @@ def print_report(report: Mapping[str, Any], folder: Path) -> None:
     options = report["options"]
     console = Console(highlight=False, soft_wrap=True)
     console.print(summary(report))
+    how = {
+        "magnitude": f"level {options['level']} by {options['schedule']} schedule",
+        "const": "the masks it started with",
+    }
+    algorithm = options["algorithm"]
     console.print(
-        f"pattern {options['pattern']}, level {options['level']} by {options['schedule']} schedule"
+        f"{algorithm}, pattern {options['pattern']}, "
+        + how.get(algorithm, f"level {options['level']} from the start")
     )
     console.print(results_table(report["metric"], report["results"]))
+    paths = Counter(layer["path"] for layer in report["layers"])
+    layers = ", ".join(f"{count} {path}" for path, count in paths.most_common())
+    console.print(f"products of the {len(report['layers'])} sparse layers: {layers}")
     console.print(f"{folder}: {', '.join(report['files'].values())}")
+
+
+def print_comparison(reports: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Print a table of the stripped models that several runs ended with."""
+    console = Console(highlight=False, soft_wrap=True)
+    first = next(iter(reports.values()))
+    console.print(summary(first))
+    console.print(results_table(first["metric"], rows(reports)))
+    console.print(f"{folder}: {LEVELS}, {CURVES}, {REPORT}, and a folder a run")
+
+
+def rows(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return a table's rows: the dense baseline, and of each run what was stripped."""
+    first = next(iter(reports.values()))
+    table = {"dense": first["results"]["dense"]}
+    for label, report in reports.items():
+        results = report["results"]
+        step = {"seconds_per_step": results["sparse"]["seconds_per_step"]}
+        table[label] = results["stripped"] | step
+    return table
 
 
 def results_table(metric: str, results: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -150,6 +182,44 @@ def curves(runs: Mapping[str, Mapping[str, Any]]) -> bytes:
     loss.legend()
     metric.legend()
     loss.set_title(f"{first['task']}: dense training, then fine-tuning under a sparsity schedule")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def metric_over_level(runs: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Draw the final metric over the final level, a line an algorithm, as a PNG.
+
+    Faint lines are the way there, on a part of the held-out data.
+
+    Args:
+        runs: reports of one task by label.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    ends: dict[str, list[tuple[float, float]]] = {}
+    for run in runs.values():
+        ends.setdefault(run["options"]["algorithm"], []).append(
+            (100 * run["results"]["stripped"]["level"], run["results"]["stripped"]["metric"])
+        )
+    colours = {algorithm: f"C{i}" for i, algorithm in enumerate(ends)}
+    for run in runs.values():
+        history, colour = run["history"]["sparse"], colours[run["options"]["algorithm"]]
+        way = [(100 * history["level"][step - 1], value) for step, value in history["metric"]]
+        axes.plot(*zip(*way, strict=True), color=colour, alpha=0.3, marker=".")
+    for algorithm, points in ends.items():
+        points = sorted(points)
+        style = {"marker": "*", "markersize": 12, "label": algorithm}
+        axes.plot(*zip(*points, strict=True), color=colours[algorithm], **style)
+    first = next(iter(runs.values()))
+    axes.axhline(first["results"]["dense"]["metric"], color="0.35", linestyle="--", label="dense")
+    axes.set_xlabel("sparsity level, %")
+    axes.set_ylabel(first["metric"])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.set_title(f"{first['task']}: stripped models, and the way there")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

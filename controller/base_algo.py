@@ -1,32 +1,34 @@
-"""The base of every sparsity algorithm: scores become thresholds, thresholds become masks.
+"""The base of every sparsity algorithm.
 
-An algorithm overrides ``scores``; pools, exact counts, limits, state, stage, statistics and strip
-are here.
+An algorithm that prunes the lowest scores overrides ``scores`` and no more: pools, exact counts
+and limits are in ``pruning.py``; schedule, state, stage, statistics and strip are here. An
+algorithm whose masks come about in another way overrides ``_set_level``; one with a state beyond
+its masks ``_own_state`` and ``_load_own_state``.
 """
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from ..kernels.mask import make_mask, pack, unpack
-from ..kernels.pattern import NM, Pattern, Unstructured, maximum_level
-from ..kernels.select import Threshold, select
-from ..kernels.semi_structured import nm_mask, nm_score
-from .allocation import allocate
+from ..kernels.mask import pack
+from ..kernels.pattern import NM, Pattern, maximum_level
 from .api import CompressionStage, StripFormat
 from .batchnorm import adapt_batchnorm
 from .compression import PTCompressionAlgorithmController, SparsityController
-from .config import BatchNormAdaptation
+from .config import AlgorithmConfig, BatchNormAdaptation
 from .loss import CompressionLoss, ZeroCompressionLoss
 from .modules import SparseModule
 from .operand import MaskOperand
+from .pruning import Scores, apply_pruning, check_reachable, find_prunings, pools
+from .saliency import Saliency
+from .schedule import Schedule
 from .scheduler import CompressionScheduler, SparsityScheduler, StubScheduler
 from .state import masks_state, read_masks
 from .statistics import SparsityStatistics, Statistics, summarise
@@ -61,35 +63,6 @@ class SparseModuleInfo:
         return getattr(self.module, self.parameter_name)
 
 
-class Scores(NamedTuple):
-    """Importance of the groups of several weights.
-
-    Attributes:
-        tensors: one matrix a weight, of a block pattern's grid, or of the weight itself where
-            every element is a group: its magnitude is the score, and no copy is made. Under N:M
-            the weight's too: its elements compete inside their tuple.
-        scales: float32 factor of each tensor, or None.
-    """
-
-    tensors: list[Tensor]
-    scales: Tensor | None
-
-
-class _Pruning(NamedTuple):
-    """A threshold found and not yet applied.
-
-    Under N:M the scores are those of tuples, and ``elements`` has those of their elements. Where
-    every tuple is pruned no threshold is needed, and the masks are there.
-    """
-
-    infos: list[SparseModuleInfo]
-    scores: Scores
-    threshold: Threshold | None
-    pruned: int
-    elements: list[Tensor]
-    masks: list[Tensor]
-
-
 class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], SparsityController):
     """Base of the sparsity algorithms' controllers.
 
@@ -109,12 +82,35 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         self._scheduler: CompressionScheduler = CompressionScheduler()
         self._target_level: float | None = None
         self._thresholds: dict[str, Tensor] = {}
+        self._config: AlgorithmConfig | None = None
+        self._saliency: Saliency | None = None
+        self._optimizer: Optimizer | None = None
         self._batchnorm: BatchNormAdaptation | None = None
         self._batchnorm_data: Iterable[Any] | None = None
 
-    @abstractmethod
     def scores(self, infos: Sequence[SparseModuleInfo]) -> Scores:
         """Score every group of the weights given. All of them share one pattern."""
+        raise NotImplementedError(f"{type(self).__name__} must override scores()")
+
+    def _configure(
+        self, config: AlgorithmConfig, batchnorm_data: Iterable[Any] | None = None
+    ) -> None:
+        """Take over what every algorithm's configuration has."""
+        self._config = config
+        self._batchnorm = config.batchnorm_adaptation
+        self._batchnorm_data = batchnorm_data
+
+    def _follow(self, schedule: Schedule | None, initial_level: float) -> None:
+        """Take up a schedule, if there is one, and set the initial level."""
+        if schedule is None:
+            self._scheduler = StubScheduler()
+        else:
+            self._scheduler = SparsityScheduler(self, schedule)
+            self._target_level = self._scheduler.target_level
+            check_reachable("schedule: target_level", self._target_level, self._patterns)
+        self.set_sparsity_level(initial_level)
+        if initial_level > 0 and self._batchnorm is not None:
+            self._adapt_batchnorm()
 
     @property
     def current_sparsity_level(self) -> float:
@@ -139,8 +135,43 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
     def disable_scheduler(self) -> None:
         self._scheduler = StubScheduler()
 
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimiser of the weights, which algorithms that grow groups back must be told."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer | None) -> None:
+        self._use_optimizer(optimizer)
+
+    def _use_optimizer(self, optimizer: Optimizer | None) -> None:
+        self._optimizer = optimizer
+
     def freeze(self, freeze: bool = True) -> None:
         self.frozen = freeze
+
+    def calibration(self) -> AbstractContextManager[None]:
+        """Measure the inputs of the target modules while the context is open.
+
+        ``with controller.calibration(): model(x)``, over some batches, is what the importance
+        ``"wanda"`` needs. Each context starts anew; it may be opened again as training goes on.
+
+        Raises:
+            ValueError: the importance is another; a module's inputs cannot be measured.
+        """
+        if self._saliency is None:
+            raise ValueError(f"calibration: {self.name} has no importance that needs one")
+        return self._saliency.calibration()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True if the importance looks at the inputs."""
+        return self._saliency is not None and self._saliency.importance == "wanda"
+
+    def begin_step(self) -> None:
+        """Look at what the step that has ended left; the scheduler calls it at each ``step()``."""
+        if self._saliency is not None and not self.frozen:
+            self._saliency.observe()
 
     @torch.no_grad()
     def set_sparsity_level(
@@ -178,26 +209,33 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
                 "configuration"
             )
         infos = self._resolve(target_sparsified_module_info)
-        _check_reachable("set_sparsity_level: level", level, infos)
+        check_reachable(
+            "set_sparsity_level: level", level, [info.operand.pattern for info in infos]
+        )
         if self.frozen:
             return
-        prunings = [
-            p
-            for pool in _pools(infos)
-            for p in self._prune(pool, float(level), limits=len(infos) > 1)
-        ]
-        for pruning in prunings:
-            self._apply(pruning)
+        self._set_level(infos, float(level))
         if run_batchnorm_adaptation:
             self._adapt_batchnorm()
 
-    def check_reachable(self, target_level: float) -> None:
-        """Refuse a schedule's target that no weight's pattern can express.
+    def _set_level(self, infos: list[SparseModuleInfo], level: float) -> None:
+        """Prune the groups of lowest score; what is refused leaves every mask as it was."""
+        prunings = [
+            pruning
+            for pool in pools(infos)
+            for pruning in find_prunings(pool, level, self.scores, limits=len(infos) > 1)
+        ]
+        for pruning in prunings:
+            apply_pruning(pruning)
+            for info in pruning.infos:
+                if pruning.threshold is None:
+                    self._thresholds.pop(info.module_node_name, None)
+                else:
+                    self._thresholds[info.module_node_name] = pruning.threshold.value
 
-        Raises:
-            ValueError: all weights are under N:M, and the target is above 1 - n/m.
-        """
-        _check_reachable("schedule: target_level", target_level, self.sparsified_module_info)
+    @property
+    def _patterns(self) -> list[Pattern]:
+        return [info.operand.pattern for info in self.sparsified_module_info]
 
     def _resolve(self, target: SparseModuleInfo | None) -> list[SparseModuleInfo]:
         if not isinstance(self.sparsified_module_info[0].module, SparseModule):
@@ -213,84 +251,6 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
             )
         return [target]
 
-    def _prune(
-        self, infos: list[SparseModuleInfo], level: float, *, limits: bool
-    ) -> list[_Pruning]:
-        """Find the thresholds of one pool; several where limits hold some weights apart."""
-        groups = [info.operand.candidates for info in infos]
-        # what N:M cannot express above it counts as all of it
-        most = maximum_level(infos[0].operand.pattern)
-        level = min(level / most, 1.0)
-        total = round(level * sum(groups))
-        if not limits or all(i.minimum_level <= 0 and i.maximum_level >= 1 for i in infos):
-            return [self._threshold(infos, total)]
-        # a schedule passes levels below a weight's minimum on its way up
-        minimum = [
-            round(min(i.minimum_level / most, level) * n)
-            for i, n in zip(infos, groups, strict=True)
-        ]
-        maximum = [
-            round(min(i.maximum_level / most, 1.0) * n) for i, n in zip(infos, groups, strict=True)
-        ]
-        minimum = [min(low, high) for low, high in zip(minimum, maximum, strict=True)]
-        if not sum(minimum) <= total <= sum(maximum):
-            raise ValueError(
-                f"set_sparsity_level: level {level * most} cannot be reached within the limits of "
-                f"overrides: {total} of {sum(groups)} groups to prune, between {sum(minimum)} "
-                f"and {sum(maximum)} allowed"
-            )
-
-        def natural(members: list[int], k: int) -> list[int]:
-            pruning = self._threshold([infos[i] for i in members], k)
-            if pruning.threshold is None:
-                return [infos[i].operand.candidates for i in members]
-            masks = _masks_of(pruning)
-            return [
-                infos[i].operand.candidates - _kept(mask, infos[i].operand)
-                for i, mask in zip(members, masks, strict=True)
-            ]
-
-        fixed, free, left = allocate(total, minimum, maximum, natural)
-        prunings = [self._threshold([infos[i]], count) for i, count in fixed.items()]
-        if free:
-            prunings.append(self._threshold([infos[i] for i in free], left))
-        return prunings
-
-    def _threshold(self, infos: list[SparseModuleInfo], pruned: int) -> _Pruning:
-        scores = self.scores(infos)
-        pattern, backend = infos[0].operand.pattern, infos[0].operand.backend
-        elements = scores.tensors
-        if isinstance(pattern, NM):
-            if pruned == sum(info.operand.candidates for info in infos):
-                found = [nm_mask(tensor, pattern, backend=backend) for tensor in elements]
-                _check_finite(infos, elements, torch.stack([f.nonfinite for f in found]).sum())
-                return _Pruning(infos, scores, None, pruned, elements, [f.mask for f in found])
-            tuples = [nm_score(tensor, pattern, backend=backend) for tensor in elements]
-            scores = Scores(tuples, scores.scales)
-        threshold = select(scores.tensors, pruned, scales=scores.scales, backend=backend)
-        _check_finite(infos, scores.tensors, threshold.nonfinite)
-        return _Pruning(infos, scores, threshold, pruned, elements, [])
-
-    def _apply(self, pruning: _Pruning) -> None:
-        operands = [info.operand for info in pruning.infos]
-        pattern = operands[0].pattern
-        if pruning.threshold is None:
-            for operand, mask in zip(operands, pruning.masks, strict=True):
-                operand.mask.copy_(mask)
-        elif isinstance(pattern, NM):
-            masks = zip(operands, pruning.elements, _masks_of(pruning), strict=True)
-            for operand, elements, whole in masks:
-                backend = operand.backend
-                nm_mask(elements, pattern, whole=whole, out=operand.mask, backend=backend)
-        else:
-            _masks_of(pruning, out=[operand.mask for operand in operands])
-        for info in pruning.infos:
-            info.operand.set_(None, all_kept=pruning.pruned == 0)
-            if pruning.threshold is None:
-                self._thresholds.pop(info.module_node_name, None)
-            else:
-                self._thresholds[info.module_node_name] = pruning.threshold.value
-
     def _adapt_batchnorm(self) -> None:
         assert self._batchnorm is not None
         assert self._batchnorm_data is not None
@@ -304,11 +264,10 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         pruned = sum(info.operand.pruned_groups() for info in infos)
         wanted = 0
         if self._target_level is not None:
-            for pool in _pools(infos):
+            for pool in pools(infos):
                 target = min(self._target_level, maximum_level(pool[0].operand.pattern))
                 wanted += round(target * sum(info.operand.groups for info in pool))
-            patterns = {info.operand.pattern for info in infos}
-            wanted -= max(p.dropped if isinstance(p, NM) else 1 for p in patterns)
+            wanted -= max(p.dropped if isinstance(p, NM) else 1 for p in self._patterns)
         if pruned == 0 and wanted > 0:
             return CompressionStage.UNCOMPRESSED
         if pruned >= wanted:
@@ -343,7 +302,20 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         return Statistics(**{self.name: SparsityStatistics(model, level)})
 
     def builder_state(self) -> dict[str, Any]:
-        return {}
+        return {} if self._config is None else self._config.model_dump(mode="json")
+
+    def _own_state(self) -> dict[str, Any]:
+        """Return what the algorithm has beyond masks, schedule and loss: values and tensors."""
+        return {} if self._saliency is None else self._saliency.get_state()
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Take over ``_own_state``'s result; what is refused must change nothing."""
+        if self._saliency is not None:
+            self._saliency.load_state(state)
+        elif state:
+            raise ValueError(
+                f"load_state: {self.name} has no state of its own, got {', '.join(state)}"
+            )
 
     def get_state(self) -> dict[str, dict[str, Any]]:
         """Return the whole state under the algorithm's name; masks are packed, on the CPU."""
@@ -353,6 +325,7 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
             "scheduler_state": self._scheduler.get_state(),
             "compression_stage": int(self.compression_stage()),
             "frozen": self.frozen,
+            "algorithm_state": self._own_state(),
             "weights": masks_state(self.sparsified_module_info),
         }
         return {self.name: state}
@@ -377,8 +350,15 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         if missing:
             raise ValueError(f"load_state: state lacks {sorted(missing)}")
         grids = read_masks(own["weights"], self.sparsified_module_info)
-        self._scheduler.load_state(own["scheduler_state"])
-        self._loss.load_state(own["loss_state"])
+        before = self._scheduler.get_state(), self._loss.get_state()
+        try:
+            self._scheduler.load_state(own["scheduler_state"])
+            self._loss.load_state(own["loss_state"])
+            self._load_own_state(own.get("algorithm_state", {}))
+        except BaseException:
+            self._scheduler.load_state(before[0])
+            self._loss.load_state(before[1])
+            raise
         self.frozen = bool(own["frozen"])
         for info, grid in zip(self.sparsified_module_info, grids, strict=True):
             operand = info.operand
@@ -408,55 +388,9 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
             ValueError: ``strip_format`` is no ``StripFormat``; ``model`` holds no mask; a weight
                 under 2:4 cannot be packed, or there is none. Nothing has changed then.
         """
-        return strip_masks(model, do_copy, StripFormat(strip_format))
+        strip_format = StripFormat(strip_format)
+        self._before_strip(do_copy)
+        return strip_masks(model, do_copy, strip_format)
 
-
-def _pools(infos: Sequence[SparseModuleInfo]) -> list[list[SparseModuleInfo]]:
-    """Part the weights by pattern: in a mixed pool an element would count as much as a block."""
-    pools: dict[Pattern, list[SparseModuleInfo]] = {}
-    for info in infos:
-        pools.setdefault(info.operand.pattern, []).append(info)
-    return list(pools.values())
-
-
-def _check_reachable(what: str, level: float, infos: Sequence[SparseModuleInfo]) -> None:
-    patterns = {info.operand.pattern for info in infos}
-    pattern = max(patterns, key=maximum_level)
-    most = maximum_level(pattern)
-    # 2/3 is not 1 - 1/3 in floating point
-    if level > most and not math.isclose(level, most, rel_tol=1e-9):
-        raise ValueError(
-            f"{what} must be at most 1 - n/m = {most:g} under the pattern {pattern}, got {level!r}"
-        )
-
-
-def _check_finite(
-    infos: Sequence[SparseModuleInfo], scores: Sequence[Tensor], nonfinite: Tensor
-) -> None:
-    # the one wait for the device: masks must not change before every score is known to be finite
-    if nonfinite:
-        for info, tensor in zip(infos, scores, strict=True):
-            if not torch.isfinite(tensor).all():
-                raise ValueError(
-                    f"set_sparsity_level: the weight of {info.module_node_name!r} holds NaN or "
-                    "Inf; masks are left as they were"
-                )
-
-
-def _masks_of(pruning: _Pruning, out: list[Tensor] | None = None) -> list[Tensor]:
-    """Return which of the scores' groups are kept: packed if unstructured, else bool."""
-    assert pruning.threshold is not None
-    operand = pruning.infos[0].operand
-    return make_mask(
-        pruning.scores.tensors,
-        pruning.threshold,
-        scales=pruning.scores.scales,
-        packed=isinstance(operand.pattern, Unstructured),
-        out=out,
-        backend=operand.backend,
-    )
-
-
-def _kept(mask: Tensor, operand: MaskOperand) -> int:
-    packed = isinstance(operand.pattern, Unstructured)
-    return int((unpack(mask, operand.shape[1]) if packed else mask).sum())
+    def _before_strip(self, do_copy: bool) -> None:
+        """Bring masks up to date before they are folded, or let go of a model that is stripped."""

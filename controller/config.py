@@ -1,13 +1,13 @@
-"""Configurations: what is pruned, how and when, as frozen objects or as NNCF's dictionary.
+"""What every algorithm's configuration shares: pattern, scopes, overrides, BatchNorm adaptation.
 
-Reading order: the objects, then the dictionary form and its translation.
+Each algorithm's own configuration is a subclass beside its controller; ``nncf_config.py``
+translates NNCF's dictionary into one.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -20,8 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from ..kernels.pattern import NM, Block, Pattern, Unstructured, maximum_level
-from .declaration import Declaration, DeclarationError, did_you_mean
+from ..kernels.pattern import NM, Block, Pattern, Unstructured
+from .declaration import Declaration
 from .schedule import (
     AdaptiveSchedule,
     ExponentialSchedule,
@@ -33,7 +33,12 @@ from .schedule import (
 )
 from .scope import check_scope
 
-_Declaration = TypeVar("_Declaration", bound=Declaration)
+SCHEDULES = {
+    "polynomial": PolynomialSchedule,
+    "exponential": ExponentialSchedule,
+    "multistep": MultistepSchedule,
+    "adaptive": AdaptiveSchedule,
+}
 
 
 def parse_pattern(pattern: object) -> Pattern:
@@ -77,7 +82,8 @@ def _scope(scope: str) -> str:
     return scope
 
 
-def _listed(scopes: Any) -> Any:
+def listed(scopes: Any) -> Any:
+    """Let one scope, or JSON's list, stand for a tuple; what else it is, is left to be refused."""
     match scopes:
         case str():
             return (scopes,)
@@ -86,9 +92,22 @@ def _listed(scopes: Any) -> Any:
     return scopes
 
 
-_Pattern = Annotated[Pattern, PlainValidator(parse_pattern), PlainSerializer(_spell_pattern)]
-_Scope = Annotated[str, Field(strict=True), AfterValidator(_scope)]
-_Scopes = Annotated[tuple[_Scope, ...], BeforeValidator(_listed), Field(strict=True)]
+def _known_schedule(schedule: object) -> object:
+    known = isinstance(schedule, Mapping) and str(schedule.get("kind")) in SCHEDULES
+    if schedule is None or isinstance(schedule, Schedule) or known:
+        return schedule
+    raise ValueError(
+        f"must be a schedule such as PolynomialSchedule(target_level=0.8), got {schedule!r}"
+    )
+
+
+PatternField = Annotated[Pattern, PlainValidator(parse_pattern), PlainSerializer(_spell_pattern)]
+Scope = Annotated[str, Field(strict=True), AfterValidator(_scope)]
+Scopes = Annotated[tuple[Scope, ...], BeforeValidator(listed), Field(strict=True)]
+# the field `schedule` of an algorithm that follows one; None is for the algorithm to judge
+ScheduleField = Annotated[
+    Annotated[Schedule, Field(discriminator="kind")] | None, BeforeValidator(_known_schedule)
+]
 
 
 class BatchNormAdaptation(Declaration):
@@ -118,8 +137,8 @@ class Override(Declaration):
         ValueError: an argument is unknown or out of its range, or the limits cross.
     """
 
-    scope: _Scope
-    pattern: _Pattern | None = None
+    scope: Scope
+    pattern: PatternField | None = None
     minimum_level: Level = 0.0
     maximum_level: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] = 1.0
 
@@ -133,28 +152,12 @@ class Override(Declaration):
         return self
 
 
-def _default_schedule(data: dict[str, Any]) -> PolynomialSchedule | None:
-    local = data.get("sparsity_level_setting_mode") == "local"
-    return None if local else PolynomialSchedule()
-
-
-class MagnitudeSparsityConfig(Declaration):
-    """Prune the groups of smallest magnitude.
-
-    For example ``MagnitudeSparsityConfig(pattern=Block(32, 32),
-    schedule=PolynomialSchedule(target_level=0.8, target_epoch=3))``.
+class AlgorithmConfig(Declaration):
+    """Base of the algorithms' configurations.
 
     Args:
-        algorithm: its name, fixed.
-        pattern: what is pruned together. Under ``NM`` a level counts elements, and the schedule
-            may go up to 1 - n/m; ``NM`` in an override stays there where the schedule goes on.
-        sparsity_level_setting_mode: ``"global"``: a schedule sets the level of all target weights
-            as one pool; ``"local"``: no schedule, levels are set weight by weight through the
-            controller.
-        schedule: which level holds when, the initial one included; by default
-            ``PolynomialSchedule()``. None in ``local`` mode.
-        sparsity_init: in ``local`` mode the level before any is set, in [0, 1).
-        weight_importance: ``"abs"``: |w|; ``"normed_abs"``: |w| / ||w||_2, the norm of its tensor.
+        pattern: what is pruned together. Under ``NM`` a level counts elements, and a schedule may
+            go up to 1 - n/m; ``NM`` in an override stays there where the schedule goes on.
         target_scopes: the modules to take; None takes all. See ``scope.py`` for what a scope is.
         ignored_scopes: the modules to leave out, even if they are targets.
         validate_scopes: whether a scope that matches nothing is an error.
@@ -165,65 +168,12 @@ class MagnitudeSparsityConfig(Declaration):
         ValueError: an argument is unknown or out of its range, or two do not go together.
     """
 
-    algorithm: Literal["magnitude_sparsity"] = "magnitude_sparsity"
-    pattern: _Pattern = Unstructured()
-    sparsity_level_setting_mode: Literal["global", "local"] = "global"
-    schedule: Annotated[Schedule, Field(discriminator="kind")] | None = Field(
-        default_factory=_default_schedule
-    )
-    sparsity_init: Level = 0.0
-    weight_importance: Literal["abs", "normed_abs"] = "normed_abs"
-    target_scopes: _Scopes | None = None
-    ignored_scopes: _Scopes = ()
+    pattern: PatternField = Unstructured()
+    target_scopes: Scopes | None = None
+    ignored_scopes: Scopes = ()
     validate_scopes: StrictBool = True
-    overrides: Annotated[tuple[Override, ...], BeforeValidator(_listed), Field(strict=True)] = ()
+    overrides: Annotated[tuple[Override, ...], BeforeValidator(listed), Field(strict=True)] = ()
     batchnorm_adaptation: BatchNormAdaptation | None = None
-
-    @property
-    def initial_level(self) -> float:
-        """The level before the first epoch."""
-        return self.sparsity_init if self.schedule is None else self.schedule.initial_level
-
-    @field_validator("schedule", mode="before")
-    @classmethod
-    def _check_schedule(cls, schedule: object) -> object:
-        known = isinstance(schedule, Mapping) and str(schedule.get("kind")) in _SCHEDULES
-        if schedule is None or isinstance(schedule, Schedule) or known:
-            return schedule
-        raise ValueError(
-            f"must be a schedule such as PolynomialSchedule(target_level=0.8), got {schedule!r}"
-        )
-
-    @model_validator(mode="after")
-    def _check_mode(self) -> MagnitudeSparsityConfig:
-        if self.sparsity_level_setting_mode == "local":
-            if self.schedule is not None:
-                raise ValueError(
-                    "schedule must be None with sparsity_level_setting_mode 'local', where levels "
-                    f"are set weight by weight, got {self.schedule!r}"
-                )
-        elif self.schedule is None:
-            raise ValueError(
-                "schedule must be given with sparsity_level_setting_mode 'global', got None"
-            )
-        elif self.sparsity_init:
-            raise ValueError(
-                "sparsity_init must be left out with a schedule, which has its own initial_level, "
-                f"got {self.sparsity_init!r}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_levels(self) -> MagnitudeSparsityConfig:
-        most = maximum_level(self.pattern)
-        target = self.initial_level if self.schedule is None else self.schedule.target_level
-        # 2/3 is not 1 - 1/3 in floating point
-        if target > most and not math.isclose(target, most, rel_tol=1e-9):
-            raise ValueError(
-                f"target_level must be at most 1 - n/m = {most:g} with pattern {self.pattern}, "
-                f"got {target!r}"
-            )
-        return self
 
     @field_validator("target_scopes")
     @classmethod
@@ -231,198 +181,3 @@ class MagnitudeSparsityConfig(Declaration):
         if scopes == ():
             raise ValueError("must be None or name a scope, got ()")
         return scopes
-
-
-_SCHEDULES = {
-    "polynomial": PolynomialSchedule,
-    "exponential": ExponentialSchedule,
-    "multistep": MultistepSchedule,
-    "adaptive": AdaptiveSchedule,
-}
-# NNCF's keys in `params`, and the schedules' fields that they are
-_SCHEDULE_KEYS = {
-    "sparsity_target": "target_level",
-    "sparsity_target_epoch": "target_epoch",
-    "sparsity_freeze_epoch": "freeze_epoch",
-    "power": "power",
-    "concave": "concave",
-    "update_per_optimizer_step": "update_per_optimizer_step",
-    "steps_per_epoch": "steps_per_epoch",
-    "multistep_steps": "steps",
-    "multistep_sparsity_levels": "levels",
-    "step": "step",
-    "eps": "eps",
-    "patience": "patience",
-}
-_CONFIG_KEYS = ("pattern", "sparsity_level_setting_mode", "weight_importance", "overrides")
-_SCOPE_KEYS = ("target_scopes", "ignored_scopes", "validate_scopes")
-_SECTION_KEYS = (
-    "algorithm",
-    "sparsity_init",
-    *_SCOPE_KEYS,
-    "params",
-    "initializer",
-    "compression_lr_multiplier",
-)
-# what an NNCF configuration holds beside `compression`; of these only scopes bear on sparsity
-_NNCF_KEYS = (
-    "compression",
-    "target_scopes",
-    "ignored_scopes",
-    "input_info",
-    "target_device",
-    "accuracy_aware_training",
-    "compression_lr_multiplier",
-    "disable_shape_matching",
-    "log_dir",
-)
-
-
-def parse_config(
-    config: MagnitudeSparsityConfig | Mapping[str, Any] | Sequence[Mapping[str, Any]],
-) -> MagnitudeSparsityConfig:
-    """Return the configuration that ``config`` is or spells.
-
-    Args:
-        config: a configuration, NNCF's ``compression`` dictionary, a list of one such, or a whole
-            NNCF configuration with the key ``compression``. Of what stands beside that key, scopes
-            alone bear on sparsity; they count as in NNCF: ignored ones add up, target ones there
-            replace the section's.
-
-    Raises:
-        TypeError: ``config`` is none of these.
-        ValueError: an algorithm, key or value is not known, see ``from_nncf``; or there are
-            several algorithms.
-    """
-    match config:
-        case MagnitudeSparsityConfig():
-            return config
-        case Mapping() if "compression" in config:
-            _check_keys("config", config, _NNCF_KEYS)
-            section = dict(_only_section(config["compression"]))
-            if "target_scopes" in config:
-                section["target_scopes"] = config["target_scopes"]
-            ignored = [_listed(part.get("ignored_scopes", ())) for part in (config, section)]
-            # what is no list of scopes is left for the configuration to refuse
-            wrong = [scopes for scopes in ignored if not isinstance(scopes, tuple)]
-            section["ignored_scopes"] = wrong[0] if wrong else sum(ignored, ())
-            return from_nncf(section)
-    return from_nncf(_only_section(config))
-
-
-def from_nncf(section: Mapping[str, Any]) -> MagnitudeSparsityConfig:
-    """Translate NNCF's ``compression`` dictionary, and our additions to it.
-
-    Beyond NNCF ``params`` takes ``pattern`` (``"unstructured"``, ``{"block": [64, 64]}``,
-    ``{"nm": [2, 4]}``),
-    ``overrides`` (a list of dictionaries with ``Override``'s fields) and, for the adaptive
-    schedule, ``step`` and ``eps``. As in NNCF a key that the chosen schedule has no use for, and
-    ``compression_lr_multiplier``, which scales parameters that this algorithm has not, are let be.
-
-    Raises:
-        ValueError: an algorithm, key or value is not known; the message names it as it is written
-            in the dictionary.
-    """
-    algorithm = section.get("algorithm")
-    if algorithm != "magnitude_sparsity":
-        raise ValueError(f"compression: algorithm must be 'magnitude_sparsity', got {algorithm!r}")
-    _check_keys("compression", section, _SECTION_KEYS)
-    params = _subsection(
-        section, "params", "compression", ("schedule", *_CONFIG_KEYS, *_SCHEDULE_KEYS)
-    )
-    initializer = _subsection(section, "initializer", "compression", ("batchnorm_adaptation",))
-
-    spelled = {key: f"params.{key}" for key in _CONFIG_KEYS}
-    given = {key: section[key] for key in _SCOPE_KEYS if key in section}
-    given |= {key: params[key] for key in _CONFIG_KEYS if key in params}
-    if params.get("sparsity_level_setting_mode") == "local":
-        scheduled = [key for key in ("schedule", *_SCHEDULE_KEYS) if key in params]
-        if scheduled:
-            raise ValueError(
-                f"compression: params.{scheduled[0]} must be left out with "
-                "sparsity_level_setting_mode 'local', which has no schedule, got "
-                f"{params[scheduled[0]]!r}"
-            )
-        if "sparsity_init" in section:
-            given["sparsity_init"] = section["sparsity_init"]
-    else:
-        given["schedule"] = _nncf_schedule(section, params)
-    if "batchnorm_adaptation" in initializer:
-        adaptation = _subsection(
-            initializer,
-            "batchnorm_adaptation",
-            "compression.initializer",
-            tuple(BatchNormAdaptation.model_fields),
-        )
-        given["batchnorm_adaptation"] = _build(
-            BatchNormAdaptation,
-            adaptation,
-            {key: f"initializer.batchnorm_adaptation.{key}" for key in adaptation},
-        )
-    return _build(MagnitudeSparsityConfig, given, spelled)
-
-
-def _nncf_schedule(section: Mapping[str, Any], params: Mapping[str, Any]) -> Schedule:
-    kind = params.get("schedule", "polynomial")
-    if not isinstance(kind, str) or kind not in _SCHEDULES:
-        raise ValueError(
-            f"compression: params.schedule must be one of {', '.join(map(repr, _SCHEDULES))}, "
-            f"got {kind!r}"
-        )
-    schedule = _SCHEDULES[kind]
-    keys = {
-        field: key
-        for key, field in _SCHEDULE_KEYS.items()
-        if key in params and field in schedule.model_fields
-    }
-    given = {field: params[key] for field, key in keys.items()}
-    spelled = {field: f"params.{key}" for field, key in keys.items()}
-    if "sparsity_init" in section:
-        given["initial_level"] = section["sparsity_init"]
-        spelled["initial_level"] = "sparsity_init"
-    return _build(schedule, given, spelled)
-
-
-def _build(
-    declaration: type[_Declaration], given: Mapping[str, Any], spelled: Mapping[str, str]
-) -> _Declaration:
-    """Make a declaration; report what is wrong with a field under its key in the dictionary."""
-    try:
-        return declaration(**given)
-    except DeclarationError as error:
-        problems = (
-            f"{spelled.get(field, field)}{place} {what}".lstrip()
-            for field, place, what in error.problems
-        )
-        raise ValueError(f"compression: {'; '.join(problems)}") from None
-
-
-def _only_section(compression: object) -> Mapping[str, Any]:
-    match compression:
-        case Mapping() | [Mapping()]:
-            return compression if isinstance(compression, Mapping) else compression[0]
-        case [Mapping(), *_]:
-            raise ValueError(f"compression: one algorithm can be given, got {len(compression)}")
-    raise TypeError(
-        "config must be a MagnitudeSparsityConfig or NNCF's compression dictionary, "
-        f"got {compression!r}"
-    )
-
-
-def _subsection(
-    section: Mapping[str, Any], name: str, where: str, known: Sequence[str]
-) -> Mapping[str, Any]:
-    found = section.get(name, {})
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{where}: {name} must be a dictionary, got {found!r}")
-    _check_keys(f"{where}.{name}", found, known)
-    return found
-
-
-def _check_keys(where: str, section: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in section:
-        if key not in known:
-            raise ValueError(
-                f"{where}: unknown key {key!r}{did_you_mean(key, known)}; the keys are "
-                f"{', '.join(known)}"
-            )

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any, get_args
 
 from torch import nn
 
+from ..kernels.dispatch import Dispatch
 from ..kernels.launch import Backend
 from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
-from .config import MagnitudeSparsityConfig, parse_config
-from .magnitude import MagnitudeSparsityController
+from .composite import CompositeController
+from .const import ConstSparsityConfig, ConstSparsityController
+from .magnitude import MagnitudeSparsityConfig, MagnitudeSparsityController
 from .modules import SparseModule, densify, sparsify
+from .nncf_config import Config, ConfigLike, parse_config
 from .operand import MaskOperand
-from .targets import find_targets
+from .regrowth import SETConfig, SETController
+from .rigl import RigLConfig, RigLController
+from .targets import Target, find_targets
 
 
 def create_controller(
     model: nn.Module,
-    config: MagnitudeSparsityConfig | Mapping[str, Any],
+    config: ConfigLike,
     *,
     backend: Backend = "auto",
+    dispatch: Dispatch = "auto",
     batchnorm_data: Iterable[Any] | None = None,
 ) -> BaseSparsityAlgoController:
     """Put ``model`` under sparse masks, in place, and return what controls them.
@@ -30,52 +37,103 @@ def create_controller(
 
     Args:
         model: any module with floating-point weights on one device.
-        config: one of the configuration classes, or NNCF's ``compression`` dictionary.
+        config: one of the configuration classes, NNCF's ``compression`` dictionary, or a list of
+            these, whose weights must be disjoint; that makes a ``CompositeController``.
         backend: ``"auto"`` runs Triton on a GPU and plain torch elsewhere; ``"triton"`` and
             ``"torch"`` are met or refused.
+        dispatch: which linears skip pruned blocks of 16 a side and more: ``"auto"``: those that
+            are faster for it, judged at each update of the masks by output, input gradient and
+            weight gradient; ``"sparse"``: all; ``"dense"``: none.
         batchnorm_data: batches on the model's device, needed when the configuration asks for
             BatchNorm adaptation; see ``adapt_batchnorm``.
 
     Raises:
-        ValueError, TypeError: the configuration or a weight does not fit, see
-            ``MagnitudeSparsityConfig`` and ``find_targets``; the model is then as it was.
+        ValueError, TypeError: the configuration or a weight does not fit, see the configuration's
+            class and ``find_targets``; the model is then as it was.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
-    config = parse_config(config)
-    if config.batchnorm_adaptation is not None and batchnorm_data is None:
-        raise ValueError("create_controller: batchnorm_adaptation needs batchnorm_data, got None")
-    targets = find_targets(
-        model,
-        pattern=config.pattern,
-        target_scopes=config.target_scopes,
-        ignored_scopes=config.ignored_scopes,
-        validate_scopes=config.validate_scopes,
-        overrides=config.overrides,
-    )
-    infos = [
-        SparseModuleInfo(
-            module_node_name=target.name,
-            module=target.users[0][0],
-            operand=MaskOperand(
-                target.weight, target.pattern, transposed=target.transposed, backend=backend
-            ),
-            parameter_name=target.users[0][1],
-            minimum_level=target.minimum_level,
-            maximum_level=target.maximum_level,
+    configs = parse_config(config)
+    if dispatch not in get_args(Dispatch):
+        raise ValueError(
+            f"create_controller: dispatch must be 'auto', 'sparse' or 'dense', got {dispatch!r}"
         )
-        for target in targets
-    ]
+    if any(one.batchnorm_adaptation for one in configs) and batchnorm_data is None:
+        raise ValueError("create_controller: batchnorm_adaptation needs batchnorm_data, got None")
+    targets = []
+    for one in configs:
+        found = find_targets(
+            model,
+            pattern=one.pattern,
+            target_scopes=one.target_scopes,
+            ignored_scopes=one.ignored_scopes,
+            validate_scopes=one.validate_scopes,
+            overrides=one.overrides,
+        )
+        targets.append(found)
+    _check_disjoint(targets, configs)
+    infos = [[_info(target, backend, dispatch) for target in found] for found in targets]
     try:
-        for target, info in zip(targets, infos, strict=True):
+        for target, info in zip(chain(*targets), chain(*infos), strict=True):
             for module, parameter_name in target.users:
                 sparsify(module, {parameter_name: info.operand})
         _cover_readers(model)
-        return MagnitudeSparsityController(model, infos, config, batchnorm_data)
+        controllers = []
+        for one, members in zip(configs, infos, strict=True):
+            controllers.append(_controller(model, members, one, batchnorm_data))
+        return controllers[0] if len(configs) == 1 else CompositeController(model, controllers)
     except BaseException:
         for module in list(model.modules()):
             if isinstance(module, SparseModule):
                 densify(module)
         raise
+
+
+def _controller(
+    model: nn.Module,
+    infos: list[SparseModuleInfo],
+    config: Config,
+    batchnorm_data: Iterable[Any] | None,
+) -> BaseSparsityAlgoController:
+    """Return the algorithm that a configuration is of."""
+    match config:
+        case MagnitudeSparsityConfig():
+            return MagnitudeSparsityController(model, infos, config, batchnorm_data)
+        case ConstSparsityConfig():
+            return ConstSparsityController(model, infos, config, batchnorm_data)
+        case SETConfig():
+            return SETController(model, infos, config, batchnorm_data)
+        case RigLConfig():
+            return RigLController(model, infos, config, batchnorm_data)
+
+
+def _check_disjoint(targets: Sequence[Sequence[Target]], configs: Sequence[Config]) -> None:
+    """Refuse a weight that two algorithms would mask."""
+    takers: dict[int, str] = {}
+    for place, (found, config) in enumerate(zip(targets, configs, strict=True)):
+        for target in found:
+            taker = f"{config.algorithm} (number {place + 1})"
+            if (other := takers.setdefault(id(target.weight), taker)) != taker:
+                raise ValueError(
+                    f"create_controller: {target.name!r} must be masked by one algorithm, got "
+                    f"{other} and {taker}; part their weights by target_scopes and ignored_scopes"
+                )
+
+
+def _info(target: Target, backend: Backend, dispatch: Dispatch) -> SparseModuleInfo:
+    return SparseModuleInfo(
+        module_node_name=target.name,
+        module=target.users[0][0],
+        operand=MaskOperand(
+            target.weight,
+            target.pattern,
+            transposed=target.transposed,
+            backend=backend,
+            dispatch=dispatch,
+        ),
+        parameter_name=target.users[0][1],
+        minimum_level=target.minimum_level,
+        maximum_level=target.maximum_level,
+    )
 
 
 def _cover_readers(model: nn.Module) -> None:

@@ -1,22 +1,95 @@
-"""Magnitude sparsity, NNCF's ``magnitude_sparsity``: the smallest weights are pruned."""
+"""Magnitude sparsity, NNCF's ``magnitude_sparsity``: the least important weights are pruned."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import nn
 
-from ..kernels.block_score import block_score
-from .base_algo import BaseSparsityAlgoController, Scores, SparseModuleInfo
-from .config import MagnitudeSparsityConfig
-from .scheduler import SparsityScheduler, StubScheduler
+from ..kernels.pattern import maximum_level
+from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
+from .config import AlgorithmConfig, ScheduleField
+from .criteria import WeightImportance
+from .pruning import Scores, is_reachable
+from .saliency import Saliency
+from .schedule import Level, PolynomialSchedule, Whole
+
+
+def _default_schedule(data: dict[str, Any]) -> PolynomialSchedule | None:
+    local = data.get("sparsity_level_setting_mode") == "local"
+    return None if local else PolynomialSchedule()
+
+
+class MagnitudeSparsityConfig(AlgorithmConfig):
+    """Prune the groups of smallest magnitude, or of least importance by another criterion.
+
+    For example ``MagnitudeSparsityConfig(pattern=Block(32, 32),
+    schedule=PolynomialSchedule(target_level=0.8, target_epoch=3))``. Pattern, scopes, overrides
+    and BatchNorm adaptation are ``AlgorithmConfig``'s.
+
+    Args:
+        algorithm: its name, fixed.
+        sparsity_level_setting_mode: ``"global"``: a schedule sets the level of all target weights
+            as one pool; ``"local"``: no schedule, levels are set weight by weight through the
+            controller.
+        schedule: which level holds when, the initial one included; by default
+            ``PolynomialSchedule()``. None in ``local`` mode.
+        sparsity_init: in ``local`` mode the level before any is set, in [0, 1).
+        weight_importance: ``"abs"``: |w|; ``"normed_abs"``: |w| / ||w||_2, the norm of its tensor;
+            ``"snip"``, ``"snip_momentum"``, ``"wanda"``, ``"random"``: see ``criteria.py``.
+        seed: of ``"random"``, which ranks the groups alike at every update.
+
+    Raises:
+        ValueError: an argument is unknown or out of its range, or two do not go together.
+    """
+
+    algorithm: Literal["magnitude_sparsity"] = "magnitude_sparsity"
+    sparsity_level_setting_mode: Literal["global", "local"] = "global"
+    schedule: ScheduleField = Field(default_factory=_default_schedule)
+    sparsity_init: Level = 0.0
+    weight_importance: WeightImportance = "normed_abs"
+    seed: Whole = 0
+
+    @property
+    def initial_level(self) -> float:
+        """The level before the first epoch."""
+        return self.sparsity_init if self.schedule is None else self.schedule.initial_level
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> MagnitudeSparsityConfig:
+        if self.sparsity_level_setting_mode == "local":
+            if self.schedule is not None:
+                raise ValueError(
+                    "schedule must be None with sparsity_level_setting_mode 'local', where levels "
+                    f"are set weight by weight, got {self.schedule!r}"
+                )
+        elif self.schedule is None:
+            raise ValueError(
+                "schedule must be given with sparsity_level_setting_mode 'global', got None"
+            )
+        elif self.sparsity_init:
+            raise ValueError(
+                "sparsity_init must be left out with a schedule, which has its own initial_level, "
+                f"got {self.sparsity_init!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> MagnitudeSparsityConfig:
+        target = self.initial_level if self.schedule is None else self.schedule.target_level
+        if not is_reachable(target, [self.pattern]):
+            raise ValueError(
+                f"target_level must be at most 1 - n/m = {maximum_level(self.pattern):g} with "
+                f"pattern {self.pattern}, got {target!r}"
+            )
+        return self
 
 
 class MagnitudeSparsityController(BaseSparsityAlgoController):
-    """Prunes by |w|; masks are always found anew from the dense weights, so that a group may
-    return.
+    """Prunes by |w| or another criterion; masks are always found anew from the dense weights, so
+    that a group may return. (Under SNIP it does not: a pruned group has no gradient.)
 
     Args:
         target_model: the model, whose target modules are sparse already.
@@ -36,41 +109,11 @@ class MagnitudeSparsityController(BaseSparsityAlgoController):
     ) -> None:
         super().__init__(target_model, sparsified_module_info)
         self.config = config
-        self._batchnorm = config.batchnorm_adaptation
-        self._batchnorm_data = batchnorm_data
-        if config.schedule is None:
-            self._scheduler = StubScheduler()
-        else:
-            self._scheduler = SparsityScheduler(self, config.schedule)
-            self._target_level = self._scheduler.target_level
-            self.check_reachable(self._target_level)
-        initial = config.initial_level
-        self.set_sparsity_level(initial)
-        if initial > 0 and self._batchnorm is not None:
-            self._adapt_batchnorm()
+        self._configure(config, batchnorm_data)
+        infos = self.sparsified_module_info
+        self._saliency = self._judge = Saliency(infos, config.weight_importance, config.seed)
+        self._follow(config.schedule, config.initial_level)
 
     def scores(self, infos: Sequence[SparseModuleInfo]) -> Scores:
-        """|w|, or |w| / ||w||_2 under ``normed_abs``; a block's is the mean over its elements."""
-        weights = [info.weight.detach() for info in infos]
-        matrices = [i.operand.matrix(w) for i, w in zip(infos, weights, strict=True)]
-        operand = infos[0].operand
-        scales = None
-        if self.config.weight_importance == "normed_abs":
-            norms = [_norm(weight) for weight in weights]
-            # an all-zero weight has importance 0, whatever it is divided by
-            scales = torch.stack([norm.where(norm > 0, 1) for norm in norms]).reciprocal()
-        if operand.packed:
-            return Scores(matrices, scales)
-        grids = [
-            block_score(matrix, operand.pattern, backend=operand.backend) for matrix in matrices
-        ]
-        return Scores(grids, scales)
-
-    def builder_state(self) -> dict[str, Any]:
-        return self.config.model_dump(mode="json")
-
-
-def _norm(weight: Tensor) -> Tensor:
-    """||w||_2 as a float32 scalar, added up in float32 at least."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight, dtype=wide).float()
+        """The criterion's importance; a block's is the mean over its elements."""
+        return self._judge.scores(infos)

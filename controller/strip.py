@@ -27,7 +27,7 @@ def strip_masks(model: nn.Module, do_copy: bool, strip_format: StripFormat) -> n
     if do_copy:
         model = copy.deepcopy(model)
     sparse = [module for module in model.modules() if isinstance(module, SparseModule)]
-    packed: dict[SparseModule, nn.Parameter] = {}
+    packed: dict[nn.Linear, nn.Parameter] = {}
     if strip_format == StripFormat.SEMI_STRUCTURED:
         packed = _pack(model)
     for module in sparse:
@@ -40,9 +40,9 @@ def strip_masks(model: nn.Module, do_copy: bool, strip_format: StripFormat) -> n
     return model
 
 
-def _pack(model: nn.Module) -> dict[SparseModule, nn.Parameter]:
+def _pack(model: nn.Module) -> dict[nn.Linear, nn.Parameter]:
     """Return the semi-structured weight of every module under 2:4; a tied one is packed once."""
-    packed: dict[SparseModule, nn.Parameter] = {}
+    packed: dict[nn.Linear, nn.Parameter] = {}
     known: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():
         operands = module.operands if isinstance(module, SparseModule) else {}

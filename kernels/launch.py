@@ -25,6 +25,8 @@ else:
     # decided when a kernel is decorated, so it cannot change after import
     INTERPRET: bool = triton.knobs.runtime.interpret
 
+TILE_ELEMENTS = 2**17  # no tile has more
+
 Backend = Literal["auto", "triton", "torch"]
 
 
@@ -68,10 +70,26 @@ def extent(tensor: Tensor) -> int:
 
 
 def index_type(*tensors: Tensor) -> Any:
-    """Return the narrowest Triton integer type that holds every element offset of ``tensors``."""
-    return tl.int64 if any(extent(t) > 2**31 for t in tensors) else tl.int32
+    """Return the narrowest Triton integer type that holds every element offset of ``tensors``.
+
+    Offsets of a tile that begins inside a tensor and ends past it count too, or they would wrap
+    around and be taken for ones inside.
+    """
+    return tl.int64 if any(extent(t) > 2**31 - TILE_ELEMENTS for t in tensors) else tl.int32
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make ``tensor``'s GPU current: Triton launches there, and it need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def autocast(*tensors: Tensor | None) -> list[Any]:
+    """Cast what ``torch.nn.functional.linear`` would cast under the autocast in force, if any."""
+    kind = next(t for t in tensors if t is not None).device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return list(tensors)
+    to = torch.get_autocast_dtype(kind)
+    return [
+        t.to(to) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]

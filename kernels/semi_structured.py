@@ -642,8 +642,8 @@ def _obstacle(weight: Tensor) -> str | None:
     return None
 
 
-def nm_fits(kept: Tensor, pattern: NM) -> bool:
-    """Tell whether of every group of a bool matrix n at most are kept, or all.
+def nm_complete(kept: Tensor, pattern: NM) -> Tensor:
+    """Return a bool matrix in which the groups that keep more than n:m are kept whole.
 
     Args:
         kept: bool ``(R, C)``, divided into groups without remainder.
@@ -651,8 +651,13 @@ def nm_fits(kept: Tensor, pattern: NM) -> bool:
     """
     tall, wide = pattern.group
     rows, cols = kept.shape[0] // tall, kept.shape[1] // wide
-    groups = kept.view(rows, tall, cols, wide)
+    groups = kept.reshape(rows, tall, cols, wide)
     fits = (groups.sum(3) <= pattern.n).all(1)
     if pattern.transposable:
         fits &= (groups.sum(1) <= pattern.n).all(2)
-    return bool((fits | groups.all(3).all(1)).all())
+    return (groups | ~fits[:, None, :, None]).view(kept.shape)
+
+
+def nm_fits(kept: Tensor, pattern: NM) -> bool:
+    """Tell whether of every group of a bool matrix n:m at most is kept, or all."""
+    return torch.equal(nm_complete(kept, pattern), kept)

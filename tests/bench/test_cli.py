@@ -2,6 +2,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,17 @@ def test_json_is_all_that_is_printed_and_is_the_stored_report(tmp_path, capsys):
         (["--scope", "{re}("], "'{re}('"),
         (["--seed", "-1"], "seed must be from 0"),
         (["--resume", "--force"], "exclude each other"),
+        (["--algorithm", "rb"], "algorithm must be one of magnitude, const, set, rigl, got 'rb'"),
+        (["--compare", "set", "--algorithm", "set"], "exclude each other"),
+        (
+            ["--compare", "set,rb"],
+            "compare must name some of magnitude, const, set, rigl, got 'rb'",
+        ),
+        (["--compare", "set,set"], "compare must name algorithms, each once, got 'set,set'"),
+        (["--levels", "0.5"], "--levels needs --compare"),
+        (["--compare", "set", "--levels", "0.5", "--level", "0.5"], "exclude each other"),
+        (["--compare", "set", "--levels", "half"], "--levels must be numbers, by commas"),
+        (["--compare", "set", "--levels", "0.5,1.5"], "level must be in [0, 1), got 1.5"),
         (["--nope"], "--nope"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -312,3 +324,30 @@ def test_a_stopped_run_exits_with_130_and_tells_how_to_go_on(tmp_path):
         "triton-sparsity: stopped; to go on: triton-sparsity finetune --resume -o "
         f"{tmp_path / 'run'}\n"
     )
+
+
+def test_compare_trains_each_algorithm_from_one_dense_model_and_resumes(tmp_path, capsys):
+    options = [*QUICK, "--compare=magnitude,rigl", "--levels=0.5,0.75", "-o", tmp_path]
+    assert run("finetune", *options, "--json") == 0
+    reports = json.loads(capsys.readouterr().out)
+    assert [*reports] == ["magnitude 50 %", "magnitude 75 %", "rigl 50 %", "rigl 75 %"]
+    assert json.loads((tmp_path / "report.json").read_text()) == reports
+    for name in ("levels.png", "curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    names = ["magnitude-0.5", "magnitude-0.75", "rigl-0.5", "rigl-0.75"]
+    dense = {(tmp_path / name / "dense.safetensors").read_bytes() for name in names}
+    assert len(dense) == 1
+    for report in reports.values():
+        settings = report["options"]
+        assert len(report["history"]["sparse"]["loss"]) == 12
+        assert report["results"]["stripped"]["level"] == pytest.approx(settings["level"], abs=1e-2)
+
+    # one run of four is lost: the others are taken as they are
+    shutil.rmtree(tmp_path / "rigl-0.5")
+    assert run("finetune", *options, "--resume") == 0
+    captured = capsys.readouterr()
+    assert [line.split(":")[0] for line in captured.err.splitlines()] == ["rigl 50 %"]
+    for text in ("dense", "magnitude 75 %", "rigl 50 %", "levels.png"):
+        assert text in captured.out
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert without_times(again) == without_times(reports)

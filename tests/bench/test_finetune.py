@@ -99,6 +99,24 @@ def test_a_run_ends_with_exactly_the_pruned_model_on_disk(uninterrupted):
     assert (stripped["embedding.weight"] != 0).all()
 
 
+def test_training_that_skips_blocks_follows_the_masked_dense_losses(tmp_path):
+    runs = {}
+    for dispatch in ("sparse", "dense"):
+        options = Options(
+            pattern="block:32", dispatch=dispatch, dense_epochs=1, epochs=2, steps_per_epoch=6,
+            batch_size=2, eval_batches=1, threads=1,
+        )  # fmt: skip
+        runs[dispatch] = finetune(options, tmp_path / dispatch)
+    paths = {name: {layer["path"] for layer in run["layers"]} for name, run in runs.items()}
+    assert paths == {"sparse": {"block-sparse"}, "dense": {"dense"}}
+    sparse, dense = (runs[name]["history"] for name in ("sparse", "dense"))
+    assert sparse["dense"]["loss"] == dense["dense"]["loss"]
+    assert sparse["sparse"]["loss"] == pytest.approx(dense["sparse"]["loss"], rel=1e-4)
+    assert sparse["sparse"]["loss"] != dense["sparse"]["loss"], "one path was taken by both"
+    pruned = [[layer["pruned_groups"] for layer in run["layers"]] for run in runs.values()]
+    assert pruned[0] == pruned[1]
+
+
 def test_the_stripped_model_computes_what_the_masked_one_does(uninterrupted):
     results = json.loads((uninterrupted / REPORT).read_text())["results"]
     assert results["sparse"]["metric"] == results["stripped"]["metric"]
@@ -198,6 +216,50 @@ def test_every_schedule_resumes(tmp_path, schedule, pattern):
         finetune(options, tmp_path / "killed", progress=kill)
     finetune(options, tmp_path / "killed", resume=True)
     assert_same_result(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"algorithm": "const"},
+        {"algorithm": "set"},
+        # killed in the step after whose gradients it grows, which was saved, and later
+        {"algorithm": "rigl", "delta_t": 4, "save_every": 1},
+        {"algorithm": "rigl", "initial_masks": "random", "pattern": "unstructured"},
+        {"importance": "snip_momentum"},
+        {"importance": "wanda"},
+    ],
+    ids=lambda how: " ".join(map(str, how.values())),
+)
+def test_every_algorithm_resumes(tmp_path, how):
+    options = replace(QUICK, dense_epochs=0, epochs=5, **how)
+    report = finetune(options, tmp_path / "whole")
+    assert report["results"]["stripped"]["level"] == pytest.approx(0.8, abs=1e-2)
+
+    moments = [4, 11]
+
+    def kill(phase, done, total, note):
+        if done in moments:
+            moments.remove(done)
+            raise Killed
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            finetune(options, tmp_path / "killed", resume=True, progress=kill)
+    finetune(options, tmp_path / "killed", resume=True, progress=kill)
+    assert_same_result(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_const_keeps_the_zeros_of_a_sparse_checkpoint(tmp_path, uninterrupted):
+    checkpoint = str(uninterrupted / STRIPPED)
+    options = replace(QUICK, algorithm="const", dense_epochs=None, checkpoint=checkpoint)
+    finetune(options, tmp_path)
+    before, after = (safetensors.torch.load_file(f / STRIPPED) for f in (uninterrupted, tmp_path))
+    report = json.loads((tmp_path / REPORT).read_text())
+    names = [f"{layer['name']}.weight" for layer in report["layers"]]
+    assert all(torch.equal(before[name] == 0, after[name] == 0) for name in names)
+    # what is left has been trained
+    assert any((before[name] != after[name]).any() for name in names)
 
 
 def test_every_step_of_every_phase_has_a_batch_of_its_own(tmp_path, monkeypatch):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -72,6 +74,12 @@ def test_sides_that_are_no_powers_of_two_are_refused(text):
         ("seed", 2**63),
         ("schedule", "linear"),
         ("importance", "l2"),
+        ("algorithm", "rb"),
+        ("initial_masks", "dense"),
+        ("distribution", "er"),
+        ("alpha", 1.5),
+        ("alpha", float("nan")),
+        ("delta_t", 0),
         ("dtype", "float16"),
         ("device", "tpu"),
         ("device", "cuda:x"),
@@ -109,6 +117,31 @@ def test_the_target_is_reached_at_the_end_of_the_ramp(schedule, epochs):
     if epochs == 10:
         assert levels[7] == 0.8
         assert 0.1 <= levels[0] < levels[3] < levels[6] < 0.8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(importance="wanda", initial_level=0.1), "start from initial-level 0"),
+        (Options(importance="snip", algorithm="rigl"), "start from random masks"),
+    ],
+)
+def test_first_masks_that_nothing_can_judge_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        checked(options)
+    checked(Options(importance="snip", algorithm="rigl", initial_masks="random"))
+
+
+@pytest.mark.parametrize(("name", "config"), [("set", ts.SETConfig), ("rigl", ts.RigLConfig)])
+def test_masks_move_until_the_end_of_the_ramp(name, config):
+    options = with_defaults(
+        Options(algorithm=name, epochs=100, ramp=0.75, alpha=0.2, seed=5, level=0.9), RECIPE
+    )
+    found = sparsity_config(options)
+    assert type(found) is config
+    assert (found.t_end, found.delta_t, found.level) == (300, 15, 0.9)
+    assert (found.alpha, found.seed, found.distribution) == (0.2, 5, "erk")
+    assert sparsity_config(replace(options, delta_t=7)).delta_t == 7
 
 
 def test_the_adaptive_schedule_ends_at_the_target_if_there_is_time():

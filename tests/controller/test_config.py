@@ -5,14 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triton_sparsity.controller.config import (
-    BatchNormAdaptation,
-    MagnitudeSparsityConfig,
-    Override,
-    from_nncf,
-    parse_config,
-    parse_pattern,
-)
+from triton_sparsity.controller.config import BatchNormAdaptation, Override, parse_pattern
+from triton_sparsity.controller.magnitude import MagnitudeSparsityConfig
+from triton_sparsity.controller.nncf_config import from_nncf, parse_config
 from triton_sparsity.controller.schedule import (
     AdaptiveSchedule,
     ExponentialSchedule,
@@ -159,11 +154,11 @@ def test_what_is_no_pattern_is_refused(bad):
             {"schedule": {"kind": "polynomial", "target_level": 2}},
             "schedule PolynomialSchedule: target_level must be less than 1, got 2",
         ),
-        ({"weight_importance": "l1"}, "weight_importance must be 'abs' or 'normed_abs', got 'l1'"),
+        ({"weight_importance": "l1"}, "weight_importance must be 'abs', .* or 'random', got 'l1'"),
         ({"sparsity_level_setting_mode": "both"}, "must be 'global' or 'local', got 'both'"),
         (
             {"algorithm": "rb_sparsity"},
-            "algorithm must be 'magnitude_sparsity', got 'rb_sparsity'",
+            "algorithm must be .*magnitude_sparsity.*, got .rb_sparsity.",
         ),
         ({"target_scopes": ()}, r"target_scopes must be None or name a scope, got \(\)"),
         ({"target_scopes": 7}, "target_scopes must be a valid tuple, got 7"),
@@ -308,9 +303,9 @@ def test_batchnorm_adaptation_is_configured_by_its_key_alone():
     [
         (
             {"algorithm": "rb_sparsity"},
-            "algorithm must be 'magnitude_sparsity', got 'rb_sparsity'",
+            "algorithm must be .*magnitude_sparsity.*, got .rb_sparsity.",
         ),
-        ({"params": {}}, "algorithm must be 'magnitude_sparsity', got None"),
+        ({"params": {}}, "algorithm must be .*, got None"),
         ({**SECTION, "parms": {}}, r"unknown key 'parms' \(did you mean 'params'\?\); the keys"),
         ({**SECTION, 3: {}}, "unknown key 3; the keys are algorithm"),
         (params(sparsity_targt=0.5), r"params: unknown key 'sparsity_targt' \(did you mean 'sp"),
@@ -365,11 +360,11 @@ def test_what_nncf_has_not_is_refused_as_it_is_spelled(section, message):
     ids=str,
 )
 def test_every_form_of_a_configuration_is_read(config):
-    assert parse_config(config) == MagnitudeSparsityConfig()
+    assert parse_config(config) == [MagnitudeSparsityConfig()]
 
 
 def test_scopes_beside_the_section_count_as_in_nncf():
-    config = parse_config(
+    (config,) = parse_config(
         {
             "compression": {**SECTION, "ignored_scopes": "a", "target_scopes": ["b"]},
             "ignored_scopes": ["c"],
@@ -392,11 +387,11 @@ def test_reading_a_dictionary_leaves_it_alone():
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        (3, TypeError, "must be a MagnitudeSparsityConfig or .*, got 3"),
+        (3, TypeError, "must be a configuration such as MagnitudeSparsityConfig, .*, got 3"),
         ("magnitude_sparsity", TypeError, "got 'magnitude_sparsity'"),
         ([], TypeError, r"got \[\]"),
         ({"compression": None}, TypeError, "got None"),
-        ([SECTION, SECTION], ValueError, "one algorithm .*, got 2"),
+        ([SECTION, 3], TypeError, "or a list of these, got .* 3"),
         ({"compression": SECTION, "epochs": 3}, ValueError, "^config: unknown key 'epochs'"),
         (
             {"compression": SECTION, "ignore_scopes": []},
