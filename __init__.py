@@ -23,11 +23,13 @@ from triton_sparsity.kernels.block_score import block_score
 from triton_sparsity.kernels.block_sparse_linear import block_sparse_linear
 from triton_sparsity.kernels.mask import make_mask, pack, unpack
 from triton_sparsity.kernels.masked_weight import apply_mask, apply_mask_
-from triton_sparsity.kernels.pattern import Block, Unstructured
+from triton_sparsity.kernels.pattern import NM, Block, Unstructured
 from triton_sparsity.kernels.select import Threshold, select
+from triton_sparsity.kernels.semi_structured import NMMask, nm_mask, nm_score
 from triton_sparsity.kernels.topology import Topology, block_topology
 
 __all__ = [
+    "NM",
     "AdaptiveSchedule",
     "BaseSparsityAlgoController",
     "BatchNormAdaptation",
@@ -40,6 +42,7 @@ __all__ = [
     "MagnitudeSparsityConfig",
     "MagnitudeSparsityController",
     "MultistepSchedule",
+    "NMMask",
     "Override",
     "PolynomialSchedule",
     "RigLConfig",
@@ -58,6 +61,8 @@ __all__ = [
     "block_topology",
     "create_controller",
     "make_mask",
+    "nm_mask",
+    "nm_score",
     "pack",
     "select",
     "unpack",

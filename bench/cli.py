@@ -97,9 +97,15 @@ def finetune(
         Text, typer.Option("--levels", help="With --compare: levels, by commas, not one level.")
     ] = None,
     pattern: Annotated[
-        Text, _option("unstructured, block:ROWSxCOLS or block:SIDE.", "block:16x16")
+        Text,
+        _option(
+            "unstructured, block:ROWSxCOLS, block:SIDE, nm:N:M or nm:2:4:transposable.",
+            "block:16x16",
+        ),
     ] = None,
-    level: Annotated[Real, _option("Sparsity level at the end, in [0, 1).", "0.8")] = None,
+    level: Annotated[
+        Real, _option("Sparsity level at the end, in [0, 1).", "0.8; of N:M all")
+    ] = None,
     initial_level: Annotated[Real, _option("Sparsity level at the start.", "0")] = None,
     schedule: Annotated[
         Text, _option("polynomial, exponential, multistep or adaptive.", "polynomial")

@@ -14,6 +14,7 @@ from ..controller.const import ConstSparsityConfig
 from ..controller.criteria import WeightImportance
 from ..controller.magnitude import MagnitudeSparsityConfig
 from ..controller.nncf_config import Config
+from ..controller.pruning import is_reachable
 from ..controller.regrowth import SETConfig
 from ..controller.rigl import RigLConfig
 from ..controller.schedule import (
@@ -24,10 +25,11 @@ from ..controller.schedule import (
     Schedule,
 )
 from ..kernels.launch import use_triton
-from ..kernels.pattern import Block, Pattern, Unstructured
+from ..kernels.pattern import NM, Block, Pattern, Unstructured, maximum_level
 from .tasks import Recipe
 
 ALGORITHMS = ("magnitude", "const", "set", "rigl")
+WITH_NM = ("magnitude", "const")
 GRADIENT_OR_INPUT = ("snip", "snip_momentum", "wanda")
 
 
@@ -40,8 +42,10 @@ class Options:
         algorithm: ``"magnitude"`` along the schedule; ``"const"``: the checkpoint's zeros stay,
             or where it has none those of one pruning by magnitude; ``"set"`` and ``"rigl"``: at
             the level from the start, with masks that move until the end of the ramp.
-        pattern: ``"unstructured"``, ``"block:ROWSxCOLS"`` or ``"block:SIDE"``.
-        level, initial_level: where the schedule ends and starts, in [0, 1).
+        pattern: ``"unstructured"``, ``"block:ROWSxCOLS"``, ``"block:SIDE"``, ``"nm:N:M"`` or
+            ``"nm:2:4:transposable"``.
+        level, initial_level: where the schedule ends and starts, in [0, 1); of N:M up to 1 - n/m.
+            Without a level it ends at 0.8, or at full N:M.
         schedule: ``"polynomial"`` (cubic, at every step), ``"exponential"``, ``"multistep"`` (four
             equal rises) or ``"adaptive"``, the latter three at every epoch.
         ramp: fraction of the sparse epochs in which the level rises, in (0, 1].
@@ -74,7 +78,7 @@ class Options:
     task: str = "stdlib-lm"
     algorithm: str = "magnitude"
     pattern: str = "block:16x16"
-    level: float = 0.8
+    level: float | None = None
     initial_level: float = 0.0
     schedule: str = "polynomial"
     ramp: float = 0.7
@@ -103,12 +107,13 @@ class Options:
 
 
 def checked(options: Options) -> Options:
-    """Return ``options`` with pattern, device and threads spelled out.
+    """Return ``options`` with pattern, level, device and threads spelled out.
 
     Raises:
         ValueError: an option is unknown or out of its range, or the backend cannot run there.
     """
     pattern = parse_pattern(options.pattern)
+    options = replace(options, level=end_level(options))
     device = find_device(options.device)
     try:
         use_triton("finetune", options.backend, torch.empty(0, device=device))
@@ -148,6 +153,16 @@ def checked(options: Options) -> Options:
         value = getattr(options, name)
         if value is not None and not fits(value):
             raise ValueError(f"{name.replace('_', '-')} must be {what}, got {value!r}")
+    if isinstance(pattern, NM) and options.algorithm not in WITH_NM:
+        raise ValueError(
+            f"algorithm must be one of {', '.join(WITH_NM)} with pattern {options.pattern}, "
+            f"got {options.algorithm!r}"
+        )
+    if not is_reachable(options.level, [pattern]):
+        raise ValueError(
+            f"level must be at most 1 - n/m = {maximum_level(pattern):g} with pattern "
+            f"{options.pattern}, got {options.level!r}"
+        )
     if options.importance in GRADIENT_OR_INPUT:
         starts = options.initial_level > 0
         if options.algorithm != "magnitude":
@@ -168,8 +183,17 @@ def checked(options: Options) -> Options:
 def with_defaults(options: Options, recipe: Recipe) -> Options:
     """Return ``options`` with the task's defaults in the place of None."""
     defaults = asdict(recipe) | ({"dense_epochs": 0} if options.checkpoint else {})
+    defaults |= {"level": end_level(options)}
     missing = {k: v for k, v in defaults.items() if getattr(options, k) is None}
     return replace(options, **missing)
+
+
+def end_level(options: Options) -> float:
+    """Return the level that is asked for, or by default 0.8, or all that N:M can express."""
+    if options.level is not None:
+        return options.level
+    pattern = parse_pattern(options.pattern)
+    return maximum_level(pattern) if isinstance(pattern, NM) else 0.8
 
 
 def same_run(saved: Options, asked: Options, given: Collection[str]) -> Options:
@@ -200,15 +224,19 @@ def parse_pattern(text: str) -> Pattern:
     """Return the pattern that a command line spells.
 
     Raises:
-        ValueError: it is unknown, or the block's sides are no powers of two from 1 to 256.
+        ValueError: it is unknown, or ``Block`` or ``NM`` refuse its numbers.
     """
     if text == "unstructured":
         return Unstructured()
     if sides := re.fullmatch(r"block:([0-9]+)(?:x([0-9]+))?", text):
         rows, cols = sides.groups()
         return Block(int(rows), int(cols or rows))
+    if numbers := re.fullmatch(r"nm:([0-9]+):([0-9]+)(:transposable)?", text):
+        n, m, transposable = numbers.groups()
+        return NM(int(n), int(m), transposable is not None)
     raise ValueError(
-        f"pattern must be 'unstructured', 'block:ROWSxCOLS' or 'block:SIDE', got {text!r}"
+        "pattern must be 'unstructured', 'block:ROWSxCOLS', 'block:SIDE', 'nm:N:M' or "
+        f"'nm:2:4:transposable', got {text!r}"
     )
 
 
@@ -219,6 +247,8 @@ def spell_pattern(pattern: Pattern) -> str:
             return "unstructured"
         case Block(rows, cols):
             return f"block:{rows}x{cols}"
+        case NM(n, m, transposable):
+            return f"nm:{n}:{m}{':transposable' if transposable else ''}"
 
 
 def find_device(name: str) -> torch.device:

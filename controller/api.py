@@ -21,8 +21,13 @@ class CompressionStage(IntEnum):
 
 
 class StripFormat(StrEnum):
-    """What a stripped model looks like; after sparsity alone they are all plain weights."""
+    """What a stripped model looks like: after sparsity plain weights in all of NNCF's formats.
+
+    ``SEMI_STRUCTURED`` is ours: linear weights under 2:4 become PyTorch's semi-structured tensors,
+    which a GPU of compute capability 8.0 or later multiplies without their zeros.
+    """
 
     NATIVE = "native"
     DQ = "dequantize"
     IN_PLACE = "in_place"
+    SEMI_STRUCTURED = "semi_structured"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..kernels.mask import pack
+from ..kernels.pattern import NM, Pattern, maximum_level
 from .api import CompressionStage, StripFormat
 from .batchnorm import adapt_batchnorm
 from .compression import PTCompressionAlgorithmController, SparsityController
@@ -25,7 +26,7 @@ from .config import AlgorithmConfig, BatchNormAdaptation
 from .loss import CompressionLoss, ZeroCompressionLoss
 from .modules import SparseModule
 from .operand import MaskOperand
-from .pruning import Scores, apply_pruning, find_prunings, pools
+from .pruning import Scores, apply_pruning, check_reachable, find_prunings, pools
 from .saliency import Saliency
 from .schedule import Schedule
 from .scheduler import CompressionScheduler, SparsityScheduler, StubScheduler
@@ -106,6 +107,7 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         else:
             self._scheduler = SparsityScheduler(self, schedule)
             self._target_level = self._scheduler.target_level
+            check_reachable("schedule: target_level", self._target_level, self._patterns)
         self.set_sparsity_level(initial_level)
         if initial_level > 0 and self._batchnorm is not None:
             self._adapt_batchnorm()
@@ -182,6 +184,11 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
 
         Frozen masks stay as they are. Whatever is refused leaves every mask as it was.
 
+        N:M can express levels up to 1 - n/m, which count elements. At level s of a pool of N:M
+        weights exactly ``round(s / (1 - n/m) * tuples)`` tuples are pruned to n of m: those that
+        lose the least, by the sum of what they lose. Beside weights that can go further an N:M
+        weight stays at 1 - n/m.
+
         Args:
             level: fraction of groups to prune, in [0, 1).
             target_sparsified_module_info: prune this weight only; None: every target weight. All
@@ -189,9 +196,9 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
             run_batchnorm_adaptation: re-estimate BatchNorm statistics afterwards.
 
         Raises:
-            ValueError: the level is outside [0, 1) or beyond what the limits allow; a weight holds
-                NaN or Inf; the entry is another controller's; there is no BatchNorm adaptation
-                configured.
+            ValueError: the level is outside [0, 1) or beyond what limits and patterns allow; a
+                weight holds NaN or Inf; the entry is another controller's; there is no BatchNorm
+                adaptation configured.
             RuntimeError: the model has been stripped.
         """
         if not (isinstance(level, (int, float)) and 0 <= level < 1):
@@ -202,6 +209,9 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
                 "configuration"
             )
         infos = self._resolve(target_sparsified_module_info)
+        check_reachable(
+            "set_sparsity_level: level", level, [info.operand.pattern for info in infos]
+        )
         if self.frozen:
             return
         self._set_level(infos, float(level))
@@ -218,7 +228,14 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         for pruning in prunings:
             apply_pruning(pruning)
             for info in pruning.infos:
-                self._thresholds[info.module_node_name] = pruning.threshold.value
+                if pruning.threshold is None:
+                    self._thresholds.pop(info.module_node_name, None)
+                else:
+                    self._thresholds[info.module_node_name] = pruning.threshold.value
+
+    @property
+    def _patterns(self) -> list[Pattern]:
+        return [info.operand.pattern for info in self.sparsified_module_info]
 
     def _resolve(self, target: SparseModuleInfo | None) -> list[SparseModuleInfo]:
         if not isinstance(self.sparsified_module_info[0].module, SparseModule):
@@ -247,8 +264,10 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         pruned = sum(info.operand.pruned_groups() for info in infos)
         wanted = 0
         if self._target_level is not None:
-            sizes = [sum(info.operand.groups for info in pool) for pool in pools(infos)]
-            wanted = sum(round(self._target_level * groups) for groups in sizes) - 1
+            for pool in pools(infos):
+                target = min(self._target_level, maximum_level(pool[0].operand.pattern))
+                wanted += round(target * sum(info.operand.groups for info in pool))
+            wanted -= max(p.dropped if isinstance(p, NM) else 1 for p in self._patterns)
         if pruned == 0 and wanted > 0:
             return CompressionStage.UNCOMPRESSED
         if pruned >= wanted:
@@ -356,15 +375,18 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         Args:
             model: the controlled model or a copy of it.
             do_copy: leave ``model`` as it is and strip a deep copy.
-            strip_format: a mask has one folded form, plain weights with zeros, so that all formats
-                agree.
+            strip_format: a mask has one folded form, plain weights with zeros, so that NNCF's
+                formats agree. ``SEMI_STRUCTURED`` also turns the weights of linear modules under
+                2:4, in half precision on a GPU of compute capability 8.0 or later, into PyTorch's
+                semi-structured tensors, for inference.
 
         Returns:
             The model with its original classes, pruned weights exactly zero, no mask and no
             further key; its outputs equal the masked model's.
 
         Raises:
-            ValueError: ``strip_format`` is no ``StripFormat``; ``model`` holds no mask.
+            ValueError: ``strip_format`` is no ``StripFormat``; ``model`` holds no mask; a weight
+                under 2:4 cannot be packed, or there is none. Nothing has changed then.
         """
         strip_format = StripFormat(strip_format)
         self._before_strip(do_copy)

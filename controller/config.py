@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..kernels.pattern import Block, Pattern, Unstructured
+from ..kernels.pattern import NM, Block, Pattern, Unstructured
 from .declaration import Declaration
 from .schedule import (
     AdaptiveSchedule,
@@ -45,30 +45,36 @@ def parse_pattern(pattern: object) -> Pattern:
     """Return the pattern that ``pattern`` is or spells.
 
     Args:
-        pattern: a pattern, ``"unstructured"``, or ``{"block": [rows, cols]}``.
+        pattern: a pattern, ``"unstructured"``, ``{"block": [rows, cols]}``, ``{"nm": [n, m]}`` or
+            ``{"nm": [2, 4], "transposable": True}``.
 
     Raises:
-        ValueError: it is none of these, or the block's sides are no powers of two from 1 to 256.
+        ValueError: it is none of these, or ``Block`` or ``NM`` refuse its numbers.
     """
     match pattern:
-        case Unstructured() | Block():
+        case Unstructured() | Block() | NM():
             return pattern
         case "unstructured":
             return Unstructured()
         case {"block": [rows, cols], **rest} if not rest:
             return Block(rows, cols)
+        case {"nm": [n, m], **rest} if not rest.keys() - {"transposable"}:
+            return NM(n, m, **rest)
     raise ValueError(
-        "must be Unstructured(), Block(rows, cols), 'unstructured' or {'block': [rows, cols]}, "
+        "must be Unstructured(), Block(rows, cols), NM(n, m), 'unstructured', "
+        "{'block': [rows, cols]}, {'nm': [n, m]} or {'nm': [2, 4], 'transposable': True}, "
         f"got {pattern!r}"
     )
 
 
-def _spell_pattern(pattern: Pattern) -> str | dict[str, list[int]]:
+def _spell_pattern(pattern: Pattern) -> str | dict[str, Any]:
     match pattern:
         case Unstructured():
             return "unstructured"
         case Block(rows, cols):
             return {"block": [rows, cols]}
+        case NM(n, m, transposable):
+            return {"nm": [n, m]} | ({"transposable": True} if transposable else {})
 
 
 def _scope(scope: str) -> str:
@@ -150,7 +156,8 @@ class AlgorithmConfig(Declaration):
     """Base of the algorithms' configurations.
 
     Args:
-        pattern: what is pruned together.
+        pattern: what is pruned together. Under ``NM`` a level counts elements, and a schedule may
+            go up to 1 - n/m; ``NM`` in an override stays there where the schedule goes on.
         target_scopes: the modules to take; None takes all. See ``scope.py`` for what a scope is.
         ignored_scopes: the modules to leave out, even if they are targets.
         validate_scopes: whether a scope that matches nothing is an error.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels.mask import pack
-from ..kernels.pattern import Pattern, grid_shape
+from ..kernels.pattern import NM, Pattern, grid_shape
+from ..kernels.semi_structured import nm_complete
 from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
 from .config import AlgorithmConfig
 
@@ -33,7 +34,8 @@ class ConstSparsityConfig(AlgorithmConfig):
 
 
 class ConstSparsityController(BaseSparsityAlgoController):
-    """Masks the groups that are zero as a whole; ``load_state`` brings other masks.
+    """Masks the groups that are zero as a whole, and the zeros of tuples that are n:m;
+    ``load_state`` brings other masks.
 
     A masked group takes no part in the forward pass and gets no gradient. So it stays out whatever
     an optimiser does to the value behind the mask, and ``strip`` makes that value zero again.
@@ -95,10 +97,15 @@ class ConstSparsityController(BaseSparsityAlgoController):
 
 
 def nonzero_groups(matrix: Tensor, pattern: Pattern) -> Tensor:
-    """Return a bool grid: True where a group has an element that is not zero."""
+    """Return a bool grid: True where a group has an element that is not zero.
+
+    Under N:M the grid is of elements, and a tuple of more than n that are not zero is kept whole.
+    """
     rows, cols = pattern.rows, pattern.cols
     down, across = grid_shape(pattern, (matrix.shape[0], matrix.shape[1]))
     nonzero = matrix != 0
+    if isinstance(pattern, NM):
+        return nm_complete(nonzero, pattern)
     if rows == cols == 1:
         return nonzero
     bottom, right = down * rows - matrix.shape[0], across * cols - matrix.shape[1]

@@ -8,10 +8,11 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from torch import nn
 
+from ..kernels.pattern import maximum_level
 from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
 from .config import AlgorithmConfig, ScheduleField
 from .criteria import WeightImportance
-from .pruning import Scores
+from .pruning import Scores, is_reachable
 from .saliency import Saliency
 from .schedule import Level, PolynomialSchedule, Whole
 
@@ -72,6 +73,16 @@ class MagnitudeSparsityConfig(AlgorithmConfig):
             raise ValueError(
                 "sparsity_init must be left out with a schedule, which has its own initial_level, "
                 f"got {self.sparsity_init!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> MagnitudeSparsityConfig:
+        target = self.initial_level if self.schedule is None else self.schedule.target_level
+        if not is_reachable(target, [self.pattern]):
+            raise ValueError(
+                f"target_level must be at most 1 - n/m = {maximum_level(self.pattern):g} with "
+                f"pattern {self.pattern}, got {target!r}"
             )
         return self
 

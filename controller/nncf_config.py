@@ -107,11 +107,11 @@ def _with_outer_scopes(section: Mapping[str, Any], config: Mapping[str, Any]) ->
 def from_nncf(section: Mapping[str, Any]) -> Config:
     """Translate one of NNCF's ``compression`` dictionaries, and our additions to it.
 
-    Beyond NNCF ``params`` takes ``pattern`` (``"unstructured"``, ``{"block": [64, 64]}``),
-    ``overrides`` (a list of dictionaries with ``Override``'s fields) and, for the adaptive
-    schedule, ``step`` and ``eps``. As in NNCF a key that the chosen schedule has no use for, and
-    ``compression_lr_multiplier`` where the algorithm has no parameters that it could scale, are
-    let be.
+    Beyond NNCF ``params`` takes ``pattern`` (``"unstructured"``, ``{"block": [64, 64]}``,
+    ``{"nm": [2, 4]}``), ``overrides`` (a list of dictionaries with ``Override``'s fields) and, for
+    the adaptive schedule, ``step`` and ``eps``. As in NNCF a key that the chosen schedule has no
+    use for, and ``compression_lr_multiplier`` where the algorithm has no parameters that it could
+    scale, are let be.
 
     Raises:
         ValueError: an algorithm, key or value is not known; the message names it as it is written

@@ -14,7 +14,8 @@ from ..kernels.launch import Backend, use_triton
 from ..kernels.mask import expand_mask, pack, unpack, word_mask
 from ..kernels.masked_linear import masked_linear
 from ..kernels.masked_weight import apply_mask, apply_mask_
-from ..kernels.pattern import Block, Pattern, Unstructured, grid_shape
+from ..kernels.pattern import NM, Block, Pattern, grid_shape
+from ..kernels.semi_structured import nm_fits
 from ..kernels.topology import Topology, block_topology
 
 
@@ -66,19 +67,27 @@ class MaskOperand:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Groups down and across."""
+        """Groups down and across; under N:M elements, since a pruned group keeps some of its."""
         return grid_shape(self.pattern, self.shape)
 
     @property
     def groups(self) -> int:
-        """Number of groups."""
+        """Number of what a level counts: groups, or elements under N:M."""
         down, across = self.grid
         return down * across
 
     @property
+    def candidates(self) -> int:
+        """Number of groups to choose from: those that ``groups`` counts, or N:M's own."""
+        if isinstance(self.pattern, NM):
+            tall, wide = self.pattern.group
+            return self.groups // (tall * wide)
+        return self.groups
+
+    @property
     def packed(self) -> bool:
         """True where the mask holds one bit an element, False where one bool a block."""
-        return isinstance(self.pattern, Unstructured)
+        return not isinstance(self.pattern, Block)
 
     @property
     def binary_mask(self) -> Tensor:
@@ -97,14 +106,20 @@ class MaskOperand:
         grid = kept[:: self.pattern.rows, :: self.pattern.cols].contiguous()
         if not torch.equal(expand_mask(self._compact(grid), self.pattern, self.shape), kept):
             raise ValueError(f"binary_mask: must be constant within every {self.pattern} group")
+        if not self.fits(grid):
+            raise ValueError(f"binary_mask: must keep no more of any group than {self.pattern}")
         self.set_(self._compact(grid), all_kept=bool(grid.all()))
+
+    def fits(self, grid: Tensor) -> bool:
+        """Tell whether the pattern allows ``grid``: N:M's groups keep n of m at most, or all."""
+        return not isinstance(self.pattern, NM) or nm_fits(grid, self.pattern)
 
     def kept_grid(self) -> Tensor:
         """Return the mask as a bool tensor of one element a group."""
         return unpack(self.mask, self.shape[1]) if self.packed else self.mask
 
     def pruned_groups(self) -> int:
-        """Count the pruned groups. Synchronises with the device."""
+        """Count what is pruned of ``groups``. Synchronises with the device."""
         return 0 if self.all_kept else self.groups - int(self.kept_grid().sum())
 
     def pruned_elements(self) -> int:

@@ -58,4 +58,8 @@ def read_masks(
         if not isinstance(mask, Tensor) or mask.dtype != torch.uint8 or mask.shape != shape:
             raise ValueError(f"load_state: mask of {name!r} must be packed bits, uint8 {shape}")
         grids.append(unpack(mask.to(operand.mask.device), across))
+        if not operand.fits(grids[-1]):
+            raise ValueError(
+                f"load_state: mask of {name!r} must be {operand.pattern}, got another"
+            )
     return grids

@@ -22,7 +22,7 @@ class SparsifiedLayerSummary:
         name: as in ``SparseModuleInfo``.
         weight_shape: its shape.
         pattern: the shape of a group.
-        groups, pruned_groups: how many there are.
+        groups, pruned_groups: how many there are; under N:M of elements.
         pruned_elements: weight elements that are masked out.
         weight_percentage: share of this weight in the model's parameters, in percent.
         threshold: the score at or below which groups are pruned; None before the first mask.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..kernels.pattern import Pattern
+from ..kernels.pattern import NM, Pattern
 from .config import Override
 from .modules import SparseModule, is_transposed
 from .scope import check_scopes, matches
@@ -76,6 +76,7 @@ def find_targets(
 
     Raises:
         ValueError: a scope matches nothing; no weight is left; a block is larger than its weight;
+            N:M does not divide its weight;
             a weight is on the meta device or not initialised; the model holds masks already.
         TypeError: a target is integer or complex.
     """
@@ -192,6 +193,14 @@ def _check_weight(target: Target) -> None:
             f"create_controller: {target.name!r} is on the meta device; load its weights first"
         )
     shape = (weight.T if target.transposed else weight.flatten(1)).shape
+    if isinstance(target.pattern, NM):
+        for side, length, step in zip(("out", "in"), shape, target.pattern.group, strict=True):
+            if length % step:
+                raise ValueError(
+                    f"create_controller: {side}_features of {target.name!r} must be divisible by "
+                    f"{step} for {target.pattern}, got {length}; list it in ignored_scopes or "
+                    "give it a pattern in overrides"
+                )
     if target.pattern.rows > shape[0] or target.pattern.cols > shape[1]:
         raise ValueError(
             f"create_controller: {target.pattern} is larger than the weight of {target.name!r}, "

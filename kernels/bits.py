@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
-from .pattern import Pattern, Unstructured, grid_shape
+from .pattern import Block, Pattern, grid_shape
 
 CHUNK = 2**18  # elements that plain torch handles at a time, so that its temporaries stay in cache
 TILE = 4096  # elements that a program packs or unpacks, twice as many where they lie in one run
@@ -274,10 +274,10 @@ def unpack(packed: Tensor, cols: int, *, backend: Backend = "auto") -> Tensor:
 
 
 def _check_compact(operation: str, mask: Tensor, pattern: Pattern, shape: Sequence[int]) -> None:
-    if isinstance(pattern, Unstructured):
-        dtype, expected = torch.uint8, packed_shape(shape)
-    else:
+    if isinstance(pattern, Block):
         dtype, expected = torch.bool, grid_shape(pattern, (shape[0], shape[1]))
+    else:
+        dtype, expected = torch.uint8, packed_shape(shape)
     if mask.dtype != dtype or mask.shape != expected:
         raise ValueError(
             f"{operation}: mask must be {dtype} {expected} for {pattern} and {tuple(shape)}, "
@@ -291,7 +291,7 @@ def expand_mask(
     """Write a compact mask out in full.
 
     Args:
-        mask: packed uint8 ``(R, ceil(C / 8))`` if unstructured, else bool, one element a block.
+        mask: bool, one element a block, or packed uint8 ``(R, ceil(C / 8))`` for other patterns.
         pattern: what an element of the mask stands for.
         shape: ``(R, C)`` of the weight.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``, of unpacking; blocks take plain torch.
@@ -304,7 +304,7 @@ def expand_mask(
         RuntimeError: ``backend="triton"`` where it cannot run.
     """
     _check_compact("expand_mask", mask, pattern, shape)
-    if isinstance(pattern, Unstructured):
+    if not isinstance(pattern, Block):
         return unpack(mask, shape[1], backend=backend)
     wide = mask.repeat_interleave(pattern.cols, 1)[:, : shape[1]]
     return wide.repeat_interleave(pattern.rows, 0)[: shape[0]]
@@ -324,7 +324,7 @@ def word_mask(
     behind the mask vanishes as it must.
 
     Args:
-        mask: packed uint8 ``(R, ceil(C / 8))`` if unstructured, else bool, one element a block.
+        mask: bool, one element a block, or packed uint8 ``(R, ceil(C / 8))`` for other patterns.
         pattern: what an element of the mask stands for.
         shape: ``(R, C)`` of the weight.
         dtype: the weight's, of 2, 4 or 8 bytes an element.
@@ -351,7 +351,7 @@ def word_mask(
             f"word_mask: out must be {word} {size} on {mask.device}, "
             f"got {out.dtype} {tuple(out.shape)} on {out.device}"
         )
-    if isinstance(pattern, Unstructured):
+    if not isinstance(pattern, Block):
         _look_up(mask, -_bits_of_bytes(mask.device).to(word), out)
         return out
     words = -mask.to(word)

@@ -245,14 +245,14 @@ def _takes_operator(
     if weight.ndim != 2:
         raise ValueError(f"{operation}: weight must be a matrix, got shape {tuple(weight.shape)}")
     R, C = weight.shape
-    if mask.dtype == torch.uint8 and isinstance(pattern, Unstructured):
+    if mask.dtype == torch.uint8 and not isinstance(pattern, Block):
         expected = R, -(-C // 8)
     elif mask.dtype == torch.bool and isinstance(pattern, Block):
         expected = grid_shape(pattern, (R, C))
     elif mask.dtype == width:
         expected = -(-R // pattern.rows), C
     else:
-        compact = "uint8" if isinstance(pattern, Unstructured) else "bool"
+        compact = "bool" if isinstance(pattern, Block) else "uint8"
         raise TypeError(
             f"{operation}: mask must be {compact} (compact) or {width} (words) for pattern "
             f"{pattern} and a {weight.dtype} weight, got {mask.dtype}"
@@ -302,9 +302,10 @@ def apply_mask(weight, mask, pattern, *, backend="auto"):
         weight: float of 16, 32 or 64 bits, shape ``(R, C)``, any strides; or a sequence of such.
         mask: on the weight's device; a sequence, one mask a weight, if ``weight`` is one. Either
             compact: for ``Block``, bool ``(ceil(R / rows), ceil(C / cols))``; for
-            ``Unstructured``, the bits of ``(R, C)`` packed along the rows in little bit order,
-            uint8 ``(R, ceil(C / 8))``. Or words, always in plain torch and meant for a CPU: an
-            integer of the weight's width, ``(ceil(R / rows), C)``, -1 where kept and 0 where not.
+            ``Unstructured`` and ``NM``, the bits of ``(R, C)`` packed along the rows in little
+            bit order, uint8 ``(R, ceil(C / 8))``. Or words, always in plain torch and meant for a
+            CPU: an integer of the weight's width, ``(ceil(R / rows), C)``, -1 where kept and 0
+            where not.
         pattern: the pattern that the mask belongs to.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 

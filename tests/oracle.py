@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 
@@ -61,3 +63,35 @@ def words(groups, cols, shape, itemsize):
     """Return -1 where kept and 0 where pruned, one row a block row, ``itemsize`` bytes each."""
     dtype = {2: np.int16, 4: np.int32, 8: np.int64}[itemsize]
     return -groups.repeat(cols, 1)[:, : shape[1]].astype(dtype)
+
+
+def nm_mask(array, n, m):
+    """Keep of every m columns the n largest magnitudes, of equal ones the first."""
+    tuples = np.abs(array).astype(np.float32).reshape(array.shape[0], array.shape[1] // m, m)
+    kept = np.zeros(tuples.shape, bool)
+    order = np.argsort(-tuples, axis=2, kind="stable")
+    np.put_along_axis(kept, order[..., :n], True, 2)
+    return kept.reshape(array.shape)
+
+
+def tile_patterns():
+    """Return all 4 x 4 patterns with two ones in each row and column, the first columns first."""
+    rows = [row for row in itertools.product((1, 0), repeat=4) if sum(row) == 2]
+    grids = (np.array(grid) for grid in itertools.product(rows, repeat=4))
+    return np.array([grid for grid in grids if (grid.sum(0) == 2).all()], bool)
+
+
+def transposable_mask(array):
+    """Keep of every 4 x 4 tile the pattern of the largest sum, of equal ones the first."""
+    patterns, kept = tile_patterns(), np.zeros(array.shape, bool)
+    for i in range(0, array.shape[0], 4):
+        for j in range(0, array.shape[1], 4):
+            sums = (np.abs(array[i : i + 4, j : j + 4]).astype(float) * patterns).sum((1, 2))
+            kept[i : i + 4, j : j + 4] = patterns[sums.argmax()]
+    return kept
+
+
+def group_sums(array, tall, wide):
+    """Add up every group of ``tall`` x ``wide`` elements."""
+    rows, cols = array.shape[0] // tall, array.shape[1] // wide
+    return array.reshape(rows, tall, cols, wide).sum((1, 3))

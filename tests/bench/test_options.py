@@ -25,6 +25,9 @@ RECIPE = Recipe(dense_epochs=3, epochs=10, steps_per_epoch=4, batch_size=2, dens
         ("block:16x16", ts.Block(16, 16)),
         ("block:64", ts.Block(64, 64)),
         ("block:1x256", ts.Block(1, 256)),
+        ("nm:1:3", ts.NM(1, 3)),
+        ("nm:16:32", ts.NM(16, 32)),
+        ("nm:2:4:transposable", ts.NM(2, 4, transposable=True)),
     ],
 )
 def test_patterns_are_parsed_and_spelled_in_one_way(text, pattern):
@@ -37,6 +40,7 @@ def test_patterns_are_parsed_and_spelled_in_one_way(text, pattern):
     [
         *("", "block", "block:", "block:x16", "block:16x", "block:16x16x16", "block:-16"),
         *("block:1.5", "blocks:16", "unstructured:4", "Block:16", "16x16"),
+        *("nm", "nm:2", "nm:2:", "nm:2x4", "2:4", "nm:-2:4", "nm:2:4:", "nm:2:4:both"),
     ],
 )
 def test_a_pattern_that_is_none_is_shown(text):
@@ -49,6 +53,25 @@ def test_a_pattern_that_is_none_is_shown(text):
 def test_sides_that_are_no_powers_of_two_are_refused(text):
     with pytest.raises(ValueError, match="power of two"):
         parse_pattern(text)
+
+
+@pytest.mark.parametrize("text", ["nm:4:4", "nm:0:4", "nm:2:33", "nm:1:4:transposable"])
+def test_numbers_that_are_no_n_m_are_refused(text):
+    with pytest.raises(ValueError, match=r"^NM: (n|m|transposable) must be"):
+        parse_pattern(text)
+
+
+def test_n_m_is_reached_by_default_and_no_level_above_it_is_taken():
+    assert checked(Options(pattern="nm:1:4")).level == 0.75
+    assert with_defaults(Options(pattern="nm:2:4"), RECIPE).level == 0.5
+    assert checked(Options(pattern="nm:1:4", level=0.3)).level == 0.3
+    with pytest.raises(ValueError, match=r"level must be at most 1 - n/m = 0.5 .*nm:2:4, got 0.8"):
+        checked(Options(pattern="nm:2:4", level=0.8))
+    for algorithm in ("set", "rigl"):
+        with pytest.raises(
+            ValueError, match=rf"algorithm must be one of .*nm:2:4, got '{algorithm}'"
+        ):
+            checked(Options(pattern="nm:2:4", algorithm=algorithm))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from torch import nn
 import triton_sparsity as ts
 from triton_sparsity.controller.loss import ZeroCompressionLoss
 
+NNCF_FORMATS = [ts.StripFormat.NATIVE, ts.StripFormat.DQ, ts.StripFormat.IN_PLACE]
+
 
 def build(pattern=None, seed=0, **schedule):
     torch.manual_seed(seed)
@@ -300,8 +302,8 @@ def test_strip_by_default_leaves_the_model_and_strip_model_does_not():
         controller.strip_model(model)
 
 
-@pytest.mark.parametrize("strip_format", [*ts.StripFormat, "native"])
-def test_every_strip_format_folds_the_masks(strip_format):
+@pytest.mark.parametrize("strip_format", ["native", *NNCF_FORMATS])
+def test_every_format_of_nncf_folds_the_masks(strip_format):
     model, controller = build()
     controller.set_sparsity_level(0.5)
     x = torch.randn(3, 16)

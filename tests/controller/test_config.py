@@ -14,7 +14,7 @@ from triton_sparsity.controller.schedule import (
     MultistepSchedule,
     PolynomialSchedule,
 )
-from triton_sparsity.kernels.pattern import Block, Unstructured
+from triton_sparsity.kernels.pattern import NM, Block, Unstructured
 
 SECTION = {"algorithm": "magnitude_sparsity"}
 
@@ -101,6 +101,11 @@ def test_a_mode_and_a_schedule_that_contradict_each_other_are_refused():
         ({"block": (1, 256)}, Block(1, 256)),
         (Unstructured(), Unstructured()),
         (Block(16, 8), Block(16, 8)),
+        ({"nm": [1, 3]}, NM(1, 3)),
+        ({"nm": (2, 4)}, NM(2, 4)),
+        ({"nm": [2, 4], "transposable": True}, NM(2, 4, transposable=True)),
+        ({"nm": [2, 4], "transposable": False}, NM(2, 4)),
+        (NM(16, 32), NM(16, 32)),
     ],
     ids=str,
 )
@@ -122,7 +127,12 @@ def test_patterns_are_read(spelled, pattern):
         {"block": [48, 64]},
         {"block": [512, 64]},
         {"block": [True, 64]},
-        {"nm": [2, 4]},
+        {"nm": [4, 4]},
+        {"nm": [2]},
+        {"nm": [2.0, 4]},
+        {"nm": [2, 4], "transpose": True},
+        {"nm": [1, 4], "transposable": True},
+        {"nm": [2, 4], "transposable": 1},
         [32, 32],
     ],
     ids=str,
@@ -416,4 +426,27 @@ def test_a_dictionary_and_the_objects_say_the_same(level, epoch, rows, importanc
         weight_importance=importance,
     )
     assert from_nncf(json.loads(json.dumps(section))) == config
+    assert MagnitudeSparsityConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("pattern", "level"), [(NM(2, 4), 0.51), (NM(3, 4), 0.5), (NM(1, 3), 0.67)], ids=str
+)
+def test_a_target_that_n_m_cannot_express_is_refused(pattern, level):
+    most = 1 - pattern.n / pattern.m
+    with pytest.raises(
+        ValueError, match=rf"target_level must be at most .* {most:g} .*{pattern}, got {level}"
+    ):
+        MagnitudeSparsityConfig(pattern=pattern, schedule=PolynomialSchedule(target_level=level))
+    spelled = {"nm": [pattern.n, pattern.m]}
+    with pytest.raises(ValueError, match=r"^compression: target_level must be at most"):
+        from_nncf(params(pattern=spelled, sparsity_target=level))
+    # one of these is a rounding step above the other for 1:3
+    for fits in (most, (pattern.m - pattern.n) / pattern.m):
+        MagnitudeSparsityConfig(pattern=pattern, schedule=PolynomialSchedule(target_level=fits))
+
+
+@pytest.mark.parametrize("pattern", [NM(1, 3), NM(2, 4, transposable=True)], ids=str)
+def test_n_m_goes_through_json(pattern):
+    config = MagnitudeSparsityConfig(pattern=pattern)
     assert MagnitudeSparsityConfig.model_validate_json(config.model_dump_json()) == config

@@ -6,7 +6,7 @@ from torch import nn
 
 import triton_sparsity as ts
 
-PATTERNS = [ts.Unstructured(), ts.Block(4, 8), ts.Block(16, 2)]
+PATTERNS = [ts.Unstructured(), ts.Block(4, 8), ts.Block(16, 2), ts.NM(1, 6)]
 
 
 def zeros_of(model):
@@ -75,6 +75,16 @@ def test_a_block_is_masked_only_where_it_is_zero_as_a_whole():
     assert info.operand.mask.tolist() == [[False, True, True], [True, True, False]]
     assert controller.compression_rate == 2 / 6
     assert controller.compression_stage() == ts.CompressionStage.FULLY_COMPRESSED
+
+
+def test_a_tuple_is_masked_only_where_it_is_n_m():
+    model = nn.Linear(12, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 0, 2, 0, 1, 2, 3, 0, 0, 0, 0, 4]]))
+    controller = ts.create_controller(model, ts.ConstSparsityConfig(pattern=ts.NM(2, 4)))
+    (info,) = controller.sparsified_module_info
+    kept = [True, False, True, False, *[True] * 4, False, False, False, True]
+    assert info.operand.binary_mask.tolist() == [kept]
 
 
 def test_masks_come_from_a_state_too():
