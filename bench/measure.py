@@ -7,39 +7,15 @@ machine hits all of them alike.
 from __future__ import annotations
 
 import multiprocessing
-import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
-Work = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Times of one piece of work, in seconds, and the most memory it took beyond what it started
-    with.
-
-    Attributes:
-        seconds: one entry a run, in the order of the runs.
-        scratch: bytes; None where the system does not tell.
-    """
-
-    seconds: tuple[float, ...]
-    scratch: int | None
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    def quantile(self, q: float) -> float:
-        """Return the run at fraction ``q`` of the sorted times."""
-        return sorted(self.seconds)[round(q * (len(self.seconds) - 1))]
+from .timing import Timing, Work
 
 
 def in_turn(

@@ -61,9 +61,9 @@ from .tiles import (
     device_of,
     dot_precision,
     linear_tile,
-    measured,
 )
 from .topology import Topology, block_topology, capacities
+from .tuning import tuned_tile
 
 MIN_SIDE = 16  # of a block: the tensor cores' smallest dot
 PANEL_BYTES = 16 * 2**20
@@ -295,7 +295,7 @@ def _launch_product(
 
 def _tuned(direction: str, weight: Tensor, rows: int, cols: int) -> Tile | None:
     shape = weight.shape[0], weight.shape[1]
-    return measured.get((direction, shape, Block(rows, cols), weight.dtype))
+    return tuned_tile(direction, shape, Block(rows, cols), weight.dtype, weight.device)
 
 
 @torch.library.custom_op("triton_sparsity::block_sparse_linear", mutates_args=())

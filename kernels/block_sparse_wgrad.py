@@ -50,10 +50,10 @@ from .tiles import (
     descriptor,
     device_of,
     dot_precision,
-    measured,
     wgrad_tile,
 )
 from .topology import BUNDLE_WIDTH, Topology, bundling
+from .tuning import tuned_tile
 
 MAX_PARTS = 8
 MIN_STEPS = 8  # of a part: below, writing and adding up the parts costs more than it saves
@@ -465,10 +465,9 @@ def launch_wgrad(
     device, precision = device_of(grad), dot_precision(grad.dtype)
     side_u, side_v = (side_a, side_b) if lone_a else (side_b, side_a)
     bulk = takes_bulk_copies(side_u, side_v, precision) and bulk_copies(device, a, b, out)
-    key = "wgrad", (grad.shape[1], x.shape[1]), Block(rows, cols), grad.dtype
-    tile = measured.get(key) or wgrad_tile(
-        side_u, side_v, grad.dtype, device, precision=precision, bulk=bulk
-    )
+    shape = grad.shape[1], x.shape[1]
+    tuned = tuned_tile("wgrad", shape, Block(rows, cols), grad.dtype, grad.device)
+    tile = tuned or wgrad_tile(side_u, side_v, grad.dtype, device, precision=precision, bulk=bulk)
     shared = layout(tile, lone_a, side_a, side_b, bulk, device)
     programs = device.processors * tile.programs
     elements = shared["DOTS"] * shared["ACC_ROWS"] * shared["ACC_COLS"]
