@@ -24,8 +24,11 @@ PER_PROCESSOR = 4  # programs, 32 warps of the 64 that fit
 
 def read_repeatedly_reference(data: Tensor, passes: int) -> Tensor:
     """Define the result: the sum of the data over all passes, in wrapping int32."""
-    total = data.sum(dtype=torch.int64) * passes
-    return (total - (total + 2**31).div(2**32, rounding_mode="floor") * 2**32).to(torch.int32)
+    return _wrapped(data.sum(dtype=torch.int64) * passes)
+
+
+def _wrapped(total: Tensor) -> Tensor:
+    return (torch.remainder(total + 2**31, 2**32) - 2**31).to(torch.int32)
 
 
 @triton.jit(do_not_specialize=["tiles", "reads"])
@@ -36,18 +39,18 @@ def _read_kernel(data_ptr, sums_ptr, numel, tiles, reads, TILE: tl.constexpr):
     for read in range(program, reads, programs):
         offs = read % tiles * TILE + tl.arange(0, TILE)
         acc += tl.load(data_ptr + offs, mask=offs < numel, other=0, cache_modifier=".cg")  # [TILE]
-    tl.store(sums_ptr + program, tl.sum(acc))
+    tl.store(sums_ptr + program, tl.sum(acc.to(tl.int64)))
 
 
 def _launch(data: Tensor, passes: int) -> Tensor:
     tiles = triton.cdiv(data.numel(), TILE)
     programs = device_of(data).processors * PER_PROCESSOR
-    sums = torch.empty(programs, dtype=torch.int32, device=data.device)
+    sums = torch.empty(programs, dtype=torch.int64, device=data.device)
     with on_device(data):
         _read_kernel[(programs,)](
             data, sums, data.numel(), tiles, tiles * passes, TILE=TILE, num_warps=8
         )
-    return sums.sum(dtype=torch.int32)
+    return _wrapped(sums.sum())
 
 
 def read_repeatedly(data: Tensor, passes: int, *, backend: Backend = "auto") -> Tensor:

@@ -41,7 +41,7 @@ def test_the_loads_are_wide_and_pass_the_first_cache_by(arch):
         bandwidth._read_kernel,
         {
             "data_ptr": "*i32",
-            "sums_ptr": "*i32",
+            "sums_ptr": "*i64",
             **dict.fromkeys(("numel", "tiles", "reads"), "i32"),
         },
         {"TILE": bandwidth.TILE},
