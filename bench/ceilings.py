@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -38,13 +39,13 @@ def measure_ceilings(
     size = int((2**30 if gpu else 2**27) * scale) // 4
     source = torch.randn(size, device=device)
     target = torch.empty_like(source)
-    copy = measure(lambda: target.copy_(source), device, least=7)
+    copy = measure(partial(target.copy_, source), device, least=7)
     del source, target
     side = int((8192 if gpu else 1536) * scale**0.5) // 16 * 16
     gemm = {}
     for dtype in dtypes:
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-        product = measure(lambda a=a, b=b: a @ b, device, least=7)
+        product = measure(partial(torch.matmul, a, b), device, least=7)
         gemm[str(dtype).removeprefix("torch.")] = 2 * side**3 / product.median
     return Ceilings(2 * size * 4 / copy.median, _cache(device, scale), gemm)
 
