@@ -176,5 +176,79 @@ def finetune(
         print_report(report, output)
 
 
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder for the files; made if not there.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON and nothing else.")]
+Shapes = Annotated[
+    Text,
+    _option(
+        "llama3-8b, vit-h, square, tiny, TOKENSxINxOUT[,...] or a .safetensors file.", "by device"
+    ),
+]
+Tokens = Annotated[Whole, _option("Tokens through a model file's weights.", "by device")]
+Patterns = Annotated[list[str] | None, _option("As of finetune; may be repeated.", "by device")]
+
+
+@app.command()
+def profile(
+    shapes: Shapes = None,
+    tokens: Annotated[
+        Whole, _option("Tokens through a model file's weights.", "by device")
+    ] = None,
+    pattern: Patterns = None,
+    level: Annotated[
+        list[float] | None, _option("Sparsity level; may be repeated.", "0.5, 0.8, 0.9")
+    ] = None,
+    mask: Annotated[
+        Text, _option("random, or skewed: half of the rows hold 90 % of it.", "random")
+    ] = None,
+    operation: Annotated[
+        list[str] | None, _option("One of the table; may be repeated.", "all")
+    ] = None,
+    dtype: Annotated[Text, _option("float32, bfloat16 or float16.", "by device")] = None,
+    device: Annotated[Text, _option("auto, cpu, cuda or cuda:N.", "auto")] = None,
+    backend: Annotated[Text, _option("auto, triton or torch.", "auto")] = None,
+    threads: Annotated[Whole, _option("CPU threads.", "torch's own choice")] = None,
+    budget: Annotated[Real, _option("Seconds to time an operation.", "by device")] = None,
+    output: Output = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="File for a torch profiler trace.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what each kernel achieves, against what this device can do and against dense.
+
+    Every result is checked before it is timed. --output gets profile.json, profile.csv,
+    roofline.png and speedup.png.
+    """
+    from . import profile as job
+    from .report import progress_bars
+    from .tables import show_profile
+
+    plan = job.make_plan(
+        shapes=shapes,
+        tokens=tokens,
+        patterns=pattern,
+        levels=level,
+        mask=mask,
+        operations=operation,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        threads=threads,
+        budget=budget,
+    )
+    job.claim(output, trace)
+    with progress_bars(quiet=as_json) as progress:
+        record = job.profile(plan, progress, trace)
+    if output is not None:
+        job.save(record, output)
+    if as_json:
+        print(json.dumps(record, allow_nan=False))
+    else:
+        show_profile(record, output)
+
+
 if __name__ == "__main__":
     main()

@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 
+from ..kernels.block_sparse_linear import MIN_SIDE
 from ..kernels.launch import Backend, use_triton
-from ..kernels.pattern import Pattern, Unstructured
+from ..kernels.pattern import Block, Pattern
 from .ceilings import Ceilings, measure_ceilings
+from .charts import roofline, speedups
+from .files import write_atomic
 from .options import find_device, parse_pattern, spell_pattern
-from .record import Row, environment, times
+from .record import Row, claim_folder, dump, environment, times, to_csv
 from .shapes import Shape, parse_shapes
 from .timing import Timing, measure
 from .work import OPERATIONS, Case, Operands, model_cases, operand_cases
@@ -158,15 +161,15 @@ def profile(plan: Plan, progress: Progress, trace: Path | None = None) -> dict[s
     """
     ceilings = measure_ceilings(plan.device, [plan.dtype])
     todo = list(cases(plan))
-    dense: dict[tuple[str, str, str], Timing] = {}
     rows, traced = [], []
     for i, case in enumerate(todo, 1):
-        row, run = measure_case(case, plan, ceilings, dense, keep=trace is not None)
+        row, run = measure_case(case, plan, ceilings, keep=trace is not None)
         rows.append(row)
         if run is not None:
             traced.append((row, run))
         progress("profile", i, len(todo), f"{row.operation} {row.pattern}")
     record = environment(plan.device, plan.backend) | {
+        "notes": notes(plan),
         "ceilings": ceilings._asdict(),
         "overhead_s": overhead(plan.device),
         "rows": [asdict(row) for row in rows],
@@ -185,7 +188,6 @@ def measure_case(
     case: Case,
     plan: Plan,
     ceilings: Ceilings,
-    dense: dict[tuple[str, str, str], Timing],
     *,
     keep: bool = False,
 ) -> tuple[Row, Callable[[], object] | None]:
@@ -195,7 +197,6 @@ def measure_case(
         case: what.
         plan: where, and for how long.
         ceilings: of this run.
-        dense: times of dense work by operation, shape and dtype; what is missing is added.
         keep: return the work too.
     """
     head = {
@@ -214,9 +215,8 @@ def measure_case(
         if problem is not None:
             return Row(**head, status="failed", detail=problem), None
         timing = measure(built.run, plan.device, budget=plan.budget)
-        key = head["operation"], head["shape"], head["dtype"]
-        if built.dense is not None and key not in dense:
-            dense[key] = measure(built.dense, plan.device, budget=plan.budget)
+        # right after the other, so that a slow minute hits both
+        dense = built.dense and measure(built.dense, plan.device, budget=plan.budget)
     except torch.OutOfMemoryError:
         return Row(**head, status="skipped", detail="out of memory"), None
     except ModuleNotFoundError as error:
@@ -229,7 +229,7 @@ def measure_case(
         **head,
         status="ok",
         **times(timing),
-        **rates(case, timing.median, ceilings, dense.get(key)),
+        **rates(case, timing.median, ceilings, dense),
     )
     return row, built.run if keep else None
 
@@ -285,16 +285,42 @@ def write_trace(
     trace.export_chrome_trace(str(path))
 
 
-def unmeasured(plan: Plan) -> list[str]:
-    """Say what cannot be measured here."""
+def notes(plan: Plan) -> list[str]:
+    """Say what the figures are not, and what cannot be measured here."""
     lines = []
-    if plan.device.type != "cuda":
+    if plan.device.type != "cuda" and plan.backend == "torch":
         lines.append(
-            "no GPU: the plain-torch backend is measured; Triton kernels, L2 bandwidth and "
-            "device times are not"
-            if plan.backend == "torch"
-            else "Triton's interpreter is measured: its times say nothing of a GPU"
+            "no GPU: this is the plain-torch backend; Triton's kernels are not measured. What "
+            "fits the CPU's caches can be faster than the copy ceiling"
         )
-    if all(isinstance(p, Unstructured) for p in plan.patterns):
-        lines.append("no block pattern: the block-sparse products are not measured")
+    elif plan.device.type != "cuda":
+        lines.append("Triton's interpreter: its times say nothing of a GPU")
+    if not any(isinstance(p, Block) and min(p.rows, p.cols) >= MIN_SIDE for p in plan.patterns):
+        lines.append("no block of 16 or more a side: the block-sparse products are not measured")
     return lines
+
+
+def claim(output: Path | None, trace: Path | None) -> None:
+    """See that the files can be written, before anything is measured.
+
+    Raises:
+        OSError: they cannot.
+    """
+    if output is not None:
+        claim_folder(output)
+    if trace is not None:
+        with trace.open("ab"):
+            pass
+
+
+def save(record: dict[str, Any], folder: Path) -> None:
+    """Write a record and its pictures to ``folder``.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    write_atomic(folder / "profile.json", dump(record))
+    write_atomic(folder / "profile.csv", to_csv([Row(**row) for row in record["rows"]], record))
+    write_atomic(folder / "roofline.png", roofline(record))
+    if any(row["speedup"] for row in record["rows"]):
+        write_atomic(folder / "speedup.png", speedups(record))

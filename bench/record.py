@@ -166,14 +166,31 @@ def dump(record: Mapping[str, Any]) -> bytes:
 
 
 def _short(value: Any) -> Any:
-    """Round floats to five digits and leave out what is None: more is noise."""
+    """Round floats to five digits: more is noise."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, Mapping):
-        return {k: _short(v) for k, v in value.items() if v is not None}
+        return {k: _short(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_short(v) for v in value]
     return value
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return a record as it was written.
+
+    Raises:
+        ValueError: it is no record, or of a newer schema.
+        OSError: it cannot be read.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+        schema = record["schema"]
+    except (UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} must be a record of measurements, got {error!r}") from None
+    if schema != SCHEMA:
+        raise ValueError(f"{path} must have schema {SCHEMA}, got {schema!r}")
+    return record
 
 
 def to_csv(rows: Sequence[Row], where: Mapping[str, Any]) -> bytes:

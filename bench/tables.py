@@ -1,0 +1,118 @@
+"""Tables of what was measured, for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def console() -> Console:
+    """Return where tables go: stdout, wide enough not to cut them where nobody looks at it."""
+    found = Console(highlight=False, soft_wrap=True)
+    if not found.is_terminal:
+        found.width = 160
+    return found
+
+
+def seconds(value: float | None) -> str:
+    """Spell a time in the unit that suits it."""
+    if value is None:
+        return ""
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e6:.3g} us"
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def table(title: str | None, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table whose first columns are names: those with no digit-like heading."""
+    made = Table(title=title, title_justify="left")
+    for heading in headings:
+        name = heading.endswith(":")
+        made.add_column(heading.rstrip(":"), justify="left" if name else "right", no_wrap=name)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def where(record: Mapping[str, Any]) -> str:
+    """Return one line on where a record was made."""
+    threads = f", {record['threads']} threads" if record.get("threads") else ""
+    return (
+        f"{record['device']}, backend {record['backend']}{threads}, torch {record['torch']}, "
+        f"triton {record['triton'] or 'absent'}"
+    )
+
+
+def ceilings_line(record: Mapping[str, Any]) -> str:
+    """Return one line on what the device can do."""
+    found = record["ceilings"]
+    gemm = ", ".join(f"{rate / 1e12:.3g} TFLOP/s {name}" for name, rate in found["gemm"].items())
+    cache = "L2 read" if record["device_type"] == "cuda" else "cached read of one core"
+    return (
+        f"ceilings: copy {found['copy'] / 1e9:,.0f} GB/s, {cache} {found['cache'] / 1e9:,.0f} "
+        f"GB/s, GEMM {gemm}; measuring adds {seconds(record['overhead_s'])} to a time"
+    )
+
+
+def profile_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of ``profile``."""
+    headings = (
+        "operation:", "shape:", "pattern:", "level", "median", "p20 to p80", "GB/s", "TFLOP/s",
+        "of bound", "bound:", "dense", "speed-up",
+    )  # fmt: skip
+    lines = []
+    for row in rows:
+        shape = row["shape"]
+        head = (row["operation"], "all layers" if "," in shape else shape, row["pattern"])
+        level = f"{row['level']:g}"
+        if row["status"] != "ok":
+            note = (row["status"].upper(), row["detail"][:60])
+            lines.append((*head, level, *note, *[""] * 6))
+            continue
+        rate = row["tflop_per_s"]
+        lines.append(
+            (
+                *head,
+                level,
+                seconds(row["median_s"]),
+                f"{seconds(row['p20_s'])} to {seconds(row['p80_s'])}",
+                f"{row['gb_per_s']:.3g}",
+                "" if rate is None else f"{rate:.3g}",
+                percent(row["of_bound"]),
+                row["bound"],
+                seconds(row["dense_s"]),
+                times(row["speedup"]),
+            )
+        )
+    return table(None, headings, lines)
+
+
+def show_profile(record: Mapping[str, Any], folder: Path | None) -> None:
+    """Print what ``profile`` found, and where its files are."""
+    out = console()
+    out.print(where(record))
+    out.print(ceilings_line(record))
+    for note in record["notes"]:
+        out.print(note)
+    out.print(profile_table(record["rows"]))
+    bad = [row for row in record["rows"] if row["status"] != "ok"]
+    for row in bad:
+        out.print(
+            f"{row['status']}: {row['operation']} {row['shape']} {row['pattern']} "
+            f"{row['level']:g}: {row['detail']}"
+        )
+    if folder is not None:
+        out.print(f"{folder}: profile.json, profile.csv, roofline.png, speedup.png")
