@@ -13,7 +13,6 @@ What was found is written after every step, so that the same command goes on aft
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -449,7 +448,3 @@ def _always_gather() -> Iterator[None]:
         yield
     finally:
         block_sparse_torch.BREAK_EVEN = before
-
-
-def as_json(content: Mapping[str, Any], output: Path) -> str:
-    return json.dumps(dict(content) | {"output": str(output)}, allow_nan=False)

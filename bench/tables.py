@@ -116,3 +116,67 @@ def show_profile(record: Mapping[str, Any], folder: Path | None) -> None:
         )
     if folder is not None:
         out.print(f"{folder}: profile.json, profile.csv, roofline.png, speedup.png")
+
+
+def show_recommendation(record: Mapping[str, Any], folder: Path | None) -> None:
+    """Print what ``autotune --recommend`` found."""
+    out = console()
+    out.print(where(record))
+    out.print(
+        f"{record['model']}: {record['weights']} weights, {record['parameters'] / 1e6:,.1f} M "
+        f"parameters, {100 * record['level']:g} % pruned in one pool; speed-ups are "
+        f"{record['basis']}"
+    )
+    rows = [
+        (
+            row["pattern"] + (" *" if row["pattern"] == record["recommended"] else ""),
+            times(row["speedup"]) or "none",
+            f"{100 * row['l1_kept']:.1f} %",
+            f"{100 * row['l2_kept']:.1f} %",
+        )
+        for row in record["rows"]
+    ]
+    out.print(table(None, ("pattern:", "speed-up", "L1 kept", "L2 kept"), rows))
+    out.print(record["sentence"])
+    if folder is not None:
+        out.print(f"{folder}: recommend.json, pareto.png")
+
+
+def show_tuning(content: Mapping[str, Any], output: Path) -> None:
+    """Print a tuning table: tiles with their gain, and sparsities from which skipping pays."""
+    out = console()
+    if content["tiles"]:
+        rows = [
+            (
+                row["direction"],
+                f"{row['weight'][0]}x{row['weight'][1]}",
+                f"{row['block'][0]}x{row['block'][1]}",
+                row["dtype"],
+                "{m} x {n} x {k}, {warps} warps, {stages} stages, {programs} a processor".format(
+                    **row["tile"]
+                ),
+                seconds(row["seconds"]),
+                times(row["default_seconds"] / row["seconds"]),
+            )
+            for row in content["tiles"]
+        ]
+        headings = ("direction:", "weight:", "block:", "dtype:", "tile:", "time", "to default")
+        out.print(table("Tiles", headings, rows))
+    else:
+        out.print("no Triton on this device: there are no tiles to tune, only where skipping pays")
+    rows = [
+        (
+            f"{row['weight'][0]}x{row['weight'][1]}",
+            f"{row['block'][0]}x{row['block'][1]}",
+            row["dtype"],
+            str(row["tokens"]),
+            *(
+                "never" if row[name] == 0 else f"{100 * (1 - row[name]):.0f} %"
+                for name in ("forward", "dgrad", "wgrad", "total")
+            ),
+        )
+        for row in content["break_even"]
+    ]
+    headings = ("weight:", "block:", "dtype:", "tokens", "forward", "dX", "dW", "all three")
+    out.print(table("Sparsity from which skipping is not slower than dense", headings, rows))
+    out.print(f"table: {output}")
