@@ -192,18 +192,20 @@ def pareto(record: Mapping[str, Any]) -> bytes:
         axes.annotate(
             row["pattern"].removeprefix("block:"),
             (100 * row["l1_kept"], row["speedup"]),
-            xytext=(9, 6),
+            # slanted, so that neighbours do not hide one another
+            xytext=(4, 10),
             textcoords="offset points",
+            rotation=50,
         )
     axes.axvline(
         100 * bound["l1_kept"], color="0.4", linestyle="--", label="unstructured: the upper bound"
     )
     axes.axhline(1, color="0.2", label="dense")
     axes.plot([], [], "*", color="C3", markersize=12, label="recommended")
-    axes.margins(0.15)
+    axes.margins(0.2)
     axes.set_xlabel("magnitude kept, % of the L1 norm")
-    axes.set_ylabel(f"speed-up of forward and backward ({record['basis']})")
-    axes.set_title(f"{record['model']} at {100 * record['level']:g} % sparsity")
+    axes.set_ylabel("speed-up of forward and backward")
+    axes.set_title(f"{record['model']} at {100 * record['level']:g} % sparsity\n{record['basis']}")
     axes.grid(alpha=0.3)
     axes.legend()
     return _png(figure)

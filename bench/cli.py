@@ -337,6 +337,28 @@ def autotune(
         show_tuning(content, search.output)
 
 
+@app.command()
+def doctor(
+    device: Annotated[Text, _option("auto, cpu, cuda or cuda:N.", "auto")] = None,
+    backend: Annotated[Text, _option("auto, triton or torch.", "auto")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what is here, which backend would run and why, and check every kernel.
+
+    The check compares values and gradients with the reference; exit code 1 if one disagrees.
+    """
+    from .doctor import doctor as examine
+    from .tables import show_doctor
+
+    record = examine(device, backend)
+    if as_json:
+        print(json.dumps(record, allow_nan=False))
+    else:
+        show_doctor(record)
+    if any(row["status"] != "ok" for row in record["rows"]):
+        raise typer.Exit(1)
+
+
 def _warn(message: str) -> None:
     print("triton-sparsity: warning:", message, file=sys.stderr)
 

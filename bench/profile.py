@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -123,29 +125,29 @@ def make_plan(
     )
 
 
-def cases(plan: Plan) -> Iterator[Case]:
-    """Yield what is measured; consecutive cases share their operands."""
+def groups(plan: Plan) -> list[Callable[[], Iterator[Case]]]:
+    """Return what is measured, in groups that share their operands and are set up one by one."""
     one_level = plan.levels[len(plan.levels) // 2]
-    for shape in plan.shapes:
-        for pattern in plan.patterns:
-            for level in plan.levels:
-                wanted = [
-                    name
-                    for name in plan.operations
-                    if level == one_level or name not in LEVEL_BOUND
-                ]
-                operands = Operands(
-                    shape, pattern, level, plan.mask, plan.dtype, plan.device, plan.backend
-                )
-                yield from operand_cases(operands, wanted)
-    for pattern in plan.patterns:
-        for level in plan.levels:
-            wanted = [
-                name for name in plan.operations if level == one_level or name == "training step"
-            ]
-            yield from model_cases(
-                plan.shapes, pattern, level, plan.dtype, plan.device, plan.backend, wanted
+    found: list[Callable[[], Iterator[Case]]] = []
+    for shape, pattern, level in product(plan.shapes, plan.patterns, plan.levels):
+        wanted = [o for o in plan.operations if level == one_level or o not in LEVEL_BOUND]
+        found.append(partial(_operand_group, plan, shape, pattern, level, wanted))
+    for pattern, level in product(plan.patterns, plan.levels):
+        wanted = [o for o in plan.operations if level == one_level or o == "training step"]
+        found.append(
+            partial(
+                model_cases,
+                plan.shapes, pattern, level, plan.dtype, plan.device, plan.backend, wanted,
             )
+        )  # fmt: skip
+    return found
+
+
+def _operand_group(
+    plan: Plan, shape: Shape, pattern: Pattern, level: float, operations: Sequence[str]
+) -> Iterator[Case]:
+    operands = Operands(shape, pattern, level, plan.mask, plan.dtype, plan.device, plan.backend)
+    yield from operand_cases(operands, operations)
 
 
 def profile(plan: Plan, progress: Progress, trace: Path | None = None) -> dict[str, Any]:
@@ -160,14 +162,15 @@ def profile(plan: Plan, progress: Progress, trace: Path | None = None) -> dict[s
         The record: where, ceilings, and a list of rows as dictionaries.
     """
     ceilings = measure_ceilings(plan.device, [plan.dtype])
-    todo = list(cases(plan))
     rows, traced = [], []
-    for i, case in enumerate(todo, 1):
-        row, run = measure_case(case, plan, ceilings, keep=trace is not None)
-        rows.append(row)
-        if run is not None:
-            traced.append((row, run))
-        progress("profile", i, len(todo), f"{row.operation} {row.pattern}")
+    todo = groups(plan)
+    for i, group in enumerate(todo, 1):
+        for case in group():
+            row, run = measure_case(case, plan, ceilings, keep=trace is not None)
+            rows.append(row)
+            if run is not None:
+                traced.append((row, run))
+        progress("profile", i, len(todo), f"{len(rows)} measured")
     record = environment(plan.device, plan.backend) | {
         "notes": notes(plan),
         "ceilings": ceilings._asdict(),

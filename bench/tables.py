@@ -180,3 +180,30 @@ def show_tuning(content: Mapping[str, Any], output: Path) -> None:
     headings = ("weight:", "block:", "dtype:", "tokens", "forward", "dX", "dW", "all three")
     out.print(table("Sparsity from which skipping is not slower than dense", headings, rows))
     out.print(f"table: {output}")
+
+
+def show_doctor(record: Mapping[str, Any]) -> None:
+    """Print what ``doctor`` found."""
+    out = console()
+    out.print(f"device       {record['device']}")
+    for name, value in record["facts"].items():
+        out.print(f"  {name:<11}{value}")
+    out.print(
+        f"versions     triton-sparsity {record['version']}, torch {record['torch']}, triton "
+        f"{record['triton'] or 'absent'}, cuda {record['cuda'] or 'absent'}, python "
+        f"{record['python']}"
+    )
+    out.print(f"backend      {record['backend']}: {record['why']}")
+    out.print(f"tuning table {record['table']}")
+    found = ", ".join(
+        f"{name} {'is' if there else 'is not'} installed"
+        for name, there in record["optional"].items()
+    )
+    out.print(f"peers        {found}")
+    failed = [row for row in record["rows"] if row["status"] != "ok"]
+    for row in failed:
+        out.print(f"FAILED       {row['check']}: {row['detail']}")
+    out.print(
+        f"self-check   {len(record['rows']) - len(failed)} of {len(record['rows'])} agree with "
+        f"the reference, values and gradients; {record['seconds']:.1f} s"
+    )

@@ -56,6 +56,7 @@ OPERATIONS = (
     "mask update",
     "training step",
 )
+MANY = 2**20
 DIRECTIONS = {"forward": "forward", "dX": "dgrad", "dW": "wgrad"}
 
 
@@ -216,7 +217,8 @@ def intensity(operation: str, tile: Tile, size: int) -> float:
 
 
 def random_mask(grid: tuple[int, int], level: float, kind: str, seed: int = 0) -> Tensor:
-    """Return a bool grid with exactly ``round(level * groups)`` pruned.
+    """Return a bool grid with exactly ``round(level * groups)`` pruned; of more than a million
+    groups each is pruned by chance, because drawing them exactly takes seconds.
 
     Args:
         kind: ``"random"``, or ``"skewed"``: half of the rows hold 90 % of what is kept, or all
@@ -224,6 +226,8 @@ def random_mask(grid: tuple[int, int], level: float, kind: str, seed: int = 0) -
     """
     generator = torch.Generator().manual_seed(seed)
     groups = grid[0] * grid[1]
+    if groups > MANY and kind == "random":
+        return torch.rand(grid, generator=generator) >= level
     kept = groups - round(level * groups)
     heavy = grid[0] // 2 * grid[1] if kind == "skewed" else 0
     inside = max(min(round(0.9 * kept), heavy), kept - (groups - heavy)) if heavy else 0
@@ -234,19 +238,22 @@ def random_mask(grid: tuple[int, int], level: float, kind: str, seed: int = 0) -
     return mask.view(grid)[rows]
 
 
-def disagreement(actual: Tensor, eager: Tensor, exact: Tensor) -> str | None:
+def disagreement(
+    actual: Tensor, eager: Tensor, exact: Tensor, *, slack: float = 2.0
+) -> str | None:
     """Say how far ``actual`` is off, if it is further off than plain torch might be.
 
     Args:
         eager: the same result by plain torch in the same dtype.
         exact: the same in float64.
+        slack: how many times plain torch's largest error is allowed.
     """
     if actual.shape != exact.shape:
         return f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
     error = (actual.double() - exact).abs().amax().item()
     usual = (eager.double() - exact).abs().amax().item()
     largest = exact.abs().amax().item()
-    limit = 2 * usual + 4 * torch.finfo(actual.dtype).eps * largest
+    limit = slack * usual + 4 * torch.finfo(actual.dtype).eps * largest
     # a NaN compares false
     if error <= limit:
         return None
