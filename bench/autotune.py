@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ..kernels import block_sparse_torch, tiles, tuning
+from ..kernels import tiles, tuning
 from ..kernels.block_sparse_linear import MIN_SIDE
 from ..kernels.launch import INTERPRET, Backend, use_triton
 from ..kernels.pattern import Block
@@ -395,7 +395,7 @@ def _break_even_row(
             sum(dense[direction] for direction in directions),
         )
 
-    with _tiles_of(content), _always_gather():
+    with _tiles_of(content):
         found = {d: crossing(partial(times, [d])) for d in tuning.DIRECTIONS}
         found["total"] = crossing(partial(times, tuning.DIRECTIONS))
     return head | {"tokens": shape.tokens} | found
@@ -437,14 +437,3 @@ def _tiles_of(content: Mapping[str, Any]) -> Iterator[None]:
     finally:
         tiles.measured.clear()
         tiles.measured.update(before)
-
-
-@contextmanager
-def _always_gather() -> Iterator[None]:
-    """Keep the plain-torch path from taking the dense product where it expects that to pay."""
-    before = block_sparse_torch.BREAK_EVEN
-    block_sparse_torch.BREAK_EVEN = ((1, 1.0),)
-    try:
-        yield
-    finally:
-        block_sparse_torch.BREAK_EVEN = before

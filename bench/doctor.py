@@ -222,9 +222,11 @@ def _linear(
     grad: Tensor,
     block: Block,
     backend: Backend,
+    skip: bool,
 ) -> Check:
     def check() -> str | None:
         keep = expand_mask(mask, block, weight.shape, backend="torch")
+        paths = torch.tensor([skip] * 3)
         results = []
         for i, kind in enumerate(_kinds(x)):
             behind = float("nan") if i == 0 else 0.0
@@ -232,7 +234,9 @@ def _linear(
             a, b = (t.detach().to(kind).requires_grad_() for t in (x, bias))
             if i == 0:
                 topology = block_topology(mask, block, backend=backend)
-                y = block_sparse_linear(a, w, topology, b, pattern=block, backend=backend)
+                y = block_sparse_linear(
+                    a, w, topology, b, pattern=block, paths=paths, backend=backend
+                )
             else:
                 y = block_sparse_linear_reference(a, w, mask, b, block)
             results.append((y, *torch.autograd.grad(y, (a, w, b), grad.to(kind))))

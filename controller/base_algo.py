@@ -242,9 +242,13 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         return _Pruning(infos, scores, threshold, pruned)
 
     def _apply(self, pruning: _Pruning) -> None:
-        _masks_of(pruning, out=[info.operand.mask for info in pruning.infos])
-        for info in pruning.infos:
-            info.operand.set_(None, all_kept=pruning.pruned == 0)
+        masks = _masks_of(pruning, out=[info.operand.mask for info in pruning.infos])
+        kept: list[int] | list[None] = [None] * len(masks)
+        if any(info.operand.topology is not None for info in pruning.infos):
+            # of all weights at once: each count by itself would be a wait for the device
+            kept = torch.stack([mask.count_nonzero() for mask in masks]).tolist()
+        for info, count in zip(pruning.infos, kept, strict=True):
+            info.operand.set_(None, all_kept=pruning.pruned == 0, kept=count)
             self._thresholds[info.module_node_name] = pruning.threshold.value
 
     def _adapt_batchnorm(self) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
+from ..kernels.dispatch import Dispatch
 from ..kernels.launch import Backend
 from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
 from .config import MagnitudeSparsityConfig, parse_config
@@ -21,6 +22,7 @@ def create_controller(
     config: MagnitudeSparsityConfig | Mapping[str, Any],
     *,
     backend: Backend = "auto",
+    dispatch: Dispatch = "auto",
     batchnorm_data: Iterable[Any] | None = None,
 ) -> BaseSparsityAlgoController:
     """Put ``model`` under sparse masks, in place, and return what controls them.
@@ -33,6 +35,9 @@ def create_controller(
         config: one of the configuration classes, or NNCF's ``compression`` dictionary.
         backend: ``"auto"`` runs Triton on a GPU and plain torch elsewhere; ``"triton"`` and
             ``"torch"`` are met or refused.
+        dispatch: which linears skip pruned blocks of 16 a side and more: ``"auto"``: those that
+            are faster for it, judged at each update of the masks by output, input gradient and
+            weight gradient; ``"sparse"``: all; ``"dense"``: none.
         batchnorm_data: batches on the model's device, needed when the configuration asks for
             BatchNorm adaptation; see ``adapt_batchnorm``.
 
@@ -42,6 +47,10 @@ def create_controller(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     config = parse_config(config)
+    if dispatch not in get_args(Dispatch):
+        raise ValueError(
+            f"create_controller: dispatch must be 'auto', 'sparse' or 'dense', got {dispatch!r}"
+        )
     if config.batchnorm_adaptation is not None and batchnorm_data is None:
         raise ValueError("create_controller: batchnorm_adaptation needs batchnorm_data, got None")
     targets = find_targets(
@@ -57,7 +66,11 @@ def create_controller(
             module_node_name=target.name,
             module=target.users[0][0],
             operand=MaskOperand(
-                target.weight, target.pattern, transposed=target.transposed, backend=backend
+                target.weight,
+                target.pattern,
+                transposed=target.transposed,
+                backend=backend,
+                dispatch=dispatch,
             ),
             parameter_name=target.users[0][1],
             minimum_level=target.minimum_level,

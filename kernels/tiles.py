@@ -3,7 +3,7 @@
 Pure functions of the weight, its blocks, the dtype, the direction and the device: never of the
 token count, except that a product too small to fill the device takes smaller tiles; not of the
 density, because the kernels' loops run over what is kept and balance themselves on the device.
-``measured`` overrides them.
+``tuning.py`` overrides them with what was measured.
 """
 
 from __future__ import annotations

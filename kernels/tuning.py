@@ -6,9 +6,9 @@ the package. A file that is another's, is stale or is damaged is left aside with
 
 Keys hold the weight, its blocks and the dtype, never the number of tokens: a table must not be
 searched anew for every batch. Tiles are of the exact shape of a weight. Break-even densities are
-of a shape class, both sides rounded to powers of two: they change slowly, and a model's weights
-have more shapes than anybody wants to measure. Of two weights of a class the lower density counts,
-so that nothing becomes slower for being sparse.
+of a shape class, both sides rounded down to powers of two: they change slowly, and a model's
+weights have more shapes than anybody wants to measure. Of two weights of a class the lower density
+counts, so that nothing becomes slower for being sparse.
 
 Reading order: content -> identity -> files -> lookup.
 """
@@ -39,6 +39,7 @@ SOURCES = (
     "block_sparse_torch.py",
     "block_sparse_wgrad.py",
     "launch.py",
+    "masked_linear.py",
     "tiles.py",
     "topology.py",
 )
@@ -46,27 +47,19 @@ SHIPPED = Path(__file__).parent / "tables"
 DIRECTIONS = ("forward", "dgrad", "wgrad")
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)}
 
+# highest densities at which skipping pruned blocks is not slower, by direction; 0: never. The last
+# is that of all three together, as a training step has them
+DENSITIES = (*DIRECTIONS, "total")
+
 TileKey = tuple[str, tuple[int, int], Pattern, torch.dtype]
 ClassKey = tuple[torch.dtype, Pattern, tuple[int, int]]
-
-
-class BreakEven(NamedTuple):
-    """The highest densities at which skipping pruned blocks is not slower than a dense GEMM.
-
-    0: never; 1: always. ``total`` is of all three together, as a training step has them.
-    """
-
-    forward: float
-    dgrad: float
-    wgrad: float
-    total: float
 
 
 class Table(NamedTuple):
     """What a device's tuning table says."""
 
     tiles: dict[TileKey, Tile]
-    break_even: dict[ClassKey, BreakEven]
+    break_even: dict[ClassKey, tuple[float, float, float]]
 
 
 class Identity(NamedTuple):
@@ -78,8 +71,8 @@ class Identity(NamedTuple):
 
 
 def shape_class(shape: tuple[int, int]) -> tuple[int, int]:
-    """Return the exponents of the powers of two next to both sides of a weight."""
-    rows, cols = (round(math.log2(max(side, 1))) for side in shape)
+    """Return a weight's sides, each rounded down to a power of two."""
+    rows, cols = (1 << max(side, 1).bit_length() - 1 for side in shape)
     return rows, cols
 
 
@@ -101,17 +94,15 @@ def parse(content: Any) -> Table:
         tile = _tile(row.get("tile"))
         _must(fits(tile, direction, shape, block), "tiles that fit their blocks", row["tile"])
         tiles[direction, shape, block, dtype] = tile
-    break_even: dict[ClassKey, BreakEven] = {}
+    break_even: dict[ClassKey, tuple[float, float, float]] = {}
     for row in content["break_even"]:
         shape, block, dtype = _subject(row)
-        values = [row.get(name) for name in BreakEven._fields]
-        for value in values:
-            _must(_number(value) and 0 <= value <= 1, "densities from 0 to 1", values)
+        values = [row.get(name) for name in DENSITIES]
+        ok = all(_number(value) and 0 <= value <= 1 for value in values)
+        _must(ok, f"densities {', '.join(DENSITIES)} from 0 to 1", values)
         key = dtype, block, shape_class(shape)
-        known = break_even.get(key)
-        new = BreakEven(*(float(v) for v in values))
-        lower = new if known is None else BreakEven(*map(min, new, known))
-        break_even[key] = lower
+        forward, dgrad, wgrad = map(min, values[:3], break_even.get(key, (1.0, 1.0, 1.0)))
+        break_even[key] = float(forward), float(dgrad), float(wgrad)
     return Table(tiles, break_even)
 
 
@@ -255,10 +246,14 @@ def tuned_tile(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tile | None:
-    """Return the measured tile of a weight, if there is one.
+    """Return the measured tile of a weight, if there is one and it may count.
 
-    ``tiles.measured``, which a program may fill, comes before the device's table.
+    ``tiles.measured``, which a program may fill, comes before the device's table. Under
+    ``torch.use_deterministic_algorithms`` neither counts: the same sums in the same order on every
+    machine of one kind.
     """
+    if torch.are_deterministic_algorithms_enabled():
+        return None
     key = direction, shape, block, dtype
     tile = measured.get(key)
     if tile is None and device.type == "cuda":
@@ -268,6 +263,6 @@ def tuned_tile(
 
 def break_even(
     shape: tuple[int, int], block: Pattern, dtype: torch.dtype, device: torch.device
-) -> BreakEven | None:
-    """Return the measured break-even densities of weights like this one, if there are any."""
+) -> tuple[float, float, float] | None:
+    """Return the measured break-even densities of weights like this one, by direction, if any."""
     return table(device).break_even.get((dtype, block, shape_class(shape)))

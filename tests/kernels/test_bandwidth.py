@@ -1,7 +1,7 @@
-import aot
 import pytest
 import torch
 
+import aot
 from triton_sparsity.kernels import bandwidth
 from triton_sparsity.kernels.bandwidth import read_repeatedly, read_repeatedly_reference
 from triton_sparsity.kernels.launch import INTERPRET
