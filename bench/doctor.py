@@ -152,10 +152,9 @@ def checks(device: torch.device, backend: Backend) -> Iterator[tuple[str, Check]
             size = f"{rows}x{cols}, {block}, {name}"
             yield f"block_score {size}", _score(weight, block, backend)
             yield f"apply_mask {size}", _apply(weight, mask, block, backend)
-            yield (
-                f"block_sparse_linear {size}",
-                _linear(x, weight, mask, bias, grad, block, backend),
-            )
+            for path, skip in (("", True), (", dense paths", False)):
+                linear = _linear(x, weight, mask, bias, grad, block, backend, skip)
+                yield f"block_sparse_linear {size}{path}", linear
         fine = normal(37, 130, dtype=dtype).round(decimals=1)  # with equal magnitudes
         packed = pack_reference(grid_of(Unstructured(), fine))
         yield f"select, make_mask {name}", _select([fine, fine[:5].neg()], backend)
