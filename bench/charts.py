@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARKERS = {"forward": "o", "dX": "s", "dW": "^", "training step": "*"}
+MARKERS = {"forward": "o", "dX": "s", "dW": "^", "training step": "*", "transformer step": "P"}
 
 
 def _figure(**size: Any) -> Figure:
@@ -45,8 +45,8 @@ def roofline(record: Mapping[str, Any]) -> bytes:
         record: of ``profile``.
     """
     rows = _measured(record)
-    products = [row for row in rows if row.get("flops")]
-    moved = [row for row in rows if not row.get("flops")]
+    products = [row for row in rows if row["flops"] and row["bytes"]]
+    moved = [row for row in rows if not row["flops"]]
     shown = _shares(moved)
     figure = _figure(figsize=(12, max(5.5, 0.26 * len(shown) + 1.5)))
     left, right = figure.subplots(1, 2)

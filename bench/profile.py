@@ -24,7 +24,7 @@ from .charts import roofline, speedups
 from .files import write_atomic
 from .options import find_device, parse_pattern, spell_pattern
 from .record import Row, claim_folder, dump, environment, times, to_csv
-from .shapes import Shape, parse_shapes
+from .shapes import Shape, parse_shapes, spell_shapes
 from .timing import Timing, measure
 from .work import OPERATIONS, Case, Operands, model_cases, operand_cases
 
@@ -204,7 +204,7 @@ def measure_case(
     """
     head = {
         "operation": case.operation,
-        "shape": ",".join(map(str, case.shapes)),
+        "shape": spell_shapes(case.shapes),
         "dtype": str(case.dtype).removeprefix("torch."),
         "pattern": spell_pattern(case.pattern),
         "level": case.level,
@@ -299,7 +299,7 @@ def notes(plan: Plan) -> list[str]:
     elif plan.device.type != "cuda":
         lines.append("Triton's interpreter: its times say nothing of a GPU")
     if not any(isinstance(p, Block) and min(p.rows, p.cols) >= MIN_SIDE for p in plan.patterns):
-        lines.append("no block of 16 or more a side: the block-sparse products are not measured")
+        lines.append("no block of 16 or more a side: block-sparse products are not measured")
     return lines
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,12 @@ class Shape(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.tokens}x{self.inputs}x{self.outputs}"
+
+
+def spell_shapes(shapes: Sequence[Shape]) -> str:
+    """Return shapes with commas between; of equal ones how many there are."""
+    counts = Counter(shapes)
+    return ",".join(str(s) if n == 1 else f"{n}*{s}" for s, n in counts.items())
 
 
 SETS = {

@@ -2,10 +2,12 @@
 
 Bytes are the least that must be moved through memory, each input read once and each output written
 once, of which pruned blocks are no part where a kernel need not touch them. FLOPs count kept
-weights only, a multiplication and an addition each.
+weights only, a multiplication and an addition each; of an unstructured mask all weights, since it
+saves a dense product nothing.
 
-Every check compares with the reference; for matrix products in float64, and no element may be
-further off than twice what plain torch is in the same dtype, plus four steps of rounding.
+Every check compares with the reference; for matrix products in float64 (of 16-bit operands in
+float32, which is as good and does not take a GPU for ever), and no element may be further off than
+twice what plain torch is in the same dtype, plus four steps of rounding.
 
 Reading order: counts -> masks -> checks -> operands -> the operations.
 """
@@ -27,6 +29,7 @@ from ..kernels.block_sparse_linear import MIN_SIDE, block_sparse_linear
 from ..kernels.block_sparse_wgrad import takes_bulk_copies
 from ..kernels.launch import Backend
 from ..kernels.mask import make_mask, make_mask_reference, pack
+from ..kernels.masked_linear import masked_linear
 from ..kernels.masked_weight import apply_mask, apply_mask_, apply_mask_reference
 from ..kernels.pattern import Block, Pattern, Unstructured, grid_shape
 from ..kernels.select import Threshold, select, select_reference
@@ -247,7 +250,7 @@ def disagreement(
 
     Args:
         eager: the same result by plain torch in the same dtype.
-        exact: the same in float64.
+        exact: the same in ``exact_dtype``.
         slack: how many times plain torch's largest error is allowed.
     """
     if actual.shape != exact.shape:
@@ -260,6 +263,11 @@ def disagreement(
     if error <= limit:
         return None
     return f"off by {error:.3g}, plain torch by {usual:.3g}, largest value {largest:.3g}"
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return a dtype whose rounding is nothing beside that of ``dtype``."""
+    return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
 def difference(name: str, actual: Tensor, wanted: Tensor) -> str | None:
@@ -321,6 +329,9 @@ class Operands:
     @cached_property
     def masked(self) -> Tensor:
         return apply_mask_reference(self.weight, self.mask, self.pattern)
+
+    def exact(self, *tensors: Tensor) -> list[Tensor]:
+        return [t.to(exact_dtype(self.dtype)) for t in tensors]
 
     @cached_property
     def kept(self) -> int:
@@ -424,15 +435,20 @@ def _apply_in_place(o: Operands) -> Built:
     return Built(run, check)
 
 
+def _multiply(o: Operands, x: Tensor, weight: Tensor) -> Tensor:
+    if isinstance(o.pattern, Unstructured):
+        return masked_linear(x, weight, o.mask, pattern=o.pattern, backend=o.backend)
+    return block_sparse_linear(
+        x, weight, o.topology, pattern=o.pattern, paths=SKIP, backend=o.backend
+    )
+
+
 def _forward(o: Operands) -> Built:
-    def run() -> Tensor:
-        return block_sparse_linear(
-            o.x, o.weight, o.topology, pattern=o.pattern, paths=SKIP, backend=o.backend
-        )
+    run = partial(_multiply, o, o.x, o.weight)
 
     def check() -> str | None:
         eager = F.linear(o.x, o.masked)
-        return disagreement(run(), eager, F.linear(o.x.double(), o.masked.double()))
+        return disagreement(run(), eager, F.linear(*o.exact(o.x, o.masked)))
 
     return Built(run, check, partial(F.linear, o.x, o.weight))
 
@@ -441,9 +457,7 @@ def _gradient(o: Operands, of: str) -> Callable[[], Tensor]:
     """Return what computes the gradient to ``"x"`` or ``"weight"`` of one forward pass."""
     leaf = {"x": o.x, "weight": o.weight}
     leaf[of] = leaf[of].detach().requires_grad_()
-    y = block_sparse_linear(
-        leaf["x"], leaf["weight"], o.topology, pattern=o.pattern, paths=SKIP, backend=o.backend
-    )
+    y = _multiply(o, leaf["x"], leaf["weight"])
     return lambda: torch.autograd.grad(y, leaf[of], o.grad, retain_graph=True)[0]
 
 
@@ -451,7 +465,7 @@ def _dgrad(o: Operands) -> Built:
     run = _gradient(o, "x")
 
     def check() -> str | None:
-        return disagreement(run(), o.grad @ o.masked, o.grad.double() @ o.masked.double())
+        return disagreement(run(), o.grad @ o.masked, torch.matmul(*o.exact(o.grad, o.masked)))
 
     return Built(run, check, lambda: o.grad @ o.weight)
 
@@ -461,7 +475,7 @@ def _wgrad(o: Operands) -> Built:
 
     def check() -> str | None:
         keep = expand_mask(o.mask, o.pattern, o.shape.weight, backend="torch")
-        exact = (o.grad.double().T @ o.x.double()).masked_fill_(~keep, 0)
+        exact = torch.matmul(*o.exact(o.grad.T, o.x)).masked_fill_(~keep, 0)
         got = run()
         outside = int(got.masked_select(~keep).count_nonzero())
         wrong = f"{outside} pruned weights have a gradient" if outside else None
@@ -626,7 +640,8 @@ def training_step(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.dev
     return Step(layers, batches, torch.optim.AdamW(layers.parameters(), lr=0.0))
 
 
-def _sparse(layers: nn.ModuleList, pattern: Pattern, level: float, backend: Backend) -> Any:
+def sparsify(model: nn.Module, pattern: Pattern, level: float, backend: Backend) -> Any:
+    """Put ``model`` under magnitude masks at a level, one pool, and return the controller."""
     # the controller's configuration needs pydantic, which the kernels do without
     from ..controller.config import MagnitudeSparsityConfig
     from ..controller.create import create_controller
@@ -634,7 +649,7 @@ def _sparse(layers: nn.ModuleList, pattern: Pattern, level: float, backend: Back
 
     schedule = PolynomialSchedule(initial_level=level, target_level=level)
     config = MagnitudeSparsityConfig(pattern=pattern, schedule=schedule, weight_importance="abs")
-    return create_controller(layers, config, backend=backend)
+    return create_controller(model, config, backend=backend)
 
 
 def _step(
@@ -646,7 +661,7 @@ def _step(
     backend: Backend,
 ) -> Built:
     step = training_step(shapes, dtype, device)
-    controller = _sparse(step.layers, pattern, level, backend)
+    controller = sparsify(step.layers, pattern, level, backend)
 
     def check() -> str | None:
         """One layer after the other, against the dense one with zeros in its weight."""
@@ -658,7 +673,7 @@ def _step(
             keep = info.operand.binary_mask
             pruned = info.operand.pruned_groups
             wanted = {}
-            for kind in (dtype, torch.float64):
+            for kind in (dtype, exact_dtype(dtype)):
                 w = info.weight.detach().masked_fill(~keep, 0).to(kind).requires_grad_()
                 leaf = x.detach().to(kind).requires_grad_()
                 y = F.linear(leaf, w)
@@ -698,8 +713,9 @@ def model_cases(
                     partial(_update, *arguments),
                 )  # fmt: skip
             case "training step":
-                # magnitudes decide how many of a weight's groups stay; of all, the level's share
-                kept = [round((1 - level) * s.inputs * s.outputs) for s in shapes]
+                # magnitudes decide how many of a weight's blocks stay; of all, the level's share
+                share = 1.0 if isinstance(pattern, Unstructured) else 1 - level
+                kept = [round(share * s.inputs * s.outputs) for s in shapes]
                 pairs = list(zip(shapes, kept, strict=True))
                 moved = sum(step_bytes(s, k, size) for s, k in pairs)
                 flops = sum(3 * product_flops(s.tokens, k) for s, k in pairs)
