@@ -292,26 +292,22 @@ def product_table(run: Run) -> None:
     run.out.print(table(f"Efficiency e against the dense product, {levels} % sparsity, random "
                         "and skewed masks", headings, lines))  # fmt: skip
 
-    lines = []
     for shape in run.size.shapes:
         for side in run.size.blocks:
             pattern = spell_pattern(Block(side, side))
-            mine = [
-                r
-                for r in run.rows
-                if r.pattern == pattern and r.shape == str(shape) and r.mask == "random"
-            ]
-            found = break_even([r for r in mine if r.operation in PRODUCTS])
-            lines.append(
-                (
-                    str(shape),
-                    pattern,
-                    "none" if found is None else f"{found:.2f}",
-                    *_verdict(found, BREAK_EVEN.get(side), "<="),
-                )
+            found = break_even(
+                [
+                    r
+                    for r in run.rows
+                    if (r.shape, r.pattern, r.mask) == (str(shape), pattern, "random")
+                    and r.operation in PRODUCTS
+                ]
             )
-    headings = ("shape:", "pattern:", "sparsity", "target", "verdict:")
-    run.out.print(table("Break-even of forward and backward", headings, lines))
+            limit, verdict = _verdict(found, BREAK_EVEN.get(side), "<=")
+            run.say(
+                f"break-even sparsity of forward and backward, {shape}, {pattern}: "
+                f"{'none' if found is None else f'{found:.2f}'} (target {limit}: {verdict})"
+            )
 
 
 def _verdict(value: float | None, target: float | None, sign: str) -> tuple[str, str]:

@@ -115,7 +115,9 @@ def command() -> str:
     name = Path(sys.argv[0]).name
     if name.endswith(".py") and Path(sys.argv[0]).parent.name in ("bench", "peers"):
         name = f"python -m triton_sparsity.bench.{Path(name).stem}"
-    return " ".join([name, *sys.argv[1:]])
+    # a folder of somebody's machine is nobody's business
+    arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
+    return " ".join([name, *arguments])
 
 
 def commit() -> str | None:

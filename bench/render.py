@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_atomic
-from .gpu import BREAK_EVEN, EFFICIENCY
+from .gpu import EFFICIENCY
 from .gpu import summary as efficiencies
 from .record import RESULTS, ROOT, load
 from .tables import percent, seconds
@@ -60,20 +60,23 @@ def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _compare(record: Mapping[str, Any]) -> list[str]:
     """One table of all comparisons: what was measured, and by which factor ours differs."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     skipped: dict[str, str] = {}
+    last = ""
     for row in record["rows"]:
         if row["status"] == "skipped":
             skipped[row["subject"]] = row["detail"]
             continue
+        work = "" if row["work"] == last else row["work"]
+        last = row["work"]
         if row["status"] == "failed":
-            rows.append((row["work"], row["subject"], "FAILED", "", ""))
+            rows.append((work, row["subject"], "FAILED", "", ""))
             continue
         ratio = ""
         if row.get("ratio") is not None:
             ratio = f"{row['ratio']:.3g} ({row['ratio_p20']:.3g} to {row['ratio_p80']:.3g})"
         rows.append(
-            (row["work"], row["subject"], seconds(row["median_s"]), ratio,
+            (work, row["subject"], seconds(row["median_s"]), ratio,
              row.get("compared_with") or "")
         )  # fmt: skip
     headings = ("work:", "subject:", "median", "ratio (p20 to p80)", "of the time of:")
@@ -131,11 +134,9 @@ def _gpu(record: Mapping[str, Any], folder: str) -> list[str]:
         )
     headings = ("pattern:", "product:", "efficiency against dense", "target")
     lines = "\n".join(f"- {line}" for line in record["lines"])
-    limits = ", ".join(f"{side}: {limit:g}" for side, limit in BREAK_EVEN.items())
     return [
         f"Block-sparse products. {_made(record)}",
         _markdown(headings, rows),
-        f"Break-even sparsity of forward and backward wanted, by block: {limits}.",
         lines,
         f"All of it: [{folder}/gpu.csv]({folder}/gpu.csv), "
         f"[roofline]({folder}/gpu-roofline.png), [speed-up]({folder}/gpu-speedup.png).",

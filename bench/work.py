@@ -484,6 +484,10 @@ def _wgrad(o: Operands) -> Built:
     return Built(run, check, lambda: o.grad.T @ o.x)
 
 
+def _multiplies(pattern: Pattern) -> bool:
+    return min(pattern.rows, pattern.cols) >= MIN_SIDE
+
+
 def operand_cases(operands: Operands, operations: Sequence[str]) -> Iterator[Case]:
     """Yield those operations on one weight that its pattern has."""
     o = operands
@@ -521,12 +525,12 @@ def operand_cases(operands: Operands, operations: Sequence[str]) -> Iterator[Cas
             case "apply_":
                 moved = apply_in_place_bytes(weight, o.kept, pattern, size)
                 yield case(operation, moved, _apply_in_place)
-            case "forward" | "dX" | "dW" if (
-                is_block and min(pattern.rows, pattern.cols) >= MIN_SIDE
-            ):
+            case "forward" | "dX" | "dW" if not is_block or _multiplies(pattern):
                 build = {"forward": _forward, "dX": _dgrad, "dW": _wgrad}[operation]
-                moved = product_bytes(operation, o.shape, o.kept, size)
-                yield case(operation, moved, build, product_flops(o.shape.tokens, o.kept))
+                read = o.kept if is_block else weight[0] * weight[1]
+                moved = product_bytes(operation, o.shape, read, size)
+                moved += 0 if is_block else _mask_size(weight, pattern)
+                yield case(operation, moved, build, product_flops(o.shape.tokens, read))
 
 
 def _weights(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
