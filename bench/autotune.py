@@ -334,9 +334,9 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
             yield tile._replace(stages=stages)
     for name in ("k", "m", "n"):
         for value in (getattr(tile, name) * 2, getattr(tile, name) // 2):
-            # the pipeline keeps as many bytes in flight
-            stages = max(2, tile.stages * getattr(tile, name) // value)
-            yield tile._replace(**{name: value, "stages": stages})
+            # the pipeline keeps as many bytes in flight, or as many stages
+            for stages in (max(2, tile.stages * getattr(tile, name) // value), tile.stages):
+                yield tile._replace(**{name: value, "stages": stages})
     yield tile._replace(warps=4 if tile.warps == 8 else 8)
     other = 2 if tile.programs == 1 else 1
     yield tile._replace(programs=other, stages=max(2, tile.stages * tile.programs // other))

@@ -52,8 +52,7 @@ def in_turn(
             end.close()
             processes.append(process)
             # one set-up at a time, or they would slow one another's warm-up
-            for _ in range(2):
-                _ask(name, pipes, failures)
+            _ask(name, pipes, failures)
         for _ in range(rounds):
             for name in subjects:
                 if (answer := _ask(name, pipes, failures)) is not None:
