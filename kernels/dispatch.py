@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .pattern import Block, grid_shape
 from .topology import bundling
+from .tuning import break_even, shape_class
 
 Dispatch = Literal["auto", "sparse", "dense"]
 
@@ -57,7 +58,7 @@ class Kind(NamedTuple):
     shape: tuple[int, int]
 
 
-# from an autotuning run on the device at hand; comes before what is below
+# what a program says itself; comes before the device's tuning table, and that before what is below
 measured: dict[Kind, BreakEven] = {}
 
 # Side of a block -> break-even. On a CPU the side is that by which a gathered element is used.
@@ -81,7 +82,7 @@ def kind_of(
 ) -> Kind:
     """Return the key of a weight in ``measured``."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return Kind(name, dtype, pattern, tuple(1 << max(n, 1).bit_length() - 1 for n in shape))
+    return Kind(name, dtype, pattern, shape_class(shape))
 
 
 def built_in(
@@ -141,6 +142,7 @@ def choose(
     known = None
     if not torch.are_deterministic_algorithms_enabled():
         known = measured.get(kind_of(shape, pattern, dtype, device))
+        known = known or break_even(shape, pattern, dtype, device)
     limits = known or built_in(shape, pattern, device, triton_runs=triton_runs)
     down, across = grid_shape(pattern, shape)
     return Paths(*(limit > 0 and kept <= limit * down * across for limit in limits))
