@@ -18,38 +18,6 @@ from torch import Tensor
 from .topology import Topology
 
 
-def _inner(blocks: Tensor, length: int, side: int) -> Tensor:
-    """Drop a narrow last block from rising ``blocks``."""
-    narrow = length % side and len(blocks) and int(blocks[-1]) == length // side
-    return blocks[:-1] if narrow else blocks
-
-
-def _whole(matrix: Tensor, side: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Return a view of the whole blocks of ``matrix`` along ``dim``, and the narrow last one."""
-    full = matrix.shape[dim] // side
-    whole, edge = matrix.split([full * side, matrix.shape[dim] - full * side], dim)
-    return whole.unflatten(dim, (full, side)), edge
-
-
-def _take(matrix: Tensor, blocks: Tensor, side: int, dim: int) -> Tensor:
-    """Return the block rows (0) or columns (1) ``blocks`` of ``matrix``, one after the other."""
-    inner = _inner(blocks, matrix.shape[dim], side)
-    whole, edge = _whole(matrix, side, dim)
-    taken = whole.index_select(dim, inner).flatten(dim, dim + 1)
-    return taken if len(inner) == len(blocks) else torch.cat([taken, edge], dim)
-
-
-def _put(matrix: Tensor, blocks: Tensor, side: int, dim: int, values: Tensor) -> None:
-    """Write ``values`` where ``_take`` would read them."""
-    inner = _inner(blocks, matrix.shape[dim], side)
-    whole, edge = _whole(matrix, side, dim)
-    wide = len(inner) * side
-    new, rest = values.split([wide, values.shape[dim] - wide], dim)
-    whole.index_copy_(dim, inner, new.unflatten(dim, (len(inner), side)))
-    if len(inner) < len(blocks):
-        edge.copy_(rest)
-
-
 def _lines(tasks: Tensor, index: Tensor, side: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield each line's slice of its side of the weight, and its kept blocks."""
     index = index.long()
@@ -57,32 +25,80 @@ def _lines(tasks: Tensor, index: Tensor, side: int) -> Iterator[tuple[slice, Ten
         yield slice(line * side, (line + 1) * side), index[first : first + count]
 
 
+def _buffer(like: Tensor, tasks: Tensor, side: int, other: int) -> Tensor:
+    """Return memory for the blocks of any line: fresh memory a line would cost more than they."""
+    # the task with the most entries comes first
+    most = int(tasks[0, 2]) if len(tasks) else 0
+    return like.new_empty(most * side * other)
+
+
+def _parts(matrix: Tensor, blocks: Tensor, side: int, dim: int) -> tuple[Tensor, ...]:
+    """Return a view of the whole blocks of ``matrix`` along ``dim``, which of ``blocks`` (they
+    rise) are whole, and a narrow last one if it is among them, else nothing of it.
+    """
+    length = matrix.shape[dim]
+    full = length // side
+    whole, edge = matrix.split([full * side, length - full * side], dim)
+    whole = whole.unflatten(dim, (full, side))
+    if edge.shape[dim] and len(blocks) and int(blocks[-1]) == full:
+        return whole, blocks[:-1], edge
+    return whole, blocks, edge.narrow(dim, 0, 0)
+
+
+def _take(matrix: Tensor, blocks: Tensor, side: int, dim: int, buffer: Tensor) -> Tensor:
+    """Gather block rows (0) or columns (1) of ``matrix`` into ``buffer``, one after the other."""
+    whole, inner, edge = _parts(matrix, blocks, side, dim)
+    shape = list(matrix.shape)
+    shape[dim] = len(inner) * side + edge.shape[dim]
+    out = buffer[: shape[0] * shape[1]].view(shape)
+    target = out.narrow(dim, 0, len(inner) * side).unflatten(dim, (len(inner), side))
+    torch.index_select(whole, dim, inner, out=target)
+    out.narrow(dim, len(inner) * side, edge.shape[dim]).copy_(edge)
+    return out
+
+
+def _put(matrix: Tensor, blocks: Tensor, side: int, dim: int, values: Tensor) -> None:
+    """Write ``values`` where ``_take`` would read them."""
+    whole, inner, edge = _parts(matrix, blocks, side, dim)
+    wide = len(inner) * side
+    new = values.narrow(dim, 0, wide).unflatten(dim, (len(inner), side))
+    whole.index_copy_(dim, inner, new)
+    edge.copy_(values.narrow(dim, wide, edge.shape[dim]))
+
+
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, topology: Topology, rows: int, cols: int
 ) -> Tensor:
     """Return ``x (W * M)^T + b``, shape ``(T, R)``."""
-    y = x.new_empty((x.shape[0], weight.shape[0]))
-    for part, blocks in _lines(topology.row_tasks, topology.col_index, rows):
-        w = _take(weight[part], blocks, cols, 1)
-        torch.mm(_take(x, blocks, cols, 1), w.T, out=y[:, part])
+    y, tasks = x.new_empty((x.shape[0], weight.shape[0])), topology.row_tasks
+    xs, ws = _buffer(x, tasks, cols, x.shape[0]), _buffer(x, tasks, cols, rows)
+    for part, blocks in _lines(tasks, topology.col_index, rows):
+        w = _take(weight[part], blocks, cols, 1, ws)
+        torch.mm(_take(x, blocks, cols, 1, xs), w.T, out=y[:, part])
     return y if bias is None else y.add_(bias)
 
 
 def dgrad(grad: Tensor, weight: Tensor, topology: Topology, rows: int, cols: int) -> Tensor:
     """Return ``grad (W * M)``, shape ``(T, C)``."""
-    dx = grad.new_empty((grad.shape[0], weight.shape[1]))
-    for part, blocks in _lines(topology.col_tasks, topology.row_index, cols):
-        w = _take(weight[:, part], blocks, rows, 0)
-        torch.mm(_take(grad, blocks, rows, 1), w, out=dx[:, part])
+    dx, tasks = grad.new_empty((grad.shape[0], weight.shape[1])), topology.col_tasks
+    gs, ws = _buffer(grad, tasks, rows, grad.shape[0]), _buffer(grad, tasks, rows, cols)
+    for part, blocks in _lines(tasks, topology.row_index, cols):
+        w = _take(weight[:, part], blocks, rows, 0, ws)
+        torch.mm(_take(grad, blocks, rows, 1, gs), w, out=dx[:, part])
     return dx
 
 
 def wgrad(grad: Tensor, x: Tensor, topology: Topology, rows: int, cols: int, out: Tensor) -> None:
     """Write ``(grad^T x) * M`` to ``out``, shape ``(R, C)``."""
     out.zero_()
-    if rows >= cols:
-        for part, blocks in _lines(topology.row_tasks, topology.col_index, rows):
-            _put(out[part], blocks, cols, 1, grad[:, part].T @ _take(x, blocks, cols, 1))
+    if rows < cols:
+        # the same for the transpose: the wider side shares what is gathered
+        grad, x, out, rows, cols = x, grad, out.T, cols, rows
+        tasks, index = topology.col_tasks, topology.row_index
     else:
-        for part, blocks in _lines(topology.col_tasks, topology.row_index, cols):
-            _put(out[:, part], blocks, rows, 0, _take(grad, blocks, rows, 1).T @ x[:, part])
+        tasks, index = topology.row_tasks, topology.col_index
+    xs, products = _buffer(x, tasks, cols, x.shape[0]), _buffer(x, tasks, cols, rows)
+    for part, blocks in _lines(tasks, index, rows):
+        taken, to = _take(x, blocks, cols, 1, xs), grad[:, part].T
+        product = products[: to.shape[0] * taken.shape[1]].view(to.shape[0], taken.shape[1])
+        _put(out[part], blocks, cols, 1, torch.mm(to, taken, out=product))

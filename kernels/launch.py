@@ -25,6 +25,8 @@ else:
     # decided when a kernel is decorated, so it cannot change after import
     INTERPRET: bool = triton.knobs.runtime.interpret
 
+TILE_ELEMENTS = 2**17  # no tile has more
+
 Backend = Literal["auto", "triton", "torch"]
 
 
@@ -68,8 +70,12 @@ def extent(tensor: Tensor) -> int:
 
 
 def index_type(*tensors: Tensor) -> Any:
-    """Return the narrowest Triton integer type that holds every element offset of ``tensors``."""
-    return tl.int64 if any(extent(t) > 2**31 for t in tensors) else tl.int32
+    """Return the narrowest Triton integer type that holds every element offset of ``tensors``.
+
+    Offsets of a tile that begins inside a tensor and ends past it count too, or they would wrap
+    around and be taken for ones inside.
+    """
+    return tl.int64 if any(extent(t) > 2**31 - TILE_ELEMENTS for t in tensors) else tl.int32
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
