@@ -6,7 +6,7 @@ PYTEST := $(PYTHON) -m pytest
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2
 SETUP := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready)
 
-.PHONY: demo test lint test-reference test-interpret test-aot test-gpu bench clean
+.PHONY: demo test lint test-reference test-interpret test-aot test-gpu bench bench-gpu figures clean
 
 demo: $(SETUP)
 	$(PYTHON) -m triton_sparsity.bench.demo
@@ -32,8 +32,16 @@ test-aot: $(SETUP)
 test-gpu: $(SETUP)
 	$(PYTEST) -m "not aot" tests/kernels tests/controller
 
+# both write bench/results/<device>/; the second needs a GPU
 bench: $(SETUP)
-	$(PYTHON) -m triton_sparsity.bench.compare
+	$(PYTHON) -m triton_sparsity.bench.suite
+
+bench-gpu: $(SETUP)
+	$(PYTHON) -m triton_sparsity.bench.gpu
+
+# the README's, from what is in bench/results
+figures: $(SETUP)
+	$(PYTHON) -m triton_sparsity.bench.render
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)

@@ -226,5 +226,192 @@ def _numbers(text: str | None) -> list[float]:
         raise typer.BadParameter(f"--levels must be numbers, by commas, got {text!r}") from None
 
 
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder for the files; made if not there.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON and nothing else.")]
+Shapes = Annotated[
+    Text,
+    _option(
+        "llama3-8b, vit-h, square, tiny, TOKENSxINxOUT[,...] or a .safetensors file.", "by device"
+    ),
+]
+Tokens = Annotated[Whole, _option("Tokens through a model file's weights.", "by device")]
+Patterns = Annotated[list[str] | None, _option("As of finetune; may be repeated.", "by device")]
+
+
+@app.command()
+def profile(
+    shapes: Shapes = None,
+    tokens: Annotated[
+        Whole, _option("Tokens through a model file's weights.", "by device")
+    ] = None,
+    pattern: Patterns = None,
+    level: Annotated[
+        list[float] | None, _option("Sparsity level; may be repeated.", "0.5, 0.8, 0.9")
+    ] = None,
+    mask: Annotated[
+        Text, _option("random, or skewed: half of the rows hold 90 % of it.", "random")
+    ] = None,
+    operation: Annotated[
+        list[str] | None, _option("One of the table; may be repeated.", "all")
+    ] = None,
+    dtype: Annotated[Text, _option("float32, bfloat16 or float16.", "by device")] = None,
+    device: Annotated[Text, _option("auto, cpu, cuda or cuda:N.", "auto")] = None,
+    backend: Annotated[Text, _option("auto, triton or torch.", "auto")] = None,
+    threads: Annotated[Whole, _option("CPU threads.", "torch's own choice")] = None,
+    budget: Annotated[Real, _option("Seconds to time an operation.", "by device")] = None,
+    output: Output = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="File for a torch profiler trace.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what each kernel achieves, against what this device can do and against dense.
+
+    Every result is checked before it is timed. --output gets profile.json, profile.csv,
+    roofline.png and speedup.png.
+    """
+    from . import profile as job
+    from .report import progress_bars
+    from .tables import show_profile
+
+    plan = job.make_plan(
+        shapes=shapes,
+        tokens=tokens,
+        patterns=pattern,
+        levels=level,
+        mask=mask,
+        operations=operation,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        threads=threads,
+        budget=budget,
+    )
+    job.claim(output, trace)
+    with progress_bars(quiet=as_json) as progress:
+        record = job.profile(plan, progress, trace)
+    if output is not None:
+        job.save(record, output)
+    if as_json:
+        print(json.dumps(record, allow_nan=False))
+    else:
+        show_profile(record, output)
+
+
+@app.command()
+def autotune(
+    shapes: Shapes = None,
+    tokens: Tokens = None,
+    pattern: Patterns = None,
+    dtype: Annotated[
+        list[str] | None, _option("bfloat16, float16 or float32; may be repeated.", "by device")
+    ] = None,
+    level: Annotated[
+        Real, _option("Sparsity at which tiles are compared, or to recommend for.", "0.8")
+    ] = None,
+    device: Annotated[Text, _option("auto, cpu, cuda or cuda:N.", "auto")] = None,
+    backend: Annotated[Text, _option("auto, triton or torch.", "auto")] = None,
+    threads: Annotated[Whole, _option("CPU threads.", "torch's own choice")] = None,
+    candidates: Annotated[Whole, _option("Tiles to try for each direction.", "16")] = None,
+    budget: Annotated[Real, _option("Seconds to time a candidate.", "by device")] = None,
+    recommend: Annotated[
+        Path | None,
+        typer.Option("--recommend", help="Instead, choose the block for this safetensors model."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The table's file, by default in your cache folder; with --recommend a folder.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Measure again what is known.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the best tiles of the block-sparse kernels, and the sparsity from which they pay.
+
+    What was found is kept in a table that the kernels read. After an interruption the same command
+    goes on.
+    """
+    from . import autotune as job
+    from . import recommend as chooser
+    from .record import claim_folder
+    from .report import progress_bars
+    from .tables import show_recommendation, show_tuning
+
+    common = {
+        "tokens": tokens,
+        "patterns": pattern,
+        "level": level,
+        "device": device,
+        "backend": backend,
+        "threads": threads,
+        "budget": budget,
+    }
+    if recommend is not None:
+        if shapes or dtype or candidates or force:
+            raise typer.BadParameter(
+                "--recommend takes shapes and dtypes from the model: leave --shapes, --dtype, "
+                "--candidates and --force out"
+            )
+        if output is not None:
+            claim_folder(output)
+        with progress_bars(quiet=as_json) as progress:
+            record = chooser.recommend(recommend, **common, progress=progress)
+        if output is not None:
+            chooser.save(record, output)
+        if as_json:
+            print(json.dumps(record, allow_nan=False))
+        else:
+            show_recommendation(record, output)
+        return
+    search = job.make_search(
+        **common, shapes=shapes, dtypes=dtype, candidates=candidates, output=output, force=force
+    )
+    try:
+        with progress_bars(quiet=as_json) as progress:
+            content = job.autotune(search, progress, _warn)
+    except KeyboardInterrupt:
+        print(
+            f"triton-sparsity: stopped; {search.output} has what was measured, and the same "
+            "command goes on",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(dict(content), allow_nan=False))
+    else:
+        show_tuning(content, search.output)
+
+
+@app.command()
+def doctor(
+    device: Annotated[Text, _option("auto, cpu, cuda or cuda:N.", "auto")] = None,
+    backend: Annotated[Text, _option("auto, triton or torch.", "auto")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what is here, which backend would run and why, and check every kernel.
+
+    The check compares values and gradients with the reference; exit code 1 if one disagrees.
+    """
+    from .doctor import doctor as examine
+    from .tables import show_doctor
+
+    record = examine(device, backend)
+    if as_json:
+        print(json.dumps(record, allow_nan=False))
+    else:
+        show_doctor(record)
+    if any(row["status"] != "ok" for row in record["rows"]):
+        raise typer.Exit(1)
+
+
+def _warn(message: str) -> None:
+    print("triton-sparsity: warning:", message, file=sys.stderr)
+
+
 if __name__ == "__main__":
     main()

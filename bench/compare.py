@@ -1,36 +1,66 @@
-"""Ours and the peers' on the same work, in turn, on the CPU: mask update, training step,
-evaluation.
+"""Ours and the peers' on the same work, in turn: mask update, thresholds, products, training step,
+evaluation, strip.
 
 ``python -m triton_sparsity.bench.compare``. Every subject checks its own result before it is
-timed.
+timed, in a process of its own; what is wrong has no time. Peers that are not installed are named
+with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..controller.create import create_controller
 from ..controller.magnitude import MagnitudeSparsityConfig
 from ..controller.schedule import PolynomialSchedule
+from ..kernels.block_sparse_linear import block_sparse_linear
 from ..kernels.pattern import Block, Pattern, Unstructured
-from .measure import Timing, Work, in_turn
-from .peers import nncf, weight_norm
+from ..kernels.select import select
+from ..kernels.topology import block_topology
+from .files import write_atomic
+from .measure import in_turn
+from .options import find_device
+from .peers import blksprs, dense, nncf, semi_structured, stk, thresholds, torch_bsr, torch_prune
+from .peers import weight_norm as weight_norm_peer
+from .record import claim_folder, dump, environment, results_folder
+from .shapes import Shape
+from .tables import console, seconds, table
+from .timing import Timing, Work
+from .work import Operands, disagreement
 
 LEVEL = 0.8
-WIDTH = 2048
 BLOCK = Block(32, 32)
+
+
+class Place(NamedTuple):
+    """Where, in which dtype, and how large: what keeps the device busy without boring anybody."""
+
+    device: str
+    dtype: torch.dtype
+    width: int
+    layers: int
+    batches: tuple[int, int]  # a large one and a small one, of tokens
+    big: tuple[int, int]  # one large weight
+
+    @property
+    def kind(self) -> torch.device:
+        return torch.device(self.device)
+
+
+CPU = Place("cpu", torch.float32, 2048, 12, (512, 64), (4096, 14336))
+GPU = Place("cuda", torch.bfloat16, 4096, 12, (8192, 512), (4096, 14336))
+TRIAL = Place("cpu", torch.float32, 128, 2, (16, 8), (128, 256))
 
 
 @dataclass(frozen=True)
@@ -42,21 +72,23 @@ class Comparison:
         subjects: name -> set-up; the first is what the others are compared with.
         targets: name -> the largest ratio of its time to another's that is acceptable: (other,
             ratio).
+        skipped: name -> why it cannot be measured.
         weights: number of weights, for scratch memory a weight; 0 where it does not matter.
         rounds: timed runs of each.
     """
 
     title: str
-    subjects: Mapping[str, Callable[[], Work]]
+    subjects: Mapping[str, Callable[[], Work] | str]
     targets: Mapping[str, tuple[str, float]]
     weights: int = 0
     rounds: int = 15
 
 
-def linears(count: int) -> nn.Sequential:
+def linears(place: Place, count: int) -> nn.Sequential:
     """Return ``count`` square linear layers with reproducible weights."""
     torch.manual_seed(0)
-    return nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(count)])
+    layers = [nn.Linear(place.width, place.width) for _ in range(count)]
+    return nn.Sequential(*layers).to(place.kind, place.dtype)
 
 
 def sparse(model: nn.Module, pattern: Pattern) -> Any:
@@ -72,51 +104,96 @@ def check(condition: bool, what: str) -> None:
         raise AssertionError(f"result is wrong: {what}")
 
 
-def our_global_update(count: int) -> Work:
-    model = linears(count)
+def check_close(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """Stop a subject that is further from the float64 result than plain torch might be."""
+    problem = disagreement(actual, eager, exact)
+    check(problem is None, str(problem))
+
+
+def check_order(weights: list[Tensor], masks: list[Tensor]) -> None:
+    """Every kept magnitude is at least as large as every pruned one, and the count is exact."""
+    sizes = [w.detach().abs() for w in weights]
+    kept = min(s[m].min().item() for s, m in zip(sizes, masks, strict=True))
+    dropped = max(s[~m].max().item() for s, m in zip(sizes, masks, strict=True))
+    check(dropped <= kept, "a pruned weight is larger than a kept one")
+    pruned, total = sum(int((~m).sum()) for m in masks), sum(m.numel() for m in masks)
+    # torch's and NNCF's pruning rounds with floats
+    check(abs(pruned - LEVEL * total) <= 1e-6 * total + 1, f"{pruned} weights are pruned")
+
+
+def our_global_update(place: Place) -> Work:
+    model = linears(place, place.layers)
     controller = sparse(model, Unstructured())
     masks = [info.operand.binary_mask for info in controller.sparsified_module_info]
-    weights = [layer.weight.detach().abs() for layer in model]
-    kept = min(w[m].min() for w, m in zip(weights, masks, strict=True))
-    dropped = max(w[~m].max() for w, m in zip(weights, masks, strict=True))
-    pruned = sum(int((~m).sum()) for m in masks)
-    check(dropped <= kept, "a pruned weight is larger than a kept one")
-    check(pruned == round(LEVEL * count * WIDTH**2), f"{pruned} weights are pruned")
+    check_order([layer.weight for layer in model], masks)
     return partial(controller.set_sparsity_level, LEVEL)
 
 
-def nncf_global_update(count: int) -> Work:
-    controller, _ = nncf.compress(linears(count), WIDTH, LEVEL)
+def nncf_global_update(place: Place) -> Work:
+    controller, _ = nncf.compress(linears(place, place.layers), place.width, LEVEL)
     return partial(controller.set_sparsity_level, LEVEL)
 
 
-def big_layer() -> nn.Linear:
+def torch_global_update(place: Place) -> Work:
+    model = linears(place, place.layers)
+    update = torch_prune.compress(model, LEVEL)
+    update()
+    check_order([m.weight_orig for m in model], [m.weight_mask.bool() for m in model])
+    return update
+
+
+def big_layer(place: Place) -> nn.Linear:
     torch.manual_seed(0)
-    return nn.Linear(14336, 4096, bias=False)
+    rows, cols = place.big
+    return nn.Linear(cols, rows, bias=False).to(place.kind, place.dtype)
 
 
-def our_block_update() -> Work:
-    layer = big_layer()
+def our_block_update(place: Place) -> Work:
+    layer = big_layer(place)
     controller = sparse(layer, BLOCK)
-    grid = layer.weight.detach().abs().view(128, 32, 448, 32).mean(dim=(1, 3))
+    rows, cols = place.big
+    blocks = layer.weight.detach().float().abs().view(rows // 32, 32, cols // 32, 32)
+    grid = blocks.mean(dim=(1, 3))
     mask = controller.sparsified_module_info[0].operand.mask
     check(int((~mask).sum()) == round(LEVEL * grid.numel()), "count of pruned blocks")
     check(bool(grid[~mask].max() <= grid[mask].min() * (1 + 1e-5)), "order of block scores")
     return partial(controller.set_sparsity_level, LEVEL)
 
 
-def weight_norm_update() -> Work:
-    return weight_norm.mask_update(big_layer(), (BLOCK.rows, BLOCK.cols), LEVEL)
+def weight_norm_update(place: Place) -> Work:
+    return weight_norm_peer.mask_update(big_layer(place), (BLOCK.rows, BLOCK.cols), LEVEL)
 
 
-def batch(tokens: int) -> Tensor:
-    return torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(1))
+def values(place: Place) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(4 * place.width, place.width).to(place.kind, place.dtype)
 
 
-def training_step(model: nn.Module, tokens: int) -> Work:
+def our_threshold(place: Place) -> Work:
+    data = values(place)
+    k = round(LEVEL * data.numel())
+    wanted = thresholds.by_sort(data, k)
+    check(select([data], k).value.item() == wanted.item(), "the k-th smallest")
+    return lambda: select([data], k)
+
+
+def their_threshold(place: Place, function: Callable[[Tensor, int], Tensor]) -> Work:
+    data = values(place)
+    k = round(LEVEL * data.numel())
+    wanted = select([data], k).value.item()
+    check(function(data, k).item() == wanted, "the k-th smallest")
+    return lambda: function(data, k)
+
+
+def batch(place: Place, tokens: int) -> Tensor:
+    values = torch.randn(tokens, place.width, generator=torch.Generator().manual_seed(1))
+    return values.to(place.kind, place.dtype)
+
+
+def training_step(model: nn.Module, place: Place, tokens: int) -> Work:
     """Forward, backward and AdamW."""
     optimizer = torch.optim.AdamW(model.parameters())
-    x = batch(tokens)
+    x = batch(place, tokens)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -126,37 +203,56 @@ def training_step(model: nn.Module, tokens: int) -> Work:
     return step
 
 
-def check_gradients(model: nn.Sequential, controller: Any, tokens: int) -> None:
-    """Compare one backward pass with that of a dense model with zeros written by hand."""
-    folded, x = linears(len(model)), batch(tokens)
+def check_gradients(model: nn.Sequential, controller: Any, place: Place, tokens: int) -> None:
+    """Compare one backward pass with that of dense models with zeros written by hand."""
     masks = [info.operand.binary_mask for info in controller.sparsified_module_info]
-    with torch.no_grad():
-        for layer, mask in zip(folded, masks, strict=True):
-            layer.weight.masked_fill_(~mask, 0)
-    for net in (model, folded):
-        net(x).square().mean().backward()
-    for layer, want, mask in zip(model, folded, masks, strict=True):
-        torch.testing.assert_close(layer.weight.grad, want.weight.grad * mask)
+    x = batch(place, tokens)
+    gradients = []
+    for kind in (None, place.dtype, torch.float64):
+        net = model
+        if kind is not None:
+            net = linears(place, len(model)).to(kind)
+            with torch.no_grad():
+                for layer, mask in zip(net, masks, strict=True):
+                    layer.weight.masked_fill_(~mask, 0)
+        net(x if kind is None else x.to(kind)).square().mean().backward()
+        found = [layer.weight.grad for layer in net]
+        gradients.append([g.masked_fill(~m, 0) for g, m in zip(found, masks, strict=True)])
+    outside = sum(
+        int(layer.weight.grad[~m].count_nonzero()) for layer, m in zip(model, masks, strict=True)
+    )
+    check(outside == 0, f"{outside} pruned weights have a gradient")
+    for three in zip(*gradients, strict=True):
+        check_close(*three)
     model.zero_grad()
 
 
-def dense_step(tokens: int) -> Work:
-    return training_step(linears(4), tokens)
+LAYERS = 4
 
 
-def our_step(pattern: Pattern, tokens: int) -> Work:
-    model = linears(4)
-    check_gradients(model, sparse(model, pattern), tokens)
-    return training_step(model, tokens)
+def dense_step(place: Place, tokens: int) -> Work:
+    return training_step(linears(place, LAYERS), place, tokens)
 
 
-def nncf_step(tokens: int) -> Work:
-    _, model = nncf.compress(linears(4), WIDTH, LEVEL)
-    return training_step(model, tokens)
+def our_step(place: Place, pattern: Pattern, tokens: int) -> Work:
+    model = linears(place, LAYERS)
+    check_gradients(model, sparse(model, pattern), place, tokens)
+    return training_step(model, place, tokens)
 
 
-def evaluation(model: nn.Module, tokens: int) -> Work:
-    x = batch(tokens)
+def nncf_step(place: Place, tokens: int) -> Work:
+    _, model = nncf.compress(linears(place, LAYERS), place.width, LEVEL)
+    return training_step(model, place, tokens)
+
+
+def torch_step(place: Place, tokens: int) -> Work:
+    model = linears(place, LAYERS)
+    torch_prune.compress(model, LEVEL)
+    return training_step(model, place, tokens)
+
+
+def evaluation(model: nn.Module, place: Place, tokens: int) -> Work:
+    x = batch(place, tokens)
     model.eval()
 
     def forward() -> None:
@@ -166,148 +262,311 @@ def evaluation(model: nn.Module, tokens: int) -> Work:
     return forward
 
 
-def dense_evaluation(tokens: int) -> Work:
-    return evaluation(linears(4), tokens)
+def dense_evaluation(place: Place, tokens: int) -> Work:
+    return evaluation(linears(place, LAYERS), place, tokens)
 
 
-def our_evaluation(pattern: Pattern, tokens: int) -> Work:
-    model = linears(4)
+def our_evaluation(place: Place, pattern: Pattern, tokens: int) -> Work:
+    model = linears(place, LAYERS)
     controller = sparse(model, pattern)
     with torch.no_grad():
-        torch.testing.assert_close(model(batch(4)), controller.strip()(batch(4)))
-    return evaluation(model, tokens)
+        x, stripped = batch(place, 16), controller.strip()
+        check_close(model(x), stripped(x), stripped.double()(x.double()))
+    return evaluation(model, place, tokens)
 
 
-def comparisons() -> list[Comparison]:
-    """List the work and the ratios that the project must reach."""
-    update: dict[str, Callable[[], Work]] = {"ours": partial(our_global_update, 12)}
-    steps: dict[int, dict[str, Callable[[], Work]]] = {
-        tokens: {
-            "dense": partial(dense_step, tokens),
-            "ours, unstructured": partial(our_step, Unstructured(), tokens),
-            "ours, 32x32 blocks": partial(our_step, BLOCK, tokens),
-        }
-        for tokens in (512, 64)
+def our_strip(place: Place) -> Work:
+    controller = sparse(linears(place, LAYERS), Unstructured())
+    masks = [info.operand.binary_mask for info in controller.sparsified_module_info]
+    for layer, mask in zip(controller.strip(), masks, strict=True):
+        check(type(layer) is nn.Linear, "the original class")
+        check(not layer.weight[~mask].any(), "pruned weights are zero")
+    return controller.strip
+
+
+def nncf_strip(place: Place) -> Work:
+    controller, _ = nncf.compress(linears(place, LAYERS), place.width, LEVEL)
+    return partial(controller.strip, do_copy=True)
+
+
+def product_operands(place: Place, block: Block) -> Operands:
+    shape = Shape(place.batches[0], place.width, place.width)
+    return Operands(shape, block, LEVEL, "random", place.dtype, place.kind, "auto")
+
+
+def check_product(y: Tensor, o: Operands, weight: Tensor) -> None:
+    check_close(y, F.linear(o.x, weight), F.linear(*o.exact(o.x, weight)))
+
+
+def our_product(place: Place, block: Block) -> Work:
+    o = product_operands(place, block)
+    lists = block_topology(o.grid, block)
+    check_product(block_sparse_linear(o.x, o.weight, lists, pattern=block), o, o.masked)
+    return lambda: block_sparse_linear(o.x, o.weight, lists, pattern=block)
+
+
+def peer_product(place: Place, block: Block, name: str) -> Work:
+    """Set up another library's product with the same operands, and check its result."""
+    o = product_operands(place, block)
+    weight, finish = o.masked, _as_it_is
+    match name:
+        case "dense":
+            weight = o.weight
+            product = dense.linear(o.x, weight)
+        case "dense, compiled":
+            weight = o.weight
+            product = dense.compiled_linear(o.x, weight)
+        case "torch BSR":
+            product = torch_bsr.linear(o.x, weight, (block.rows, block.cols))
+        case "STK":
+            product = stk.linear(o.x, weight)
+        case "blksprs":
+            product, finish = blksprs.linear(o.x, weight, block.rows)
+        case _:
+            weight = semi_structured.prune(o.weight)
+            product = semi_structured.linear(o.x, weight)
+    check_product(finish(product()), o, weight)
+    return product
+
+
+def _as_it_is(y: Tensor) -> Tensor:
+    return y
+
+
+def products(place: Place, block: Block) -> Comparison:
+    """Return the forward products of one layer; a peer that cannot be run is a reason."""
+    sides = (block.rows, block.cols)
+    reasons = {
+        "dense": None,
+        "dense, compiled": dense.compiler(place.kind),
+        "torch BSR": None,
+        "STK": stk.available(place.kind, sides),
+        "blksprs": blksprs.available(place.kind, sides),
+        "2:4 by cuSPARSELt": semi_structured.available(place.kind),
     }
+    ours = f"ours, {block.rows}x{block.cols} blocks"
+    subjects: dict[str, Callable[[], Work] | str] = {ours: partial(our_product, place, block)}
+    for name, reason in reasons.items():
+        subjects[name] = reason or partial(peer_product, place, block, name)
+    width = place.width
+    return Comparison(
+        f"Forward product: {place.batches[0]} tokens, {width} x {width} weight, "
+        f"{block.rows} x {block.cols} blocks, 80 % pruned (2:4: 50 %)",
+        subjects,
+        {ours: ("dense", 1.0)},
+    )
+
+
+def comparisons(place: Place) -> list[Comparison]:
+    """List the work and the ratios that the project must reach."""
     reason = nncf.available()
-    if reason is None:
-        update["NNCF"] = partial(nncf_global_update, 12)
-        for tokens, subjects in steps.items():
-            subjects["NNCF"] = partial(nncf_step, tokens)
-    else:
-        print(f"NNCF is left out: {reason}", file=sys.stderr)
+    if place.device != "cpu":
+        reason = reason or "NNCF's sparsity is compared on the CPU"
+    large, small = place.batches
+    width = place.width
+
+    def by_nncf(make: Callable[..., Work], *arguments: Any) -> Callable[[], Work] | str:
+        return reason or partial(make, place, *arguments)
+
+    def steps(tokens: int, targets: Mapping[str, tuple[str, float]]) -> Comparison:
+        return Comparison(
+            f"Training step: {LAYERS} x Linear({width}), batch {tokens}, 80 % pruned",
+            {
+                "dense": partial(dense_step, place, tokens),
+                "ours, unstructured": partial(our_step, place, Unstructured(), tokens),
+                "ours, 32x32 blocks": partial(our_step, place, BLOCK, tokens),
+                "NNCF": by_nncf(nncf_step, tokens),
+                "torch.nn.utils.prune": partial(torch_step, place, tokens),
+            },
+            targets,
+        )
+
+    rows, cols = place.big
     return [
         Comparison(
-            "Mask update: twelve 2048 x 2048 weights, unstructured, one global pool",
-            update,
-            {"ours": ("NNCF", 1 / 25)},
-            weights=12 * WIDTH**2,
-            rounds=3,
-        ),
-        Comparison(
-            "Mask update: one 4096 x 14336 weight, 32 x 32 blocks",
-            {"ours": our_block_update, "WeightNormSparsifier": weight_norm_update},
-            {"ours": ("WeightNormSparsifier", 1 / 25)},
-            weights=4096 * 14336,
-            rounds=3,
-        ),
-        Comparison(
-            "Training step: 4 x Linear(2048), batch 512, 80 % pruned",
-            steps[512],
-            {"ours, unstructured": ("dense", 1.15), "ours, 32x32 blocks": ("dense", 1.05)},
-        ),
-        Comparison(
-            "Training step: 4 x Linear(2048), batch 64, 80 % pruned",
-            steps[64],
-            {"ours, unstructured": ("NNCF", 1.0), "ours, 32x32 blocks": ("NNCF", 1.0)},
-        ),
-        Comparison(
-            "Evaluation forward: 4 x Linear(2048), batch 512, 80 % pruned",
+            f"Mask update: {place.layers} weights {width} x {width}, unstructured, one pool",
             {
-                "dense": partial(dense_evaluation, 512),
-                "ours, unstructured": partial(our_evaluation, Unstructured(), 512),
-                "ours, 32x32 blocks": partial(our_evaluation, BLOCK, 512),
+                "ours": partial(our_global_update, place),
+                "NNCF": by_nncf(nncf_global_update),
+                "torch.nn.utils.prune": partial(torch_global_update, place),
+            },
+            {"ours": ("NNCF", 1 / 25)},
+            weights=place.layers * width**2,
+            rounds=3,
+        ),
+        Comparison(
+            f"Mask update: one {rows} x {cols} weight, 32 x 32 blocks",
+            {
+                "ours": partial(our_block_update, place),
+                "WeightNormSparsifier": partial(weight_norm_update, place),
+            },
+            {"ours": ("WeightNormSparsifier", 1 / 25)},
+            weights=rows * cols,
+            rounds=3,
+        ),
+        Comparison(
+            f"Threshold: the 80th percentile of {4 * width**2 / 1e6:.1f} M magnitudes",
+            {
+                "ours": partial(our_threshold, place),
+                "torch.sort": partial(their_threshold, place, thresholds.by_sort),
+                "torch.topk": partial(their_threshold, place, thresholds.by_topk),
+                "torch.kthvalue": partial(their_threshold, place, thresholds.by_kthvalue),
+            },
+            {"ours": ("torch.kthvalue", 1.0)},
+            weights=4 * width**2,
+            rounds=3,
+        ),
+        *(products(place, Block(side, side)) for side in (32, 128)),
+        steps(
+            large, {"ours, unstructured": ("dense", 1.15), "ours, 32x32 blocks": ("dense", 1.05)}
+        ),
+        steps(small, {"ours, unstructured": ("NNCF", 1.0), "ours, 32x32 blocks": ("NNCF", 1.0)}),
+        Comparison(
+            f"Evaluation forward: {LAYERS} x Linear({width}), batch {large}, 80 % pruned",
+            {
+                "dense": partial(dense_evaluation, place, large),
+                "ours, unstructured": partial(our_evaluation, place, Unstructured(), large),
+                "ours, 32x32 blocks": partial(our_evaluation, place, BLOCK, large),
             },
             {"ours, unstructured": ("dense", 1.02), "ours, 32x32 blocks": ("dense", 1.02)},
             rounds=41,
         ),
+        Comparison(
+            f"Strip: {LAYERS} x Linear({width})",
+            {"ours": partial(our_strip, place), "NNCF": by_nncf(nncf_strip)},
+            {"ours": ("NNCF", 1.0)},
+            rounds=5,
+        ),
     ]
 
 
-def ratio(timings: Mapping[str, Timing], name: str, other: str) -> float:
-    """Return the median over rounds of ``name``'s time to ``other``'s in the same round."""
+def ratios(timings: Mapping[str, Timing], name: str, other: str) -> list[float]:
+    """Return ``name``'s time over ``other``'s in each round, sorted."""
     pairs = zip(timings[name].seconds, timings[other].seconds, strict=True)
-    ratios = torch.tensor([mine / theirs for mine, theirs in pairs])
-    return ratios.median().item()
+    return sorted(mine / theirs for mine, theirs in pairs)
 
 
-def rows(comparison: Comparison, timings: Mapping[str, Timing]) -> list[dict[str, Any]]:
-    """Put one comparison's figures into plain values, one row a subject."""
+def rows(comparison: Comparison, results: Mapping[str, Timing | str]) -> list[dict[str, Any]]:
+    """Put one comparison's figures into plain values, one row a subject.
+
+    Ratios are of one round each; their median, 20th and 80th percentile are kept.
+    """
+    timings = {name: found for name, found in results.items() if isinstance(found, Timing)}
+    reference = next(iter(comparison.subjects))
     found = []
-    for name, timing in timings.items():
-        other, limit = comparison.targets.get(name, (None, None))
-        measured = ratio(timings, name, other) if other in timings else None
-        scratch = None
+    for name, subject in comparison.subjects.items():
+        row: dict[str, Any] = {"work": comparison.title, "subject": name}
+        if isinstance(subject, str):
+            found.append(row | {"status": "skipped", "detail": subject})
+            continue
+        if name not in timings:
+            found.append(row | {"status": "failed", "detail": results[name]})
+            continue
+        timing = timings[name]
+        row |= {"status": "ok", "detail": ""}
+        row |= {"median_s": timing.median, "p20_s": timing.quantile(0.2)}
+        row |= {"p80_s": timing.quantile(0.8), "runs": len(timing.seconds)}
         if comparison.weights and timing.scratch is not None:
-            scratch = timing.scratch / comparison.weights
-        found.append(
-            {
-                "work": comparison.title,
-                "subject": name,
-                "median_s": timing.median,
-                "p20_s": timing.quantile(0.2),
-                "p80_s": timing.quantile(0.8),
-                "scratch_bytes_per_weight": scratch,
-                "compared_with": other if measured is not None else None,
-                "ratio": measured,
-                "ratio_target": limit if measured is not None else None,
+            row["scratch_bytes_per_weight"] = timing.scratch / comparison.weights
+        target, limit = comparison.targets.get(name, (None, None))
+        other = target if target in timings else reference if reference in timings else None
+        if other is not None and other != name:
+            sorted_ratios = ratios(timings, name, other)
+            last = len(sorted_ratios) - 1
+            row |= {
+                "compared_with": other,
+                "ratio": sorted_ratios[round(0.5 * last)],
+                "ratio_p20": sorted_ratios[round(0.2 * last)],
+                "ratio_p80": sorted_ratios[round(0.8 * last)],
+                "ratio_target": limit if other == target else None,
             }
-        )
+        found.append(row)
     return found
 
 
 def draw(title: str, found: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for heading in ("", "median", "p20 to p80", "scratch a weight", "ratio", "target"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    headings = (
+        "subject:", "median", "p20 to p80", "scratch a weight", "ratio", "spread", "target",
+    )  # fmt: skip
+    lines = []
     for row in found:
-        scratch = row["scratch_bytes_per_weight"]
-        reached = row["ratio"] is not None and row["ratio"] <= row["ratio_target"]
-        table.add_row(
-            row["subject"],
-            f"{row['median_s'] * 1e3:.1f} ms",
-            f"{row['p20_s'] * 1e3:.1f} to {row['p80_s'] * 1e3:.1f} ms",
-            "" if scratch is None else f"{scratch:.1f} bytes",
-            "" if row["ratio"] is None else f"{row['ratio']:.3f} of {row['compared_with']}",
-            ""
-            if row["ratio"] is None
-            else f"<= {row['ratio_target']:.3g} {'reached' if reached else 'MISSED'}",
+        if row["status"] != "ok":
+            lines.append((row["subject"], row["status"].upper(), *[""] * 5))
+            continue
+        scratch, ratio = row.get("scratch_bytes_per_weight"), row.get("ratio")
+        limit = row.get("ratio_target")
+        lines.append(
+            (
+                row["subject"],
+                seconds(row["median_s"]),
+                f"{seconds(row['p20_s'])} to {seconds(row['p80_s'])}",
+                "" if scratch is None else f"{scratch:.1f} bytes",
+                "" if ratio is None else f"{ratio:.3f} of {row['compared_with']}",
+                "" if ratio is None else f"{row['ratio_p20']:.3f} to {row['ratio_p80']:.3f}",
+                ""
+                if limit is None
+                else f"<= {limit:.3g} {'reached' if ratio <= limit else 'MISSED'}",
+            )
         )
-    return table
+    return table(title, headings, lines)
+
+
+def compare(place: Place, threads: int, *, rounds: int | None = None) -> dict[str, Any]:
+    """Measure all comparisons, printing each, and return the record.
+
+    Args:
+        place: where and how large.
+        threads: of torch, in each process.
+        rounds: timed runs of each; None takes each comparison's own number.
+    """
+    out = console()
+    found: list[dict[str, Any]] = []
+    for comparison in comparisons(place):
+        subjects = {
+            name: make for name, make in comparison.subjects.items() if not isinstance(make, str)
+        }
+        results = in_turn(subjects, rounds or comparison.rounds, threads, place.kind)
+        drawn = rows(comparison, results)
+        found.extend(drawn)
+        out.print(draw(comparison.title, drawn))
+        for row in drawn:
+            if row["status"] != "ok":
+                out.print(f"{row['status']}: {row['subject']}: {row['detail']}")
+    torch.set_num_threads(threads)
+    return environment(place.kind, "auto") | {"rows": found}
+
+
+def run(place: Place, threads: int, folder: Path, *, rounds: int | None = None) -> bool:
+    """Measure all comparisons, write ``compare.json``, and tell whether ours were all right."""
+    record = compare(place, threads, rounds=rounds)
+    write_atomic(folder / "compare.json", dump(record))
+    failed = [row for row in record["rows"] if row["status"] == "failed"]
+    return not any(row["subject"].startswith("ours") for row in failed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        type=Path,
+        help="where compare.json goes; by default with the repository's results of this device",
+    )
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--trial", action="store_true", help="tiny sizes, no figures")
     options = parser.parse_args()
-    console = Console()
-    found = []
-    for comparison in comparisons():
-        timings = in_turn(comparison.subjects, comparison.rounds, options.threads)
-        found.append(rows(comparison, timings))
-        console.print(draw(comparison.title, found[-1]))
-    if options.json:
-        report = {
-            "device": platform.processor() or platform.machine(),
-            "threads": options.threads,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "command": " ".join(["python -m triton_sparsity.bench.compare", *sys.argv[1:]]),
-            "results": [row for part in found for row in part],
-        }
-        with open(options.json, "w") as file:
-            json.dump(report, file, indent=1)
+    try:
+        device = find_device(options.device)
+        folder = options.output or results_folder(device)
+        if options.trial and options.output is None:
+            parser.error("--trial needs --output: its figures are none")
+        claim_folder(folder)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    place = TRIAL if options.trial else GPU if device.type == "cuda" else CPU
+    right = run(place, options.threads, folder, rounds=2 if options.trial else None)
+    sys.exit(0 if right else 1)
 
 
 if __name__ == "__main__":

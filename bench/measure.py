@@ -7,44 +7,23 @@ machine hits all of them alike.
 from __future__ import annotations
 
 import multiprocessing
-import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
-Work = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Times of one piece of work, in seconds, and the most memory it took beyond what it started
-    with.
-
-    Attributes:
-        seconds: one entry a run, in the order of the runs.
-        scratch: bytes; None where the system does not tell.
-    """
-
-    seconds: tuple[float, ...]
-    scratch: int | None
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    def quantile(self, q: float) -> float:
-        """Return the run at fraction ``q`` of the sorted times."""
-        return sorted(self.seconds)[round(q * (len(self.seconds) - 1))]
+from .timing import Timing, Work
 
 
 def in_turn(
-    subjects: Mapping[str, Callable[[], Work]], rounds: int, threads: int
-) -> dict[str, Timing]:
+    subjects: Mapping[str, Callable[[], Work]],
+    rounds: int,
+    threads: int,
+    device: torch.device | None = None,
+) -> dict[str, Timing | str]:
     """Run every subject once a round, after one run each to warm up.
 
     Args:
@@ -52,44 +31,61 @@ def in_turn(
             reference, and returns the work.
         rounds: timed runs of each.
         threads: torch's threads in each process.
+        device: where the work is done; a GPU is waited for.
 
-    Raises:
-        RuntimeError: a subject failed, in its set-up or its check; its traceback is in the
-            message.
+    Returns:
+        By name the times; or what went wrong, in set-up, check or run, of which there is no time.
     """
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
+    gpu = device is not None and device.type == "cuda"
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    scratch: dict[str, int | None] = {}
+    failures: dict[str, str] = {}
     try:
         for name, make in subjects.items():
             pipes[name], end = context.Pipe()
-            process = context.Process(target=_serve, args=(make, threads, end), daemon=True)
+            process = context.Process(target=_serve, args=(make, threads, gpu, end), daemon=True)
             process.start()
+            # else a process that dies is waited for for ever
+            end.close()
             processes.append(process)
             # one set-up at a time, or they would slow one another's warm-up
-            _ask(name, pipes[name], "warm up")
-        seconds: dict[str, list[float]] = {name: [] for name in subjects}
-        scratch: dict[str, int | None] = {}
+            _ask(name, pipes, failures)
         for _ in range(rounds):
-            for name, pipe in pipes.items():
-                elapsed, scratch[name] = _ask(name, pipe, "run")
-                seconds[name].append(elapsed)
-        return {name: Timing(tuple(seconds[name]), scratch[name]) for name in subjects}
+            for name in subjects:
+                if (answer := _ask(name, pipes, failures)) is not None:
+                    seconds[name].append(answer[0])
+                    scratch[name] = answer[1]
     finally:
         for process in processes:
             process.terminate()
             process.join()
+    return {
+        name: failures[name] if name in failures else Timing(tuple(times), scratch[name])
+        for name, times in seconds.items()
+    }
 
 
-def _ask(name: str, pipe: Connection, request: str) -> tuple[float, int | None]:
-    pipe.send(request)
-    answer = pipe.recv()
+def _ask(
+    name: str, pipes: Mapping[str, Connection], failures: dict[str, str]
+) -> tuple[float, int | None] | None:
+    """Let a subject run once; None if it has failed."""
+    if name in failures:
+        return None
+    try:
+        pipes[name].send("run")
+        answer = pipes[name].recv()
+    except (EOFError, OSError):
+        answer = "its process died"
     if isinstance(answer, str):
-        raise RuntimeError(f"{name}: {answer}")
+        failures[name] = answer
+        return None
     return answer
 
 
-def _serve(make: Callable[[], Work], threads: int, pipe: Connection) -> None:
+def _serve(make: Callable[[], Work], threads: int, gpu: bool, pipe: Connection) -> None:
     torch.set_num_threads(threads)
     try:
         work = None
@@ -97,11 +93,13 @@ def _serve(make: Callable[[], Work], threads: int, pipe: Connection) -> None:
             pipe.recv()
             if work is None:
                 work = make()
-            pipe.send(_run(work))
+            pipe.send(_run_on_gpu(work) if gpu else _run(work))
     except EOFError:
         return
-    except BaseException:
-        pipe.send(traceback.format_exc())
+    except BaseException as error:
+        traceback.print_exc()
+        lines = str(error).strip().splitlines() or [""]
+        pipe.send(f"{type(error).__name__}: {lines[0]}")
 
 
 def _run(work: Work) -> tuple[float, int | None]:
@@ -111,6 +109,17 @@ def _run(work: Work) -> tuple[float, int | None]:
     elapsed = time.perf_counter() - start
     peak = _resident("VmHWM")
     return elapsed, None if before is None or peak is None else max(peak - before, 0)
+
+
+def _run_on_gpu(work: Work) -> tuple[float, int | None]:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    elapsed = time.perf_counter() - start
+    return elapsed, torch.cuda.max_memory_allocated() - before
 
 
 def _resident(field: str, *, reset: bool = False) -> int | None:

@@ -65,9 +65,9 @@ from .tiles import (
     device_of,
     dot_precision,
     linear_tile,
-    tuned_tile,
 )
 from .topology import Topology, block_topology, capacities
+from .tuning import tuned_tile
 
 MIN_SIDE = 16  # of a block: the tensor cores' smallest dot
 PANEL_BYTES = 16 * 2**20
@@ -299,7 +299,7 @@ def _launch_product(
 
 def _tuned(direction: str, weight: Tensor, rows: int, cols: int) -> Tile | None:
     shape = weight.shape[0], weight.shape[1]
-    return tuned_tile(direction, shape, Block(rows, cols), weight.dtype)
+    return tuned_tile(direction, shape, Block(rows, cols), weight.dtype, weight.device)
 
 
 def _paths(

@@ -32,38 +32,47 @@ def _buffer(like: Tensor, tasks: Tensor, side: int, other: int) -> Tensor:
     return like.new_empty(most * side * other)
 
 
-def _parts(matrix: Tensor, blocks: Tensor, side: int, dim: int) -> tuple[Tensor, ...]:
-    """Return a view of the whole blocks of ``matrix`` along ``dim``, which of ``blocks`` (they
-    rise) are whole, and a narrow last one if it is among them, else nothing of it.
+def _in_blocks(matrix: Tensor, side: int, dim: int) -> Tensor:
+    """Return a view in which ``dim``, of whole blocks, is two: the blocks, and within a block."""
+    shape = list(matrix.shape)
+    shape[dim : dim + 1] = shape[dim] // side, side
+    return matrix.view(shape)
+
+
+def _whole(matrix: Tensor, blocks: Tensor, side: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the whole blocks of ``matrix`` along ``dim``, those of ``blocks`` (they rise) that
+    are whole, and the narrow last block of the matrix if it is among them, else nothing of it.
     """
-    length = matrix.shape[dim]
-    full = length // side
-    whole, edge = matrix.split([full * side, length - full * side], dim)
-    whole = whole.unflatten(dim, (full, side))
-    if edge.shape[dim] and len(blocks) and int(blocks[-1]) == full:
-        return whole, blocks[:-1], edge
-    return whole, blocks, edge.narrow(dim, 0, 0)
+    full, rest = divmod(matrix.shape[dim], side)
+    if not rest:
+        return _in_blocks(matrix, side, dim), blocks, matrix.narrow(dim, 0, 0)
+    whole, edge = matrix.split([full * side, rest], dim)
+    if len(blocks) and int(blocks[-1]) == full:
+        return _in_blocks(whole, side, dim), blocks[:-1], edge
+    return _in_blocks(whole, side, dim), blocks, edge.narrow(dim, 0, 0)
 
 
 def _take(matrix: Tensor, blocks: Tensor, side: int, dim: int, buffer: Tensor) -> Tensor:
     """Gather block rows (0) or columns (1) of ``matrix`` into ``buffer``, one after the other."""
-    whole, inner, edge = _parts(matrix, blocks, side, dim)
+    whole, inner, edge = _whole(matrix, blocks, side, dim)
+    wide, narrow = len(inner) * side, edge.shape[dim]
     shape = list(matrix.shape)
-    shape[dim] = len(inner) * side + edge.shape[dim]
+    shape[dim] = wide + narrow
     out = buffer[: shape[0] * shape[1]].view(shape)
-    target = out.narrow(dim, 0, len(inner) * side).unflatten(dim, (len(inner), side))
-    torch.index_select(whole, dim, inner, out=target)
-    out.narrow(dim, len(inner) * side, edge.shape[dim]).copy_(edge)
+    target = out
+    if narrow:
+        target, last = out.split([wide, narrow], dim)
+        last.copy_(edge)
+    torch.index_select(whole, dim, inner, out=_in_blocks(target, side, dim))
     return out
 
 
 def _put(matrix: Tensor, blocks: Tensor, side: int, dim: int, values: Tensor) -> None:
     """Write ``values`` where ``_take`` would read them."""
-    whole, inner, edge = _parts(matrix, blocks, side, dim)
-    wide = len(inner) * side
-    new = values.narrow(dim, 0, wide).unflatten(dim, (len(inner), side))
-    whole.index_copy_(dim, inner, new)
-    edge.copy_(values.narrow(dim, wide, edge.shape[dim]))
+    whole, inner, edge = _whole(matrix, blocks, side, dim)
+    new, last = values.split([len(inner) * side, edge.shape[dim]], dim)
+    whole.index_copy_(dim, inner, _in_blocks(new, side, dim))
+    edge.copy_(last)
 
 
 def forward(

@@ -50,10 +50,10 @@ from .tiles import (
     descriptor,
     device_of,
     dot_precision,
-    tuned_tile,
     wgrad_tile,
 )
 from .topology import BUNDLE_WIDTH, Topology, bundling
+from .tuning import tuned_tile
 
 MAX_PARTS = 8
 MIN_STEPS = 8  # of a part: below, writing and adding up the parts costs more than it saves
@@ -466,9 +466,8 @@ def launch_wgrad(
     side_u, side_v = (side_a, side_b) if lone_a else (side_b, side_a)
     bulk = takes_bulk_copies(side_u, side_v, precision) and bulk_copies(device, a, b, out)
     shape = grad.shape[1], x.shape[1]
-    tile = tuned_tile("wgrad", shape, Block(rows, cols), grad.dtype) or wgrad_tile(
-        side_u, side_v, grad.dtype, device, precision=precision, bulk=bulk
-    )
+    tuned = tuned_tile("wgrad", shape, Block(rows, cols), grad.dtype, grad.device)
+    tile = tuned or wgrad_tile(side_u, side_v, grad.dtype, device, precision=precision, bulk=bulk)
     shared = layout(tile, lone_a, side_a, side_b, bulk, device)
     programs = device.processors * tile.programs
     elements = shared["DOTS"] * shared["ACC_ROWS"] * shared["ACC_COLS"]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .pattern import Block, grid_shape
 from .topology import bundling
+from .tuning import break_even, shape_class
 
 Dispatch = Literal["auto", "sparse", "dense"]
 
@@ -57,13 +58,14 @@ class Kind(NamedTuple):
     shape: tuple[int, int]
 
 
-# from an autotuning run on the device at hand; comes before what is below
+# what a program says itself; comes before the device's tuning table, and that before what is below
 measured: dict[Kind, BreakEven] = {}
 
-# Side of a block -> break-even. On a CPU the side is that by which a gathered element is used;
-# measured on two cores of an AMD EPYC, MKL, float32, 512 tokens, 2048 x 2048.
-_CPU = {256: 0.65, 128: 0.65, 64: 0.5, 32: 0.32, 16: 0.1}
-_CPU_WGRAD = {256: 0.6, 128: 0.6, 64: 0.42, 32: 0.26, 16: 0.07}
+# Side of a block -> break-even. On a CPU the side is that by which a gathered element is used.
+# Measured on two cores of a shared AMD EPYC, MKL, float32, 512 tokens, 2048 x 2048, while its
+# neighbours left it the least memory bandwidth; at quiet times the true ones are up to twice that.
+_CPU = {256: 0.55, 128: 0.42, 64: 0.3, 32: 0.15, 16: 0.04}
+_CPU_WGRAD = {256: 0.45, 128: 0.3, 64: 0.18, 32: 0.09, 16: 0.02}
 # elements of a line of blocks whose product takes as long as its Python
 _CPU_LINE = 4096
 # No GPU has been measured yet. Hopper: two thirds of the share of the peak that L2 leaves a tile
@@ -80,7 +82,7 @@ def kind_of(
 ) -> Kind:
     """Return the key of a weight in ``measured``."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return Kind(name, dtype, pattern, tuple(1 << max(n, 1).bit_length() - 1 for n in shape))
+    return Kind(name, dtype, pattern, shape_class(shape))
 
 
 def built_in(
@@ -140,6 +142,7 @@ def choose(
     known = None
     if not torch.are_deterministic_algorithms_enabled():
         known = measured.get(kind_of(shape, pattern, dtype, device))
+        known = known or break_even(shape, pattern, dtype, device)
     limits = known or built_in(shape, pattern, device, triton_runs=triton_runs)
     down, across = grid_shape(pattern, shape)
     return Paths(*(limit > 0 and kept <= limit * down * across for limit in limits))

@@ -13,6 +13,7 @@ Reading order: reference -> products -> operators -> public function.
 
 from __future__ import annotations
 
+import threading
 from math import prod
 from typing import Any
 
@@ -22,8 +23,11 @@ from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
 from .launch import Backend, autocast
-from .masked_weight import apply_mask, apply_mask_, apply_mask_reference
+from .mask import WORDS
+from .masked_weight import and_words, apply_mask, apply_mask_, apply_mask_reference
 from .pattern import Block, Pattern, Unstructured
+
+_memory = threading.local()
 
 
 def masked_linear_reference(
@@ -37,11 +41,27 @@ def _pattern(mask: Tensor, rows: int, cols: int) -> Pattern:
     return Unstructured() if mask.dtype == torch.uint8 else Block(rows, cols)
 
 
+def _scratch(like: Tensor) -> Tensor:
+    """Return memory for a masked weight on a CPU, until this thread's next call: what is fresh
+    from the system costs several times the masking.
+    """
+    kept = getattr(_memory, "bytes", None)
+    if kept is None or kept.numel() < like.nbytes:
+        kept = _memory.bytes = torch.empty(like.nbytes, dtype=torch.uint8)
+    return kept[: like.nbytes].view(like.dtype).view(like.shape)
+
+
 def _masked(
     weight: Tensor, mask: Tensor, rows: int, cols: int, backend: Backend, dtype: torch.dtype
 ) -> Tensor:
+    """Return the masked weight for one product: it may lie in scratch memory."""
+    if mask.dtype in WORDS.values() and weight.is_contiguous():
+        masked = _scratch(weight)
+        and_words(weight, mask, rows, masked)
+    else:
+        masked = apply_mask(weight, mask, _pattern(mask, rows, cols), backend=backend)
     # masked, then narrowed: under autocast the mask's words are as wide as the weight
-    return apply_mask(weight, mask, _pattern(mask, rows, cols), backend=backend).to(dtype)
+    return masked.to(dtype)
 
 
 def forward(

@@ -29,12 +29,12 @@ def apply_mask_reference(weight: Tensor, mask: Tensor, pattern: Pattern) -> Tens
     return weight.clone().masked_fill_(~keep, 0)
 
 
-def _and_words(weight: Tensor, words: Tensor, rows: int, out: Tensor) -> None:
+def and_words(weight: Tensor, words: Tensor, rows: int, out: Tensor) -> None:
     """AND the weight's bits with a word mask: on a CPU four times as fast as a selection."""
     R, C = weight.shape
     full, rest = divmod(R, rows)
     if rest:  # the last row of blocks is lower than the others
-        _and_words(weight[-rest:], words[full:], rest, out[-rest:])
+        and_words(weight[-rest:], words[full:], rest, out[-rest:])
         weight, words, out = weight[:-rest], words[:full], out[:-rest]
     torch.bitwise_and(
         weight.view(words.dtype).view(full, rows, C),
@@ -193,13 +193,13 @@ def _apply(weight: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
             _launch(weight, mask, rows, cols, out)
             return out
         mask = word_mask(mask, _pattern(mask, rows, cols), weight.shape, weight.dtype)
-    _and_words(weight, mask, rows, out)
+    and_words(weight, mask, rows, out)
     return out
 
 
 def _apply_(weight: Tensor, mask: Tensor, rows: int, cols: int) -> None:
     if mask.dtype in WORDS.values():
-        _and_words(weight, mask, rows, weight)
+        and_words(weight, mask, rows, weight)
     elif use_triton("apply_mask_", "auto", weight):
         _launch(weight, mask, rows, cols, weight)
     else:

@@ -1,0 +1,439 @@
+"""The job ``autotune``: the best tiles of the block-sparse kernels, and where sparsity pays.
+
+Tiles are found by descent: from the tile that ``tiles.py`` would take, one field is changed at a
+time, and a faster tile becomes the new start. Tiles that cannot fit the device, or that read much
+more from the L2, are not tried; a tile that three runs show to be slow is dropped. Each is checked
+before it is timed.
+
+Break-even densities are found by bisection, each against the dense product measured just before.
+Without Triton there are no tiles; then the densities are those of the plain-torch path.
+
+What was found is written after every step, so that the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..kernels import tiles, tuning
+from ..kernels.block_sparse_linear import MIN_SIDE
+from ..kernels.launch import INTERPRET, Backend, use_triton
+from ..kernels.pattern import Block
+from ..kernels.tiles import RESERVE, Device, Tile, device_of
+from .files import write_atomic
+from .options import find_device, parse_pattern
+from .profile import Progress
+from .record import command, dump, environment
+from .shapes import Shape, parse_shapes
+from .timing import measure
+from .work import DIRECTIONS, Operands, intensity, operand_cases, tile_of
+
+MAX_ACCUMULATORS = 128  # float32 registers a thread, of 255 that it has
+WORTH = 0.99  # a tile must take at most this part of the best one's time to replace it
+GIVE_UP = 1.1
+LEAST_INTENSITY = 0.6  # of the usual tile's
+LOWEST, STEPS = 0.02, 5  # of the search for a break-even density
+
+
+@dataclass(frozen=True)
+class Search:
+    """What to tune.
+
+    Attributes:
+        shapes, blocks, dtypes: each with each.
+        level: at which tiles are compared; they do not depend on it.
+        device, backend: where.
+        candidates: tiles to try for each direction, at most.
+        budget: seconds of timed runs of each measurement.
+        output: the table's file.
+        force: measure anew what the file has.
+    """
+
+    shapes: tuple[Shape, ...]
+    blocks: tuple[Block, ...]
+    dtypes: tuple[torch.dtype, ...]
+    level: float
+    device: torch.device
+    backend: Backend
+    candidates: int
+    budget: float
+    output: Path
+    force: bool
+
+
+def make_search(
+    *,
+    shapes: str | None = None,
+    tokens: int | None = None,
+    patterns: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+    level: float | None = None,
+    device: str | None = None,
+    backend: str | None = None,
+    threads: int | None = None,
+    candidates: int | None = None,
+    budget: float | None = None,
+    output: Path | None = None,
+    force: bool = False,
+) -> Search:
+    """Return the search that a command line spells; None takes what suits the device.
+
+    Raises:
+        ValueError: an option is unknown or out of its range, or the output is another file.
+        OSError: a file cannot be read or written.
+    """
+    place = find_device(device or "auto")
+    gpu = place.type == "cuda"
+    try:
+        triton_runs = use_triton("autotune", backend or "auto", torch.empty(0, device=place))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    for name, value in (
+        ("tokens", tokens),
+        ("threads", threads),
+        ("budget", budget),
+        ("candidates", candidates),
+    ):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive, got {value}")
+    level = 0.8 if level is None else level
+    if not 0 <= level < 1:
+        raise ValueError(f"level must be in [0, 1), got {level}")
+    blocks = [parse_pattern(p) for p in patterns or [f"block:{s}" for s in (256, 128, 64, 32)]]
+    for block in blocks:
+        if not isinstance(block, Block) or min(block.rows, block.cols) < MIN_SIDE:
+            raise ValueError(
+                f"pattern must be blocks of at least {MIN_SIDE} a side, got {str(block)!r}"
+            )
+    kinds = dtypes or ("bfloat16" if gpu else "float32",)
+    for kind in kinds:
+        if kind not in tuning.DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(tuning.DTYPES)}, got {kind!r}")
+    if output is None:
+        if INTERPRET:
+            raise ValueError(
+                "autotune: output must be given with Triton's interpreter: its times are not "
+                "to be used"
+            )
+        output = tuning.user_file(tuning.device_name(place))
+        if output is None:
+            raise ValueError("autotune: output must be given where platformdirs is not installed")
+        output.parent.mkdir(parents=True, exist_ok=True)
+    elif output.exists() and not _is_table(output):
+        raise ValueError(f"output must be a tuning table or a new file, got {output}")
+    with output.open("ab"):
+        pass
+    if threads:
+        torch.set_num_threads(threads)
+    return Search(
+        shapes=parse_shapes(
+            shapes or ("llama3-8b" if gpu else "tiny"), tokens or (8192 if gpu else 256)
+        ),
+        blocks=tuple(b for b in blocks if isinstance(b, Block)),
+        dtypes=tuple(tuning.DTYPES[kind] for kind in kinds),
+        level=level,
+        device=place,
+        backend="triton" if triton_runs else "torch",
+        candidates=candidates or 16,
+        budget=budget or (0.05 if gpu else 0.1),
+        output=output,
+        force=force,
+    )
+
+
+def _is_table(path: Path) -> bool:
+    """Tell whether a file is empty or some tuning table, stale or damaged ones included."""
+    content = path.read_bytes()
+    return not content or content.startswith(b'{\n "format": ')
+
+
+def autotune(search: Search, progress: Progress, warn: Callable[[str], None]) -> Mapping[str, Any]:
+    """Search, and write the table after every step.
+
+    Args:
+        search: what, where, how long.
+        progress: is told of every step.
+        warn: is told if the file's old content is of no use.
+
+    Returns:
+        The table as it was written.
+
+    Raises:
+        ValueError: a result is wrong; OSError: the file cannot be written.
+    """
+    content = _start(search, warn)
+    jobs = list(_jobs(search))
+    for i, (shape, block, dtype, direction) in enumerate(jobs, 1):
+        name = "break_even" if direction is None else "tiles"
+        head = {
+            "weight": list(shape.weight),
+            "block": [block.rows, block.cols],
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        if direction is not None:
+            head = {"direction": direction} | head
+        found = next((row for row in content[name] if head.items() <= row.items()), None)
+        if found is None:
+            if direction is None:
+                found = _break_even_row(head, search, shape, block, dtype, content)
+            else:
+                found = _tile_row(head, search, shape, block, dtype, direction)
+            content[name].append(found)
+            write_atomic(search.output, dump(content))
+        note = f"{shape} {block} {direction or 'break-even'}"
+        progress("autotune", i, len(jobs), note)
+    tuning.table.cache_clear()
+    return content
+
+
+def _jobs(search: Search) -> Iterator[tuple[Shape, Block, torch.dtype, str | None]]:
+    for shape in search.shapes:
+        for dtype in search.dtypes:
+            for block in search.blocks:
+                # exact float32 has one tile, which its register use dictates
+                if search.backend == "triton" and dtype.itemsize == 2:
+                    for direction in tuning.DIRECTIONS:
+                        yield shape, block, dtype, direction
+                yield shape, block, dtype, None
+
+
+def _start(search: Search, warn: Callable[[str], None]) -> dict[str, Any]:
+    """Return the file's content to go on with, or an empty table."""
+    wanted = tuning.identity(search.device)
+    if search.output.stat().st_size and not search.force:
+        try:
+            return dict(tuning.read(search.output, wanted))
+        except ValueError as error:
+            warn(f"tuning table {search.output} is replaced: {error}")
+    where = environment(search.device, search.backend)
+    return {
+        "format": tuning.FORMAT,
+        **wanted._asdict(),
+        "backend": search.backend,
+        **{name: where[name] for name in ("torch", "threads", "version", "commit", "date")},
+        "command": command(),
+        "tiles": [],
+        "break_even": [],
+    }
+
+
+def _operands(
+    search: Search, shape: Shape, block: Block, dtype: torch.dtype, level: float
+) -> Operands:
+    return Operands(shape, block, level, "random", dtype, search.device, search.backend)
+
+
+OPERATION = {direction: operation for operation, direction in DIRECTIONS.items()}
+
+
+def _built(operands: Operands, direction: str) -> Any:
+    (case,) = operand_cases(operands, [OPERATION[direction]])
+    return case.build()
+
+
+def _tile_row(
+    head: dict[str, Any],
+    search: Search,
+    shape: Shape,
+    block: Block,
+    dtype: torch.dtype,
+    direction: str,
+) -> dict[str, Any]:
+    operands = _operands(search, shape, block, dtype, search.level)
+    key = direction, shape.weight, block, dtype
+    tiles.measured.pop(key, None)
+    start = tile_of(OPERATION[direction], shape.weight, block, dtype, search.device)
+    built = _built(operands, direction)
+
+    def time(tile: Tile, best: float | None) -> float | None:
+        tiles.measured[key] = tile
+        try:
+            if built.check() is not None:
+                return None
+            give_up = None if best is None else GIVE_UP * best
+            return measure(
+                built.run, search.device, budget=search.budget, least=3, give_up=give_up
+            ).median
+        # a tile that does not compile or fit is no candidate, for whatever reason
+        except Exception:
+            return None
+        finally:
+            del tiles.measured[key]
+
+    device = device_of(operands.weight)
+    usable = partial(
+        _usable,
+        direction=direction,
+        shape=shape.weight,
+        block=block,
+        device=device,
+        size=dtype.itemsize,
+        least=LEAST_INTENSITY * intensity(OPERATION[direction], start, dtype.itemsize),
+    )
+    best, seconds, tried = descend(start, usable, time, search.candidates)
+    return head | {
+        "tile": best._asdict(),
+        "tokens": shape.tokens,
+        "seconds": seconds,
+        "default_seconds": tried[start],
+        "tried": len(tried),
+    }
+
+
+def descend(
+    start: Tile,
+    usable: Callable[[Tile], bool],
+    time: Callable[[Tile, float | None], float | None],
+    most: int,
+) -> tuple[Tile, float, dict[Tile, float | None]]:
+    """Find a tile that no neighbour beats.
+
+    Args:
+        start: the first one, which must work.
+        usable: whether a tile is worth trying.
+        time: seconds that a tile takes, given the best time so far, or None if it does not work.
+        most: tiles to try in all.
+
+    Returns:
+        The best tile, its seconds, and all that were tried.
+
+    Raises:
+        ValueError: the first one does not work.
+    """
+    seconds = time(start, None)
+    if seconds is None:
+        raise ValueError(f"autotune: the kernel's result with its own tile {start} is wrong")
+    tried: dict[Tile, float | None] = {start: seconds}
+    best, moved = start, True
+    while moved and len(tried) < most:
+        moved = False
+        for tile in neighbours(best):
+            if tile in tried or not usable(tile):
+                continue
+            if len(tried) == most:
+                break
+            tried[tile] = found = time(tile, seconds)
+            if found is not None and found <= WORTH * seconds:
+                best, seconds, moved = tile, found, True
+                break
+    return best, seconds, tried
+
+
+def neighbours(tile: Tile) -> Iterator[Tile]:
+    """Yield tiles with one field changed, those first that tend to matter most."""
+    for stages in (tile.stages + 1, tile.stages - 1, tile.stages - 2):
+        if stages >= 2:
+            yield tile._replace(stages=stages)
+    for name in ("k", "m", "n"):
+        for value in (getattr(tile, name) * 2, getattr(tile, name) // 2):
+            # the pipeline keeps as many bytes in flight, or as many stages
+            for stages in (max(2, tile.stages * getattr(tile, name) // value), tile.stages):
+                yield tile._replace(**{name: value, "stages": stages})
+    yield tile._replace(warps=4 if tile.warps == 8 else 8)
+    other = 2 if tile.programs == 1 else 1
+    yield tile._replace(programs=other, stages=max(2, tile.stages * tile.programs // other))
+
+
+def _usable(
+    tile: Tile,
+    *,
+    direction: str,
+    shape: tuple[int, int],
+    block: Block,
+    device: Device,
+    size: int,
+    least: float,
+) -> bool:
+    if not tuning.fits(tile, direction, shape, block) or min(tile[:3]) < MIN_SIDE:
+        return False
+    room = device.shared // tile.programs - RESERVE
+    shared = (tile.m * tile.n + tile.stages * (tile.m + tile.n) * tile.k) * size
+    accumulators = tile.m * tile.n // (32 * tile.warps)
+    operation = OPERATION[direction]
+    return (
+        shared <= room
+        and accumulators <= MAX_ACCUMULATORS
+        and tile.stages <= tiles.MAX_STAGES
+        and intensity(operation, tile, size) >= least
+    )
+
+
+def _break_even_row(
+    head: dict[str, Any],
+    search: Search,
+    shape: Shape,
+    block: Block,
+    dtype: torch.dtype,
+    content: Mapping[str, Any],
+) -> dict[str, Any]:
+    dense: dict[str, float] = {}
+    sparse: dict[tuple[str, float], float] = {}
+
+    def times(directions: Sequence[str], density: float) -> tuple[float, float]:
+        """Return the seconds of sparse and dense products at a density."""
+        for direction in directions:
+            if (direction, density) in sparse:
+                continue
+            built = _built(_operands(search, shape, block, dtype, 1 - density), direction)
+            if problem := built.check():
+                raise ValueError(f"autotune: {shape} {block} {direction}: {problem}")
+            sparse[direction, density] = measure(
+                built.run, search.device, budget=search.budget
+            ).median
+            again = measure(built.dense, search.device, budget=search.budget).median
+            dense[direction] = min(again, dense.get(direction, again))
+        return (
+            sum(sparse[direction, density] for direction in directions),
+            sum(dense[direction] for direction in directions),
+        )
+
+    with _tiles_of(content):
+        found = {d: crossing(partial(times, [d])) for d in tuning.DIRECTIONS}
+        found["total"] = crossing(partial(times, tuning.DIRECTIONS))
+    return head | {"tokens": shape.tokens} | found
+
+
+def crossing(times: Callable[[float], tuple[float, float]]) -> float:
+    """Return the highest density found at which sparse is not slower than dense.
+
+    Args:
+        times: density -> seconds of sparse and dense work.
+
+    Returns:
+        From 0, if sparse is slower even at 2 % density, to 1.
+    """
+
+    def pays(density: float) -> bool:
+        sparse, dense = times(density)
+        return sparse <= dense
+
+    if pays(1.0):
+        return 1.0
+    if not pays(LOWEST):
+        return 0.0
+    low, high = LOWEST, 1.0
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if pays(middle) else (low, middle)
+    return low
+
+
+@contextmanager
+def _tiles_of(content: Mapping[str, Any]) -> Iterator[None]:
+    """Let the kernels use the tiles found so far."""
+    found = tuning.parse(content).tiles
+    before = dict(tiles.measured)
+    tiles.measured.update(found)
+    try:
+        yield
+    finally:
+        tiles.measured.clear()
+        tiles.measured.update(before)

@@ -1,0 +1,329 @@
+"""The job ``profile``: what each kernel achieves here, against what the device can do.
+
+Every result is checked before it is timed. What fails the check is shown as failed and has no
+speed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..kernels.block_sparse_linear import MIN_SIDE
+from ..kernels.launch import Backend, use_triton
+from ..kernels.pattern import Block, Pattern
+from .ceilings import Ceilings, measure_ceilings
+from .charts import roofline, speedups
+from .files import write_atomic
+from .options import find_device, parse_pattern, spell_pattern
+from .record import Row, claim_folder, dump, environment, times, to_csv
+from .shapes import Shape, parse_shapes, spell_shapes
+from .timing import Timing, measure
+from .work import OPERATIONS, Case, Operands, model_cases, operand_cases
+
+Progress = Callable[[str, int, int, str], None]
+
+LEVEL_BOUND = ("score", "select", "mask", "topology", "pack")
+"""Operations whose time does not depend on the level, or hardly: measured at one."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        shapes: of the weights.
+        patterns, levels: each with each.
+        mask: ``"random"`` or ``"skewed"``, for operations on one weight.
+        operations: of ``work.OPERATIONS``.
+        dtype: of weights and activations.
+        device, backend: where and how.
+        budget: seconds of timed runs of each operation.
+    """
+
+    shapes: tuple[Shape, ...]
+    patterns: tuple[Pattern, ...]
+    levels: tuple[float, ...]
+    mask: str
+    operations: tuple[str, ...]
+    dtype: torch.dtype
+    device: torch.device
+    backend: Backend
+    budget: float
+
+
+def make_plan(
+    *,
+    shapes: str | None = None,
+    tokens: int | None = None,
+    patterns: Sequence[str] | None = None,
+    levels: Sequence[float] | None = None,
+    mask: str | None = None,
+    operations: Sequence[str] | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    backend: str | None = None,
+    threads: int | None = None,
+    budget: float | None = None,
+) -> Plan:
+    """Return the plan that a command line spells; None takes what suits the device.
+
+    Raises:
+        ValueError: an option is unknown or out of its range, or the backend cannot run there.
+        OSError: a model file cannot be read.
+    """
+    place = find_device(device or "auto")
+    gpu = place.type == "cuda"
+    try:
+        triton_runs = use_triton("profile", backend or "auto", torch.empty(0, device=place))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    levels = tuple(levels or (0.5, 0.8, 0.9))
+    for level in levels:
+        if not 0 <= level < 1:
+            raise ValueError(f"level must be in [0, 1), got {level}")
+    operations = tuple(operations or OPERATIONS)
+    for operation in operations:
+        if operation not in OPERATIONS:
+            names = ", ".join(repr(name) for name in OPERATIONS)
+            raise ValueError(f"operation must be one of {names}, got {operation!r}")
+    mask = mask or "random"
+    if mask not in ("random", "skewed"):
+        raise ValueError(f"mask must be 'random' or 'skewed', got {mask!r}")
+    dtype = dtype or ("bfloat16" if gpu else "float32")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be one of float32, bfloat16, float16, got {dtype!r}")
+    for name, value in (("tokens", tokens), ("threads", threads), ("budget", budget)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive, got {value}")
+    if threads:
+        torch.set_num_threads(threads)
+    found = parse_shapes(
+        shapes or ("llama3-8b" if gpu else "tiny"), tokens or (8192 if gpu else 256)
+    )
+    if patterns is None:
+        patterns = (
+            ("unstructured", "block:32", "block:128") if gpu else ("unstructured", "block:32")
+        )
+    return Plan(
+        shapes=found,
+        patterns=tuple(parse_pattern(p) for p in patterns),
+        levels=levels,
+        mask=mask,
+        operations=operations,
+        dtype=getattr(torch, dtype),
+        device=place,
+        backend="triton" if triton_runs else "torch",
+        budget=budget or (0.1 if gpu else 0.05),
+    )
+
+
+def groups(plan: Plan) -> list[Callable[[], Iterator[Case]]]:
+    """Return what is measured, in groups that share their operands and are set up one by one."""
+    one_level = plan.levels[len(plan.levels) // 2]
+    found: list[Callable[[], Iterator[Case]]] = []
+    for shape, pattern, level in product(plan.shapes, plan.patterns, plan.levels):
+        wanted = [o for o in plan.operations if level == one_level or o not in LEVEL_BOUND]
+        found.append(partial(_operand_group, plan, shape, pattern, level, wanted))
+    for pattern, level in product(plan.patterns, plan.levels):
+        wanted = [o for o in plan.operations if level == one_level or o == "training step"]
+        found.append(
+            partial(
+                model_cases,
+                plan.shapes, pattern, level, plan.dtype, plan.device, plan.backend, wanted,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _operand_group(
+    plan: Plan, shape: Shape, pattern: Pattern, level: float, operations: Sequence[str]
+) -> Iterator[Case]:
+    operands = Operands(shape, pattern, level, plan.mask, plan.dtype, plan.device, plan.backend)
+    yield from operand_cases(operands, operations)
+
+
+def profile(plan: Plan, progress: Progress, trace: Path | None = None) -> dict[str, Any]:
+    """Check and time everything in ``plan``.
+
+    Args:
+        plan: what and where.
+        progress: is told of every step.
+        trace: a file for torch's profiler, which looks at one more run of each operation.
+
+    Returns:
+        The record: where, ceilings, and a list of rows as dictionaries.
+    """
+    ceilings = measure_ceilings(plan.device, [plan.dtype])
+    rows, traced = [], []
+    todo = groups(plan)
+    for i, group in enumerate(todo, 1):
+        for case in group():
+            row, run = measure_case(case, plan, ceilings, keep=trace is not None)
+            rows.append(row)
+            if run is not None:
+                traced.append((row, run))
+        progress("profile", i, len(todo), f"{len(rows)} measured")
+    record = environment(plan.device, plan.backend) | {
+        "notes": notes(plan),
+        "ceilings": ceilings._asdict(),
+        "overhead_s": overhead(plan.device),
+        "rows": [asdict(row) for row in rows],
+    }
+    if trace is not None:
+        write_trace(trace, traced, plan.device)
+    return record
+
+
+def overhead(device: torch.device) -> float:
+    """Return what the measurement itself adds to a time: that of doing nothing."""
+    return measure(lambda: None, device, least=20).median
+
+
+def measure_case(
+    case: Case,
+    plan: Plan,
+    ceilings: Ceilings,
+    *,
+    keep: bool = False,
+) -> tuple[Row, Callable[[], object] | None]:
+    """Set one case up, check it, and only if it is right, time it.
+
+    Args:
+        case: what.
+        plan: where, and for how long.
+        ceilings: of this run.
+        keep: return the work too.
+    """
+    head = {
+        "operation": case.operation,
+        "shape": spell_shapes(case.shapes),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "pattern": spell_pattern(case.pattern),
+        "level": case.level,
+        "mask": case.mask,
+        "bytes": case.bytes,
+        "flops": case.flops,
+    }
+    try:
+        built = case.build()
+        problem = built.check()
+        if problem is not None:
+            return Row(**head, status="failed", detail=problem), None
+        timing = measure(built.run, plan.device, budget=plan.budget)
+        # right after the other, so that a slow minute hits both
+        dense = built.dense and measure(built.dense, plan.device, budget=plan.budget)
+    except torch.OutOfMemoryError:
+        return Row(**head, status="skipped", detail="out of memory"), None
+    except ModuleNotFoundError as error:
+        return Row(**head, status="skipped", detail=str(error)), None
+    # whatever a kernel does on a device that nobody has seen, the others are still measured
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return Row(**head, status="failed", detail=f"{type(error).__name__}: {lines[0]}"), None
+    row = Row(
+        **head,
+        status="ok",
+        **times(timing),
+        **rates(case, timing.median, ceilings, dense),
+    )
+    return row, built.run if keep else None
+
+
+def rates(case: Case, seconds: float, ceilings: Ceilings, dense: Timing | None) -> dict[str, Any]:
+    """Return the columns that follow from a time, the counts and the ceilings."""
+    gemm = ceilings.gemm[str(case.dtype).removeprefix("torch.")]
+    bounds = {"copy": case.bytes / ceilings.copy}
+    if case.flops:
+        bounds["gemm"] = case.flops / gemm
+    if case.cache_bytes:
+        bounds["cache"] = case.cache_bytes / ceilings.cache
+    bound = max(bounds, key=lambda name: bounds[name])
+    found: dict[str, Any] = {
+        "gb_per_s": case.bytes / seconds / 1e9,
+        "tflop_per_s": case.flops / seconds / 1e12 if case.flops else None,
+        "of_copy": bounds["copy"] / seconds,
+        "of_cache": bounds["cache"] / seconds if "cache" in bounds else None,
+        "of_gemm": bounds["gemm"] / seconds if "gemm" in bounds else None,
+        "bound": bound,
+        "bound_s": bounds[bound],
+        "of_bound": bounds[bound] / seconds,
+    }
+    if dense is not None:
+        found |= {"dense_s": dense.median, "speedup": dense.median / seconds}
+        if case.flops:
+            found["efficiency"] = density(case) * dense.median / seconds
+    return found
+
+
+def density(case: Case) -> float:
+    """Return the fraction of the dense FLOPs that are counted."""
+    per_token = 3 if case.operation == "training step" else 1
+    return case.flops / sum(2 * per_token * s.tokens * s.inputs * s.outputs for s in case.shapes)
+
+
+def write_trace(
+    path: Path, traced: Sequence[tuple[Row, Callable[[], object]]], device: torch.device
+) -> None:
+    """Write a trace of one more run of each operation, for chrome://tracing or Perfetto."""
+    from torch.profiler import ProfilerActivity, record_function
+    from torch.profiler import profile as watch
+
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with watch(activities=activities, acc_events=True) as trace:
+        for row, run in traced:
+            with record_function(f"{row.operation} {row.shape} {row.pattern} {row.level}"):
+                run()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+    trace.export_chrome_trace(str(path))
+
+
+def notes(plan: Plan) -> list[str]:
+    """Say what the figures are not, and what cannot be measured here."""
+    lines = []
+    if plan.device.type != "cuda" and plan.backend == "torch":
+        lines.append(
+            "no GPU: this is the plain-torch backend; Triton's kernels are not measured. What "
+            "fits the CPU's caches can be faster than the copy ceiling"
+        )
+    elif plan.device.type != "cuda":
+        lines.append("Triton's interpreter: its times say nothing of a GPU")
+    if not any(isinstance(p, Block) and min(p.rows, p.cols) >= MIN_SIDE for p in plan.patterns):
+        lines.append("no block of 16 or more a side: block-sparse products are not measured")
+    return lines
+
+
+def claim(output: Path | None, trace: Path | None) -> None:
+    """See that the files can be written, before anything is measured.
+
+    Raises:
+        OSError: they cannot.
+    """
+    if output is not None:
+        claim_folder(output)
+    if trace is not None:
+        with trace.open("ab"):
+            pass
+
+
+def save(record: dict[str, Any], folder: Path) -> None:
+    """Write a record and its pictures to ``folder``.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    write_atomic(folder / "profile.json", dump(record))
+    write_atomic(folder / "profile.csv", to_csv([Row(**row) for row in record["rows"]], record))
+    write_atomic(folder / "roofline.png", roofline(record))
+    if any(row["speedup"] for row in record["rows"]):
+        write_atomic(folder / "speedup.png", speedups(record))

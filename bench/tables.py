@@ -1,0 +1,209 @@
+"""Tables of what was measured, for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def console() -> Console:
+    """Return where tables go: stdout, wide enough not to cut them where nobody looks at it."""
+    found = Console(highlight=False, soft_wrap=True)
+    if not found.is_terminal:
+        found.width = 160
+    return found
+
+
+def seconds(value: float | None) -> str:
+    """Spell a time in the unit that suits it."""
+    if value is None:
+        return ""
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e6:.3g} us"
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def table(title: str | None, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table whose first columns are names: those with no digit-like heading."""
+    made = Table(title=title, title_justify="left")
+    for heading in headings:
+        name = heading.endswith(":")
+        made.add_column(heading.rstrip(":"), justify="left" if name else "right", no_wrap=name)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def where(record: Mapping[str, Any]) -> str:
+    """Return one line on where a record was made."""
+    threads = f", {record['threads']} threads" if record.get("threads") else ""
+    return (
+        f"{record['device']}, backend {record['backend']}{threads}, torch {record['torch']}, "
+        f"triton {record['triton'] or 'absent'}"
+    )
+
+
+def ceilings_line(record: Mapping[str, Any]) -> str:
+    """Return one line on what the device can do."""
+    found = record["ceilings"]
+    gemm = ", ".join(f"{rate / 1e12:.3g} TFLOP/s {name}" for name, rate in found["gemm"].items())
+    cache = "L2 read" if record["device_type"] == "cuda" else "cached read of one core"
+    return (
+        f"ceilings: copy {found['copy'] / 1e9:,.0f} GB/s, {cache} {found['cache'] / 1e9:,.0f} "
+        f"GB/s, GEMM {gemm}; measuring adds {seconds(record['overhead_s'])} to a time"
+    )
+
+
+def profile_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of ``profile``."""
+    headings = (
+        "operation:", "shape:", "pattern:", "level", "median", "p20 to p80", "GB/s", "TFLOP/s",
+        "of bound", "bound:", "dense", "speed-up",
+    )  # fmt: skip
+    lines = []
+    for row in rows:
+        shape = row["shape"]
+        head = (row["operation"], "all layers" if "," in shape else shape, row["pattern"])
+        level = f"{row['level']:g}"
+        if row["status"] != "ok":
+            note = (row["status"].upper(), row["detail"][:60])
+            lines.append((*head, level, *note, *[""] * 6))
+            continue
+        rate = row["tflop_per_s"]
+        lines.append(
+            (
+                *head,
+                level,
+                seconds(row["median_s"]),
+                f"{seconds(row['p20_s'])} to {seconds(row['p80_s'])}",
+                f"{row['gb_per_s']:.3g}",
+                "" if rate is None else f"{rate:.3g}",
+                percent(row["of_bound"]),
+                row["bound"],
+                seconds(row["dense_s"]),
+                times(row["speedup"]),
+            )
+        )
+    return table(None, headings, lines)
+
+
+def show_profile(record: Mapping[str, Any], folder: Path | None) -> None:
+    """Print what ``profile`` found, and where its files are."""
+    out = console()
+    out.print(where(record))
+    out.print(ceilings_line(record))
+    for note in record["notes"]:
+        out.print(note)
+    out.print(profile_table(record["rows"]))
+    bad = [row for row in record["rows"] if row["status"] != "ok"]
+    for row in bad:
+        out.print(
+            f"{row['status']}: {row['operation']} {row['shape']} {row['pattern']} "
+            f"{row['level']:g}: {row['detail']}"
+        )
+    if folder is not None:
+        out.print(f"{folder}: profile.json, profile.csv, roofline.png, speedup.png")
+
+
+def show_recommendation(record: Mapping[str, Any], folder: Path | None) -> None:
+    """Print what ``autotune --recommend`` found."""
+    out = console()
+    out.print(where(record))
+    out.print(
+        f"{record['model']}: {record['weights']} weights, {record['parameters'] / 1e6:,.1f} M "
+        f"parameters, {100 * record['level']:g} % pruned in one pool; speed-ups are "
+        f"{record['basis']}"
+    )
+    rows = [
+        (
+            row["pattern"] + (" *" if row["pattern"] == record["recommended"] else ""),
+            times(row["speedup"]) or "none",
+            f"{100 * row['l1_kept']:.1f} %",
+            f"{100 * row['l2_kept']:.1f} %",
+        )
+        for row in record["rows"]
+    ]
+    out.print(table(None, ("pattern:", "speed-up", "L1 kept", "L2 kept"), rows))
+    out.print(record["sentence"])
+    if folder is not None:
+        out.print(f"{folder}: recommend.json, pareto.png")
+
+
+def show_tuning(content: Mapping[str, Any], output: Path) -> None:
+    """Print a tuning table: tiles with their gain, and sparsities from which skipping pays."""
+    out = console()
+    if content["tiles"]:
+        rows = [
+            (
+                row["direction"],
+                f"{row['weight'][0]}x{row['weight'][1]}",
+                f"{row['block'][0]}x{row['block'][1]}",
+                row["dtype"],
+                "{m} x {n} x {k}, {warps} warps, {stages} stages, {programs} a processor".format(
+                    **row["tile"]
+                ),
+                seconds(row["seconds"]),
+                times(row["default_seconds"] / row["seconds"]),
+            )
+            for row in content["tiles"]
+        ]
+        headings = ("direction:", "weight:", "block:", "dtype:", "tile:", "time", "to default")
+        out.print(table("Tiles", headings, rows))
+    else:
+        out.print("no Triton on this device: there are no tiles to tune, only where skipping pays")
+    rows = [
+        (
+            f"{row['weight'][0]}x{row['weight'][1]}",
+            f"{row['block'][0]}x{row['block'][1]}",
+            row["dtype"],
+            str(row["tokens"]),
+            *(
+                "never" if row[name] == 0 else f"{100 * (1 - row[name]):.0f} %"
+                for name in ("forward", "dgrad", "wgrad", "total")
+            ),
+        )
+        for row in content["break_even"]
+    ]
+    headings = ("weight:", "block:", "dtype:", "tokens", "forward", "dX", "dW", "all three")
+    out.print(table("Sparsity from which skipping is not slower than dense", headings, rows))
+    out.print(f"table: {output}")
+
+
+def show_doctor(record: Mapping[str, Any]) -> None:
+    """Print what ``doctor`` found."""
+    out = console()
+    out.print(f"device       {record['device']}")
+    for name, value in record["facts"].items():
+        out.print(f"  {name:<11}{value}")
+    out.print(
+        f"versions     triton-sparsity {record['version']}, torch {record['torch']}, triton "
+        f"{record['triton'] or 'absent'}, cuda {record['cuda'] or 'absent'}, python "
+        f"{record['python']}"
+    )
+    out.print(f"backend      {record['backend']}: {record['why']}")
+    out.print(f"tuning table {record['table']}")
+    found = ", ".join(
+        f"{name} {'is' if there else 'is not'} installed"
+        for name, there in record["optional"].items()
+    )
+    out.print(f"peers        {found}")
+    failed = [row for row in record["rows"] if row["status"] != "ok"]
+    for row in failed:
+        out.print(f"FAILED       {row['check']}: {row['detail']}")
+    out.print(
+        f"self-check   {len(record['rows']) - len(failed)} of {len(record['rows'])} agree with "
+        f"the reference, values and gradients; {record['seconds']:.1f} s"
+    )

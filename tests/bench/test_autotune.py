@@ -1,0 +1,253 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from triton_sparsity.bench import autotune as job
+from triton_sparsity.bench.autotune import crossing, descend, make_search, neighbours
+from triton_sparsity.bench.cli import main
+from triton_sparsity.bench.shapes import Shape
+from triton_sparsity.kernels import dispatch, tiles, tuning
+from triton_sparsity.kernels.pattern import Block
+from triton_sparsity.kernels.tiles import Tile
+
+CPU = torch.device("cpu")
+START = Tile(128, 64, 32, 4, 3, 1)
+QUICK = [
+    "--shapes=16x64x128",
+    "--pattern=block:32",
+    "--pattern=block:64",
+    "--budget=0.0001",
+    "--device=cpu",
+    "--threads=1",
+]
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    return caught.value.code or 0
+
+
+def cost(tile):
+    """A smooth valley with its floor at m = 256, k = 64, 8 warps, 5 stages, 1 program."""
+    goal = Tile(256, 64, 64, 8, 5, 1)
+    return 1 + sum(abs(a / b - 1) + abs(b / a - 1) for a, b in zip(tile, goal, strict=True))
+
+
+def test_the_descent_ends_where_no_neighbour_is_faster():
+    found, seconds, tried = descend(START, lambda tile: True, lambda tile, _: cost(tile), 200)
+    assert found == Tile(256, 64, 64, 8, 5, 1)
+    assert seconds == cost(found) == min(tried.values())
+    assert all(cost(tile) >= seconds for tile in neighbours(found))
+
+
+def test_the_descent_keeps_to_its_limits():
+    tried = []
+
+    def time(tile, best):
+        tried.append(tile)
+        # each is told the best so far, so that it can give up
+        assert best is None if len(tried) == 1 else best == min(map(cost, tried[:-1]))
+        return cost(tile)
+
+    found, _, seen = descend(START, lambda tile: tile.warps == 4, time, 6)
+    assert len(tried) == len(seen) == 6
+    assert all(tile.warps == 4 for tile in tried)
+    assert found in tried
+
+
+def test_a_tile_that_does_not_work_is_no_candidate():
+    found, seconds, tried = descend(
+        START, lambda tile: True, lambda tile, _: cost(tile) if tile == START else None, 50
+    )
+    assert (found, seconds) == (START, cost(START))
+    assert len(tried) > 5
+    with pytest.raises(ValueError, match="own tile"):
+        descend(START, lambda tile: True, lambda tile, _: None, 50)
+
+
+def test_usable_tiles_fit_the_device_and_the_blocks():
+    device = tiles.Device((9, 0), 132, 228 * 1024)
+
+    def usable(tile, direction="forward", block=(64, 64)):
+        return job._usable(
+            tile, direction=direction, shape=(256, 256), block=Block(*block), device=device,
+            size=2, least=20.0,
+        )  # fmt: skip
+
+    assert usable(Tile(128, 64, 64, 4, 4, 1))
+    assert not usable(Tile(128, 128, 64, 8, 3, 1))  # wider than the block
+    assert not usable(Tile(512, 64, 64, 8, 8, 1))  # more shared memory than there is
+    assert not usable(Tile(512, 64, 32, 4, 2, 1))  # 256 sums a thread
+    assert not usable(Tile(16, 16, 64, 4, 3, 1))  # reads far too much
+    assert usable(Tile(128, 32, 32, 4, 4, 1), "dgrad", (64, 32))
+    assert not usable(Tile(128, 64, 32, 4, 4, 1), "dgrad", (64, 32))
+    assert usable(Tile(64, 256, 32, 4, 3, 1), "wgrad")
+    assert not usable(Tile(64, 128, 32, 4, 3, 1), "wgrad")
+
+
+@pytest.mark.parametrize(("slope", "found"), [(10, 0.1), (2, 0.5), (1.25, 0.8)])
+def test_the_crossing_is_where_sparse_takes_as_long_as_dense(slope, found):
+    assert crossing(lambda density: (slope * density, 1.0)) == pytest.approx(found, abs=0.031)
+    # never above it
+    assert slope * crossing(lambda density: (slope * density, 1.0)) <= 1
+
+
+def test_sparse_may_pay_always_or_never():
+    assert crossing(lambda density: (0.5, 1.0)) == 1
+    assert crossing(lambda density: (1.5, 1.0)) == 0
+
+
+def test_a_table_is_written_read_and_used(tmp_path, capsys, monkeypatch):
+    output = tmp_path / "table.json"
+    assert run("autotune", *QUICK, "-o", output) == 0
+    text = capsys.readouterr().out
+    assert "no Triton on this device" in text
+    assert str(output) in text
+    content = json.loads(output.read_text())
+    assert content["tiles"] == []
+    assert [row["block"] for row in content["break_even"]] == [[32, 32], [64, 64]]
+    # a line an entry
+    assert len(output.read_text().splitlines()) < 25
+
+    # say that it pays at any density, and the dispatch follows
+    for row in content["break_even"]:
+        row |= {"forward": 1.0, "dgrad": 0.0, "wgrad": 1.0}
+    output.write_text(json.dumps(content))
+    monkeypatch.setattr(tuning, "user_file", lambda name: output)
+    tuning.table.cache_clear()
+    paths = dispatch.choose(8, (128, 64), Block(32, 32), torch.float32, CPU, triton_runs=False)
+    assert paths == (True, False, True)
+
+
+def count_measurements(monkeypatch):
+    measured = []
+    built = job._built
+
+    def counting(operands, direction):
+        measured.append((operands.pattern, direction))
+        return built(operands, direction)
+
+    monkeypatch.setattr(job, "_built", counting)
+    return measured
+
+
+def test_a_second_run_measures_only_what_is_missing(tmp_path, monkeypatch):
+    output = tmp_path / "table.json"
+    measured = count_measurements(monkeypatch)
+    assert run("autotune", *QUICK[:2], *QUICK[3:], "-o", output) == 0
+    assert {pattern for pattern, _ in measured} == {Block(32, 32)}
+    first = json.loads(output.read_text())["break_even"]
+    measured.clear()
+    assert run("autotune", *QUICK, "-o", output) == 0
+    assert {pattern for pattern, _ in measured} == {Block(64, 64)}
+    assert json.loads(output.read_text())["break_even"][:1] == first
+    measured.clear()
+    assert run("autotune", *QUICK, "-o", output) == 0
+    assert measured == []
+    assert run("autotune", *QUICK, "-o", output, "--force") == 0
+    assert {pattern for pattern, _ in measured} == {Block(32, 32), Block(64, 64)}
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "table.json"
+    row = job._break_even_row
+
+    def interrupted(head, search, shape, block, *rest):
+        if block == Block(64, 64):
+            raise KeyboardInterrupt
+        return row(head, search, shape, block, *rest)
+
+    monkeypatch.setattr(job, "_break_even_row", interrupted)
+    assert run("autotune", *QUICK, "-o", output) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert len(json.loads(output.read_text())["break_even"]) == 1
+
+
+def test_a_stopped_process_says_how_to_go_on(tmp_path):
+    output = tmp_path / "table.json"
+    slow = ["--shapes=512x1024x1024", "--device=cpu", "--budget=5", "--threads=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "triton_sparsity.bench.cli", "autotune", *slow, "-o", output],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        for _ in range(600):
+            if output.exists():
+                break
+            try:
+                process.wait(0.1)
+            except subprocess.TimeoutExpired:
+                continue
+            break
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "the same command goes on" in errors
+
+
+@pytest.mark.parametrize("change", [{"triton": "1.0"}, {"kernels": "0"}, {"tiles": [3]}])
+def test_a_stale_or_damaged_table_is_replaced_with_a_warning(tmp_path, capsys, change):
+    output = tmp_path / "table.json"
+    assert run("autotune", *QUICK[:2], *QUICK[3:], "-o", output) == 0
+    content = json.loads(output.read_text())
+    capsys.readouterr()
+    output.write_bytes(job.dump(content | change))
+    assert run("autotune", *QUICK[:2], *QUICK[3:], "-o", output) == 0
+    errors = capsys.readouterr().err
+    assert errors.count("warning: tuning table") == 1
+    assert "is replaced" in errors
+    tuning.read(output, tuning.identity(CPU))
+
+
+def test_another_file_is_never_replaced(tmp_path, capsys):
+    output = tmp_path / "package.json"
+    output.write_text('{"name": "mine"}')
+    assert run("autotune", *QUICK, "-o", output) == 2
+    assert "output must be a tuning table or a new file" in capsys.readouterr().err
+    assert output.read_text() == '{"name": "mine"}'
+
+
+def test_the_default_place_is_the_users_cache(tmp_path, monkeypatch):
+    path = tmp_path / "cache" / "tuning" / "cpu.json"
+    monkeypatch.setattr(tuning, "user_file", lambda name: path)
+    search = make_search(shapes="16x64x128", device="cpu")
+    assert search.output == path
+    assert path.parent.is_dir()
+    assert search.shapes == (Shape(16, 64, 128),)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "huge"], "shapes must be one of llama3-8b"),
+        (["--pattern", "unstructured"], "pattern must be blocks of at least 16 a side"),
+        (["--pattern", "block:8"], "got 'block 8x8'"),
+        (["--dtype", "float64"], "dtype must be one of bfloat16, float16, float32"),
+        (["--level", "1"], "level must be in [0, 1)"),
+        (["--candidates", "0"], "candidates must be positive"),
+        (["--device", "tpu"], "got 'tpu'"),
+        (["--output", "/proc/nothing/table.json"], "/proc/nothing/table.json"),
+        (["--recommend", "m.safetensors", "--force"], "--recommend takes shapes"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_option_is_one_line(tmp_path, capsys, arguments, message):
+    output = [] if "--output" in arguments else ["-o", tmp_path / "table.json"]
+    assert run("autotune", *output, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("triton-sparsity: error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err

@@ -1,0 +1,168 @@
+import csv
+import json
+
+import pytest
+import torch
+
+from triton_sparsity.bench import profile as job
+from triton_sparsity.bench.ceilings import Ceilings, measure_ceilings
+from triton_sparsity.bench.cli import main
+from triton_sparsity.bench.profile import rates
+from triton_sparsity.bench.record import Row, commit, dump, load
+from triton_sparsity.bench.shapes import Shape
+from triton_sparsity.bench.timing import Timing
+from triton_sparsity.bench.work import Case
+from triton_sparsity.kernels.pattern import Block
+
+QUICK = [
+    "--shapes=16x64x128,16x128x64",
+    "--pattern=unstructured",
+    "--pattern=block:32",
+    "--level=0.5",
+    "--level=0.75",
+    "--budget=0.001",
+    "--device=cpu",
+    "--threads=1",
+]
+
+
+@pytest.fixture(autouse=True)
+def quick_ceilings(monkeypatch):
+    found = measure_ceilings(torch.device("cpu"), [torch.float32], scale=0.001)
+    monkeypatch.setattr(job, "measure_ceilings", lambda *_: found)
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    return caught.value.code or 0
+
+
+def test_a_profile_leaves_its_table_files_and_pictures(tmp_path, capsys):
+    trace = tmp_path / "trace.json"
+    assert run("profile", *QUICK, "-o", tmp_path / "out", "--trace", trace) == 0
+    text = capsys.readouterr().out
+    for word in ("backend torch", "ceilings: copy", "no GPU", "forward", "training step", "dense"):
+        assert word in text
+
+    record = load(tmp_path / "out" / "profile.json")
+    assert {row["status"] for row in record["rows"]} == {"ok"}
+    operations = {row["operation"] for row in record["rows"]}
+    assert operations == set(job.OPERATIONS)
+    for row in record["rows"]:
+        assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_s"] / 1e9, rel=1e-3)
+        assert row["of_bound"] == pytest.approx(row["bound_s"] / row["median_s"], rel=1e-3)
+        if row["operation"] in ("forward", "dX", "dW", "training step"):
+            assert row["speedup"] == pytest.approx(row["dense_s"] / row["median_s"], rel=1e-3)
+            assert row["flops"] > 0
+    for name in ("device", "torch", "triton", "commit", "command", "date"):
+        assert record[name] or name == "commit"
+
+    with (tmp_path / "out" / "profile.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == len(record["rows"])
+    assert table[0]["operation"] == record["rows"][0]["operation"]
+    assert table[0]["device"] == record["device"]
+    for name in ("roofline.png", "speedup.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert any("forward 16x64x128" in str(event.get("name")) for event in events)
+
+
+def test_json_is_all_that_is_printed(tmp_path, capsys):
+    assert run("profile", *QUICK, "--operation=apply", "--json") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    record = json.loads(captured.out)
+    assert {row["operation"] for row in record["rows"]} == {"apply"}
+    assert record["notes"]
+
+
+def test_what_fails_is_listed_with_its_reason_and_without_speed(tmp_path, capsys, monkeypatch):
+    from triton_sparsity.bench import work
+
+    monkeypatch.setattr(work, "apply_mask", lambda weight, *_, **__: weight + 1)
+    assert run("profile", *QUICK, "--operation=apply", "-o", tmp_path) == 0
+    text = capsys.readouterr().out
+    assert "FAILED" in text
+    assert "elements differ" in text
+    for row in load(tmp_path / "profile.json")["rows"]:
+        assert row["status"] == "failed"
+        assert row["median_s"] is row["gb_per_s"] is None
+
+
+def test_the_columns_of_the_csv_last():
+    # columns may be added at the end only
+    names = list(Row.__dataclass_fields__)
+    assert names[:27] == [
+        "operation", "shape", "dtype", "pattern", "level", "mask", "status", "detail", "median_s",
+        "p20_s", "p80_s", "runs", "host_s", "bytes", "flops", "gb_per_s", "tflop_per_s",
+        "of_copy", "of_cache", "of_gemm", "bound", "bound_s", "of_bound", "dense_s", "speedup",
+        "efficiency",
+    ]  # fmt: skip
+
+
+def test_rates_follow_from_the_counts_and_ceilings():
+    shape = Shape(10, 20, 30)
+    case = Case(
+        "forward", (shape,), torch.float32, Block(16, 16), 0.5, "random", 4000, 6000, 1000.0, None
+    )
+    ceilings = Ceilings(copy=1e6, cache=1e5, gemm={"float32": 2e6})
+    found = rates(case, 0.02, ceilings, Timing((0.04,)))
+    assert found["gb_per_s"] == pytest.approx(4000 / 0.02 / 1e9)
+    assert found["tflop_per_s"] == pytest.approx(6000 / 0.02 / 1e12)
+    # 4 ms of copying, 3 ms of arithmetic, 10 ms of reading the cache
+    assert found["of_copy"] == pytest.approx(0.2)
+    assert found["of_gemm"] == pytest.approx(0.15)
+    assert found["of_cache"] == found["of_bound"] == pytest.approx(0.5)
+    assert (found["bound"], found["bound_s"]) == ("cache", pytest.approx(0.01))
+    assert found["speedup"] == pytest.approx(2)
+    # half of the dense FLOPs in half of the time
+    assert found["efficiency"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "huge"], "shapes must be one of llama3-8b"),
+        (["--shapes", "16x64"], "got '16x64'"),
+        (["--shapes", "nothing.safetensors"], "nothing.safetensors: No such file"),
+        (["--level", "1"], "level must be in [0, 1), got 1.0"),
+        (["--pattern", "block:17"], "power of two"),
+        (["--operation", "sort"], "operation must be one of 'score'"),
+        (["--mask", "striped"], "mask must be 'random' or 'skewed', got 'striped'"),
+        (["--dtype", "int8"], "dtype must be one of"),
+        (["--device", "tpu"], "got 'tpu'"),
+        (["--backend", "cudnn"], "got 'cudnn'"),
+        (["--tokens", "0"], "tokens must be positive, got 0"),
+        (["--budget", "-1"], "budget must be positive"),
+        (["--output", "/proc/nothing"], "/proc/nothing"),
+        (["--trace", "/proc/nothing/trace"], "/proc/nothing/trace"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_option_is_one_line(capsys, arguments, message):
+    assert run("profile", *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("triton-sparsity: error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def test_a_record_is_one_line_an_entry_and_reads_back(tmp_path):
+    path = tmp_path / "record.json"
+    record = {"schema": 1, "rows": [{"a": 1.23456789, "b": None}, {"a": 2}], "empty": []}
+    path.write_bytes(dump(record))
+    assert load(path) == {"schema": 1, "rows": [{"a": 1.2346, "b": None}, {"a": 2}], "empty": []}
+    assert len(path.read_text().splitlines()) == 8
+    for damage in (b"", b"[]", b'{"schema": 99}', b"{}"):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=str(path)):
+            load(path)
+
+
+def test_the_commit_is_the_checkouts():
+    found = commit()
+    assert found is None or len(found.removesuffix("-dirty")) == 12

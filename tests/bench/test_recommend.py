@@ -1,0 +1,140 @@
+import json
+from collections import Counter
+
+import pytest
+import safetensors.torch
+import torch
+
+from triton_sparsity.bench.ceilings import Ceilings
+from triton_sparsity.bench.cli import main
+from triton_sparsity.bench.recommend import choose, magnitude_kept, modelled_speedup
+from triton_sparsity.bench.shapes import Shape
+from triton_sparsity.kernels.pattern import Block, Unstructured
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    return caught.value.code or 0
+
+
+@pytest.fixture
+def model(tmp_path):
+    g = torch.Generator().manual_seed(0)
+
+    def weight(rows, cols):
+        # rows of very different sizes, as trained models have
+        return torch.randn(rows, cols, generator=g) * torch.randn(rows, 1, generator=g).exp()
+
+    path = tmp_path / "model.safetensors"
+    weights = {"up": weight(320, 128), "down": weight(128, 320), "norm": torch.ones(128)}
+    safetensors.torch.save_file(weights, path)
+    return path
+
+
+def test_the_magnitude_kept_agrees_with_counting_by_hand():
+    # four blocks of 2 x 2 with sums of |w| 4, 8, 12, 16; an edge block of two elements in another
+    first = torch.tensor([[1.0, -1, 2, 2], [1, 1, -2, 2], [3, 3, 4, -4], [3, -3, 4, 4]])
+    edge = torch.tensor([[10.0], [-10.0]])
+    l1, l2 = magnitude_kept([first, edge], Block(2, 2), 0.4, "torch")
+    assert l1 == pytest.approx((12 + 16 + 20) / 60)
+    assert l2 == pytest.approx(((36 + 64 + 200) / (4 + 16 + 36 + 64 + 200)) ** 0.5)
+    l1, l2 = magnitude_kept([first, edge], Unstructured(), 0.5, "torch")
+    # nine of eighteen go: four ones, four twos, a three
+    assert l1 == pytest.approx(1 - 15 / 60)
+    assert l2 == pytest.approx((1 - (4 + 16 + 9) / 320) ** 0.5)
+    assert magnitude_kept([torch.zeros(4, 4)], Block(2, 2), 0.5, "torch") == (0, 0)
+
+
+def test_no_pattern_keeps_more_than_single_weights(model):
+    weights = [w for n, w in safetensors.torch.load_file(model).items() if n != "norm"]
+    bound = magnitude_kept(weights, Unstructured(), 0.7, "torch")
+    last = (1.0, 1.0)
+    for side in (1, 16, 32, 64, 128):
+        kept = magnitude_kept(weights, Block(side, side), 0.7, "torch")
+        assert all(k <= b + 1e-6 for k, b in zip(kept, bound, strict=True))
+        assert kept[0] <= last[0] + 1e-6
+        last = kept
+    assert magnitude_kept(weights, Block(1, 1), 0.7, "torch") == pytest.approx(bound, rel=1e-5)
+
+
+def test_the_model_of_a_speedup():
+    shapes = Counter({Shape(8192, 4096, 4096): 2})
+    free = Ceilings(copy=1e30, cache=1e30, gemm={"bfloat16": 1e12})
+    # only arithmetic counts
+    assert modelled_speedup(shapes, Block(128, 128), 0.8, free) == pytest.approx(5)
+    # a slow memory makes everything equal, and nothing is slower than dense
+    slow = Ceilings(copy=1.0, cache=1e30, gemm={"bfloat16": 1e30})
+    assert 1 < modelled_speedup(shapes, Block(128, 128), 0.8, slow) < 1.2
+    narrow = Ceilings(copy=1e30, cache=1.0, gemm={"bfloat16": 1e12})
+    assert modelled_speedup(shapes, Block(16, 16), 0.8, narrow) == 1
+
+
+def test_the_block_that_keeps_most_among_the_fast_ones_is_chosen():
+    rows = [
+        {"pattern": name, "speedup": speedup, "l1_kept": kept}
+        for name, speedup, kept in [
+            ("unstructured", None, 0.9),
+            ("block:16x16", 1.1, 0.6),
+            ("block:64x64", 3.3, 0.5),
+            ("block:128x128", 4.0, 0.4),
+            ("block:256x256", 4.1, 0.3),
+        ]
+    ]
+    assert choose(rows)["pattern"] == "block:64x64"
+
+
+def test_a_recommendation_is_a_table_a_picture_and_one_line(model, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert run("autotune", "--recommend", model, "--device=cpu", "-o", output) == 0
+    text = capsys.readouterr().out
+    assert "modelled for an H200 from estimated ceilings" in text
+    record = json.loads((output / "recommend.json").read_text())
+    assert text.splitlines()[-2] == record["sentence"]
+    assert [row["pattern"] for row in record["rows"]] == [
+        "unstructured", *(f"block:{s}x{s}" for s in (16, 32, 64, 128, 256)),
+    ]  # fmt: skip
+    assert record["recommended"] in [row["pattern"] for row in record["rows"]]
+    assert record["rows"][0]["speedup"] is None
+    assert (output / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--level", "0"], "level must be in (0, 1)"),
+        (["--pattern", "unstructured"], "pattern must be blocks"),
+        (["--tokens", "0"], "tokens must be positive"),
+        (["--output", "/proc/nothing"], "/proc/nothing"),
+    ],
+    ids=str,
+)
+def test_a_bad_option_is_one_line(model, capsys, arguments, message):
+    assert run("autotune", "--recommend", model, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("triton-sparsity: error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"nothing", "is damaged or no safetensors file"),
+        ({"norm": torch.ones(64)}, "must hold a float weight"),
+        ({"up": torch.full((64, 64), float("nan"))}, "'up' has NaN or infinity"),
+    ],
+    ids=["absent", "damaged", "no weight", "nan"],
+)
+def test_a_bad_model_is_one_line(tmp_path, capsys, content, message):
+    path = tmp_path / "bad.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        safetensors.torch.save_file(content, path)
+    assert run("autotune", "--recommend", path) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("triton-sparsity: error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err

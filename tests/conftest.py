@@ -1,0 +1,13 @@
+import pytest
+
+from triton_sparsity.kernels import tuning
+
+
+@pytest.fixture(autouse=True)
+def no_tuning_table_of_this_machine(monkeypatch, tmp_path):
+    """No test depends on what somebody has tuned on this machine."""
+    monkeypatch.setattr(tuning, "user_file", lambda name: tmp_path / "no such folder" / name)
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "no such folder")
+    tuning.table.cache_clear()
+    yield
+    tuning.table.cache_clear()
