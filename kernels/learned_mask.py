@@ -51,7 +51,7 @@ _EXP2 = (
 _A, _B, _KEY_A, _KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 
-CHUNK = 2**18  # elements that plain torch handles at a time: its temporaries stay in the cache
+CHUNK = 2**19  # elements that plain torch handles at a time: its temporaries stay in the cache
 TILE = {"QUADS": 4, "CHUNKS": 32, "WIDTH": 8}  # rows by LANES, then columns: 16-byte loads
 BLOCK_TILE = {"TILE_R": 16, "TILE_C": 256}  # no block is wider
 
@@ -74,10 +74,10 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def sample_mask_reference(
-    weight: Tensor, logits: Tensor, random: Tensor, pattern: Pattern
+    weight: Tensor, logits: Tensor, random: Tensor, pattern: Pattern, stream: int = 0
 ) -> Tensor:
     """Define the semantics: plain PyTorch, any device, any float dtype, differentiable."""
-    u = uniform(random, logits.shape)
+    u = uniform(random, stream, logits.shape)
     kept = u > (1 - u) * _exp_minus(logits)
     soft = torch.sigmoid(logits + torch.log(u / (1 - u)))
     return _StraightThrough.apply(weight, soft, _spread(kept, pattern, weight.shape), pattern)
@@ -106,15 +106,15 @@ def _block_sums(elements: Tensor, rows: int, cols: int) -> Tensor:
     return padded.view(down, rows, across, cols).sum(1).sum(2)
 
 
-def uniform(random: Tensor, shape: tuple[int, int] | torch.Size) -> Tensor:
+def uniform(random: Tensor, stream: int, shape: tuple[int, int] | torch.Size) -> Tensor:
     """Return the numbers that a draw compares with: float32 of ``shape``, in (0, 1).
 
     Args:
-        random: int64 ``(3,)``: seed, draw, stream.
+        random, stream: as for ``sample_mask``.
         shape: of the grid of groups.
     """
     u = torch.empty(tuple(shape), device=random.device)
-    for rows, part in _uniform_in_chunks(random, u.shape, random.device):
+    for rows, part in _uniform_in_chunks(random, stream, u.shape):
         u[rows] = part
     return u
 
@@ -122,11 +122,11 @@ def uniform(random: Tensor, shape: tuple[int, int] | torch.Size) -> Tensor:
 class _Philox:
     """Philox4x32-10 for runs of quads, in int64, through buffers that it keeps."""
 
-    def __init__(self, random: Tensor, size: int, device: torch.device) -> None:
-        seed, draw, stream = random.tolist()
+    def __init__(self, random: Tensor, stream: int, size: int) -> None:
+        seed, draw = random.tolist()
         self._key = seed & _LOW, seed >> 32 & _LOW
         self._counter = draw & _LOW, stream & _LOW
-        self._buffers = [torch.empty(size, dtype=torch.int64, device=device) for _ in range(6)]
+        self._buffers = [random.new_empty(size) for _ in range(6)]
 
     def __call__(self, start: int, size: int) -> list[Tensor]:
         """Return the four numbers, from 0 to 2^32 - 1, of each quad from ``start``."""
@@ -150,7 +150,7 @@ class _Philox:
 
 
 def _uniform_in_chunks(
-    random: Tensor, shape: torch.Size, device: torch.device
+    random: Tensor, stream: int, shape: torch.Size
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield the rows of a chunk and its numbers, in a buffer that the next chunk overwrites."""
     R, C = shape
@@ -158,9 +158,9 @@ def _uniform_in_chunks(
         return
     quads = -(-R // LANES)
     height = min(quads, max(1, CHUNK // (LANES * C)))
-    philox = _Philox(random, height * C, device)
-    whole = torch.empty((height, C), dtype=torch.int32, device=device)
-    numbers = torch.empty((height, LANES, C), device=device)
+    philox = _Philox(random, stream, height * C)
+    whole = random.new_empty((height, C), dtype=torch.int32)
+    numbers = random.new_empty((height, LANES, C), dtype=torch.float32)
     for first in range(0, quads, height):
         count = min(height, quads - first)
         for lane, bits in enumerate(philox(first * C, count * C)):
@@ -185,38 +185,38 @@ def _exp_minus(logits: Tensor) -> Tensor:
 
 
 def _sample_in_chunks(
-    weight: Tensor, logits: Tensor, random: Tensor, rows: int, cols: int
+    weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int
 ) -> Tensor:
     """Compute the reference with no temporary but a chunk, of groups alone where these are few."""
     if rows != 1 or cols != 1:
-        return _select(weight, _draw_groups(logits, random)[0], rows, cols)
+        return _select(weight, _draw_groups(logits, random, stream)[0], rows, cols)
     out, zero = torch.empty_like(weight), weight.new_zeros(())
-    for part, u in _uniform_in_chunks(random, logits.shape, weight.device):
+    for part, u in _uniform_in_chunks(random, stream, logits.shape):
         v = _exp_minus(logits[part]).mul_(1 - u)
         torch.where(u > v, weight[part], zero, out=out[part])
     return out
 
 
 def _sample_grad_in_chunks(
-    grad: Tensor, weight: Tensor, logits: Tensor, random: Tensor, rows: int, cols: int
+    grad: Tensor, weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int
 ) -> tuple[Tensor, Tensor]:
     if rows != 1 or cols != 1:
-        kept, slope = _draw_groups(logits, random)
+        kept, slope = _draw_groups(logits, random, stream)
         sums = _sum_in_chunks(grad, weight, rows, cols)
         return _select(grad, kept, rows, cols), sums.mul_(slope)
     grad_weight, grad_logits = torch.empty_like(weight), torch.empty_like(logits)
     zero = weight.new_zeros(())
-    for part, u in _uniform_in_chunks(random, logits.shape, weight.device):
+    for part, u in _uniform_in_chunks(random, stream, logits.shape):
         v = _exp_minus(logits[part]).mul_(1 - u)
         torch.where(u > v, grad[part], zero, out=grad_weight[part])
         grad_logits[part] = _slope(u, v).mul_(grad[part]).mul_(weight[part])
     return grad_weight, grad_logits
 
 
-def _draw_groups(logits: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+def _draw_groups(logits: Tensor, random: Tensor, stream: int) -> tuple[Tensor, Tensor]:
     """Return which groups are kept, and the sigmoid's derivative of each."""
     kept, slope = torch.empty_like(logits, dtype=torch.bool), torch.empty_like(logits)
-    for part, u in _uniform_in_chunks(random, logits.shape, logits.device):
+    for part, u in _uniform_in_chunks(random, stream, logits.shape):
         v = _exp_minus(logits[part]).mul_(1 - u)
         kept[part] = u > v
         slope[part] = _slope(u, v)
@@ -247,12 +247,12 @@ def _sum_in_chunks(grad: Tensor, weight: Tensor, rows: int, cols: int) -> Tensor
 
 
 @triton.jit
-def _philox(random_ptr, quad):
+def _philox(random_ptr, stream, quad):
     """Return the four random integers of each quad."""
-    seed, draw, stream = tl.load(random_ptr), tl.load(random_ptr + 1), tl.load(random_ptr + 2)
+    seed, draw = tl.load(random_ptr), tl.load(random_ptr + 1)
     c0 = quad.to(tl.uint32)
     zero = c0 * 0
-    return tl.philox(seed, c0, zero, zero + draw.to(tl.uint32), zero + stream.to(tl.uint32))
+    return tl.philox(seed, c0, zero, zero + draw.to(tl.uint32), zero + stream)
 
 
 @triton.jit
@@ -294,11 +294,12 @@ def _tile(C, INDEX: tl.constexpr, QUADS: tl.constexpr, CHUNKS: tl.constexpr, WID
     return offs_q, chunk, chunk * WIDTH + tl.arange(0, WIDTH)[None, None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream"])
 def _sample_kernel(
     w_ptr,
     logit_ptr,
     random_ptr,
+    stream,
     out_ptr,
     R,
     C,
@@ -314,7 +315,7 @@ def _sample_kernel(
     WIDTH: tl.constexpr,
 ):
     offs_q, _, offs_c = _tile(C, INDEX, QUADS, CHUNKS, WIDTH)
-    b0, b1, b2, b3 = _philox(random_ptr, offs_q * C + offs_c)
+    b0, b1, b2, b3 = _philox(random_ptr, stream, offs_q * C + offs_c)
     for lane in tl.static_range(4):
         offs_r = offs_q * 4 + lane
         inside = (offs_r < R) & (offs_c < C)
@@ -330,12 +331,13 @@ def _sample_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream"])
 def _grad_kernel(
     g_ptr,
     w_ptr,
     logit_ptr,
     random_ptr,
+    stream,
     mask_ptr,
     grad_w_ptr,
     grad_s_ptr,
@@ -358,7 +360,7 @@ def _grad_kernel(
 ):
     offs_q, chunk, offs_c = _tile(C, INDEX, QUADS, CHUNKS, WIDTH)
     if SAMPLED:
-        b0, b1, b2, b3 = _philox(random_ptr, offs_q * C + offs_c)
+        b0, b1, b2, b3 = _philox(random_ptr, stream, offs_q * C + offs_c)
     for lane in tl.static_range(4):
         offs_r = offs_q * 4 + lane
         inside = (offs_r < R) & (offs_c < C)
@@ -414,13 +416,13 @@ def _block_tile(
 
 @triton.jit
 def _draw_blocks(
-    logit_ptr, random_ptr, offs_down, offs_across, across, in_group, stride_lr, stride_lc
+    logit_ptr, random_ptr, stream, offs_down, offs_across, across, in_group, stride_lr, stride_lc
 ):
     """Return u and v of the blocks of a tile: kept where u > v."""
     s = tl.load(
         logit_ptr + offs_down * stride_lr + offs_across * stride_lc, mask=in_group, other=0.0
     )
-    b0, b1, b2, b3 = _philox(random_ptr, (offs_down // 4) * across + offs_across)
+    b0, b1, b2, b3 = _philox(random_ptr, stream, (offs_down // 4) * across + offs_across)
     lane = offs_down % 4
     bits = tl.where(lane < 2, tl.where(lane == 0, b0, b1), tl.where(lane == 2, b2, b3))
     u = _uniform(bits)
@@ -438,11 +440,12 @@ def _spread_blocks(keep, ROWS: tl.constexpr, COLS: tl.constexpr, TILE_R: tl.cons
     return tl.reshape(keep, (TILE_R, ACROSS * COLS)) != 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream"])
 def _sample_blocks_kernel(
     w_ptr,
     logit_ptr,
     random_ptr,
+    stream,
     out_ptr,
     R,
     C,
@@ -463,6 +466,7 @@ def _sample_blocks_kernel(
     u, v = _draw_blocks(
         logit_ptr,
         random_ptr,
+        stream,
         offs_down,
         offs_across,
         tl.cdiv(C, COLS),
@@ -482,12 +486,13 @@ def _sample_blocks_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream"])
 def _grad_blocks_kernel(
     g_ptr,
     w_ptr,
     logit_ptr,
     random_ptr,
+    stream,
     mask_ptr,
     grad_w_ptr,
     grad_s_ptr,
@@ -514,7 +519,15 @@ def _grad_blocks_kernel(
     across = tl.cdiv(C, COLS)
     if SAMPLED:
         u, v = _draw_blocks(
-            logit_ptr, random_ptr, offs_down, offs_across, across, in_group, stride_lr, stride_lc
+            logit_ptr,
+            random_ptr,
+            stream,
+            offs_down,
+            offs_across,
+            across,
+            in_group,
+            stride_lr,
+            stride_lc,
         )
         keep = u > v
     else:
@@ -557,7 +570,9 @@ def _programs(
     return (tiles,), {"ROWS": rows, "COLS": cols, **BLOCK_TILE}
 
 
-def _launch(weight: Tensor, logits: Tensor, random: Tensor, rows: int, cols: int) -> Tensor:
+def _launch(
+    weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int
+) -> Tensor:
     out = torch.empty_like(weight)
     if weight.numel() == 0:
         return out
@@ -567,7 +582,7 @@ def _launch(weight: Tensor, logits: Tensor, random: Tensor, rows: int, cols: int
     with on_device(weight):
         # fused, a multiplication and an addition round once: other masks than elsewhere
         kernel[grid](
-            weight, logits, random, out, *weight.shape,
+            weight, logits, random, stream, out, *weight.shape,
             *weight.stride(), *logits.stride(), *out.stride(),
             INDEX=index_type(weight, logits, out), enable_fp_fusion=False, **layout,
         )  # fmt: skip
@@ -579,6 +594,7 @@ def _launch_grad(
     weight: Tensor,
     logits: Tensor | None,
     random: Tensor | None,
+    stream: int,
     mask: Tensor | None,
     rows: int,
     cols: int,
@@ -598,7 +614,8 @@ def _launch_grad(
         # what a variant does not read is given a tensor all the same
         kernel[grid](
             grad, weight, grad_scores if logits is None else logits,
-            grad_scores if random is None else random, mask_bytes, grad_weight, grad_scores, R, C,
+            grad_scores if random is None else random, stream, mask_bytes,
+            grad_weight, grad_scores, R, C,
             *grad.stride(), *weight.stride(),
             *(grad_scores if logits is None else logits).stride(), mask_bytes.stride(0),
             *grad_weight.stride(),
@@ -607,18 +624,20 @@ def _launch_grad(
     return grad_weight, grad_scores
 
 
-def _sample(weight: Tensor, logits: Tensor, random: Tensor, rows: int, cols: int) -> Tensor:
+def _sample(
+    weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int
+) -> Tensor:
     on_triton = use_triton("sample_mask", "auto", weight)
     run = _launch if on_triton else _sample_in_chunks
-    return run(weight, logits, random, rows, cols)
+    return run(weight, logits, random, stream, rows, cols)
 
 
 def _sample_grad(
-    grad: Tensor, weight: Tensor, logits: Tensor, random: Tensor, rows: int, cols: int
+    grad: Tensor, weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int
 ) -> tuple[Tensor, Tensor]:
     if use_triton("sample_mask", "auto", weight):
-        return _launch_grad(grad, weight, logits, random, None, rows, cols)
-    return _sample_grad_in_chunks(grad, weight, logits, random, rows, cols)
+        return _launch_grad(grad, weight, logits, random, stream, None, rows, cols)
+    return _sample_grad_in_chunks(grad, weight, logits, random, stream, rows, cols)
 
 
 def _straight(weight: Tensor, scores: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
@@ -629,7 +648,7 @@ def _straight_grad(
     grad: Tensor, weight: Tensor, mask: Tensor, rows: int, cols: int
 ) -> tuple[Tensor, Tensor]:
     if mask.dtype not in WORDS.values() and use_triton("straight_through", "auto", weight):
-        return _launch_grad(grad, weight, None, None, mask, rows, cols)
+        return _launch_grad(grad, weight, None, None, 0, mask, rows, cols)
     grad_weight = apply_mask(grad, mask, _pattern(mask, rows, cols))
     return grad_weight, _sum_in_chunks(grad, weight, rows, cols)
 
@@ -649,8 +668,12 @@ _straight_grad_op = _operator("straight_through_backward", _straight_grad)
 
 
 @_sample_op.register_fake
+def _(weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int):
+    return torch.empty_like(weight)
+
+
 @_straight_op.register_fake
-def _(weight: Tensor, scores: Tensor, _: Tensor, rows: int, cols: int) -> Tensor:
+def _(weight: Tensor, scores: Tensor, mask: Tensor, rows: int, cols: int):
     return torch.empty_like(weight)
 
 
@@ -661,7 +684,15 @@ def _fake_grads(weight: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
 
 
 @_sample_grad_op.register_fake
-def _(grad: Tensor, weight: Tensor, logits: Tensor, random: Tensor, rows: int, cols: int):
+def _(
+    grad: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    random: Tensor,
+    stream: int,
+    rows: int,
+    cols: int,
+):
     return _fake_grads(weight, rows, cols)
 
 
@@ -671,14 +702,14 @@ def _(grad: Tensor, weight: Tensor, mask: Tensor, rows: int, cols: int):
 
 
 def _setup_sample(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.rows, ctx.cols = inputs
+    *tensors, ctx.stream, ctx.rows, ctx.cols = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _sample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, logits, random = ctx.saved_tensors
-    grads = _sample_grad_op(grad, weight, logits, random, ctx.rows, ctx.cols)
-    return *grads, None, None, None
+    grads = _sample_grad_op(grad, weight, logits, random, ctx.stream, ctx.rows, ctx.cols)
+    return *grads, None, None, None, None
 
 
 def _setup_straight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -702,22 +733,24 @@ def sample_mask(
     random: Tensor,
     pattern: Pattern,
     *,
+    stream: int = 0,
     backend: Backend = "auto",
 ) -> Tensor:
     """Return ``weight`` under a mask drawn at random; pruned elements are +0.
 
     A group is kept with probability ``sigmoid(logit)``: where ``sigmoid(logit + log(u / (1 - u)))
     > 1/2``, u uniform in (0, 1), from 1.02e-6 to 1 - 1.02e-6 (NNCF clamps to 1e-6 and 1 - 1e-6).
-    The same ``random`` gives the same mask again, on any device and backend.
+    The same ``random`` and ``stream`` give the same mask again, on any device and backend.
 
     Args:
         weight: float of 16, 32 or 64 bits, shape ``(R, C)``, any strides. The Triton kernels take
             16 and 32; ``"auto"`` computes 64 in plain torch.
         logits: float32, one a group, ``(ceil(R / pattern.rows), ceil(C / pattern.cols))``, fewer
             than 2^34.
-        random: int64 ``(3,)``: the seed, the number of the draw, the number of the weight. Must
-            not change before the backward pass. Waits for the device only in plain torch.
+        random: int64 ``(2,)``, on the weight's device: the seed, and the number of the draw, from
+            0 to 2^32 - 1. It must not change before the backward pass.
         pattern: ``Unstructured`` or ``Block``.
+        stream: from 0 to 2^31 - 1; weights of different streams draw independently.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -734,14 +767,14 @@ def sample_mask(
         RuntimeError: ``"triton"`` is asked for where it cannot run.
     """
     takes_operator = _check("sample_mask", weight, logits, "logits", pattern, backend)
-    if random.shape != (3,) or random.dtype != torch.int64 or random.device != weight.device:
+    if random.shape != (2,) or random.dtype != torch.int64 or random.device != weight.device:
         raise ValueError(
-            f"sample_mask: random must be int64 (3,) on {weight.device}, "
+            f"sample_mask: random must be int64 (2,) on {weight.device}, "
             f"got {random.dtype} {tuple(random.shape)} on {random.device}"
         )
     if takes_operator:
-        return _sample_op(weight, logits, random, pattern.rows, pattern.cols)
-    return sample_mask_reference(weight, logits, random, pattern)
+        return _sample_op(weight, logits, random, stream, pattern.rows, pattern.cols)
+    return sample_mask_reference(weight, logits, random, pattern, stream)
 
 
 def straight_through(
