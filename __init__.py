@@ -9,6 +9,12 @@ from triton_sparsity.controller.magnitude import (
     MagnitudeSparsityConfig,
     MagnitudeSparsityController,
 )
+from triton_sparsity.controller.movement import (
+    MovementSparsityConfig,
+    MovementSparsityController,
+    SparseStructure,
+)
+from triton_sparsity.controller.rb import RBSparsityConfig, RBSparsityController
 from triton_sparsity.controller.schedule import (
     AdaptiveSchedule,
     ExponentialSchedule,
@@ -17,6 +23,7 @@ from triton_sparsity.controller.schedule import (
 )
 from triton_sparsity.kernels.block_score import block_score
 from triton_sparsity.kernels.block_sparse_linear import block_sparse_linear
+from triton_sparsity.kernels.learned_mask import sample_mask, straight_through
 from triton_sparsity.kernels.mask import make_mask, pack, unpack
 from triton_sparsity.kernels.masked_weight import apply_mask, apply_mask_
 from triton_sparsity.kernels.pattern import Block, Unstructured
@@ -32,10 +39,15 @@ __all__ = [
     "ExponentialSchedule",
     "MagnitudeSparsityConfig",
     "MagnitudeSparsityController",
+    "MovementSparsityConfig",
+    "MovementSparsityController",
     "MultistepSchedule",
     "Override",
     "PolynomialSchedule",
+    "RBSparsityConfig",
+    "RBSparsityController",
     "SparseModuleInfo",
+    "SparseStructure",
     "StripFormat",
     "Threshold",
     "Topology",
@@ -48,6 +60,8 @@ __all__ = [
     "create_controller",
     "make_mask",
     "pack",
+    "sample_mask",
     "select",
+    "straight_through",
     "unpack",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,8 +11,15 @@ from ..kernels.launch import Backend
 from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
 from .magnitude import MagnitudeSparsityConfig, MagnitudeSparsityController
 from .modules import SparseModule, densify, sparsify
+from .movement import (
+    MovementSparsityConfig,
+    MovementSparsityController,
+    movement_operands,
+    movement_targets,
+)
 from .nncf_config import Config, ConfigLike, parse_config
 from .operand import MaskOperand
+from .rb import RBSparsityConfig, RBSparsityController, logit_operands
 from .targets import Target, find_targets
 
 
@@ -55,7 +62,10 @@ def create_controller(
         validate_scopes=config.validate_scopes,
         overrides=config.overrides,
     )
-    infos = [_info(target, backend) for target in targets]
+    if isinstance(config, MovementSparsityConfig):
+        targets = movement_targets(targets)
+    operands = _operands(model, targets, config, backend)
+    infos = [_info(target, operand) for target, operand in zip(targets, operands, strict=True)]
     try:
         for target, info in zip(targets, infos, strict=True):
             for module, parameter_name in target.users:
@@ -79,15 +89,33 @@ def _controller(
     match config:
         case MagnitudeSparsityConfig():
             return MagnitudeSparsityController(model, infos, config, batchnorm_data)
+        case RBSparsityConfig():
+            return RBSparsityController(model, infos, config, batchnorm_data)
+        case MovementSparsityConfig():
+            return MovementSparsityController(model, infos, config, batchnorm_data)
 
 
-def _info(target: Target, backend: Backend) -> SparseModuleInfo:
+def _operands(
+    model: nn.Module, targets: Sequence[Target], config: Config, backend: Backend
+) -> Sequence[MaskOperand]:
+    """Return a mask for each target, of the kind that the algorithm needs."""
+    match config:
+        case RBSparsityConfig():
+            return logit_operands(targets, config, backend)
+        case MovementSparsityConfig():
+            return movement_operands(model, targets, config, backend)
+        case _:
+            return [
+                MaskOperand(t.weight, t.pattern, transposed=t.transposed, backend=backend)
+                for t in targets
+            ]
+
+
+def _info(target: Target, operand: MaskOperand) -> SparseModuleInfo:
     return SparseModuleInfo(
         module_node_name=target.name,
         module=target.users[0][0],
-        operand=MaskOperand(
-            target.weight, target.pattern, transposed=target.transposed, backend=backend
-        ),
+        operand=operand,
         parameter_name=target.users[0][1],
         minimum_level=target.minimum_level,
         maximum_level=target.maximum_level,

@@ -292,10 +292,10 @@ def test_batchnorm_adaptation_is_configured_by_its_key_alone():
     ("section", "message"),
     [
         (
-            {"algorithm": "rb_sparsity"},
-            "algorithm must be 'magnitude_sparsity', got 'rb_sparsity'",
+            {"algorithm": "quantization"},
+            "algorithm must be 'magnitude_sparsity' or .*, got 'quantization'",
         ),
-        ({"params": {}}, "algorithm must be 'magnitude_sparsity', got None"),
+        ({"params": {}}, "algorithm must be 'magnitude_sparsity' or .*, got None"),
         ({**SECTION, "parms": {}}, r"unknown key 'parms' \(did you mean 'params'\?\); the keys"),
         ({**SECTION, 3: {}}, "unknown key 3; the keys are algorithm"),
         (params(sparsity_targt=0.5), r"params: unknown key 'sparsity_targt' \(did you mean 'sp"),
