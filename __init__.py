@@ -3,7 +3,9 @@
 # absolute: pytest imports this file once more under the checkout's folder name
 from triton_sparsity.controller.api import CompressionStage, StripFormat
 from triton_sparsity.controller.base_algo import BaseSparsityAlgoController, SparseModuleInfo
+from triton_sparsity.controller.composite import CompositeController
 from triton_sparsity.controller.config import BatchNormAdaptation, Override
+from triton_sparsity.controller.const import ConstSparsityConfig, ConstSparsityController
 from triton_sparsity.controller.create import create_controller
 from triton_sparsity.controller.magnitude import (
     MagnitudeSparsityConfig,
@@ -15,6 +17,8 @@ from triton_sparsity.controller.movement import (
     SparseStructure,
 )
 from triton_sparsity.controller.rb import RBSparsityConfig, RBSparsityController
+from triton_sparsity.controller.regrowth import SETConfig, SETController
+from triton_sparsity.controller.rigl import RigLConfig, RigLController
 from triton_sparsity.controller.schedule import (
     AdaptiveSchedule,
     ExponentialSchedule,
@@ -35,7 +39,10 @@ __all__ = [
     "BaseSparsityAlgoController",
     "BatchNormAdaptation",
     "Block",
+    "CompositeController",
     "CompressionStage",
+    "ConstSparsityConfig",
+    "ConstSparsityController",
     "ExponentialSchedule",
     "MagnitudeSparsityConfig",
     "MagnitudeSparsityController",
@@ -46,6 +53,10 @@ __all__ = [
     "PolynomialSchedule",
     "RBSparsityConfig",
     "RBSparsityController",
+    "RigLConfig",
+    "RigLController",
+    "SETConfig",
+    "SETController",
     "SparseModuleInfo",
     "SparseStructure",
     "StripFormat",

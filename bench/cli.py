@@ -123,6 +123,9 @@ def finetune(
     device: Annotated[Text, _option("auto, cpu, cuda or cuda:N.", "auto")] = None,
     dtype: Annotated[Text, _option("float32, or bfloat16 by autocast.", "float32")] = None,
     backend: Annotated[Text, _option("auto, triton or torch.", "auto")] = None,
+    dispatch: Annotated[
+        Text, _option("Which layers skip pruned blocks: auto, sparse or dense.", "auto")
+    ] = None,
     threads: Annotated[Whole, _option("CPU threads.", "torch's own choice")] = None,
     seed: Annotated[Whole, _option("Seed of weights and data order.", "0")] = None,
     resume: Annotated[

@@ -210,6 +210,7 @@ def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str,
         model,
         sparsity_config(job.options),
         backend=job.options.backend,
+        dispatch=job.options.dispatch,
     )
     train(job, model, controller, state)
     layers = controller.statistics().magnitude_sparsity.model_statistics
@@ -237,6 +238,7 @@ def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str,
                 "shape": list(layer.weight_shape),
                 "groups": layer.groups,
                 "pruned_groups": layer.pruned_groups,
+                "path": layer.path,
             }
             for layer in layers.sparsified_layers_summary
         ],

@@ -48,6 +48,8 @@ class Options:
         dtype: ``"float32"``, or ``"bfloat16"``: matrix products in bfloat16 by autocast, weights
             and optimiser in float32.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        dispatch: which layers skip pruned blocks: ``"auto"`` (where it is faster), ``"sparse"``
+            or ``"dense"``.
         threads: of torch on the CPU; None: as many as torch takes.
         seed: of the model's start and of the order of the data.
     """
@@ -73,6 +75,7 @@ class Options:
     device: str = "auto"
     dtype: str = "float32"
     backend: str = "auto"
+    dispatch: str = "auto"
     threads: int | None = None
     seed: int = 0
 
@@ -93,6 +96,7 @@ def checked(options: Options) -> Options:
         ("schedule", ("polynomial", "exponential", "multistep", "adaptive")),
         ("importance", ("abs", "normed_abs")),
         ("dtype", ("float32", "bfloat16")),
+        ("dispatch", ("auto", "sparse", "dense")),
     ):
         if getattr(options, name) not in choices:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,9 @@ def print_report(report: Mapping[str, Any], folder: Path) -> None:
         f"pattern {options['pattern']}, level {options['level']} by {options['schedule']} schedule"
     )
     console.print(results_table(report["metric"], report["results"]))
+    paths = Counter(layer["path"] for layer in report["layers"])
+    layers = ", ".join(f"{count} {path}" for path, count in paths.most_common())
+    console.print(f"products of the {len(report['layers'])} sparse layers: {layers}")
     console.print(f"{folder}: {', '.join(report['files'].values())}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 
@@ -43,3 +44,56 @@ def allocate(
         fixed |= under if deficit >= excess else over
         free = [i for i in free if i not in fixed]
     return fixed, free, total - sum(fixed.values())
+
+
+def erdos_renyi(shape: Sequence[int]) -> float:
+    """Return the density, up to a common factor, that Erdos-Renyi-Kernel gives a weight.
+
+    It is the sum of the sides over their product (Mocanu et al., https://arxiv.org/abs/1707.04780;
+    with a convolution's kernel sides, Evci et al., https://arxiv.org/abs/1911.11134).
+    """
+    return sum(shape) / math.prod(shape)
+
+
+def distribute(
+    total: int,
+    groups: Sequence[int],
+    densities: Sequence[float],
+    least: Sequence[int],
+    most: Sequence[int],
+) -> list[int]:
+    """Split ``total`` kept groups over weights, in proportion to a density, within limits.
+
+    Weight i keeps ``factor * densities[i] * groups[i]`` groups, held within its limits; the factor
+    is the one at which the counts add up. They are rounded to integers by largest remainders, the
+    first weight first, so that the sum is exact.
+
+    Args:
+        total: groups to keep, between the sums of ``least`` and ``most``.
+        groups: how many each weight has.
+        densities: positive, up to a common factor.
+        least, most: groups that each weight must, and may at most, keep.
+
+    Returns:
+        How many groups each weight keeps.
+    """
+
+    def shares(factor: float) -> list[float]:
+        return [
+            min(max(factor * d * n, float(low)), float(high))
+            for d, n, low, high in zip(densities, groups, least, most, strict=True)
+        ]
+
+    low, high = 0.0, 1.0 / min(densities)
+    # the sum grows with the factor; 100 halvings leave less than a float can tell
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(shares(middle)) < total else (low, middle)
+    wanted = shares(high)
+    counts = [math.floor(share) for share in wanted]
+    by_remainder = sorted(range(len(wanted)), key=lambda i: counts[i] - wanted[i])
+    while (left := total - sum(counts)) > 0:
+        room = [i for i in by_remainder if counts[i] < most[i]]
+        for i in room[:left]:
+            counts[i] += 1
+    return counts

@@ -9,11 +9,13 @@ its masks ``_own_state`` and ``_load_own_state``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..kernels.mask import pack
 from .api import CompressionStage, StripFormat
@@ -24,6 +26,7 @@ from .loss import CompressionLoss, ZeroCompressionLoss
 from .modules import SparseModule
 from .operand import MaskOperand
 from .pruning import Scores, apply_pruning, find_prunings, pools
+from .saliency import Saliency
 from .schedule import Schedule
 from .scheduler import CompressionScheduler, SparsityScheduler, StubScheduler
 from .state import masks_state, read_masks
@@ -79,6 +82,8 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         self._target_level: float | None = None
         self._thresholds: dict[str, Tensor] = {}
         self._config: AlgorithmConfig | None = None
+        self._saliency: Saliency | None = None
+        self._optimizer: Optimizer | None = None
         self._batchnorm: BatchNormAdaptation | None = None
         self._batchnorm_data: Iterable[Any] | None = None
 
@@ -128,8 +133,43 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
     def disable_scheduler(self) -> None:
         self._scheduler = StubScheduler()
 
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimiser of the weights, which algorithms that grow groups back must be told."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer | None) -> None:
+        self._use_optimizer(optimizer)
+
+    def _use_optimizer(self, optimizer: Optimizer | None) -> None:
+        self._optimizer = optimizer
+
     def freeze(self, freeze: bool = True) -> None:
         self.frozen = freeze
+
+    def calibration(self) -> AbstractContextManager[None]:
+        """Measure the inputs of the target modules while the context is open.
+
+        ``with controller.calibration(): model(x)``, over some batches, is what the importance
+        ``"wanda"`` needs. Each context starts anew; it may be opened again as training goes on.
+
+        Raises:
+            ValueError: the importance is another; a module's inputs cannot be measured.
+        """
+        if self._saliency is None:
+            raise ValueError(f"calibration: {self.name} has no importance that needs one")
+        return self._saliency.calibration()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True if the importance looks at the inputs."""
+        return self._saliency is not None and self._saliency.importance == "wanda"
+
+    def begin_step(self) -> None:
+        """Look at what the step that has ended left; the scheduler calls it at each ``step()``."""
+        if self._saliency is not None and not self.frozen:
+            self._saliency.observe()
 
     @torch.no_grad()
     def set_sparsity_level(
@@ -247,11 +287,13 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
 
     def _own_state(self) -> dict[str, Any]:
         """Return what the algorithm has beyond masks, schedule and loss: values and tensors."""
-        return {}
+        return {} if self._saliency is None else self._saliency.get_state()
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:
         """Take over ``_own_state``'s result; what is refused must change nothing."""
-        if state:
+        if self._saliency is not None:
+            self._saliency.load_state(state)
+        elif state:
             raise ValueError(
                 f"load_state: {self.name} has no state of its own, got {', '.join(state)}"
             )
@@ -324,4 +366,9 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         Raises:
             ValueError: ``strip_format`` is no ``StripFormat``; ``model`` holds no mask.
         """
-        return strip_masks(model, do_copy, StripFormat(strip_format))
+        strip_format = StripFormat(strip_format)
+        self._before_strip(do_copy)
+        return strip_masks(model, do_copy, strip_format)
+
+    def _before_strip(self, do_copy: bool) -> None:
+        """Bring masks up to date before they are folded, or let go of a model that is stripped."""

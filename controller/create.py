@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, get_args
 
 from torch import nn
 
+from ..kernels.dispatch import Dispatch
 from ..kernels.launch import Backend
 from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
+from .composite import CompositeController
+from .const import ConstSparsityConfig, ConstSparsityController
 from .magnitude import MagnitudeSparsityConfig, MagnitudeSparsityController
 from .modules import SparseModule, densify, sparsify
 from .movement import (
@@ -20,6 +24,8 @@ from .movement import (
 from .nncf_config import Config, ConfigLike, parse_config
 from .operand import MaskOperand
 from .rb import RBSparsityConfig, RBSparsityController, logit_operands
+from .regrowth import SETConfig, SETController
+from .rigl import RigLConfig, RigLController
 from .targets import Target, find_targets
 
 
@@ -28,6 +34,7 @@ def create_controller(
     config: ConfigLike,
     *,
     backend: Backend = "auto",
+    dispatch: Dispatch = "auto",
     batchnorm_data: Iterable[Any] | None = None,
 ) -> BaseSparsityAlgoController:
     """Put ``model`` under sparse masks, in place, and return what controls them.
@@ -37,9 +44,13 @@ def create_controller(
 
     Args:
         model: any module with floating-point weights on one device.
-        config: one of the configuration classes, or NNCF's ``compression`` dictionary.
+        config: one of the configuration classes, NNCF's ``compression`` dictionary, or a list of
+            these, whose weights must be disjoint; that makes a ``CompositeController``.
         backend: ``"auto"`` runs Triton on a GPU and plain torch elsewhere; ``"triton"`` and
             ``"torch"`` are met or refused.
+        dispatch: which linears skip pruned blocks of 16 a side and more: ``"auto"``: those that
+            are faster for it, judged at each update of the masks by output, input gradient and
+            weight gradient; ``"sparse"``: all; ``"dense"``: none.
         batchnorm_data: batches on the model's device, needed when the configuration asks for
             BatchNorm adaptation; see ``adapt_batchnorm``.
 
@@ -49,29 +60,39 @@ def create_controller(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     configs = parse_config(config)
+    if dispatch not in get_args(Dispatch):
+        raise ValueError(
+            f"create_controller: dispatch must be 'auto', 'sparse' or 'dense', got {dispatch!r}"
+        )
     if any(one.batchnorm_adaptation for one in configs) and batchnorm_data is None:
         raise ValueError("create_controller: batchnorm_adaptation needs batchnorm_data, got None")
-    if len(configs) > 1:
-        raise ValueError(f"create_controller: one algorithm can be given, got {len(configs)}")
-    (config,) = configs
-    targets = find_targets(
-        model,
-        pattern=config.pattern,
-        target_scopes=config.target_scopes,
-        ignored_scopes=config.ignored_scopes,
-        validate_scopes=config.validate_scopes,
-        overrides=config.overrides,
-    )
-    if isinstance(config, MovementSparsityConfig):
-        targets = movement_targets(targets)
-    operands = _operands(model, targets, config, backend)
-    infos = [_info(target, operand) for target, operand in zip(targets, operands, strict=True)]
+    targets = []
+    for one in configs:
+        found = find_targets(
+            model,
+            pattern=one.pattern,
+            target_scopes=one.target_scopes,
+            ignored_scopes=one.ignored_scopes,
+            validate_scopes=one.validate_scopes,
+            overrides=one.overrides,
+        )
+        targets.append(
+            movement_targets(found) if isinstance(one, MovementSparsityConfig) else found
+        )
+    _check_disjoint(targets, configs)
+    infos = [
+        _infos(model, found, one, backend, dispatch)
+        for found, one in zip(targets, configs, strict=True)
+    ]
     try:
-        for target, info in zip(targets, infos, strict=True):
+        for target, info in zip(chain(*targets), chain(*infos), strict=True):
             for module, parameter_name in target.users:
                 sparsify(module, {parameter_name: info.operand})
         _cover_readers(model)
-        return _controller(model, infos, config, batchnorm_data)
+        controllers = []
+        for one, members in zip(configs, infos, strict=True):
+            controllers.append(_controller(model, members, one, batchnorm_data))
+        return controllers[0] if len(configs) == 1 else CompositeController(model, controllers)
     except BaseException:
         for module in list(model.modules()):
             if isinstance(module, SparseModule):
@@ -93,22 +114,52 @@ def _controller(
             return RBSparsityController(model, infos, config, batchnorm_data)
         case MovementSparsityConfig():
             return MovementSparsityController(model, infos, config, batchnorm_data)
+        case ConstSparsityConfig():
+            return ConstSparsityController(model, infos, config, batchnorm_data)
+        case SETConfig():
+            return SETController(model, infos, config, batchnorm_data)
+        case RigLConfig():
+            return RigLController(model, infos, config, batchnorm_data)
 
 
-def _operands(
-    model: nn.Module, targets: Sequence[Target], config: Config, backend: Backend
-) -> Sequence[MaskOperand]:
-    """Return a mask for each target, of the kind that the algorithm needs."""
+def _check_disjoint(targets: Sequence[Sequence[Target]], configs: Sequence[Config]) -> None:
+    """Refuse a weight that two algorithms would mask."""
+    takers: dict[int, str] = {}
+    for place, (found, config) in enumerate(zip(targets, configs, strict=True)):
+        for target in found:
+            taker = f"{config.algorithm} (number {place + 1})"
+            if (other := takers.setdefault(id(target.weight), taker)) != taker:
+                raise ValueError(
+                    f"create_controller: {target.name!r} must be masked by one algorithm, got "
+                    f"{other} and {taker}; part their weights by target_scopes and ignored_scopes"
+                )
+
+
+def _infos(
+    model: nn.Module,
+    targets: Sequence[Target],
+    config: Config,
+    backend: Backend,
+    dispatch: Dispatch,
+) -> list[SparseModuleInfo]:
+    """Give each target a mask, of the kind that the algorithm needs."""
     match config:
         case RBSparsityConfig():
-            return logit_operands(targets, config, backend)
+            operands = logit_operands(targets, config, backend, dispatch)
         case MovementSparsityConfig():
-            return movement_operands(model, targets, config, backend)
+            operands = movement_operands(model, targets, config, backend, dispatch)
         case _:
-            return [
-                MaskOperand(t.weight, t.pattern, transposed=t.transposed, backend=backend)
-                for t in targets
+            operands = [
+                MaskOperand(
+                    target.weight,
+                    target.pattern,
+                    transposed=target.transposed,
+                    backend=backend,
+                    dispatch=dispatch,
+                )
+                for target in targets
             ]
+    return [_info(target, operand) for target, operand in zip(targets, operands, strict=True)]
 
 
 def _info(target: Target, operand: MaskOperand) -> SparseModuleInfo:

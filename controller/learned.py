@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from ..kernels.dispatch import Dispatch
 from ..kernels.launch import Backend
 from ..kernels.pattern import Pattern
 from .operand import MaskOperand
@@ -20,7 +23,7 @@ class ScoredOperand(MaskOperand):
     """A mask with trained scores.
 
     Args:
-        weight, pattern, transposed, backend: as ``MaskOperand``'s.
+        weight, pattern, transposed, backend, dispatch: as ``MaskOperand``'s.
         shape: of the scores.
         initial: what they all start from.
         multiplier: ``compression_lr_multiplier``, a factor of the scores' gradients; None: 1.
@@ -38,8 +41,11 @@ class ScoredOperand(MaskOperand):
         multiplier: float | None,
         transposed: bool = False,
         backend: Backend = "auto",
+        dispatch: Dispatch = "auto",
     ) -> None:
-        super().__init__(weight, pattern, transposed=transposed, backend=backend)
+        super().__init__(
+            weight, pattern, transposed=transposed, backend=backend, dispatch=dispatch
+        )
         self.multiplier = multiplier
         self.training = True
         self.frozen = False
@@ -49,6 +55,25 @@ class ScoredOperand(MaskOperand):
     def train(self, mode: bool) -> None:
         super().train(mode)
         self.training = mode
+
+    @property
+    @abstractmethod
+    def learning(self) -> bool:
+        """True where a forward pass goes by the scores, not by the mask as it is stored."""
+
+    @abstractmethod
+    def learned(self, weight: Tensor) -> Tensor:
+        """Return the masked weight, with a gradient to the scores."""
+
+    def apply(self, weight: Tensor) -> Tensor:
+        return self.learned(weight) if self.learning else super().apply(weight)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.learning:
+            return super().linear(x, weight, bias)
+        # no product skips blocks: the scores' gradient needs the weight's whole
+        masked = self.learned(weight)
+        return functional.linear(x, masked.T if self.transposed else masked, bias)
 
     def freeze(self, frozen: bool) -> None:
         """Let the mask stay as it is, in training too, or go on."""

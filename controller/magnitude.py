@@ -1,19 +1,19 @@
-"""Magnitude sparsity, NNCF's ``magnitude_sparsity``: the smallest weights are pruned."""
+"""Magnitude sparsity, NNCF's ``magnitude_sparsity``: the least important weights are pruned."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
-from ..kernels.block_score import block_score
 from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
 from .config import AlgorithmConfig, ScheduleField
+from .criteria import WeightImportance
 from .pruning import Scores
-from .schedule import Level, PolynomialSchedule
+from .saliency import Saliency
+from .schedule import Level, PolynomialSchedule, Whole
 
 
 def _default_schedule(data: dict[str, Any]) -> PolynomialSchedule | None:
@@ -22,7 +22,7 @@ def _default_schedule(data: dict[str, Any]) -> PolynomialSchedule | None:
 
 
 class MagnitudeSparsityConfig(AlgorithmConfig):
-    """Prune the groups of smallest magnitude.
+    """Prune the groups of smallest magnitude, or of least importance by another criterion.
 
     For example ``MagnitudeSparsityConfig(pattern=Block(32, 32),
     schedule=PolynomialSchedule(target_level=0.8, target_epoch=3))``. Pattern, scopes, overrides
@@ -36,7 +36,9 @@ class MagnitudeSparsityConfig(AlgorithmConfig):
         schedule: which level holds when, the initial one included; by default
             ``PolynomialSchedule()``. None in ``local`` mode.
         sparsity_init: in ``local`` mode the level before any is set, in [0, 1).
-        weight_importance: ``"abs"``: |w|; ``"normed_abs"``: |w| / ||w||_2, the norm of its tensor.
+        weight_importance: ``"abs"``: |w|; ``"normed_abs"``: |w| / ||w||_2, the norm of its tensor;
+            ``"snip"``, ``"snip_momentum"``, ``"wanda"``, ``"random"``: see ``criteria.py``.
+        seed: of ``"random"``, which ranks the groups alike at every update.
 
     Raises:
         ValueError: an argument is unknown or out of its range, or two do not go together.
@@ -46,7 +48,8 @@ class MagnitudeSparsityConfig(AlgorithmConfig):
     sparsity_level_setting_mode: Literal["global", "local"] = "global"
     schedule: ScheduleField = Field(default_factory=_default_schedule)
     sparsity_init: Level = 0.0
-    weight_importance: Literal["abs", "normed_abs"] = "normed_abs"
+    weight_importance: WeightImportance = "normed_abs"
+    seed: Whole = 0
 
     @property
     def initial_level(self) -> float:
@@ -74,8 +77,8 @@ class MagnitudeSparsityConfig(AlgorithmConfig):
 
 
 class MagnitudeSparsityController(BaseSparsityAlgoController):
-    """Prunes by |w|; masks are always found anew from the dense weights, so that a group may
-    return.
+    """Prunes by |w| or another criterion; masks are always found anew from the dense weights, so
+    that a group may return. (Under SNIP it does not: a pruned group has no gradient.)
 
     Args:
         target_model: the model, whose target modules are sparse already.
@@ -96,27 +99,10 @@ class MagnitudeSparsityController(BaseSparsityAlgoController):
         super().__init__(target_model, sparsified_module_info)
         self.config = config
         self._configure(config, batchnorm_data)
+        infos = self.sparsified_module_info
+        self._saliency = self._judge = Saliency(infos, config.weight_importance, config.seed)
         self._follow(config.schedule, config.initial_level)
 
     def scores(self, infos: Sequence[SparseModuleInfo]) -> Scores:
-        """|w|, or |w| / ||w||_2 under ``normed_abs``; a block's is the mean over its elements."""
-        weights = [info.weight.detach() for info in infos]
-        matrices = [i.operand.matrix(w) for i, w in zip(infos, weights, strict=True)]
-        operand = infos[0].operand
-        scales = None
-        if self.config.weight_importance == "normed_abs":
-            norms = [_norm(weight) for weight in weights]
-            # an all-zero weight has importance 0, whatever it is divided by
-            scales = torch.stack([norm.where(norm > 0, 1) for norm in norms]).reciprocal()
-        if operand.packed:
-            return Scores(matrices, scales)
-        grids = [
-            block_score(matrix, operand.pattern, backend=operand.backend) for matrix in matrices
-        ]
-        return Scores(grids, scales)
-
-
-def _norm(weight: Tensor) -> Tensor:
-    """||w||_2 as a float32 scalar, added up in float32 at least."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight, dtype=wide).float()
+        """The criterion's importance; a block's is the mean over its elements."""
+        return self._judge.scores(infos)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _Projection
 
 from .operand import MaskOperand
 
@@ -103,7 +104,17 @@ class SparseLinear(SparseModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         bias = self.masked("bias") if "bias" in self.operands else self.bias
-        return F.linear(input, self.masked(), bias)
+        return self.operands["weight"].linear(input, self.weight, bias)
+
+
+class SparseConv1D(SparseModule):
+    """Hugging Face's Conv1D: a linear that stores ``(in_features, out_features)``."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operands["weight"].linear(x, self.weight, self.bias)
 
 
 class SparseEmbedding(SparseModule, nn.Embedding):
@@ -214,6 +225,19 @@ _FORWARDS: tuple[type[SparseModule], ...] = (
 )
 
 
+def is_transposed(kind: type[nn.Module]) -> bool:
+    """Tell whether modules of this class store their weight as ``(in_features, out_features)``."""
+    return _conv1d_of(kind) is not None
+
+
+def _conv1d_of(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """Return Hugging Face's Conv1D, if ``kind`` is one. By name: transformers may be missing."""
+    for base in kind.__mro__:
+        if base.__name__ == "Conv1D" and base.__module__.startswith("transformers."):
+            return base
+    return None
+
+
 @cache
 def sparse_class(dense: type[nn.Module]) -> type[SparseModule]:
     """Return the subclass of ``dense`` that masks its weights."""
@@ -223,6 +247,9 @@ def sparse_class(dense: type[nn.Module]) -> type[SparseModule]:
     bases: tuple[type, ...] = (SparseModule, dense)
     if issubclass(dense, nn.RNNBase):
         bases = (SparseRNN, dense)
+    conv1d = _conv1d_of(dense)
+    if conv1d is not None and dense.forward is conv1d.forward:
+        bases = (SparseConv1D, dense)
     for sparse in _FORWARDS:
         # a subclass that overrides forward knows best what it does with its weight
         inherits = dense.forward is sparse.dense_class.forward
@@ -245,6 +272,10 @@ def sparsify(module: nn.Module, operands: dict[str, MaskOperand]) -> None:
     else:
         module.__dict__["operands"] = dict(operands)
         module.__class__ = sparse_class(type(module))
+        multiplies = type(module).forward in (SparseLinear.forward, SparseConv1D.forward)
+        # attention reads its output projection's weight, and never calls it
+        if multiplies and not isinstance(module, _Projection):
+            operands["weight"].serve_linear()
     for name, operand in operands.items():
         if operand.scores is not None:
             module.register_parameter(_scores_name(name), operand.scores)

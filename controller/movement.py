@@ -18,6 +18,7 @@ import torch
 from pydantic import BeforeValidator, Field, StrictBool, model_validator
 from torch import Tensor, nn
 
+from ..kernels.dispatch import Dispatch
 from ..kernels.launch import Backend
 from ..kernels.learned_mask import straight_through
 from ..kernels.pattern import MAX_BLOCK_SIDE, Block, Pattern, Unstructured
@@ -167,7 +168,7 @@ class MovementOperand(ScoredOperand):
     """A mask by importance, of a weight (a matrix) or a bias (a vector).
 
     Args:
-        weight, backend, multiplier: as ``ScoredOperand``'s.
+        weight, backend, dispatch, multiplier: as ``ScoredOperand``'s.
         factors: rows and columns of what has one importance; a bias's rows are 1.
         tile: rows and columns that a mask can tell apart, divisors of ``factors``.
     """
@@ -180,6 +181,7 @@ class MovementOperand(ScoredOperand):
         *,
         multiplier: float | None = None,
         backend: Backend = "auto",
+        dispatch: Dispatch = "auto",
     ) -> None:
         self.factors = factors
         self._repeats = factors[0] // tile[0], factors[1] // tile[1]
@@ -193,18 +195,17 @@ class MovementOperand(ScoredOperand):
             initial=0.0,
             multiplier=multiplier,
             backend=backend,
+            dispatch=dispatch,
         )
-
-    @property
-    def is_bias(self) -> bool:
-        return len(self.weight_shape) == 1
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight[None] if weight.ndim == 1 else super().matrix(weight)
 
-    def apply(self, weight: Tensor) -> Tensor:
-        if self.frozen or not (self.training and torch.is_grad_enabled()):
-            return super().apply(weight)
+    @property
+    def learning(self) -> bool:
+        return self.training and not self.frozen and torch.is_grad_enabled()
+
+    def learned(self, weight: Tensor) -> Tensor:
         scores = self.spread(self.trained_scores())
         matrix = self.matrix(weight)
         masked = straight_through(
@@ -332,7 +333,11 @@ def _structure(name: str, config: MovementSparsityConfig) -> SparseStructure | N
 
 
 def movement_operands(
-    model: nn.Module, targets: Sequence[Target], config: MovementSparsityConfig, backend: Backend
+    model: nn.Module,
+    targets: Sequence[Target],
+    config: MovementSparsityConfig,
+    backend: Backend,
+    dispatch: Dispatch,
 ) -> list[MovementOperand]:
     """Return an operand for each target.
 
@@ -364,6 +369,7 @@ def movement_operands(
                 tile,
                 multiplier=config.compression_lr_multiplier,
                 backend=backend,
+                dispatch=dispatch,
             )
         )
     return operands

@@ -9,17 +9,35 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from .config import SCHEDULES, AlgorithmConfig, BatchNormAdaptation, listed
+from .const import ConstSparsityConfig
 from .declaration import Declaration, DeclarationError, did_you_mean
 from .magnitude import MagnitudeSparsityConfig
 from .movement import MovementSparsityConfig
 from .rb import RBSparsityConfig
+from .regrowth import RegrowthConfig, SETConfig
+from .rigl import RigLConfig
 from .schedule import Schedule
 
 _Declaration = TypeVar("_Declaration", bound=Declaration)
 
-Config = MagnitudeSparsityConfig | RBSparsityConfig | MovementSparsityConfig
+Config = (
+    MagnitudeSparsityConfig
+    | RBSparsityConfig
+    | MovementSparsityConfig
+    | ConstSparsityConfig
+    | SETConfig
+    | RigLConfig
+)
 ConfigLike = Config | Mapping[str, Any] | Sequence[Config | Mapping[str, Any]]
 
+_ALGORITHMS = (
+    "magnitude_sparsity",
+    "rb_sparsity",
+    "movement_sparsity",
+    "const_sparsity",
+    "set",
+    "rigl",
+)
 # NNCF's keys in `params`, and the schedules' fields that they are
 _SCHEDULE_KEYS = {
     "sparsity_target": "target_level",
@@ -127,16 +145,22 @@ def from_nncf(section: Mapping[str, Any]) -> Config:
             return _rb(section)
         case "movement_sparsity":
             return _movement(section)
+        case "const_sparsity":
+            _, given, spelled = _shared(section, ())
+            return _build(ConstSparsityConfig, given, spelled)
+        case "set":
+            return _build(SETConfig, *_regrowth(section))
+        case "rigl":
+            return _build(RigLConfig, *_regrowth(section))
         case algorithm:
-            known = ("magnitude_sparsity", "rb_sparsity", "movement_sparsity")
             raise ValueError(
-                f"compression: algorithm must be {' or '.join(map(repr, known))}, "
+                f"compression: algorithm must be one of {', '.join(map(repr, _ALGORITHMS))}, "
                 f"got {algorithm!r}"
             )
 
 
 def _magnitude(section: Mapping[str, Any]) -> MagnitudeSparsityConfig:
-    own = ("sparsity_level_setting_mode", "weight_importance")
+    own = ("sparsity_level_setting_mode", "weight_importance", "seed")
     given, spelled = _with_levels(section, own, default="polynomial")
     return _build(MagnitudeSparsityConfig, given, spelled)
 
@@ -189,6 +213,20 @@ def _with_levels(
     else:
         given["schedule"] = _nncf_schedule(section, params, default=default)
     return given, spelled
+
+
+def _regrowth(section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    own = tuple(
+        key for key in RegrowthConfig.model_fields if key not in AlgorithmConfig.model_fields
+    )
+    params, given, spelled = _shared(section, own)
+    if "sparsity_init" in section:
+        raise ValueError(
+            "compression: sparsity_init must be left out; the level holds from the start, "
+            f"params.level, got {section['sparsity_init']!r}"
+        )
+    given |= {key: params[key] for key in own if key in params}
+    return given, spelled | {key: f"params.{key}" for key in own}
 
 
 def _shared(

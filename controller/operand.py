@@ -6,11 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from ..kernels.block_sparse_linear import MIN_SIDE, block_sparse_linear
+from ..kernels.dispatch import Dispatch, Paths, as_tensor, choose
 from ..kernels.launch import Backend, use_triton
 from ..kernels.mask import expand_mask, pack, unpack, word_mask
+from ..kernels.masked_linear import masked_linear
 from ..kernels.masked_weight import apply_mask, apply_mask_
-from ..kernels.pattern import Pattern, Unstructured, grid_shape
+from ..kernels.pattern import Block, Pattern, Unstructured, grid_shape
+from ..kernels.topology import Topology, block_topology
 
 
 class MaskOperand:
@@ -24,6 +29,7 @@ class MaskOperand:
         pattern: the shape of a group.
         transposed: the weight is stored ``(in_features, out_features)``, as Hugging Face's Conv1D.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        dispatch: ``"auto"``, ``"sparse"`` or ``"dense"``, see ``linear``.
     """
 
     # trained with the weight, where the mask follows from such; its module holds it too
@@ -36,20 +42,29 @@ class MaskOperand:
         *,
         transposed: bool = False,
         backend: Backend = "auto",
+        dispatch: Dispatch = "auto",
     ) -> None:
         self.pattern = pattern
         self.transposed = transposed
         self.backend: Backend = backend
+        self.dispatch: Dispatch = dispatch
         self.weight_shape = weight.shape
         rows, cols = self.matrix(weight.detach()).shape
         self.shape: tuple[int, int] = (rows, cols)
         self.mask = self._compact(torch.ones(self.grid, dtype=torch.bool, device=weight.device))
         # known on the host: a weight of which nothing is pruned is used as it is
         self.all_kept = True
+        # an algorithm that lets groups return asks for it where it chooses them
+        self.dense_weight_grad = False
+        self._dtype = weight.dtype
         # the CPU's form of the mask, of integers as wide as the weight's elements
         self._words: Tensor | None = None
-        self._words_like = weight.dtype
         self._folded: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
+        # where a linear may skip blocks: their lists, and which products do, on the host and as a
+        # tensor that a compiled graph reads
+        self.topology: Topology | None = None
+        self.paths = Paths(False, False, False)
+        self._path_flags = as_tensor(self.paths)
         self.to(weight)
 
     @property
@@ -108,19 +123,24 @@ class MaskOperand:
         )
         return int((pruned * heights[:, None] * widths).sum())
 
-    def set_(self, mask: Tensor | None, *, all_kept: bool) -> None:
+    def set_(self, mask: Tensor | None, *, all_kept: bool, kept: int | None = None) -> None:
         """Take over a compact mask, in place.
 
         Args:
             mask: as ``self.mask``; None where ``self.mask`` itself has just been written.
             all_kept: nothing is pruned.
+            kept: number of kept groups; None: counted where it matters, which waits for the
+                device.
         """
         if mask is not None:
             self.mask.copy_(mask)
         self.all_kept = all_kept
         self._folded = None
         if self._words is not None:
-            word_mask(self.mask, self.pattern, self.shape, self._words_like, out=self._words)
+            word_mask(self.mask, self.pattern, self.shape, self._dtype, out=self._words)
+        if self.topology is not None:
+            block_topology(self.mask, self.pattern, out=self.topology, backend=self._list_backend)
+            self._choose_paths(kept)
 
     def to(self, weight: Tensor) -> None:
         """Follow the weight to its device and dtype."""
@@ -128,11 +148,88 @@ class MaskOperand:
         if self.mask.device != weight.device:
             self.mask = self.mask.to(weight.device)
         if weight.is_cpu and not use_triton("apply_mask", self.backend, weight):
-            if self._words is None or self._words_like != weight.dtype:
-                self._words_like = weight.dtype
+            if self._words is None or self._dtype != weight.dtype:
                 self._words = word_mask(self.mask, self.pattern, self.shape, weight.dtype)
         else:
             self._words = None
+        self._dtype = weight.dtype
+        if self.topology is not None:
+            self.serve_linear()
+
+    def serve_linear(self) -> None:
+        """Prepare ``linear`` to skip pruned blocks, if the pattern has blocks to skip."""
+        if (
+            isinstance(self.pattern, Block)
+            and min(self.pattern.rows, self.pattern.cols) >= MIN_SIDE
+            and len(self.weight_shape) == 2
+            and self._dtype != torch.float64
+        ):
+            moved = self.topology is None or self.topology.kept.device != self.mask.device
+            out = None if moved else self.topology
+            self.topology = block_topology(
+                self.mask, self.pattern, out=out, backend=self._list_backend
+            )
+            self._choose_paths(None)
+        else:
+            self.topology = None
+
+    @property
+    def _list_backend(self) -> Backend:
+        return "triton" if self._triton_runs else "torch"
+
+    @property
+    def _triton_runs(self) -> bool:
+        return use_triton("block_sparse_linear", self.backend, self.mask)
+
+    def _choose_paths(self, kept: int | None) -> None:
+        assert isinstance(self.pattern, Block)
+        self.paths = choose(
+            int(self.mask.count_nonzero()) if kept is None else kept,
+            self.shape,
+            self.pattern,
+            self._dtype,
+            self.mask.device,
+            triton_runs=self._triton_runs,
+            dispatch=self.dispatch,
+        )
+        self._path_flags.copy_(as_tensor(self.paths))
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``x (W * M)^T + b``.
+
+        Of output, input gradient and weight gradient those skip pruned blocks that ``paths``
+        tells. A compiled graph reads the same flags: it follows an update without being compiled
+        anew.
+        """
+        matrix = weight.T if self.transposed else weight
+        # tracing must not look at the paths: it would guard their values
+        if self.topology is not None and (torch.compiler.is_compiling() or self._skips()):
+            return block_sparse_linear(
+                x,
+                matrix,
+                self.topology,
+                bias,
+                pattern=self.pattern,
+                paths=self._path_flags,
+                dense_weight_grad=self.dense_weight_grad,
+                backend=self.backend,
+            )
+        if self.all_kept or not (torch.is_grad_enabled() and weight.requires_grad):
+            folded = self.apply(weight)
+            return functional.linear(x, folded.T if self.transposed else folded, bias)
+        self._folded = None
+        return masked_linear(
+            x,
+            matrix,
+            self._argument,
+            bias,
+            pattern=self.pattern,
+            dense_weight_grad=self.dense_weight_grad,
+            backend=self.backend,
+        )
+
+    def _skips(self) -> bool:
+        return any(self.paths) if torch.is_grad_enabled() else self.paths.forward
 
     def apply(self, weight: Tensor) -> Tensor:
         """Return the masked weight, differentiable, of the weight's shape.
@@ -169,10 +266,23 @@ class MaskOperand:
     @torch.no_grad()
     def fold_(self, weight: Tensor) -> None:
         """Set the pruned elements of ``weight`` to zero, in place."""
-        matrix = self.matrix(weight)
-        apply_mask_(matrix, self._argument, self.pattern, backend=self.backend)
-        if matrix.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
-            weight.copy_(matrix.reshape(weight.shape))
+        self._fold_(weight, self._argument)
+
+    @torch.no_grad()
+    def zero_(self, tensor: Tensor, groups: Tensor) -> None:
+        """Set some groups of a tensor of the weight's shape to zero, in place.
+
+        Args:
+            tensor: the weight, or what an optimiser knows of each of its elements.
+            groups: bool grid, True for the groups to clear.
+        """
+        self._fold_(tensor, self._compact(~groups))
+
+    def _fold_(self, tensor: Tensor, mask: Tensor) -> None:
+        matrix = self.matrix(tensor)
+        apply_mask_(matrix, mask, self.pattern, backend=self.backend)
+        if matrix.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+            tensor.copy_((matrix.T if self.transposed else matrix).reshape(tensor.shape))
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return ``weight`` as a matrix (out, in): a view where its strides allow one."""
@@ -183,6 +293,11 @@ class MaskOperand:
         return self.mask if self._words is None else self._words
 
     def _apply(self, weight: Tensor) -> Tensor:
+        if self.dense_weight_grad and torch.is_grad_enabled() and weight.requires_grad:
+            return _StraightThrough.apply(self._masked(weight.detach()), weight)
+        return self._masked(weight)
+
+    def _masked(self, weight: Tensor) -> Tensor:
         masked = apply_mask(
             self.matrix(weight), self._argument, self.pattern, backend=self.backend
         )
@@ -192,4 +307,17 @@ class MaskOperand:
         return pack(grid) if self.packed else grid
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_folded": None}
+        # a copy is not watched by the algorithm that looks at dense gradients
+        return self.__dict__ | {"_folded": None, "dense_weight_grad": False}
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The masked weight's value; the weight gets its gradient whole."""
+
+    @staticmethod
+    def forward(ctx: Any, masked: Tensor, weight: Tensor) -> Tensor:
+        return masked.view_as(masked)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0]

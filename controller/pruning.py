@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.block_score import block_score
 from ..kernels.mask import make_mask, unpack
 from ..kernels.pattern import Pattern
 from ..kernels.select import Threshold, select
@@ -97,13 +98,29 @@ def find_prunings(
 
 def apply_pruning(pruning: Pruning) -> None:
     """Write the masks, in place."""
-    _masks_of(pruning, out=[info.operand.mask for info in pruning.infos])
-    for info in pruning.infos:
-        info.operand.set_(None, all_kept=pruning.pruned == 0)
+    masks = _masks_of(pruning, out=[info.operand.mask for info in pruning.infos])
+    kept: list[int] | list[None] = [None] * len(masks)
+    if any(info.operand.topology is not None for info in pruning.infos):
+        # of all weights at once: each count by itself would be a wait for the device
+        kept = torch.stack([mask.count_nonzero() for mask in masks]).tolist()
+    for info, count in zip(pruning.infos, kept, strict=True):
+        info.operand.set_(None, all_kept=pruning.pruned == 0, kept=count)
+
+
+def magnitude_scores(infos: Sequence[SparseModuleInfo]) -> Scores:
+    """Score every group by |w|, a block by the mean."""
+    operand = infos[0].operand
+    matrices = [info.operand.matrix(info.weight.detach()) for info in infos]
+    if operand.packed:
+        return Scores(matrices, None)
+    return Scores(
+        [block_score(w, operand.pattern, backend=operand.backend) for w in matrices], None
+    )
 
 
 def _threshold(infos: list[SparseModuleInfo], pruned: int, scores: ScoresOf) -> Pruning:
-    found = scores(infos)
+    # where nothing is pruned a criterion need not have what it judges by
+    found = scores(infos) if pruned else magnitude_scores(infos)
     threshold = select(
         found.tensors, pruned, scales=found.scales, backend=infos[0].operand.backend
     )
@@ -111,8 +128,9 @@ def _threshold(infos: list[SparseModuleInfo], pruned: int, scores: ScoresOf) -> 
     if threshold.nonfinite:
         for info, tensor in zip(infos, found.tensors, strict=True):
             if not torch.isfinite(tensor).all():
+                what = "importance" if torch.isfinite(info.weight).all() else "weight"
                 raise ValueError(
-                    f"set_sparsity_level: the weight of {info.module_node_name!r} holds NaN "
+                    f"set_sparsity_level: the {what} of {info.module_node_name!r} holds NaN "
                     "or Inf; masks are left as they were"
                 )
     return Pruning(infos, found, threshold, pruned)

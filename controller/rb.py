@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from ..kernels.dispatch import Dispatch
 from ..kernels.launch import Backend
 from ..kernels.learned_mask import sample_mask
 from ..kernels.pattern import Block, Pattern
@@ -123,7 +124,7 @@ class LogitOperand(ScoredOperand):
     micro-batches, of a module used twice or of activation checkpointing, agree.
 
     Args:
-        weight, pattern, transposed, backend, multiplier: as ``ScoredOperand``'s.
+        weight, pattern, transposed, backend, dispatch, multiplier: as ``ScoredOperand``'s.
         draws: shared by the operands of one controller.
         stream: this weight's number.
     """
@@ -138,6 +139,7 @@ class LogitOperand(ScoredOperand):
         multiplier: float | None = None,
         transposed: bool = False,
         backend: Backend = "auto",
+        dispatch: Dispatch = "auto",
     ) -> None:
         self.draws = draws
         self.stream = stream
@@ -152,6 +154,7 @@ class LogitOperand(ScoredOperand):
             multiplier=multiplier,
             transposed=transposed,
             backend=backend,
+            dispatch=dispatch,
         )
         self._read_at: tuple[int, int] | None = None
 
@@ -160,12 +163,33 @@ class LogitOperand(ScoredOperand):
         if self.draws.random.device != weight.device:
             self.draws.random = self.draws.random.to(weight.device)
 
+    @property
+    def learning(self) -> bool:
+        return self.training and not self.frozen
+
+    def learned(self, weight: Tensor) -> Tensor:
+        matrix, pattern = weight.flatten(1), self.pattern
+        if self.transposed and isinstance(pattern, Block):
+            pattern = Block(pattern.cols, pattern.rows)
+        masked = sample_mask(
+            matrix,
+            self.trained_scores(),
+            self.draws.random,
+            pattern,
+            stream=self.stream,
+            backend=self.backend,
+        )
+        return masked.reshape(weight.shape)
+
     def apply(self, weight: Tensor) -> Tensor:
-        if self.training and not self.frozen:
-            return self._sample(weight)
-        if not torch.compiler.is_compiling():
+        if not self.learning and not torch.compiler.is_compiling():
             self.read_logits()
         return super().apply(weight)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.learning and not torch.compiler.is_compiling():
+            self.read_logits()
+        return super().linear(x, weight, bias)
 
     def train(self, mode: bool) -> None:
         super().train(mode)
@@ -215,23 +239,9 @@ class LogitOperand(ScoredOperand):
         self.read_logits()
         super().fold_(weight)
 
-    def _sample(self, weight: Tensor) -> Tensor:
-        matrix, pattern = weight.flatten(1), self.pattern
-        if self.transposed and isinstance(pattern, Block):
-            pattern = Block(pattern.cols, pattern.rows)
-        masked = sample_mask(
-            matrix,
-            self.trained_scores(),
-            self.draws.random,
-            pattern,
-            stream=self.stream,
-            backend=self.backend,
-        )
-        return masked.reshape(weight.shape)
-
 
 def logit_operands(
-    targets: Sequence[Target], config: RBSparsityConfig, backend: Backend
+    targets: Sequence[Target], config: RBSparsityConfig, backend: Backend, dispatch: Dispatch
 ) -> list[LogitOperand]:
     """Return an operand for each target; they draw from one seed, each in a stream of its own."""
     # torch's seed may have 64 bits
@@ -246,6 +256,7 @@ def logit_operands(
             multiplier=config.compression_lr_multiplier,
             transposed=target.transposed,
             backend=backend,
+            dispatch=dispatch,
         )
         for stream, target in enumerate(targets)
     ]

@@ -20,6 +20,10 @@ class ScheduledController(Protocol):
         """Stop updating the masks."""
         ...
 
+    def begin_step(self) -> None:
+        """Take in the gradients of the step that has ended."""
+        ...
+
     def measured_sparsity_level(self) -> float:
         """Return the level that the masks have."""
         ...
@@ -151,6 +155,7 @@ class SparsityScheduler(CompressionScheduler):
         )
 
     def step(self, next_step: int | None = None) -> None:
+        self._controller.begin_step()
         if not self._updates_per_step:
             super().step(next_step)
             return

@@ -28,6 +28,8 @@ class SparsifiedLayerSummary:
         pruned_elements: weight elements that are masked out.
         weight_percentage: share of this weight in the model's parameters, in percent.
         threshold: the score at or below which groups are pruned; None before the first mask.
+        path: which matrix products skip pruned blocks: ``"block-sparse"``, ``"dense"``, or the
+            names of some.
     """
 
     name: str
@@ -38,6 +40,7 @@ class SparsifiedLayerSummary:
     pruned_elements: int
     weight_percentage: float
     threshold: float | None
+    path: str
 
     @property
     def sparsity_level(self) -> float:
@@ -89,10 +92,11 @@ class SparsityStatistics:
                 f"{layer.sparsity_level:.4f}",
                 f"{layer.weight_percentage:.2f}",
                 "" if layer.threshold is None else f"{layer.threshold:.6g}",
+                layer.path,
             )
             for layer in model.sparsified_layers_summary
         ]
-        headers = ("Layer", "Weight", "Pattern", "Level", "% of parameters", "Threshold")
+        headers = ("Layer", "Weight", "Pattern", "Level", "% of parameters", "Threshold", "Path")
         return (
             tabulate(figures, disable_numparse=True)
             + "\n\n"
@@ -128,6 +132,7 @@ def collect_layers(
             pruned_elements=info.operand.pruned_elements(),
             weight_percentage=100 * info.operand.weight_shape.numel() / parameters,
             threshold=float(thresholds[name]) if name in thresholds else None,
+            path=str(info.operand.paths),
         )
         for info in infos
     )

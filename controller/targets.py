@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels.pattern import Pattern
 from .config import Override
-from .modules import SparseModule
+from .modules import SparseModule, is_transposed
 from .scope import check_scopes, matches
 
 
@@ -108,7 +108,7 @@ def find_targets(
         target = Target(
             name=users[0][0],
             users=tuple((module, name) for _, module, name in users),
-            transposed=_is_transposed(module),
+            transposed=is_transposed(type(module)),
             pattern=override.pattern if override and override.pattern else pattern,
             minimum_level=override.minimum_level if override else 0.0,
             maximum_level=override.maximum_level if override else 1.0,
@@ -167,19 +167,11 @@ def _parameters_of(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
         if parameter.ndim < 2 or "bias" in name or isinstance(module, _NORMS):
             continue
         covered = (
-            ((isinstance(module, _WEIGHTED) or _is_transposed(module)) and name == "weight")
+            ((isinstance(module, _WEIGHTED) or is_transposed(type(module))) and name == "weight")
             or (isinstance(module, nn.MultiheadAttention) and name in _ATTENTION_WEIGHTS)
             or (isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and name.startswith("weight_"))
         )
         yield name, parameter, covered
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """Tell whether ``module`` is Hugging Face's Conv1D: a linear that stores (in, out)."""
-    return any(
-        c.__name__ == "Conv1D" and c.__module__.startswith("transformers.")
-        for c in type(module).__mro__
-    )
 
 
 def _target_name(path: str, parameter: str) -> str:

@@ -4,6 +4,8 @@ W is an ordinary dense parameter, never copied or re-packed, in either memory la
 pass and the input gradient, ``dX = dY (W * M)``, are one kernel: the same product with the roles
 of rows and columns exchanged, and the transposed lists of ``topology.py``. The weight gradient is
 ``block_sparse_wgrad.py``; the plain-torch way, ``block_sparse_torch.py``; tiles, ``tiles.py``.
+Products that are faster dense (``dispatch.py``) are those of ``masked_linear.py``. The three are
+one another's derivatives, so there are gradients of any order.
 
 **Tiles.** An output tile is BLOCK_M tokens by one block's rows; its reduction walks the kept
 columns. A step reads BLOCK_M + BLOCK_N elements a column for BLOCK_M * BLOCK_N multiplications, an
@@ -50,9 +52,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import block_sparse_torch
+from . import block_sparse_torch, masked_linear
 from .block_sparse_wgrad import launch_wgrad
-from .launch import Backend, index_type, on_device, tl, triton, use_triton
+from .dispatch import Paths, choose
+from .launch import Backend, autocast, index_type, on_device, tl, triton, use_triton
+from .masked_weight import apply_mask_
 from .pattern import Block, Pattern, grid_shape
 from .tiles import (
     Tile,
@@ -61,7 +65,7 @@ from .tiles import (
     device_of,
     dot_precision,
     linear_tile,
-    measured,
+    tuned_tile,
 )
 from .topology import Topology, block_topology, capacities
 
@@ -295,7 +299,26 @@ def _launch_product(
 
 def _tuned(direction: str, weight: Tensor, rows: int, cols: int) -> Tile | None:
     shape = weight.shape[0], weight.shape[1]
-    return measured.get((direction, shape, Block(rows, cols), weight.dtype))
+    return tuned_tile(direction, shape, Block(rows, cols), weight.dtype)
+
+
+def _paths(
+    paths: Tensor | None, weight: Tensor, kept: Tensor, rows: int, cols: int, triton_runs: bool
+) -> Paths:
+    if paths is not None:
+        return Paths(*paths.tolist())
+    if triton_runs:
+        # how many blocks are kept only the device knows
+        return Paths(True, True, True)
+    shape = weight.shape[0], weight.shape[1]
+    return choose(
+        int(kept.count_nonzero()), shape, Block(rows, cols), weight.dtype, weight.device,
+        triton_runs=triton_runs,
+    )  # fmt: skip
+
+
+def _backend(triton_runs: bool) -> Backend:
+    return "triton" if triton_runs else "torch"
 
 
 @torch.library.custom_op("triton_sparsity::block_sparse_linear", mutates_args=())
@@ -304,12 +327,17 @@ def _op(
     weight: Tensor,
     bias: Tensor | None,
     lists: list[Tensor],
+    paths: Tensor | None,
     rows: int,
     cols: int,
     dense_weight_grad: bool,
     triton_runs: bool,
 ) -> Tensor:
     topology = Topology(*lists)
+    if not _paths(paths, weight, topology.kept, rows, cols, triton_runs).forward:
+        return masked_linear.forward(
+            x, weight, bias, topology.kept, rows, cols, _backend(triton_runs)
+        )
     if not triton_runs:
         return block_sparse_torch.forward(x, weight, bias, topology, rows, cols)
     tuned = _tuned("forward", weight, rows, cols)
@@ -320,9 +348,17 @@ def _op(
 
 @torch.library.custom_op("triton_sparsity::block_sparse_linear_dgrad", mutates_args=())
 def _dgrad_op(
-    grad: Tensor, weight: Tensor, lists: list[Tensor], rows: int, cols: int, triton_runs: bool
+    grad: Tensor,
+    weight: Tensor,
+    lists: list[Tensor],
+    paths: Tensor | None,
+    rows: int,
+    cols: int,
+    triton_runs: bool,
 ) -> Tensor:
     topology = Topology(*lists)
+    if not _paths(paths, weight, topology.kept, rows, cols, triton_runs).dgrad:
+        return masked_linear.dgrad(grad, weight, topology.kept, rows, cols, _backend(triton_runs))
     if not triton_runs:
         return block_sparse_torch.dgrad(grad, weight, topology, rows, cols)
     tuned = _tuned("dgrad", weight, rows, cols)
@@ -337,6 +373,7 @@ def _wgrad_op(
     x: Tensor,
     weight: Tensor,  # for its layout
     lists: list[Tensor],
+    paths: Tensor | None,
     rows: int,
     cols: int,
     triton_runs: bool,
@@ -345,6 +382,9 @@ def _wgrad_op(
     out = torch.empty_like(weight)
     if x.shape[0] == 0:
         out.zero_()
+    elif not _paths(paths, weight, topology.kept, rows, cols, triton_runs).wgrad:
+        torch.mm(grad.T, x, out=out)
+        apply_mask_(out, topology.kept, Block(rows, cols), backend=_backend(triton_runs))
     elif not triton_runs:
         block_sparse_torch.wgrad(grad, x, topology, rows, cols, out)
     elif out.numel():
@@ -353,43 +393,78 @@ def _wgrad_op(
 
 
 @_op.register_fake
-def _(x, weight, bias, lists, rows, cols, dense_weight_grad, triton_runs) -> Tensor:
+def _(x, weight, bias, lists, paths, rows, cols, dense_weight_grad, triton_runs) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 @_dgrad_op.register_fake
-def _(grad, weight, lists, rows, cols, triton_runs) -> Tensor:
+def _(grad, weight, lists, paths, rows, cols, triton_runs) -> Tensor:
     return grad.new_empty((grad.shape[0], weight.shape[1]))
 
 
 @_wgrad_op.register_fake
-def _(grad, x, weight, lists, rows, cols, triton_runs) -> Tensor:
+def _(grad, x, weight, lists, paths, rows, cols, triton_runs) -> Tensor:
     return torch.empty_like(weight)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, lists, *ctx.options = inputs
-    ctx.save_for_backward(x, weight, *lists)
+    x, weight, _, lists, paths, *ctx.options = inputs
+    ctx.save_for_backward(x, weight, paths, *lists)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, *lists = ctx.saved_tensors
+    x, weight, paths, *lists = ctx.saved_tensors
     rows, cols, dense_weight_grad, triton_runs = ctx.options
     wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     grad_x = grad_weight = grad_bias = None
     if wants_x:
-        grad_x = _dgrad_op(grad, weight, lists, rows, cols, triton_runs)
+        grad_x = _dgrad_op(grad, weight, lists, paths, rows, cols, triton_runs)
     if wants_weight and dense_weight_grad:
         grad_weight = grad.T @ x
     elif wants_weight:
-        grad_weight = _wgrad_op(grad, x, weight, lists, rows, cols, triton_runs)
+        grad_weight = _wgrad_op(grad, x, weight, lists, paths, rows, cols, triton_runs)
     if wants_bias:
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        grad_bias = grad.sum(0, dtype=wide).to(grad.dtype)
-    return grad_x, grad_weight, grad_bias, [None] * len(lists), None, None, None, None
+        grad_bias = masked_linear.bias_grad(grad)
+    return grad_x, grad_weight, grad_bias, [None] * len(lists), *[None] * 5
+
+
+def _setup_dgrad_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tokens, weight, lists, paths, *ctx.options = inputs
+    ctx.save_for_backward(tokens, weight, paths, *lists)
+
+
+def _dgrad_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    tokens, weight, paths, *lists = ctx.saved_tensors
+    rows, cols, triton_runs = ctx.options
+    wants_tokens, wants_weight = ctx.needs_input_grad[:2]
+    grad_tokens = grad_weight = None
+    if wants_tokens:
+        grad_tokens = _op(grad, weight, None, lists, paths, rows, cols, False, triton_runs)
+    if wants_weight:
+        grad_weight = _wgrad_op(tokens, grad, weight, lists, paths, rows, cols, triton_runs)
+    return grad_tokens, grad_weight, [None] * len(lists), *[None] * 4
+
+
+def _setup_wgrad_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tokens, x, _, lists, paths, *ctx.options = inputs
+    ctx.save_for_backward(tokens, x, paths, *lists)
+
+
+def _wgrad_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    tokens, x, paths, *lists = ctx.saved_tensors
+    rows, cols, triton_runs = ctx.options
+    wants_tokens, wants_x = ctx.needs_input_grad[:2]
+    grad_tokens = grad_x = None
+    if wants_tokens:
+        grad_tokens = _op(x, grad, None, lists, paths, rows, cols, False, triton_runs)
+    if wants_x:
+        grad_x = _dgrad_op(tokens, grad, lists, paths, rows, cols, triton_runs)
+    return grad_tokens, grad_x, None, [None] * len(lists), *[None] * 4
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+_dgrad_op.register_autograd(_dgrad_backward, setup_context=_setup_dgrad_context)
+_wgrad_op.register_autograd(_wgrad_backward, setup_context=_setup_wgrad_context)
 
 
 def _flops(tokens: int, weight: Tensor, kept: Tensor, rows: int, cols: int) -> int:
@@ -403,22 +478,27 @@ def _flops(tokens: int, weight: Tensor, kept: Tensor, rows: int, cols: int) -> i
 
 
 @register_flop_formula(torch.ops.triton_sparsity.block_sparse_linear, get_raw=True)
-def _(x, weight, bias, lists, rows, cols, *_, **__) -> int:
+def _(x, weight, bias, lists, paths, rows, cols, *_, **__) -> int:
     return _flops(x.shape[0], weight, Topology(*lists).kept, rows, cols)
 
 
 @register_flop_formula(torch.ops.triton_sparsity.block_sparse_linear_dgrad, get_raw=True)
-def _(grad, weight, lists, rows, cols, *_, **__) -> int:
+def _(grad, weight, lists, paths, rows, cols, *_, **__) -> int:
     return _flops(grad.shape[0], weight, Topology(*lists).kept, rows, cols)
 
 
 @register_flop_formula(torch.ops.triton_sparsity.block_sparse_linear_wgrad, get_raw=True)
-def _(grad, x, weight, lists, rows, cols, *_, **__) -> int:
+def _(grad, x, weight, lists, paths, rows, cols, *_, **__) -> int:
     return _flops(grad.shape[0], weight, Topology(*lists).kept, rows, cols)
 
 
 def _check(
-    x: Tensor, weight: Tensor, topology: Tensor | Topology, bias: Tensor | None, pattern: Pattern
+    x: Tensor,
+    weight: Tensor,
+    topology: Tensor | Topology,
+    bias: Tensor | None,
+    pattern: Pattern,
+    paths: Tensor | None,
 ) -> None:
     def must(condition: bool, message: str) -> None:
         if not condition:
@@ -467,6 +547,11 @@ def _check(
         )
         mask = topology.kept
     must(mask.device == weight.device, f"mask must be on {weight.device}, got {mask.device}")
+    must(
+        paths is None or (paths.shape == (3,) and paths.dtype == torch.bool and paths.is_cpu),
+        "paths must be bool (3,) on the CPU, "
+        f"got {paths if paths is None else (paths.dtype, tuple(paths.shape), paths.device)}",
+    )
 
 
 def block_sparse_linear(
@@ -476,6 +561,7 @@ def block_sparse_linear(
     bias: Tensor | None = None,
     *,
     pattern: Pattern,
+    paths: Tensor | None = None,
     dense_weight_grad: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -493,6 +579,10 @@ def block_sparse_linear(
             cols))``, True = kept, from which they are built in every call.
         bias: shape ``(R,)``.
         pattern: ``Block`` of 16 to 256 a side, rectangular too.
+        paths: bool ``(3,)`` on the CPU, see ``dispatch.Paths``: which of the output, the input
+            gradient and the weight gradient skip pruned blocks; the others are dense products
+            with the masked weight. None: all of them on a GPU, which alone knows how many blocks
+            are kept; those that are faster so on a CPU.
         dense_weight_grad: give pruned weights their gradient too, as growing algorithms ask;
             otherwise it is exactly zero there, and not computed.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
@@ -502,17 +592,11 @@ def block_sparse_linear(
 
     Raises:
         ValueError: a shape, dtype or device does not fit the weight's, the mask is another
-            weight's, or a block is smaller than 16 a side.
+            weight's, a block is smaller than 16 a side, or ``paths`` is not as above.
         RuntimeError: ``"triton"`` is asked for where it cannot run.
     """
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        to = torch.get_autocast_dtype(kind)
-        x, weight, bias = (
-            t.to(to) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-            for t in (x, weight, bias)
-        )
-    _check(x, weight, topology, bias, pattern)
+    x, weight, bias = autocast(x, weight, bias)
+    _check(x, weight, topology, bias, pattern, paths)
     triton_runs = use_triton("block_sparse_linear", backend, x)
     if weight.dtype == torch.float64:
         if backend == "triton":
@@ -528,6 +612,7 @@ def block_sparse_linear(
         weight,
         bias,
         list(topology),
+        paths,
         pattern.rows,
         pattern.cols,
         dense_weight_grad,

@@ -3,9 +3,9 @@
 A block row's kept columns of the activations are gathered side by side, so that one GEMM does all
 of its blocks; for the input gradient, a block column's. A gathered element is then used as often
 as the block is wide, so there is a density, the higher the wider the block, above which a dense
-GEMM with the masked weight is the faster one, and is taken.
+GEMM with the masked weight is the faster one: ``dispatch.py`` knows it.
 
-Reading order: choice -> gathering -> the three products.
+Reading order: gathering -> the three products.
 """
 
 from __future__ import annotations
@@ -15,27 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .masked_weight import apply_mask
-from .pattern import Block
 from .topology import Topology
-
-# (block width in the GEMM's output, highest density where gathering is faster): measured on two
-# cores of an AMD EPYC 9004, MKL, float32, (512, 2048, 2048), and lowered by a tenth
-BREAK_EVEN = ((256, 0.7), (128, 0.65), (64, 0.5), (32, 0.35), (16, 0.2))
-
-
-def gathering_pays(tasks: Tensor, lines: int, side: int) -> bool:
-    """Tell whether gathering beats the dense GEMM on a CPU.
-
-    Args:
-        tasks: of the topology, one a line of blocks.
-        lines: blocks in a full line.
-        side: how often a gathered element is used: the line's width.
-    """
-    if tasks.device.type != "cpu":
-        return False
-    density = int(tasks[:, 2].sum()) / max(len(tasks) * lines, 1)
-    return density <= next(limit for width, limit in BREAK_EVEN if side >= width)
 
 
 def _inner(blocks: Tensor, length: int, side: int) -> Tensor:
@@ -77,16 +57,10 @@ def _lines(tasks: Tensor, index: Tensor, side: int) -> Iterator[tuple[slice, Ten
         yield slice(line * side, (line + 1) * side), index[first : first + count]
 
 
-def _masked(weight: Tensor, topology: Topology, rows: int, cols: int) -> Tensor:
-    return apply_mask(weight, topology.kept, Block(rows, cols), backend="torch")
-
-
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, topology: Topology, rows: int, cols: int
 ) -> Tensor:
     """Return ``x (W * M)^T + b``, shape ``(T, R)``."""
-    if not gathering_pays(topology.row_tasks, len(topology.col_tasks), rows):
-        return torch.nn.functional.linear(x, _masked(weight, topology, rows, cols), bias)
     y = x.new_empty((x.shape[0], weight.shape[0]))
     for part, blocks in _lines(topology.row_tasks, topology.col_index, rows):
         w = _take(weight[part], blocks, cols, 1)
@@ -96,8 +70,6 @@ def forward(
 
 def dgrad(grad: Tensor, weight: Tensor, topology: Topology, rows: int, cols: int) -> Tensor:
     """Return ``grad (W * M)``, shape ``(T, C)``."""
-    if not gathering_pays(topology.col_tasks, len(topology.row_tasks), cols):
-        return grad @ _masked(weight, topology, rows, cols)
     dx = grad.new_empty((grad.shape[0], weight.shape[1]))
     for part, blocks in _lines(topology.col_tasks, topology.row_index, cols):
         w = _take(weight[:, part], blocks, rows, 0)
@@ -107,9 +79,6 @@ def dgrad(grad: Tensor, weight: Tensor, topology: Topology, rows: int, cols: int
 
 def wgrad(grad: Tensor, x: Tensor, topology: Topology, rows: int, cols: int, out: Tensor) -> None:
     """Write ``(grad^T x) * M`` to ``out``, shape ``(R, C)``."""
-    if not gathering_pays(topology.row_tasks, len(topology.col_tasks), max(rows, cols)):
-        out.copy_(_masked(grad.T @ x, topology, rows, cols))
-        return
     out.zero_()
     if rows >= cols:
         for part, blocks in _lines(topology.row_tasks, topology.col_index, rows):

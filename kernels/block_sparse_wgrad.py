@@ -50,7 +50,7 @@ from .tiles import (
     descriptor,
     device_of,
     dot_precision,
-    measured,
+    tuned_tile,
     wgrad_tile,
 )
 from .topology import BUNDLE_WIDTH, Topology, bundling
@@ -465,8 +465,8 @@ def launch_wgrad(
     device, precision = device_of(grad), dot_precision(grad.dtype)
     side_u, side_v = (side_a, side_b) if lone_a else (side_b, side_a)
     bulk = takes_bulk_copies(side_u, side_v, precision) and bulk_copies(device, a, b, out)
-    key = "wgrad", (grad.shape[1], x.shape[1]), Block(rows, cols), grad.dtype
-    tile = measured.get(key) or wgrad_tile(
+    shape = grad.shape[1], x.shape[1]
+    tile = tuned_tile("wgrad", shape, Block(rows, cols), grad.dtype) or wgrad_tile(
         side_u, side_v, grad.dtype, device, precision=precision, bulk=bulk
     )
     shared = layout(tile, lone_a, side_a, side_b, bulk, device)

@@ -75,3 +75,15 @@ def index_type(*tensors: Tensor) -> Any:
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make ``tensor``'s GPU current: Triton launches there, and it need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def autocast(*tensors: Tensor | None) -> list[Any]:
+    """Cast what ``torch.nn.functional.linear`` would cast under the autocast in force, if any."""
+    kind = next(t for t in tensors if t is not None).device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return list(tensors)
+    to = torch.get_autocast_dtype(kind)
+    return [
+        t.to(to) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]

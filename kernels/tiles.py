@@ -52,6 +52,20 @@ class Device(NamedTuple):
 # direction is "forward", "dgrad" or "wgrad"
 measured: dict[tuple[str, tuple[int, int], Pattern, torch.dtype], Tile] = {}
 
+
+def tuned_tile(
+    direction: str, shape: tuple[int, int], pattern: Pattern, dtype: torch.dtype
+) -> Tile | None:
+    """Return the measured tile of a weight, if there is one and it may count.
+
+    Under ``torch.use_deterministic_algorithms`` it may not: the same sums in the same order on
+    every machine of one kind.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return None
+    return measured.get((direction, shape, pattern, dtype))
+
+
 _SHARED = {(8, 0): 164, (8, 7): 164, (9, 0): 228, (10, 0): 228, (10, 3): 228}  # KiB
 
 

@@ -99,6 +99,24 @@ def test_a_run_ends_with_exactly_the_pruned_model_on_disk(uninterrupted):
     assert (stripped["embedding.weight"] != 0).all()
 
 
+def test_training_that_skips_blocks_follows_the_masked_dense_losses(tmp_path):
+    runs = {}
+    for dispatch in ("sparse", "dense"):
+        options = Options(
+            pattern="block:32", dispatch=dispatch, dense_epochs=1, epochs=2, steps_per_epoch=6,
+            batch_size=2, eval_batches=1, threads=1,
+        )  # fmt: skip
+        runs[dispatch] = finetune(options, tmp_path / dispatch)
+    paths = {name: {layer["path"] for layer in run["layers"]} for name, run in runs.items()}
+    assert paths == {"sparse": {"block-sparse"}, "dense": {"dense"}}
+    sparse, dense = (runs[name]["history"] for name in ("sparse", "dense"))
+    assert sparse["dense"]["loss"] == dense["dense"]["loss"]
+    assert sparse["sparse"]["loss"] == pytest.approx(dense["sparse"]["loss"], rel=1e-4)
+    assert sparse["sparse"]["loss"] != dense["sparse"]["loss"], "one path was taken by both"
+    pruned = [[layer["pruned_groups"] for layer in run["layers"]] for run in runs.values()]
+    assert pruned[0] == pruned[1]
+
+
 def test_the_stripped_model_computes_what_the_masked_one_does(uninterrupted):
     results = json.loads((uninterrupted / REPORT).read_text())["results"]
     assert results["sparse"]["metric"] == results["stripped"]["metric"]

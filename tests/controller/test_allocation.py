@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triton_sparsity.controller.allocation import allocate
+from triton_sparsity.controller.allocation import allocate, distribute, erdos_renyi
 
 
 def counts_below(scores, members, k):
@@ -50,3 +50,44 @@ def test_limits_that_leave_no_choice(total):
     )
     assert sum(fixed.values()) + left == total
     assert left == 0 or free
+
+
+def test_erdos_renyi_is_sides_over_product():
+    assert erdos_renyi((4, 8)) == 12 / 32
+    assert erdos_renyi((16, 8, 3, 3)) == 30 / 1152
+
+
+@pytest.mark.parametrize(
+    ("total", "groups", "densities", "least", "most", "expected"),
+    [
+        # factor 16 / 18: 7.1 and 8.9
+        (16, [16, 16], [8 / 16, 10 / 16], [0, 0], [16, 16], [7, 9]),
+        # the small weight would keep 6.7 of its 4 groups: it stays dense, the other has the rest
+        (60, [4, 256], [1.0, 32 / 256], [0, 0], [4, 256], [4, 56]),
+        # the same number everywhere, the remainder to the first
+        (8, [5, 5, 5], [1, 1, 1], [0, 0, 0], [5, 5, 5], [3, 3, 2]),
+        (8, [5, 5, 5], [1, 1, 1], [0, 4, 0], [1, 5, 5], [1, 4, 3]),
+        (0, [5, 5], [1, 1], [0, 0], [5, 5], [0, 0]),
+        (10, [5, 5], [1, 1], [0, 0], [5, 5], [5, 5]),
+    ],
+)
+def test_hand_worked_distributions(total, groups, densities, least, most, expected):
+    assert distribute(total, groups, densities, least, most) == expected
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 500), st.floats(1e-4, 10), st.floats(0, 1), st.floats(0, 1)),
+        min_size=1,
+        max_size=12,
+    ),
+    st.floats(0, 1),
+)
+def test_every_distribution_adds_up_within_its_limits(weights, fraction):
+    groups = [n for n, *_ in weights]
+    least = [int(n * min(a, b)) for n, _, a, b in weights]
+    most = [int(n * max(a, b)) for n, _, a, b in weights]
+    total = sum(least) + round(fraction * (sum(most) - sum(least)))
+    counts = distribute(total, groups, [d for _, d, *_ in weights], least, most)
+    assert sum(counts) == total
+    assert all(a <= n <= b for a, n, b in zip(least, counts, most, strict=True))

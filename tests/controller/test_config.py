@@ -144,11 +144,11 @@ def test_what_is_no_pattern_is_refused(bad):
             {"schedule": {"kind": "polynomial", "target_level": 2}},
             "schedule PolynomialSchedule: target_level must be less than 1, got 2",
         ),
-        ({"weight_importance": "l1"}, "weight_importance must be 'abs' or 'normed_abs', got 'l1'"),
+        ({"weight_importance": "l1"}, "weight_importance must be 'abs', .* or 'random', got 'l1'"),
         ({"sparsity_level_setting_mode": "both"}, "must be 'global' or 'local', got 'both'"),
         (
             {"algorithm": "rb_sparsity"},
-            "algorithm must be 'magnitude_sparsity', got 'rb_sparsity'",
+            "algorithm must be .*magnitude_sparsity.*, got .rb_sparsity.",
         ),
         ({"target_scopes": ()}, r"target_scopes must be None or name a scope, got \(\)"),
         ({"target_scopes": 7}, "target_scopes must be a valid tuple, got 7"),
@@ -293,9 +293,9 @@ def test_batchnorm_adaptation_is_configured_by_its_key_alone():
     [
         (
             {"algorithm": "quantization"},
-            "algorithm must be 'magnitude_sparsity' or .*, got 'quantization'",
+            "algorithm must be .*magnitude_sparsity.*, got .quantization.",
         ),
-        ({"params": {}}, "algorithm must be 'magnitude_sparsity' or .*, got None"),
+        ({"params": {}}, "algorithm must be .*, got None"),
         ({**SECTION, "parms": {}}, r"unknown key 'parms' \(did you mean 'params'\?\); the keys"),
         ({**SECTION, 3: {}}, "unknown key 3; the keys are algorithm"),
         (params(sparsity_targt=0.5), r"params: unknown key 'sparsity_targt' \(did you mean 'sp"),

@@ -252,3 +252,20 @@ class TestBatchNorm:
         controller = ts.create_controller(self.model(), DENSE)
         with pytest.raises(ValueError, match="needs batchnorm_adaptation"):
             controller.set_sparsity_level(0.5, run_batchnorm_adaptation=True)
+
+
+def test_a_choice_of_paths_is_held_to_its_three_names():
+    model = torch.nn.Linear(64, 64)
+    with pytest.raises(ValueError, match="dispatch must be 'auto', 'sparse' or 'dense', got 1"):
+        ts.create_controller(model, ts.MagnitudeSparsityConfig(), dispatch=1)
+    assert type(model) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(("dispatch", "path"), [("sparse", "block-sparse"), ("dense", "dense")])
+def test_the_statistics_tell_which_path_each_weight_takes(dispatch, path):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Conv1d(64, 64, 1))
+    config = ts.MagnitudeSparsityConfig(pattern=ts.Block(16, 16))
+    controller = ts.create_controller(model, config, dispatch=dispatch)
+    layers = controller.statistics().magnitude_sparsity.model_statistics.sparsified_layers_summary
+    assert [layer.path for layer in layers] == [path, "dense"]
+    assert path in controller.statistics().to_str()

@@ -241,6 +241,43 @@ def test_a_compiled_training_step_matches_eager():
     torch.testing.assert_close(model.weight.grad, want)
 
 
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_a_compiled_model_moves_between_paths_in_one_graph(kind):
+    model = nn.Sequential(nn.Linear(512, 512) if kind == "Linear" else Conv1D(512, 512))
+    controller = ts.create_controller(
+        model, ts.MagnitudeSparsityConfig(pattern=ts.Block(32, 32), weight_importance="abs")
+    )
+    operand = controller.sparsified_module_info[0].operand
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    x, paths = _randn(3, 512), []
+    for level in (0.0, 0.2, 0.95, 0.3):
+        controller.set_sparsity_level(level)
+        paths.append(str(operand.paths))
+        compiled(x).square().sum().backward()
+        got, model[0].weight.grad = model[0].weight.grad, None
+        model(x).square().sum().backward()
+        want, model[0].weight.grad = model[0].weight.grad, None
+        torch.testing.assert_close(got, want)
+        assert (got == 0).float().mean() == pytest.approx(level, abs=0.01)
+    assert paths == ["dense", "dense", "block-sparse", "dense"]
+    assert len(graphs) == 1
+
+
+def test_a_projection_that_attention_reads_itself_has_no_lists():
+    model = nn.MultiheadAttention(64, 4)
+    ts.create_controller(
+        model, ts.MagnitudeSparsityConfig(pattern=ts.Block(16, 16)), dispatch="sparse"
+    )
+    assert model.out_proj.operands["weight"].topology is None
+
+
 def test_tied_weights_have_one_mask_and_count_once():
     model = nn.Sequential(nn.Embedding(24, 16), nn.Linear(16, 24, bias=False))
     model[1].weight = model[0].weight

@@ -1,11 +1,15 @@
 """One weight and its mask."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
 import triton_sparsity as ts
 from triton_sparsity.controller.operand import MaskOperand
+from triton_sparsity.kernels.dispatch import Paths
 
 PATTERNS = [ts.Unstructured(), ts.Block(4, 4), ts.Block(1, 8)]
 
@@ -122,3 +126,99 @@ def test_a_weight_of_which_nothing_is_pruned_is_used_as_it_is():
     weight = nn.Parameter(torch.randn(8, 8))
     operand = MaskOperand(weight, ts.Unstructured())
     assert operand.apply(weight) is weight
+
+
+DENSE, SPARSE = Paths(False, False, False), Paths(True, True, True)
+
+
+def linear_operand(dispatch="auto", pattern=None, shape=(512, 512), kept=0.1, **options):
+    """A weight for ``linear``, of whose blocks the first ones are kept."""
+    weight = nn.Parameter(torch.randn(shape))
+    pattern = pattern or ts.Block(64, 64)
+    operand = MaskOperand(weight, pattern, dispatch=dispatch, **options)
+    operand.serve_linear()
+    grid = torch.arange(operand.groups).view(operand.grid) < kept * operand.groups
+    operand.set_(ts.pack(grid) if operand.packed else grid, all_kept=False)
+    return operand, weight
+
+
+@pytest.mark.parametrize("dispatch", ["sparse", "dense", "auto"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("pattern", [ts.Unstructured(), ts.Block(4, 4), ts.Block(32, 64)], ids=str)
+def test_linear_is_the_product_with_the_masked_weight(pattern, transposed, dispatch):
+    operand, weight = linear_operand(dispatch, pattern, transposed=transposed, kept=0.2)
+    skips = isinstance(pattern, ts.Block) and pattern.rows > 4 and dispatch != "dense"
+    assert operand.paths == (SPARSE if skips else DENSE)
+    mask = operand.binary_mask
+    x, bias = torch.randn(7, 512, requires_grad=True), torch.randn(512, requires_grad=True)
+    with torch.no_grad():
+        weight[~mask] = torch.nan
+    y = operand.linear(x, weight, bias)
+    folded = torch.where(mask, weight, 0.0).detach().requires_grad_()
+    want = torch.nn.functional.linear(x, folded.T if transposed else folded, bias)
+    torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-4)
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(y, (x, weight, bias), grad)
+    dense = torch.autograd.grad(want, (x, folded, bias), grad)
+    torch.testing.assert_close(got[0], dense[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got[1], dense[1] * mask, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got[2], dense[2])
+    assert not got[1][~mask].any()
+
+
+def test_an_update_changes_the_paths_and_keeps_every_address():
+    operand, weight = linear_operand(kept=0.1)
+    addresses = [t.data_ptr() for t in (*operand.topology, operand._path_flags)]
+    assert operand.paths == SPARSE
+    x = torch.randn(3, 512)
+    for kept, paths in ((0.9, DENSE), (0.2, SPARSE)):
+        grid = torch.arange(operand.groups).view(operand.grid) < kept * operand.groups
+        operand.set_(grid, all_kept=False)
+        assert operand.paths == paths
+        assert operand._path_flags.tolist() == list(paths)
+        want = torch.nn.functional.linear(x, operand.binary_mask * weight)
+        torch.testing.assert_close(operand.linear(x, weight, None), want, atol=1e-4, rtol=1e-4)
+    assert addresses == [t.data_ptr() for t in (*operand.topology, operand._path_flags)]
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_skips_the_same_blocks_and_goes_its_own_way(way):
+    operand, weight = linear_operand(kept=0.1)
+    twin = way(operand)
+    x = torch.randn(3, 512)
+    before = operand.linear(x, weight, None)
+    assert torch.equal(twin.linear(x, weight, None), before)
+    twin.set_(~twin.mask, all_kept=False)
+    assert torch.equal(operand.linear(x, weight, None), before)
+    assert not torch.equal(twin.linear(x, weight, None), before)
+
+
+def test_a_weight_that_becomes_float64_goes_on_densely():
+    operand, weight = linear_operand(kept=0.1)
+    x = torch.randn(3, 512)
+    want = operand.linear(x, weight, None)
+    weight.data = weight.data.double()
+    operand.to(weight)
+    assert operand.topology is None
+    got = operand.linear(x.double(), weight, None)
+    torch.testing.assert_close(got.float(), want, atol=1e-4, rtol=1e-4)
+
+
+def test_without_gradient_to_the_weight_a_dense_product_uses_the_kept_masked_weight():
+    for grad_mode in (torch.no_grad, torch.enable_grad):
+        operand, weight = linear_operand("dense")
+        weight.requires_grad_(grad_mode is torch.no_grad)
+        with grad_mode():
+            operand.linear(torch.randn(3, 512), weight, None)
+            kept = operand._folded[1]
+            operand.linear(torch.randn(3, 512), weight, None)
+        assert operand._folded[1] is kept
+
+
+@pytest.mark.parametrize("dispatch", ["sparse", "dense"])
+def test_a_dense_weight_gradient_reaches_pruned_groups(dispatch):
+    operand, weight = linear_operand(dispatch)
+    operand.dense_weight_grad = True
+    x = torch.randn(3, 512)
+    operand.linear(x, weight, None).sum().backward()
+    torch.testing.assert_close(weight.grad, torch.ones(512, 3) @ x)

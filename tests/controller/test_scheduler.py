@@ -51,6 +51,9 @@ class Controller:
         self.calls.append("freeze")
         self.frozen = True
 
+    def begin_step(self):
+        pass
+
     def measured_sparsity_level(self):
         return self.level - self.lag
 

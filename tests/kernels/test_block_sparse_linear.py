@@ -1,3 +1,4 @@
+import re
 from contextlib import contextmanager
 
 import pytest
@@ -5,12 +6,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from triton_sparsity.kernels import block_sparse_linear as linear_module
-from triton_sparsity.kernels import block_sparse_torch, tiles
 from triton_sparsity.kernels import block_sparse_wgrad as wgrad_module
+from triton_sparsity.kernels import tiles
 from triton_sparsity.kernels.block_sparse_linear import (
     block_sparse_linear,
     block_sparse_linear_reference,
 )
+from triton_sparsity.kernels.dispatch import Paths, as_tensor
 from triton_sparsity.kernels.launch import INTERPRET, tl
 from triton_sparsity.kernels.pattern import Block, Unstructured, grid_shape
 from triton_sparsity.kernels.topology import Topology, block_topology
@@ -381,25 +383,44 @@ def test_float32_follows_the_setting_of_torch(setting, want):
         matmul.fp32_precision = before
 
 
-@not_interpreted
-@pytest.mark.skipif(DEVICE == "cuda", reason="concerns the CPU")
-@pytest.mark.parametrize("gathers", [True, False])
-def test_on_a_cpu_gathering_and_the_dense_gemm_agree(gathers, monkeypatch):
-    monkeypatch.setattr(block_sparse_torch, "gathering_pays", lambda *_: gathers)
-    for case in CASES:
-        with poisoned_memory():
-            assert_all_agree(*make(*case, by_k=case[0] == 37))
+PATHS = [
+    Paths(True, True, True),
+    Paths(False, False, False),
+    Paths(True, False, True),
+    Paths(False, True, False),
+]
 
 
-@not_interpreted
-@pytest.mark.skipif(DEVICE == "cuda", reason="concerns the CPU")
-def test_on_a_cpu_sparse_masks_gather_and_dense_ones_do_not():
-    for side in SIDES:
-        for density, gathers in ((0.1, True), (0.9, False)):
-            mask = torch.arange(100).reshape(10, 10) < 100 * density
-            topology = block_topology(mask, Block(side, side))
-            pays = block_sparse_torch.gathering_pays(topology.row_tasks, 10, side)
-            assert pays == gathers
+@pytest.mark.parametrize("paths", PATHS, ids=str)
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
+def test_every_path_gives_the_same(paths, case):
+    args = make(*case, by_k=case[0] == 37)
+    with poisoned_memory():
+        actual = assert_all_agree(*args, paths=as_tensor(paths))
+    pruned = ~args[2].repeat_interleave(case[3], 0).repeat_interleave(case[4], 1)
+    assert not actual[2][pruned[: case[1], : case[2]]].any()
+
+
+@pytest.mark.parametrize("paths", PATHS, ids=str)
+def test_paths_are_taken(paths, monkeypatch):
+    taken = []
+
+    def spy(module, name):
+        function = getattr(module, name)
+
+        def spied(*args, **options):
+            taken.append(name)
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, spied)
+
+    for name in ("forward", "dgrad"):
+        spy(linear_module.masked_linear, name)
+    spy(linear_module, "apply_mask_")
+    args = make(37, 128, 64, 32, 32)
+    run(block_sparse_linear, *args, torch.ones(37, 128, device=DEVICE), paths=as_tensor(paths))
+    names = ("forward", "dgrad", "apply_mask_")
+    assert taken == [name for name, sparse in zip(names, paths, strict=True) if not sparse]
 
 
 @not_interpreted
@@ -407,30 +428,31 @@ def test_gradcheck():
     x, w, mask, b, pattern = make(3, 33, 20, 16, 16, dtype=torch.float64)
 
     def function(x, w, b):
-        return block_sparse_linear(x, w, mask, b, pattern=pattern, backend="torch")
+        paths = as_tensor(Paths(True, True, True))
+        return block_sparse_linear(x, w, mask, b, pattern=pattern, paths=paths, backend="torch")
 
     # one column of the Jacobian, not all: 33 x 20 inputs
     torch.autograd.gradcheck(function, (x, w, b), fast_mode=True)
+    torch.autograd.gradgradcheck(function, (x, w, b), fast_mode=True)
 
 
 @pytest.mark.parametrize("by_k", [False, True], ids=["row-major", "column-major"])
-def test_opcheck(by_k):
+@pytest.mark.parametrize("paths", [None, Paths(True, False, True)], ids=str)
+def test_opcheck(by_k, paths):
     x, w, mask, b, pattern = make(5, 40, 70, 32, 16, by_k=by_k)
     lists = list(block_topology(mask, pattern))
-    ops = torch.ops.triton_sparsity
-    grad = torch.randn(5, 40, device=DEVICE)
-    sides = pattern.rows, pattern.cols
-    torch.library.opcheck(ops.block_sparse_linear.default, (x, w, b, lists, *sides, False, TRITON))
-    x, w = x.detach(), w.detach()
-    torch.library.opcheck(ops.block_sparse_linear_dgrad.default, (grad, w, lists, *sides, TRITON))
-    torch.library.opcheck(
-        ops.block_sparse_linear_wgrad.default, (grad, x, w, lists, *sides, TRITON)
-    )
+    ops, check = torch.ops.triton_sparsity, torch.library.opcheck
+    grad = torch.randn(5, 40, device=DEVICE, requires_grad=True)
+    rest = lists, None if paths is None else as_tensor(paths), pattern.rows, pattern.cols
+    check(ops.block_sparse_linear.default, (x, w, b, *rest, False, TRITON))
+    check(ops.block_sparse_linear_dgrad.default, (grad, w, *rest, TRITON))
+    check(ops.block_sparse_linear_wgrad.default, (grad, x, w.detach(), *rest, TRITON))
 
 
-def test_compiles_in_one_graph_and_masks_change_without_another():
+def test_compiles_in_one_graph_and_masks_and_paths_change_without_another():
     x, w, mask, b, pattern = make(5, 40, 70, 32, 16)
     topology = block_topology(mask, pattern)
+    paths = as_tensor(PATHS[0])
     graphs = []
 
     def backend(graph, inputs):
@@ -440,13 +462,15 @@ def test_compiles_in_one_graph_and_masks_change_without_another():
     torch._dynamo.reset()
 
     @torch.compile(fullgraph=True, backend=backend)
-    def loss(x, w, b, topology):
-        return block_sparse_linear(x, w, topology, b, pattern=pattern).square().sum()
+    def loss(x, w, b, topology, paths):
+        y = block_sparse_linear(x, w, topology, b, pattern=pattern, paths=paths)
+        return y.square().sum()
 
-    for new in (mask, ~mask):
+    for new, way in ((mask, PATHS[0]), (~mask, PATHS[1]), (mask, PATHS[3])):
         block_topology(new, pattern, out=topology)
-        got = torch.autograd.grad(loss(x, w, b, topology), (x, w, b))
-        y = block_sparse_linear(x, w, new, b, pattern=pattern)
+        paths.copy_(as_tensor(way))
+        got = torch.autograd.grad(loss(x, w, b, topology, paths), (x, w, b))
+        y = block_sparse_linear(x, w, new, b, pattern=pattern, paths=paths)
         want = torch.autograd.grad(y.square().sum(), (x, w, b))
         for a, e in zip(got, want, strict=True):
             torch.testing.assert_close(a, e)
@@ -502,14 +526,20 @@ def bad_arguments():
             ((x, w, wrong, b), "topology must be of"),
             ((x, w, Topology(*(t.to("meta") for t in topology)), b), "mask must be on"),
         ],
+        "paths": [
+            ((x, w, mask, b, torch.ones(2, dtype=torch.bool)), "paths must be bool"),
+            ((x, w, mask, b, torch.ones(3)), "paths must be bool"),
+        ],
     }
 
 
-@pytest.mark.parametrize("argument", ["x", "weight", "bias", "mask"])
+@pytest.mark.parametrize("argument", ["x", "weight", "bias", "mask", "paths"])
 def test_bad_inputs_name_the_argument(argument):
-    for args, message in bad_arguments()[argument]:
-        with pytest.raises(ValueError, match=f"^block_sparse_linear: {message}"):
-            block_sparse_linear(*args, pattern=Block(32, 32))
+    for (x, w, mask, b, *paths), message in bad_arguments()[argument]:
+        with pytest.raises(ValueError, match=f"^block_sparse_linear: {re.escape(message)}"):
+            block_sparse_linear(
+                x, w, mask, b, pattern=Block(32, 32), paths=paths[0] if paths else None
+            )
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(), Block(8, 32), Block(32, 1)], ids=str)

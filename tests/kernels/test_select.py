@@ -508,6 +508,18 @@ def test_offsets_beyond_2_to_the_31_are_64_bit(aligned, backend):
     assert bins.sum() == bins[0] + 4096
 
 
+@pytest.mark.skipif(not ON_TRITON, reason="it is about the kernel")
+def test_a_finished_search_reads_nothing():
+    x = randn(5000)
+    plan = module._plan([x], None)
+    counts = torch.zeros(1, module._HEADER + plan.bins, dtype=torch.int64, device=DEVICE)
+    (launch,) = module._launches([x], 1)
+    for done in (1, 0):
+        state = torch.tensor([done, 0, plan.top, 0, plan.top, 13, 0, 0, 0], device=DEVICE)
+        module._launch_count(launch, plan, None, state, counts, exactly=True)
+        assert counts.any() == (not done)
+
+
 BAD = {
     "no tensors": (lambda x: ([], 0, None), "tensors must be at least one tensor, got none"),
     "integers": (lambda x: ([x, x.int()], 0, None), "tensors must be float32.*got torch.int32"),

@@ -1,0 +1,159 @@
+"""RigL: SET that grows where the gradient is greatest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .base_algo import SparseModuleInfo
+from .criteria import Importance, group_scores
+from .regrowth import RegrowthConfig, SETController
+
+
+class RigLConfig(RegrowthConfig):
+    """Drop by magnitude, grow by gradient: Evci et al., https://arxiv.org/abs/1911.11134.
+
+    For example ``RigLConfig(level=0.8, t_end=7500)``; ``RegrowthConfig`` has the arguments.
+    """
+
+    algorithm: Literal["rigl"] = "rigl"
+
+
+class RigLController(SETController):
+    """SET that grows where the gradient is greatest.
+
+    In the step before an update, and in no other, pruned groups get a gradient: it is kept aside
+    as it arrives, and taken out of ``weight.grad`` again, so that neither the optimiser nor a
+    clipped norm sees it. With AMP, an update whose gradients overflowed waits for the next step.
+
+    Ranks that see different data agree on the masks once ``distributed()`` was called.
+    """
+
+    name = "rigl"
+
+    def __init__(
+        self,
+        target_model: nn.Module,
+        sparsified_module_info: Sequence[SparseModuleInfo],
+        config: RegrowthConfig,
+        batchnorm_data: Iterable[Any] | None = None,
+    ) -> None:
+        self._gradients: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        self._overdue = False
+        self._reduces = False
+        super().__init__(target_model, sparsified_module_info, config, batchnorm_data)
+
+    def begin_step(self) -> None:
+        due_next = self._is_due(self._scheduler.current_step + 1)
+        super().begin_step()
+        self._watch((due_next or self._overdue) and not self.frozen)
+
+    def _is_due(self, step: int) -> bool:
+        return super()._is_due(step) or (self._overdue and step < self.config.t_end)
+
+    def _grow_scores(self, infos: Sequence[SparseModuleInfo], step: int) -> list[Tensor]:
+        gradients = [i.operand.matrix(self._gradients[i.module_node_name]) for i in infos]
+        return group_scores(infos, [Importance(gradient) for gradient in gradients]).tensors
+
+    def _regrowing(self) -> list[SparseModuleInfo]:
+        # a weight that the step did not use has nothing to grow by
+        return [i for i in super()._regrowing() if i.module_node_name in self._gradients]
+
+    def _regrow(self, step: int) -> None:
+        if not self._gradients and super()._regrowing():
+            raise RuntimeError(
+                f"rigl: the update of step {step} needs the gradients of the step before, and "
+                "there was no backward pass between the scheduler's two calls of step()"
+            )
+        if self._reduces:
+            # in the same order on every rank, also where this one has not used a weight
+            for info in super()._regrowing():
+                gradient = self._gradients.setdefault(
+                    info.module_node_name, torch.zeros_like(info.weight)
+                )
+                torch.distributed.all_reduce(gradient)
+        self._overdue = not all(bool(g.isfinite().all()) for g in self._gradients.values())
+        if not self._overdue:
+            super()._regrow(step)
+        self._gradients.clear()
+
+    def _watch(self, watch: bool) -> None:
+        """Let dense gradients through in this step, and keep them; or stop that."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if watch:
+            self._gradients.clear()
+        for info in self.sparsified_module_info:
+            info.operand.dense_weight_grad = watch and not info.operand.all_kept
+            if info.operand.dense_weight_grad and info.weight.requires_grad:
+                hook = self._keep_gradient(info)
+                self._handles.append(info.weight.register_post_accumulate_grad_hook(hook))
+
+    def _keep_gradient(self, info: SparseModuleInfo) -> Callable[[Tensor], None]:
+        name, operand = info.module_node_name, info.operand
+
+        @torch.no_grad()
+        def keep(weight: Tensor) -> None:
+            assert weight.grad is not None
+            dense = weight.grad.clone()
+            operand.fold_(weight.grad)
+            if name in self._gradients:
+                # a further micro-batch: of kept elements weight.grad is the sum of all already
+                earlier = self._gradients[name]
+                kept = earlier.clone()
+                operand.fold_(kept)
+                dense += earlier - kept
+            self._gradients[name] = dense
+
+        return keep
+
+    def distributed(self) -> None:
+        """Let ranks add up the gradients by which they grow, over the default process group.
+
+        Raises:
+            RuntimeError: there is no process group.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise RuntimeError("distributed: torch.distributed must be initialised first")
+        self._reduces = True
+
+    def freeze(self, freeze: bool = True) -> None:
+        super().freeze(freeze)
+        if freeze:
+            self._watch(False)
+
+    def disable_scheduler(self) -> None:
+        super().disable_scheduler()
+        self._watch(False)
+
+    def _before_strip(self, do_copy: bool) -> None:
+        if not do_copy:
+            self._watch(False)
+
+    def _own_state(self) -> dict[str, Any]:
+        gradients = {name: gradient.cpu() for name, gradient in self._gradients.items()}
+        return super()._own_state() | {"overdue": self._overdue, "dense_gradients": gradients}
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        missing = {"overdue", "dense_gradients"} - set(state)
+        if missing:
+            raise ValueError(f"load_state: algorithm_state lacks {sorted(missing)}")
+        infos = {info.module_node_name: info for info in self.sparsified_module_info}
+        gradients = dict(state["dense_gradients"])
+        for name, gradient in gradients.items():
+            if name not in infos or gradient.shape != infos[name].weight.shape:
+                raise ValueError(f"load_state: dense_gradients of {name!r} must fit its weight")
+        rest = {k: v for k, v in state.items() if k not in ("overdue", "dense_gradients")}
+        super()._load_own_state(rest)
+        self._watch(False)
+        self._overdue = bool(state["overdue"])
+        self._gradients = {
+            name: gradient.to(infos[name].weight.device, copy=True)
+            for name, gradient in gradients.items()
+        }

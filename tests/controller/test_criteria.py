@@ -1,0 +1,227 @@
+"""Criteria: hand-worked values, where their evidence comes from, and what is missing."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import triton_sparsity as ts
+from triton_sparsity.controller import criteria
+from triton_sparsity.controller.criteria import Evidence
+
+ONE_SHOT = ts.PolynomialSchedule(target_level=0.5, target_epoch=0, freeze_epoch=0)
+EVIDENCE = Evidence(
+    name="fc",
+    weight=torch.tensor([[3.0, -4.0], [0.0, 1.0]]),
+    grid=(2, 2),
+    gradient=torch.tensor([[-1.0, 0.5], [9.0, 0.0]]),
+    saliency=torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+    input_norm=torch.tensor([10.0, 1.0]),
+)
+
+
+def one_shot(model, importance, **options):
+    config = ts.MagnitudeSparsityConfig(weight_importance=importance, schedule=ONE_SHOT, **options)
+    return ts.create_controller(model, config)
+
+
+def masks(controller):
+    return [info.operand.binary_mask for info in controller.sparsified_module_info]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("abs", [[3, 4], [0, 1]]),
+        ("normed_abs", [[3 / 26**0.5, 4 / 26**0.5], [0, 1 / 26**0.5]]),
+        ("snip", [[3, 2], [0, 0]]),
+        ("snip_momentum", [[1, 2], [3, 4]]),
+        ("wanda", [[30, 4], [0, 1]]),
+    ],
+)
+def test_hand_worked_values(name, expected):
+    values, scale, per_group = criteria.criterion(name)(EVIDENCE)
+    importance = values.abs() * (1 if scale is None else scale)
+    torch.testing.assert_close(importance, torch.tensor(expected, dtype=torch.float32))
+    assert not per_group
+
+
+def test_the_norm_of_zeros_makes_importance_zero_not_nan():
+    values, scale, _ = criteria.normed_magnitude(Evidence("fc", torch.zeros(2, 2), (2, 2)))
+    assert (values * scale == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("snip", "no gradient"), ("snip_momentum", "no gradient"), ("wanda", "calibration")],
+)
+def test_missing_evidence_is_named_and_leaves_the_masks(name, missing):
+    controller = one_shot(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), name)
+    with pytest.raises(RuntimeError, match=rf"^{name}: .*'0'.*{missing}"):
+        controller.set_sparsity_level(0.5)
+    assert all(mask.all() for mask in masks(controller))
+    # the level at which nothing is pruned needs no evidence
+    controller.set_sparsity_level(0.0)
+
+
+@pytest.mark.parametrize("pattern", [ts.Unstructured(), ts.Block(2, 4)], ids=str)
+def test_snip_reads_the_gradient_of_the_last_backward_pass(pattern):
+    torch.manual_seed(0)
+    model = nn.Linear(8, 6, bias=False)
+    controller = one_shot(model, "snip", pattern=pattern)
+    model(torch.randn(5, 8)).square().sum().backward()
+    controller.scheduler.epoch_step()
+    score = (model.weight * model.weight.grad).abs().detach()
+    score = score.unfold(0, pattern.rows, pattern.rows).unfold(1, pattern.cols, pattern.cols)
+    score = score.mean((2, 3)).repeat_interleave(pattern.rows, 0)
+    score = score.repeat_interleave(pattern.cols, 1)
+    (mask,) = masks(controller)
+    assert (~mask).sum() == 24
+    assert score[~mask].max() < score[mask].min()
+    assert not torch.equal(mask, model.weight.abs() > model.weight.abs().median())
+
+
+def test_snip_momentum_sums_with_decay_over_the_steps():
+    model = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[2.0, 1.0]]))
+    controller = one_shot(model, "snip_momentum")
+    for x in ([1.0, 0.0], [0.0, 1.5], [0.0, 0.0]):
+        controller.scheduler.step()
+        model.zero_grad()
+        model(torch.tensor([x])).sum().backward()
+    controller.scheduler.step()
+    # |w g|: 2 and 0, then 0 and 1.5, then nothing; 2 * 0.81 = 1.62 against 1.5 * 0.9 = 1.35
+    state = controller.get_state()["magnitude_sparsity"]["algorithm_state"]
+    torch.testing.assert_close(state["saliencies"]["weight"], torch.tensor([[1.62, 1.35]]))
+    controller.scheduler.epoch_step()
+    assert masks(controller)[0].tolist() == [[True, False]]
+
+
+def test_wanda_measures_the_inputs_of_a_linear_layer_over_all_batches():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    controller = one_shot(model, "wanda", ignored_scopes=("2",))
+    batches = [torch.randn(3, 7, 6), torch.randn(2, 7, 6) * 3]
+    with controller.calibration():
+        for x in batches:
+            model(x)
+    norm = torch.cat([x.reshape(-1, 6) for x in batches]).square().mean(0).sqrt()
+    controller.scheduler.epoch_step()
+    score = (model[0].weight * norm).abs().detach()
+    (mask,) = masks(controller)
+    assert (~mask).sum() == 15
+    assert score[~mask].max() < score[mask].min()
+    # only while the context is open
+    assert not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=1, dilation=(2, 1)),
+        nn.Conv2d(4, 6, 3, groups=2, padding=(0, 1)),
+    ],
+    ids=["strided", "grouped"],
+)
+def test_wanda_measures_what_each_kernel_element_of_a_convolution_meets(conv):
+    x = torch.randn(2, 4, 7, 8, generator=torch.Generator().manual_seed(0))
+    controller = one_shot(nn.Sequential(conv), "wanda")
+    with controller.calibration():
+        controller.model(x)
+    settings = {k: getattr(conv, k) for k in ("dilation", "padding", "stride")}
+    columns = F.unfold(x, conv.kernel_size, **settings)  # (2, channels * kernel, positions)
+    norm = columns.square().mean((0, 2)).sqrt().view(conv.groups, -1)
+    norm = norm.repeat_interleave(6 // conv.groups, 0)
+    state = controller.get_state()["magnitude_sparsity"]["algorithm_state"]
+    measured = state["input_norms"]["0"].expand_as(norm)
+    torch.testing.assert_close(measured, norm)
+
+
+@pytest.mark.parametrize(
+    ("layer", "importance", "message"),
+    [
+        (nn.Linear(4, 4), "abs", "weight_importance must be 'wanda', .* got 'abs'"),
+        (
+            nn.Embedding(4, 4),
+            "wanda",
+            "the inputs of 'weight', a SparseEmbedding, cannot be measured",
+        ),
+        (nn.Conv1d(4, 4, 3, padding="same"), "wanda", ".* a SparseConv1d, cannot be measured"),
+    ],
+    ids=["criterion", "embedding", "padding"],
+)
+def test_what_cannot_be_calibrated_is_refused(layer, importance, message):
+    controller = one_shot(layer, importance)
+    with pytest.raises(ValueError, match=rf"^calibration: {message}"), controller.calibration():
+        pass
+    assert not layer._forward_hooks
+
+
+@pytest.mark.parametrize("pattern", [ts.Unstructured(), ts.Block(4, 4)], ids=str)
+def test_random_masks_follow_from_the_seed_alone(pattern):
+    def pruned(seed, weights):
+        torch.manual_seed(weights)
+        model = nn.Sequential(nn.Linear(50, 30), nn.Linear(30, 50))
+        controller = one_shot(model, "random", pattern=pattern, seed=seed)
+        controller.set_sparsity_level(0.5)
+        return controller, masks(controller)
+
+    controller, first = pruned(0, weights=1)
+    _, again = pruned(0, weights=2)
+    _, other = pruned(3, weights=1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+    assert not torch.equal(first[0], first[1].T)
+    groups = sum(info.operand.groups for info in controller.sparsified_module_info)
+    assert sum(i.operand.pruned_groups() for i in controller.sparsified_module_info) == groups // 2
+    # a higher level prunes more groups, not others
+    controller.set_sparsity_level(0.75)
+    assert not (masks(controller)[0] & ~first[0]).any()
+
+
+def test_random_is_uniform_over_whole_and_edge_blocks():
+    controller = one_shot(nn.Linear(16 * 40 + 1, 16 * 40), "random", pattern=ts.Block(16, 16))
+    controller.set_sparsity_level(0.5)
+    edge = controller.sparsified_module_info[0].operand.mask[:, -1].float().mean().item()
+    assert abs(edge - 0.5) < 3 * 0.5 / math.sqrt(40)
+
+
+@pytest.mark.parametrize("importance", ["snip", "snip_momentum", "wanda"])
+def test_what_was_gathered_comes_back_with_the_state(importance):
+    def start():
+        torch.manual_seed(0)
+        model = nn.Linear(8, 8)
+        return model, one_shot(model, importance)
+
+    model, controller = start()
+    x = torch.randn(4, 8)
+    if importance == "wanda":
+        with controller.calibration():
+            model(x)
+    else:
+        for _ in range(2):
+            controller.scheduler.step()
+            model(x).square().sum().backward()
+    _, resumed = start()
+    resumed.load_state(controller.get_state())
+    for c in (controller, resumed):
+        c.scheduler.step()
+        c.scheduler.epoch_step()
+    assert torch.equal(masks(controller)[0], masks(resumed)[0])
+    assert resumed.measured_sparsity_level() == 0.5
+    wrong = controller.get_state()
+    gathered = wrong["magnitude_sparsity"]["algorithm_state"]
+    gathered[next(iter(gathered))]["weight"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="must fit its weight"):
+        resumed.load_state(wrong)
+
+
+def test_an_infinite_importance_is_not_blamed_on_the_weight():
+    model = nn.Linear(4, 4)
+    controller = one_shot(model, "snip")
+    model.weight.grad = torch.full_like(model.weight, math.inf)
+    with pytest.raises(ValueError, match="the importance of 'weight' holds NaN or Inf"):
+        controller.set_sparsity_level(0.5)

@@ -1,0 +1,367 @@
+"""SET and RigL: counts, what is dropped, what is grown, and what returns with it."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import triton_sparsity as ts
+from triton_sparsity.controller.regrowth import OPTIMIZERS
+
+PATTERNS = [ts.Unstructured(), ts.Block(4, 4)]
+CONFIGS = [ts.SETConfig, ts.RigLConfig]
+both = pytest.mark.parametrize("config", CONFIGS, ids=["set", "rigl"])
+patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+
+
+def build(config=ts.RigLConfig, optimizer=torch.optim.AdamW, seed=0, **options):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(16, 40), nn.Tanh(), nn.Linear(40, 12))
+    options = {"level": 0.8, "t_end": 1000, "delta_t": 4, "alpha": 0.5} | options
+    controller = ts.create_controller(model, config(**options))
+    controller.optimizer = optimizer(model.parameters(), lr=0.01)
+    return controller
+
+
+def data(step):
+    return torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+
+
+def loss_of(model, x):
+    return (model(x) - x[:, :12]).square().mean()
+
+
+def train(controller, steps, after=lambda step: None):
+    for step in steps:
+        controller.scheduler.step()
+        controller.optimizer.zero_grad()
+        loss_of(controller.model, data(step)).backward()
+        controller.optimizer.step()
+        after(step)
+
+
+def grids(controller):
+    return [info.operand.kept_grid().clone() for info in controller.sparsified_module_info]
+
+
+def kept(controller):
+    return [int(grid.sum()) for grid in grids(controller)]
+
+
+@both
+@patterns
+@pytest.mark.parametrize("distribution", ["erk", "uniform"])
+def test_counts_stay_exact_while_masks_move(config, pattern, distribution):
+    controller = build(config, pattern=pattern, distribution=distribution)
+    infos = controller.sparsified_module_info
+    groups = [info.operand.groups for info in infos]
+    counts = kept(controller)
+    assert sum(counts) == sum(groups) - round(0.8 * sum(groups))
+    if distribution == "uniform":
+        assert all(abs(c - 0.2 * n) < 1 for c, n in zip(counts, groups, strict=True))
+    else:
+        # in plus out over in times out: 56 / 640 and 52 / 480
+        assert counts[1] / groups[1] > 1.1 * counts[0] / groups[0]
+    moves = []
+    before = [grids(controller)]
+
+    def look(step):
+        now = grids(controller)
+        assert kept(controller) == counts
+        moves.append([int((a & ~b).sum()) for a, b in zip(now, before[0], strict=True)])
+        before[0] = now
+
+    train(controller, range(13), look)
+    for step, moved in enumerate(moves):
+        # of those that are dropped some may be grown again at once
+        limit = [int(controller.drop_fraction(step) * c) for c in counts]
+        due = step in (4, 8, 12)
+        assert all(m <= (most if due else 0) for m, most in zip(moved, limit, strict=True))
+    assert all(sum(moved) > 0 for step, moved in enumerate(moves) if step in (4, 8, 12))
+    assert controller.compression_stage() == ts.CompressionStage.FULLY_COMPRESSED
+
+
+@both
+@patterns
+def test_the_least_important_are_dropped(config, pattern):
+    controller = build(config, pattern=pattern)
+    train(controller, range(4))
+    before = grids(controller)
+    scores = [
+        ts.block_score(info.weight.detach(), pattern) for info in controller.sparsified_module_info
+    ]
+    train(controller, range(4, 5))
+    for score, a, b in zip(scores, before, grids(controller), strict=True):
+        moving = int(controller.drop_fraction(4) * int(a.sum()))
+        lowest = score[a].sort().values[:moving]
+        # each that is gone was among them
+        gone = a & ~b
+        assert 0 < gone.sum() <= moving
+        assert score[gone].max() <= lowest[-1]
+
+
+@patterns
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_rigl_grows_where_the_dense_gradient_is_greatest(pattern, micro_batches):
+    controller = build(pattern=pattern)
+    train(controller, range(3))
+    # the same weights, zeros written by hand, give the gradient of every weight
+    dense = controller.strip()
+    controller.scheduler.step()
+    controller.optimizer.zero_grad()
+    x = data(3)
+    for part in x.chunk(micro_batches):
+        (loss_of(controller.model, part) / micro_batches).backward()
+    loss_of(dense, x).backward()
+    controller.optimizer.step()
+    before = grids(controller)
+    drops = [ts.block_score(i.weight.detach(), pattern) for i in controller.sparsified_module_info]
+    controller.scheduler.step()
+    layers = [layer for layer in dense if isinstance(layer, nn.Linear)]
+    for layer, drop, a, b in zip(layers, drops, before, grids(controller), strict=True):
+        grow = ts.block_score(layer.weight.grad, pattern)
+        moving = int(controller.drop_fraction(4) * int(a.sum()))
+        survives = a & (drop > drop[a].sort().values[moving - 1])
+        best = grow[~survives].sort(descending=True).values[moving - 1]
+        assert torch.equal(b, survives | (~survives & (grow >= best * (1 - 1e-6))))
+
+
+@patterns
+def test_set_grows_at_random_by_its_seed_alone(pattern):
+    def run(seed, globally):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 40), nn.Tanh(), nn.Linear(40, 12))
+        config = ts.SETConfig(
+            level=0.8, t_end=100, delta_t=4, alpha=0.5, pattern=pattern, seed=seed
+        )
+        controller = ts.create_controller(model, config)
+        controller.optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        torch.manual_seed(globally)
+        train(controller, range(9))
+        return grids(controller)
+
+    first, again, other = run(0, 1), run(0, 2), run(1, 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@both
+@patterns
+@pytest.mark.parametrize(
+    "optimizer",
+    [torch.optim.AdamW, lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9), torch.optim.RMSprop],
+    ids=["AdamW", "SGD", "RMSprop"],
+)
+def test_what_returns_starts_at_zero_with_a_fresh_optimiser_state(config, pattern, optimizer):
+    controller = build(config, optimizer, pattern=pattern)
+    train(controller, range(4))
+    infos = controller.sparsified_module_info
+    before = [info.operand.binary_mask for info in infos]
+    # hidden values are no zeros, so that their reset can be seen
+    weights = [info.weight.detach().clone() for info in infos]
+    states = [copy.deepcopy(controller.optimizer.state[info.weight]) for info in infos]
+    for info in infos:
+        for tensor in controller.optimizer.state[info.weight].values():
+            if tensor is not None and tensor.ndim:
+                tensor[~info.operand.binary_mask] = 7.0
+    controller.scheduler.step()
+    for info, mask, weight, state in zip(infos, before, weights, states, strict=True):
+        after = info.operand.binary_mask
+        grown = after & ~mask
+        assert grown.any()
+        assert (info.weight[grown] == 0).all()
+        assert torch.equal(info.weight[~grown], weight[~grown])
+        reset = 0
+        for name, tensor in controller.optimizer.state[info.weight].items():
+            if tensor is not None and tensor.ndim:
+                assert (tensor[grown] == 0).all()
+                assert (tensor[~after & ~mask] == 7).all()
+                assert torch.equal(tensor[mask], state[name][mask])
+                reset += 1
+        assert reset
+
+
+class Homemade(torch.optim.Optimizer):
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+
+@both
+def test_an_unknown_optimiser_is_named(config):
+    with pytest.raises(TypeError, match=r"controller.optimizer must be .*RMSprop.*, got Homemade"):
+        build(config, Homemade)
+
+
+@both
+def test_growing_without_an_optimiser_is_refused_and_leaves_the_masks(config):
+    controller = build(config)
+    optimizer = controller.optimizer
+    train(controller, range(4))
+    before = grids(controller)
+    controller._optimizer = None
+    with pytest.raises(RuntimeError, match=r"controller.optimizer must be set"):
+        controller.scheduler.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, grids(controller), strict=True))
+    assert isinstance(optimizer, OPTIMIZERS)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, 0.3), (25, 0.15 * (1 + 0.5**0.5)), (50, 0.15), (100, 0), (500, 0)]
+)
+def test_the_drop_fraction_follows_a_cosine(step, expected):
+    controller = build(alpha=0.3, t_end=100)
+    assert controller.drop_fraction(step) == pytest.approx(expected)
+
+
+@both
+def test_masks_stay_from_t_end_on(config):
+    controller = build(config, t_end=8)
+    train(controller, range(7))
+    before = grids(controller)
+    train(controller, range(7, 20))
+    assert all(torch.equal(a, b) for a, b in zip(before, grids(controller), strict=True))
+    static = build(config, t_end=0)
+    before = grids(static)
+    train(static, range(9))
+    assert all(torch.equal(a, b) for a, b in zip(before, grids(static), strict=True))
+
+
+@pytest.mark.parametrize("stop", ["freeze", "disable_scheduler"])
+def test_a_stopped_rigl_asks_for_no_dense_gradient(stop):
+    controller = build()
+    train(controller, range(3))
+    controller.scheduler.step()
+    assert all(i.operand.dense_weight_grad for i in controller.sparsified_module_info)
+    getattr(controller, stop)()
+    before = grids(controller)
+    train(controller, range(4, 10))
+    assert all(torch.equal(a, b) for a, b in zip(before, grids(controller), strict=True))
+    assert not any(i.operand.dense_weight_grad for i in controller.sparsified_module_info)
+    assert not any(i.weight._post_accumulate_grad_hooks for i in controller.sparsified_module_info)
+
+
+@patterns
+def test_pruned_groups_get_no_gradient_in_any_step(pattern):
+    controller = build(pattern=pattern)
+    dense = []
+
+    def look(step):
+        dense.append(controller.sparsified_module_info[0].operand.dense_weight_grad)
+        for info in controller.sparsified_module_info:
+            assert (info.weight.grad[~info.operand.binary_mask] == 0).all()
+            assert (info.weight.grad != 0).any()
+
+    train(controller, range(9), look)
+    # the dense gradient is computed in the step before an update and in no other
+    assert dense == [step in (3, 7) for step in range(9)]
+
+
+def test_rigl_without_a_backward_pass_is_refused():
+    controller = build()
+    train(controller, range(3))
+    controller.scheduler.step()
+    with pytest.raises(RuntimeError, match="rigl: the update of step 4 needs the gradients"):
+        controller.scheduler.step()
+
+
+def test_an_update_whose_gradients_overflowed_waits_for_the_next_step():
+    controller = build()
+    train(controller, range(3))
+    before = grids(controller)
+    controller.scheduler.step()
+    (loss_of(controller.model, data(3)) * math.inf).backward()
+    controller.optimizer.zero_grad()
+    train(controller, range(4, 5))
+    assert all(torch.equal(a, b) for a, b in zip(before, grids(controller), strict=True))
+    train(controller, range(5, 6))
+    assert not torch.equal(before[0], grids(controller)[0])
+    after = grids(controller)
+    train(controller, range(6, 8))
+    assert all(torch.equal(a, b) for a, b in zip(after, grids(controller), strict=True))
+
+
+def test_a_weight_that_a_step_did_not_use_keeps_its_mask():
+    controller = build()
+    train(controller, range(3))
+    before = grids(controller)
+    controller.scheduler.step()
+    controller.optimizer.zero_grad()
+    controller.model[:2](data(3)).square().sum().backward()
+    controller.scheduler.step()
+    after = grids(controller)
+    assert not torch.equal(before[0], after[0])
+    assert torch.equal(before[1], after[1])
+
+
+def test_ranks_add_up_their_gradients(monkeypatch):
+    controller = build()
+    with pytest.raises(RuntimeError, match=r"torch\.distributed must be initialised"):
+        controller.distributed()
+    reduced = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: reduced.append(t.shape))
+    controller.distributed()
+    train(controller, range(5))
+    assert reduced == [(40, 16), (12, 40)]
+
+
+@both
+def test_a_level_set_later_drops_the_least_important_or_grows(config):
+    controller = build(config)
+    before = grids(controller)
+    controller.set_sparsity_level(0.9)
+    fewer = grids(controller)
+    assert sum(kept(controller)) == 1120 - round(0.9 * 1120)
+    assert not any((b & ~a).any() for a, b in zip(before, fewer, strict=True))
+    controller.compression_rate = 0.5
+    assert controller.compression_rate == 0.5
+    assert not any((a & ~b).any() for a, b in zip(fewer, grids(controller), strict=True))
+
+
+def test_overrides_limit_the_counts_and_the_total_stays_exact():
+    few = build(level=0.5, overrides=[ts.Override(scope="2", maximum_level=0.25)])
+    assert kept(few) == [560 - 360, 360]
+    many = build(level=0.5, overrides=[ts.Override(scope="2", minimum_level=0.75)])
+    assert kept(many) == [560 - 120, 120]
+    with pytest.raises(ValueError, match="224 of 1120 groups to keep, between 360 and 1120"):
+        build(level=0.8, overrides=[ts.Override(scope="2", maximum_level=0.25)])
+
+
+@both
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"t_end": 10}, "level must be given"),
+        ({"level": 0.5}, "t_end must be given"),
+        ({"level": 1.0, "t_end": 10}, "level must be less than 1, got 1.0"),
+        ({"level": 0.5, "t_end": 10, "alpha": 1.5}, "alpha must be .*, got 1.5"),
+        ({"level": 0.5, "t_end": 10, "delta_t": 0}, "delta_t must be .*, got 0"),
+        ({"level": 0.5, "t_end": 10, "distribution": "er"}, "distribution must be .*, got 'er'"),
+        ({"level": 0.5, "t_end": 10, "alfa": 1}, r"alfa is no field \(did you mean 'alpha'"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_by_name_and_value(config, arguments, message):
+    with pytest.raises(ValueError, match=rf"^{config.__name__}: .*{message}"):
+        config(**arguments)
+    section = {"algorithm": config.model_fields["algorithm"].default, "params": arguments}
+    with pytest.raises(ValueError, match=r"^compression"):
+        ts.create_controller(nn.Linear(4, 4), section)
+
+
+@both
+def test_a_dictionary_says_what_the_configuration_says(config):
+    name = config.model_fields["algorithm"].default
+    params = {"level": 0.75, "t_end": 10, "distribution": "uniform", "pattern": {"block": [2, 2]}}
+    controller = ts.create_controller(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
+        {"algorithm": name, "params": params, "ignored_scopes": ["1"]},
+    )
+    assert controller.config == config(ignored_scopes=("1",), **params)
+    assert controller.compression_rate == 0.75
+    with pytest.raises(ValueError, match=r"compression: sparsity_init must be left out.* 0.5"):
+        ts.create_controller(
+            nn.Linear(4, 4), {"algorithm": name, "sparsity_init": 0.5, "params": params}
+        )
