@@ -10,6 +10,7 @@ from torch import nn
 
 from ..kernels.dispatch import Dispatch
 from ..kernels.launch import Backend
+from ..kernels.pattern import Unstructured
 from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
 from .composite import CompositeController
 from .const import ConstSparsityConfig, ConstSparsityController
@@ -70,7 +71,8 @@ def create_controller(
     for one in configs:
         found = find_targets(
             model,
-            pattern=one.pattern,
+            # movement has structures of any size, on linear layers alone, and checks them itself
+            pattern=Unstructured() if isinstance(one, MovementSparsityConfig) else one.pattern,
             target_scopes=one.target_scopes,
             ignored_scopes=one.ignored_scopes,
             validate_scopes=one.validate_scopes,

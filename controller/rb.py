@@ -552,6 +552,11 @@ class SamplingScheduler(SparsityScheduler):
         super().__init__(controller, schedule)
         self._sampler = controller
 
+    def _apply(self) -> None:
+        # masks that the user froze before the schedule does
+        if not self._sampler.frozen:
+            super()._apply()
+
     def step(self, next_step: int | None = None) -> None:
         super().step(next_step)
         self._sampler.draw_masks()
