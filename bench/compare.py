@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from ..controller.create import create_controller
 from ..controller.magnitude import MagnitudeSparsityConfig
-from ..controller.schedule import PolynomialSchedule
+from ..controller.movement import MovementSparsityConfig
+from ..controller.rb import RBSparsityConfig
+from ..controller.schedule import MultistepSchedule, PolynomialSchedule
 from ..kernels.pattern import Block, Pattern, Unstructured
 from .measure import Timing, Work, in_turn
 from .peers import nncf, weight_norm
@@ -42,6 +44,7 @@ class Comparison:
         subjects: name -> set-up; the first is what the others are compared with.
         targets: name -> the largest ratio of its time to another's that is acceptable: (other,
             ratio).
+        beyond: what the ratios compare is the time beyond this subject's, if one is named.
         weights: number of weights, for scratch memory a weight; 0 where it does not matter.
         rounds: timed runs of each.
     """
@@ -49,6 +52,7 @@ class Comparison:
     title: str
     subjects: Mapping[str, Callable[[], Work]]
     targets: Mapping[str, tuple[str, float]]
+    beyond: str | None = None
     weights: int = 0
     rounds: int = 15
 
@@ -155,6 +159,55 @@ def nncf_step(tokens: int) -> Work:
     return training_step(model, tokens)
 
 
+def learning_step(model: nn.Module, controller: Any, tokens: int) -> Work:
+    """Forward, backward and AdamW, with what an algorithm adds that learns its masks."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    x = batch(tokens)
+
+    def step() -> None:
+        controller.scheduler.step()
+        optimizer.zero_grad()
+        (model(x).square().mean() + controller.loss()).backward()
+        optimizer.step()
+
+    return step
+
+
+def our_learning_step(algorithm: str, pattern: Pattern, tokens: int) -> Work:
+    """Check a step's weight and score gradients by the mask that its forward pass shows."""
+    model, x = linears(4), batch(tokens)
+    config = MovementSparsityConfig(pattern=pattern, **nncf.MOVEMENT_PARAMS)
+    if algorithm == nncf.RB:
+        schedule = MultistepSchedule(steps=(1,), levels=(LEVEL, LEVEL))
+        config = RBSparsityConfig(pattern=pattern, schedule=schedule)
+    controller = create_controller(model, config)
+    controller.scheduler.epoch_step()
+    controller.scheduler.step()
+    layer = model[0]
+    shown = layer(torch.eye(WIDTH)).detach() - layer(torch.zeros(1, WIDTH)).detach()
+    kept = shown.T != 0
+    out = layer(x)
+    out.square().mean().backward()
+    dense = (2 * out.detach() / out.numel()).T @ x
+    torch.testing.assert_close(layer.weight.grad, dense.where(kept, 0), rtol=1e-3, atol=1e-6)
+    if algorithm == nncf.RB:
+        share = kept.float().mean().item()
+        check(abs(share - 0.99) < 0.01, f"{share} of the groups are kept, of logit 4.595")
+    else:
+        product = dense * layer.weight.detach()
+        rows, cols = pattern.rows, pattern.cols
+        grid = product.view(WIDTH // rows, rows, WIDTH // cols, cols).sum((1, 3))
+        torch.testing.assert_close(layer.weight_scores.grad, grid, rtol=1e-3, atol=1e-6)
+    model.zero_grad()
+    return learning_step(model, controller, tokens)
+
+
+def nncf_learning_step(algorithm: str, tokens: int) -> Work:
+    controller, model = nncf.compress(linears(4), WIDTH, LEVEL, algorithm)
+    controller.scheduler.epoch_step()
+    return learning_step(model, controller, tokens)
+
+
 def evaluation(model: nn.Module, tokens: int) -> Work:
     x = batch(tokens)
     model.eval()
@@ -189,11 +242,21 @@ def comparisons() -> list[Comparison]:
         }
         for tokens in (512, 64)
     }
+    learning: dict[str, dict[str, Callable[[], Work]]] = {
+        algorithm: {
+            "dense": partial(dense_step, 64),
+            "ours, unstructured": partial(our_learning_step, algorithm, Unstructured(), 64),
+            "ours, 32x32 blocks": partial(our_learning_step, algorithm, BLOCK, 64),
+        }
+        for algorithm in (nncf.RB, nncf.MOVEMENT)
+    }
     reason = nncf.available()
     if reason is None:
         update["NNCF"] = partial(nncf_global_update, 12)
         for tokens, subjects in steps.items():
             subjects["NNCF"] = partial(nncf_step, tokens)
+        for algorithm, subjects in learning.items():
+            subjects["NNCF"] = partial(nncf_learning_step, algorithm, 64)
     else:
         print(f"NNCF is left out: {reason}", file=sys.stderr)
     return [
@@ -221,6 +284,16 @@ def comparisons() -> list[Comparison]:
             steps[64],
             {"ours, unstructured": ("NNCF", 1.0), "ours, 32x32 blocks": ("NNCF", 1.0)},
         ),
+        *(
+            Comparison(
+                f"Training step: 4 x Linear(2048), batch 64, {algorithm}",
+                learning[algorithm],
+                {"ours, unstructured": ("NNCF", share), "ours, 32x32 blocks": ("NNCF", share)},
+                beyond="dense",
+                rounds=7,
+            )
+            for algorithm, share in ((nncf.RB, 1 / 4), (nncf.MOVEMENT, 1 / 8))
+        ),
         Comparison(
             "Evaluation forward: 4 x Linear(2048), batch 512, 80 % pruned",
             {
@@ -234,10 +307,17 @@ def comparisons() -> list[Comparison]:
     ]
 
 
-def ratio(timings: Mapping[str, Timing], name: str, other: str) -> float:
-    """Return the median over rounds of ``name``'s time to ``other``'s in the same round."""
-    pairs = zip(timings[name].seconds, timings[other].seconds, strict=True)
-    ratios = torch.tensor([mine / theirs for mine, theirs in pairs])
+def ratio(
+    timings: Mapping[str, Timing], name: str, other: str, beyond: str | None = None
+) -> float:
+    """Return the median over rounds of ``name``'s time to ``other``'s in the same round.
+
+    Both without the time of ``beyond`` in that round, if one is named.
+    """
+    rounds = len(timings[name].seconds)
+    base = timings[beyond].seconds if beyond else (0.0,) * rounds
+    triples = zip(timings[name].seconds, timings[other].seconds, base, strict=True)
+    ratios = torch.tensor([(mine - less) / (theirs - less) for mine, theirs, less in triples])
     return ratios.median().item()
 
 
@@ -246,7 +326,9 @@ def rows(comparison: Comparison, timings: Mapping[str, Timing]) -> list[dict[str
     found = []
     for name, timing in timings.items():
         other, limit = comparison.targets.get(name, (None, None))
-        measured = ratio(timings, name, other) if other in timings else None
+        measured = None
+        if other in timings:
+            measured = ratio(timings, name, other, comparison.beyond)
         scratch = None
         if comparison.weights and timing.scratch is not None:
             scratch = timing.scratch / comparison.weights
@@ -259,6 +341,7 @@ def rows(comparison: Comparison, timings: Mapping[str, Timing]) -> list[dict[str
                 "p80_s": timing.quantile(0.8),
                 "scratch_bytes_per_weight": scratch,
                 "compared_with": other if measured is not None else None,
+                "beyond": comparison.beyond,
                 "ratio": measured,
                 "ratio_target": limit if measured is not None else None,
             }
@@ -278,7 +361,7 @@ def draw(title: str, found: list[dict[str, Any]]) -> Table:
             f"{row['median_s'] * 1e3:.1f} ms",
             f"{row['p20_s'] * 1e3:.1f} to {row['p80_s'] * 1e3:.1f} ms",
             "" if scratch is None else f"{scratch:.1f} bytes",
-            "" if row["ratio"] is None else f"{row['ratio']:.3f} of {row['compared_with']}",
+            "" if row["ratio"] is None else _compared(row),
             ""
             if row["ratio"] is None
             else f"<= {row['ratio_target']:.3g} {'reached' if reached else 'MISSED'}",
@@ -286,14 +369,22 @@ def draw(title: str, found: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _compared(row: dict[str, Any]) -> str:
+    what = f"what {row['compared_with']} adds" if row["beyond"] else row["compared_with"]
+    return f"{row['ratio']:.3f} of {what}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--only", metavar="TEXT", default="", help="the work whose title has it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     console = Console()
     found = []
     for comparison in comparisons():
+        if options.only not in comparison.title:
+            continue
         timings = in_turn(comparison.subjects, comparison.rounds, options.threads)
         found.append(rows(comparison, timings))
         console.print(draw(comparison.title, found[-1]))

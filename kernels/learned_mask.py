@@ -16,14 +16,16 @@ one order, by every implementation here, and everything that it is compared with
 Floor: forward, one read of weight and logits and one write of the weight; backward, one read of
 gradient, weight and logits and one write of two gradients. For blocks logits cost nothing.
 
-Reading order: reference -> plain torch in chunks -> kernels -> launchers -> operators -> public.
+Reading order: reference -> CPU -> kernels -> launchers -> operators -> public.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -51,7 +53,8 @@ _EXP2 = (
 _A, _B, _KEY_A, _KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 
-CHUNK = 2**19  # elements that plain torch handles at a time: its temporaries stay in the cache
+CHUNK = 2**16  # elements that a CPU thread handles at a time: their temporaries stay in its cache
+SUM_CHUNK = 2**20  # the same of all threads, where torch parts each operation
 TILE = {"QUADS": 4, "CHUNKS": 32, "WIDTH": 8}  # rows by LANES, then columns: 16-byte loads
 BLOCK_TILE = {"TILE_R": 16, "TILE_C": 256}  # no block is wider
 
@@ -113,61 +116,21 @@ def uniform(random: Tensor, stream: int, shape: tuple[int, int] | torch.Size) ->
         random, stream: as for ``sample_mask``.
         shape: of the grid of groups.
     """
-    u = torch.empty(tuple(shape), device=random.device)
-    for rows, part in _uniform_in_chunks(random, stream, u.shape):
-        u[rows] = part
-    return u
-
-
-class _Philox:
-    """Philox4x32-10 for runs of quads, in int64, through buffers that it keeps."""
-
-    def __init__(self, random: Tensor, stream: int, size: int) -> None:
-        seed, draw = random.tolist()
-        self._key = seed & _LOW, seed >> 32 & _LOW
-        self._counter = draw & _LOW, stream & _LOW
-        self._buffers = [random.new_empty(size) for _ in range(6)]
-
-    def __call__(self, start: int, size: int) -> list[Tensor]:
-        """Return the four numbers, from 0 to 2^32 - 1, of each quad from ``start``."""
-        c0, c1, c2, c3, a, b = (buffer[:size] for buffer in self._buffers)
-        torch.arange(start, start + size, out=c0)
-        c1.zero_()
-        c2.fill_(self._counter[0])
-        c3.fill_(self._counter[1])
-        k0, k1 = self._key
-        for _ in range(10):
-            torch.mul(c0, _A, out=a)
-            torch.mul(c2, _B, out=b)
-            # the shift is arithmetic, and c1 and c3 hold whole products: the mask cuts both
-            torch.bitwise_right_shift(b, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0)
-            torch.bitwise_right_shift(a, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1)
-            c0.bitwise_and_(_LOW)
-            c2.bitwise_and_(_LOW)
-            c1, b, c3, a = b, c1, a, c3
-            k0, k1 = k0 + _KEY_A & _LOW, k1 + _KEY_B & _LOW
-        return [c0, c1.bitwise_and_(_LOW), c2, c3.bitwise_and_(_LOW)]
-
-
-def _uniform_in_chunks(
-    random: Tensor, stream: int, shape: torch.Size
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the rows of a chunk and its numbers, in a buffer that the next chunk overwrites."""
     R, C = shape
-    if R == 0 or C == 0:
-        return
     quads = -(-R // LANES)
-    height = min(quads, max(1, CHUNK // (LANES * C)))
-    philox = _Philox(random, stream, height * C)
-    whole = random.new_empty((height, C), dtype=torch.int32)
-    numbers = random.new_empty((height, LANES, C), dtype=torch.float32)
-    for first in range(0, quads, height):
-        count = min(height, quads - first)
-        for lane, bits in enumerate(philox(first * C, count * C)):
-            part = whole[:count].copy_(bits.bitwise_right_shift_(8).view(count, C))
-            numbers[:count, lane] = part.clamp_(_LEAST, _MOST)
-        rows = slice(first * LANES, min(R, (first + count) * LANES))
-        yield rows, numbers[:count].mul_(2.0**-24).view(-1, C)[: rows.stop - rows.start]
+    seed, draw = random.tolist()
+    k0, k1 = seed & _LOW, seed >> 32 & _LOW
+    c0 = torch.arange(quads * C, device=random.device)
+    c1, c2, c3 = (torch.full_like(c0, word & _LOW) for word in (0, draw, stream))
+    for _ in range(10):
+        a, b = c0 * _A, c2 * _B
+        # the shift is arithmetic, so that its upper half is to be cut
+        c0, c1 = (b >> 32 ^ c1 ^ k0) & _LOW, b & _LOW
+        c2, c3 = (a >> 32 ^ c3 ^ k1) & _LOW, a & _LOW
+        k0, k1 = k0 + _KEY_A & _LOW, k1 + _KEY_B & _LOW
+    lanes = torch.stack([c.view(quads, C) for c in (c0, c1, c2, c3)], 1)
+    whole = (lanes >> 8).clamp_(_LEAST, _MOST).view(quads * LANES, C)[:R]
+    return whole.float() * 2.0**-24
 
 
 def _exp_minus(logits: Tensor) -> Tensor:
@@ -184,52 +147,132 @@ def _exp_minus(logits: Tensor) -> Tensor:
     return power
 
 
-def _sample_in_chunks(
+def _sample_on_cpu(
     weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int
 ) -> Tensor:
-    """Compute the reference with no temporary but a chunk, of groups alone where these are few."""
-    if rows != 1 or cols != 1:
-        return _select(weight, _draw_groups(logits, random, stream)[0], rows, cols)
-    out, zero = torch.empty_like(weight), weight.new_zeros(())
-    for part, u in _uniform_in_chunks(random, stream, logits.shape):
-        v = _exp_minus(logits[part]).mul_(1 - u)
-        torch.where(u > v, weight[part], zero, out=out[part])
-    return out
+    kept, _ = _draw(logits, random, stream, slopes=False)
+    return _select(weight, kept, rows, cols)
 
 
-def _sample_grad_in_chunks(
-    grad: Tensor, weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int
+def _sample_grad_on_cpu(
+    grad: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    random: Tensor,
+    stream: int,
+    rows: int,
+    cols: int,
 ) -> tuple[Tensor, Tensor]:
-    if rows != 1 or cols != 1:
-        kept, slope = _draw_groups(logits, random, stream)
-        sums = _sum_in_chunks(grad, weight, rows, cols)
-        return _select(grad, kept, rows, cols), sums.mul_(slope)
-    grad_weight, grad_logits = torch.empty_like(weight), torch.empty_like(logits)
-    zero = weight.new_zeros(())
-    for part, u in _uniform_in_chunks(random, stream, logits.shape):
-        v = _exp_minus(logits[part]).mul_(1 - u)
-        torch.where(u > v, grad[part], zero, out=grad_weight[part])
-        grad_logits[part] = _slope(u, v).mul_(grad[part]).mul_(weight[part])
-    return grad_weight, grad_logits
+    kept, slope = _draw(logits, random, stream, slopes=True)
+    if rows == cols == 1:
+        return _select(grad, kept, rows, cols), slope.mul_(grad).mul_(weight)
+    return _select(grad, kept, rows, cols), slope.mul_(_sum_in_chunks(grad, weight, rows, cols))
 
 
-def _draw_groups(logits: Tensor, random: Tensor, stream: int) -> tuple[Tensor, Tensor]:
-    """Return which groups are kept, and the sigmoid's derivative of each."""
-    kept, slope = torch.empty_like(logits, dtype=torch.bool), torch.empty_like(logits)
-    for part, u in _uniform_in_chunks(random, stream, logits.shape):
-        v = _exp_minus(logits[part]).mul_(1 - u)
-        kept[part] = u > v
-        slope[part] = _slope(u, v)
-    return kept, slope
+def _draw(logits: Tensor, random: Tensor, stream: int, *, slopes: bool) -> tuple[Tensor, Tensor]:
+    """Return which groups are kept, and the sigmoid's derivative of each if it is asked for.
+
+    In numpy, on as many threads as torch would use: each takes whole chunks, whose temporaries
+    stay in its cache, rather than all of them part every one of some hundred short operations.
+    """
+    R, C = logits.shape
+    kept = np.empty((R, C), np.bool_)
+    slope = np.empty((R, C) if slopes else (0, 0), np.float32)
+    s = logits.detach().numpy()
+    quads = -(-R // LANES)
+    height = max(1, CHUNK // (LANES * max(1, C)))
+    starts = range(0, quads if C else 0, height)
+    seed, draw = random.tolist()
+
+    def work(share: Sequence[int]) -> None:
+        philox = _Philox(seed, draw, stream, height * C)
+        shape = height, LANES, C
+        numbers, part = np.empty(shape, np.float32), np.empty(height * C, np.int32)
+        scratch = [np.empty((height * LANES, C), np.float32) for _ in range(2)]
+        for first in share:
+            count = min(height, quads - first)
+            for lane, bits in enumerate(philox(first * C, count * C)):
+                np.right_shift(bits, np.uint64(8), out=part[: count * C], casting="unsafe")
+                np.clip(part, _LEAST, _MOST, out=part)
+                numbers[:count, lane] = part[: count * C].reshape(count, C)
+            rows = slice(first * LANES, min(R, (first + count) * LANES))
+            size = rows.stop - rows.start
+            u = numbers.reshape(-1, C)[:size]
+            np.multiply(u, np.float32(2.0**-24), out=u)
+            v, other = (buffer[:size] for buffer in scratch)
+            _exp_minus_into(v, other, s[rows])
+            np.subtract(np.float32(1), u, out=other)
+            np.multiply(v, other, out=v)
+            np.greater(u, v, out=kept[rows])
+            if slopes:
+                # with p = u / (u + v), the sigmoid, p (1 - p)
+                np.add(u, v, out=other)
+                np.multiply(other, other, out=other)
+                np.multiply(v, u, out=v)
+                np.divide(v, other, out=slope[rows])
+
+    def silent(share: Sequence[int]) -> None:
+        with np.errstate(all="ignore"):
+            work(share)
+
+    threads = max(1, min(torch.get_num_threads(), 8, len(starts)))
+    if threads == 1:
+        silent(starts)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(silent, (starts[n::threads] for n in range(threads))))
+    return torch.from_numpy(kept), torch.from_numpy(slope)
 
 
-def _slope(u: Tensor, v: Tensor) -> Tensor:
-    """With p = u / (u + v), the sigmoid, return p (1 - p). Overwrites ``v``."""
-    total = u + v
-    return v.mul_(u).div_(total.square_())
+class _Philox:
+    """Philox4x32-10 of runs of quads, through buffers that it keeps."""
+
+    def __init__(self, seed: int, draw: int, stream: int, size: int) -> None:
+        self._key = seed & _LOW, seed >> 32 & _LOW
+        self._counter = draw & _LOW, stream & _LOW
+        self._buffers = [np.empty(size, np.uint64) for _ in range(6)]
+
+    def __call__(self, start: int, size: int) -> list[np.ndarray]:
+        """Return the four numbers, from 0 to 2^32 - 1, of each quad from ``start``."""
+        c0, c1, c2, c3, a, b = (buffer[:size] for buffer in self._buffers)
+        c0[:] = np.arange(start, start + size, dtype=np.uint64)
+        c1[:] = 0
+        c2[:], c3[:] = self._counter
+        k0, k1 = self._key
+        low, half = np.uint64(_LOW), np.uint64(32)
+        for _ in range(10):
+            np.multiply(c0, np.uint64(_A), out=a)
+            np.multiply(c2, np.uint64(_B), out=b)
+            # c1 and c3 hold whole products: what is above 32 bits is cut once
+            for c, product, word, key in ((c0, b, c1, k0), (c2, a, c3, k1)):
+                np.right_shift(product, half, out=c)
+                np.bitwise_xor(c, word, out=c)
+                np.bitwise_xor(c, np.uint64(key), out=c)
+                np.bitwise_and(c, low, out=c)
+            c1, b, c3, a = b, c1, a, c3
+            k0, k1 = k0 + _KEY_A & _LOW, k1 + _KEY_B & _LOW
+        np.bitwise_and(c1, low, out=c1)
+        np.bitwise_and(c3, low, out=c3)
+        return [c0, c1, c2, c3]
+
+
+def _exp_minus_into(power: np.ndarray, y: np.ndarray, logits: np.ndarray) -> None:
+    """Write what ``_exp_minus`` returns; ``y`` is scratch."""
+    np.clip(logits, np.float32(-_CERTAIN), np.float32(_CERTAIN), out=y)
+    np.multiply(y, np.float32(_MINUS_LOG2_E), out=y)
+    whole = np.floor(y)
+    np.subtract(y, whole, out=y)
+    np.multiply(y, np.float32(_EXP2[-1]), out=power)
+    for coefficient in _EXP2[-2:0:-1]:
+        np.add(power, np.float32(coefficient), out=power)
+        np.multiply(power, y, out=power)
+    np.add(power, np.float32(_EXP2[0]), out=power)
+    power.view(np.int32)[...] += whole.astype(np.int32) << 23
 
 
 def _select(weight: Tensor, kept: Tensor, rows: int, cols: int) -> Tensor:
+    if rows == cols == 1:
+        return torch.where(kept, weight, weight.new_zeros(()))
     pattern = Block(rows, cols)
     return apply_mask(weight, word_mask(kept, pattern, weight.shape, weight.dtype), pattern)
 
@@ -237,11 +280,13 @@ def _select(weight: Tensor, kept: Tensor, rows: int, cols: int) -> Tensor:
 def _sum_in_chunks(grad: Tensor, weight: Tensor, rows: int, cols: int) -> Tensor:
     """Add up ``grad * weight`` over every block, a chunk of whole block rows at a time."""
     R, C = weight.shape
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if rows == cols == 1:
+        return (grad.to(wide) * weight).float()
     sums = torch.empty((-(-R // rows), -(-C // cols)), device=weight.device)
-    step = max(1, CHUNK // max(1, rows * C))
+    step = max(1, SUM_CHUNK // max(1, rows * C))
     for first in range(0, sums.shape[0], step):
         part = slice(first * rows, (first + step) * rows)
-        wide = torch.promote_types(weight.dtype, torch.float32)
         sums[first : first + step] = _block_sums(grad[part].to(wide) * weight[part], rows, cols)
     return sums
 
@@ -628,7 +673,7 @@ def _sample(
     weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int
 ) -> Tensor:
     on_triton = use_triton("sample_mask", "auto", weight)
-    run = _launch if on_triton else _sample_in_chunks
+    run = _launch if on_triton else _sample_on_cpu
     return run(weight, logits, random, stream, rows, cols)
 
 
@@ -637,7 +682,7 @@ def _sample_grad(
 ) -> tuple[Tensor, Tensor]:
     if use_triton("sample_mask", "auto", weight):
         return _launch_grad(grad, weight, logits, random, stream, None, rows, cols)
-    return _sample_grad_in_chunks(grad, weight, logits, random, stream, rows, cols)
+    return _sample_grad_on_cpu(grad, weight, logits, random, stream, rows, cols)
 
 
 def _straight(weight: Tensor, scores: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:

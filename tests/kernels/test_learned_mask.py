@@ -115,11 +115,9 @@ def test_the_oracle_is_philox(counter, key, want):
     assert tuple(philox(counter, key)) == want
 
 
-def test_numbers_are_a_function_of_seed_draw_stream_and_group(monkeypatch):
+def test_numbers_are_a_function_of_seed_draw_stream_and_group():
     shape = (9, 50)
     want = numpy_uniform(shape)
-    assert np.array_equal(uniform(random_state(), 0, shape).double().cpu().numpy(), want)
-    monkeypatch.setattr(module, "CHUNK", 1)
     assert np.array_equal(uniform(random_state(), 0, shape).double().cpu().numpy(), want)
     for other in ({"seed": 1}, {"draw": 4}, {"seed": -SEED}):
         got = uniform(random_state(**other), 0, shape).double().cpu().numpy()
@@ -261,6 +259,19 @@ def test_any_strides(pattern, layout):
         want = torch.autograd.grad(want, plain, view(grad).contiguous())
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(ON_TRITON, reason="the kernels have no chunks and threads")
+def test_chunks_and_threads_do_not_matter(monkeypatch):
+    weight, logits, grad = make((67, 50), Unstructured())
+    runs = []
+    for chunk, threads in ((module.CHUNK, 1), (400, 1), (400, 3), (1, 2)):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
+        out = sample_mask(weight, logits, random_state(), Unstructured())
+        runs.append((out, *torch.autograd.grad(out, (weight, logits), grad)))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
 @pytest.mark.parametrize("loss", ["sum", "transpose", "cat"])
