@@ -302,7 +302,8 @@ def our_learning_step(place: Place, algorithm: str, pattern: Pattern, tokens: in
     check_close(layer.weight.grad, eager[0], exact[0])
     if algorithm == nncf.RB:
         share = kept.float().mean().item()
-        check(abs(share - 0.99) < 0.01, f"{share} of the groups are kept, of logit 4.595")
+        spread = (0.99 * 0.01 * pattern.rows * pattern.cols / kept.numel()) ** 0.5
+        check(abs(share - 0.99) < 5 * spread, f"{share} of the groups are kept, of logit 4.595")
     else:
         check_close(layer.weight_scores.grad, eager[1], exact[1])
     model.zero_grad()
