@@ -150,19 +150,42 @@ def test_beside_weights_that_go_further_n_m_stops_at_its_own_level():
     assert pruned(controller) == [64, 64]
 
 
-def test_limits_hold_within_a_pool_of_n_m():
-    overrides = [
-        ts.Override(scope="0", maximum_level=0.125),
-        ts.Override(scope="2", minimum_level=0.25),
-    ]
-    _, controller = build(ts.NM(2, 4), target=0.25, overrides=overrides)
+@pytest.mark.parametrize(
+    ("limits", "counts"),
+    [
+        ({"maximum_level": 0.125}, [48, 144]),
+        ({"maximum_level": 0.4}, [154, 38]),
+        ({"minimum_level": 0.2}, [192, 0]),
+    ],
+)
+def test_limits_hold_within_a_pool_of_n_m(limits, counts):
+    model, controller = build(
+        ts.NM(2, 4), target=0.25, overrides=[ts.Override(scope="0", **limits)]
+    )
+    with torch.no_grad():
+        model[0].weight *= 1e-3  # of which without limits all is pruned first
     controller.set_sparsity_level(0.25)
-    first, second = pruned(controller)
-    assert first <= 0.125 * 384
-    assert second >= 0.25 * 384
-    assert first + second == 192
-    with pytest.raises(ValueError, match=r"level 0.5 cannot be reached within the limits"):
-        controller.set_sparsity_level(0.5)
+    assert pruned(controller) == counts
+    # the floor lifts what the pool would leave
+    with torch.no_grad():
+        model[0].weight *= 1e6
+    controller.set_sparsity_level(0.25)
+    least = round(limits.get("minimum_level", 0) / 0.5 * 96) * 2
+    assert pruned(controller) == [least, 192 - least]
+    if "maximum_level" in limits:
+        with pytest.raises(ValueError, match=r"level 0.5 cannot be reached within the limits"):
+            controller.set_sparsity_level(0.5)
+
+
+def test_a_target_between_two_counts_of_groups_is_reached():
+    model = nn.Linear(8, 8)
+    controller = ts.create_controller(model, config(TRANSPOSABLE, target=0.3))
+    controller.scheduler.epoch_step(4)
+    # 0.6 of 4 tiles is 2 of them, 16 elements of the 19 that 0.3 would be
+    assert pruned(controller) == [16]
+    assert controller.compression_stage() == ts.CompressionStage.FULLY_COMPRESSED
+    controller.set_sparsity_level(0.1)
+    assert controller.compression_stage() == ts.CompressionStage.PARTIALLY_COMPRESSED
 
 
 def test_local_levels_touch_one_weight():
