@@ -11,6 +11,12 @@ from triton_sparsity.controller.magnitude import (
     MagnitudeSparsityConfig,
     MagnitudeSparsityController,
 )
+from triton_sparsity.controller.movement import (
+    MovementSparsityConfig,
+    MovementSparsityController,
+    SparseStructure,
+)
+from triton_sparsity.controller.rb import RBSparsityConfig, RBSparsityController
 from triton_sparsity.controller.regrowth import SETConfig, SETController
 from triton_sparsity.controller.rigl import RigLConfig, RigLController
 from triton_sparsity.controller.schedule import (
@@ -21,6 +27,7 @@ from triton_sparsity.controller.schedule import (
 )
 from triton_sparsity.kernels.block_score import block_score
 from triton_sparsity.kernels.block_sparse_linear import block_sparse_linear
+from triton_sparsity.kernels.learned_mask import sample_mask, straight_through
 from triton_sparsity.kernels.mask import make_mask, pack, unpack
 from triton_sparsity.kernels.masked_weight import apply_mask, apply_mask_
 from triton_sparsity.kernels.pattern import NM, Block, Unstructured
@@ -41,15 +48,20 @@ __all__ = [
     "ExponentialSchedule",
     "MagnitudeSparsityConfig",
     "MagnitudeSparsityController",
+    "MovementSparsityConfig",
+    "MovementSparsityController",
     "MultistepSchedule",
     "NMMask",
     "Override",
     "PolynomialSchedule",
+    "RBSparsityConfig",
+    "RBSparsityController",
     "RigLConfig",
     "RigLController",
     "SETConfig",
     "SETController",
     "SparseModuleInfo",
+    "SparseStructure",
     "StripFormat",
     "Threshold",
     "Topology",
@@ -64,6 +76,8 @@ __all__ = [
     "nm_mask",
     "nm_score",
     "pack",
+    "sample_mask",
     "select",
+    "straight_through",
     "unpack",
 ]

@@ -23,7 +23,9 @@ from torch.nn import functional as F
 
 from ..controller.create import create_controller
 from ..controller.magnitude import MagnitudeSparsityConfig
-from ..controller.schedule import PolynomialSchedule
+from ..controller.movement import MovementSparsityConfig
+from ..controller.rb import RBSparsityConfig
+from ..controller.schedule import MultistepSchedule, PolynomialSchedule
 from ..kernels.block_sparse_linear import block_sparse_linear
 from ..kernels.pattern import Block, Pattern, Unstructured
 from ..kernels.select import select
@@ -69,10 +71,11 @@ class Comparison:
 
     Attributes:
         title: what the work is.
-        subjects: name -> set-up; the first is what the others are compared with.
+        subjects: name -> set-up, or why it cannot be measured; the first is what the others are
+            compared with.
         targets: name -> the largest ratio of its time to another's that is acceptable: (other,
             ratio).
-        skipped: name -> why it cannot be measured.
+        beyond: what the ratios compare is the time beyond this subject's, if one is named.
         weights: number of weights, for scratch memory a weight; 0 where it does not matter.
         rounds: timed runs of each.
     """
@@ -80,6 +83,7 @@ class Comparison:
     title: str
     subjects: Mapping[str, Callable[[], Work] | str]
     targets: Mapping[str, tuple[str, float]]
+    beyond: str | None = None
     weights: int = 0
     rounds: int = 15
 
@@ -202,8 +206,12 @@ def batch(place: Place, tokens: int) -> Tensor:
 
 
 def training_step(model: nn.Module, place: Place, tokens: int) -> Work:
-    """Forward, backward and AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters())
+    """Forward, backward and AdamW.
+
+    Fused: of the other one, MKL's square root takes seven times as long for zeros, which a pruned
+    weight's moments are.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     x = batch(place, tokens)
 
     def step() -> None:
@@ -263,6 +271,62 @@ def torch_step(place: Place, tokens: int) -> Work:
     return training_step(model, place, tokens)
 
 
+def learning_step(model: nn.Module, controller: Any, place: Place, tokens: int) -> Work:
+    """Forward, backward and AdamW, with what an algorithm adds that learns its masks."""
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    x = batch(place, tokens)
+
+    def step() -> None:
+        controller.scheduler.step()
+        optimizer.zero_grad()
+        (model(x).square().mean() + controller.loss()).backward()
+        optimizer.step()
+
+    return step
+
+
+def our_learning_step(place: Place, algorithm: str, pattern: Pattern, tokens: int) -> Work:
+    """Check a step's weight and score gradients by the mask that its forward pass shows."""
+    model, x, width = linears(place, LAYERS), batch(place, tokens), place.width
+    config = MovementSparsityConfig(pattern=pattern, **nncf.MOVEMENT_PARAMS)
+    if algorithm == nncf.RB:
+        schedule = MultistepSchedule(steps=(1,), levels=(LEVEL, LEVEL))
+        config = RBSparsityConfig(pattern=pattern, schedule=schedule)
+    controller = create_controller(model, config)
+    controller.scheduler.epoch_step()
+    controller.scheduler.step()
+    layer = model[0]
+    eye = torch.eye(width, dtype=x.dtype, device=x.device)
+    shown = layer(eye).detach() - layer(torch.zeros_like(eye[:1])).detach()
+    kept = shown.T != 0
+    out = layer(x)
+    out.square().mean().backward()
+
+    def gradients(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the weight's gradient, and its product with the weight summed over groups."""
+        y, weight = out.detach().to(dtype), layer.weight.detach().to(dtype)
+        full = (2 * y / y.numel()).T @ x.to(dtype)
+        rows, cols = pattern.rows, pattern.cols
+        blocks = (full * weight).view(width // rows, rows, width // cols, cols)
+        return full.where(kept, 0), blocks.sum((1, 3))
+
+    eager, exact = gradients(x.dtype), gradients(torch.float64)
+    check_close(layer.weight.grad, eager[0], exact[0])
+    if algorithm == nncf.RB:
+        share = kept.float().mean().item()
+        check(abs(share - 0.99) < 0.01, f"{share} of the groups are kept, of logit 4.595")
+    else:
+        check_close(layer.weight_scores.grad, eager[1], exact[1])
+    model.zero_grad()
+    return learning_step(model, controller, place, tokens)
+
+
+def nncf_learning_step(place: Place, algorithm: str, tokens: int) -> Work:
+    controller, model = nncf.compress(linears(place, LAYERS), place.width, LEVEL, algorithm)
+    controller.scheduler.epoch_step()
+    return learning_step(model, controller, place, tokens)
+
+
 def evaluation(model: nn.Module, place: Place, tokens: int) -> Work:
     x = batch(place, tokens)
     model.eval()
@@ -301,9 +365,64 @@ def nncf_strip(place: Place) -> Work:
     return partial(controller.strip, do_copy=True)
 
 
-def product_operands(place: Place, block: Block) -> Operands:
+def product_operands(place: Place, block: Block, level: float = LEVEL) -> Operands:
     shape = Shape(place.batches[0], place.width, place.width)
-    return Operands(shape, block, LEVEL, "random", place.dtype, place.kind, "auto")
+    return Operands(shape, block, level, "random", place.dtype, place.kind, "auto")
+
+
+def our_layer(place: Place, block: Block, level: float, backward: bool) -> Work:
+    """A block-sparse linear, with both gradients or none, of the paths that are chosen for it."""
+    o = product_operands(place, block, level)
+    lists = block_topology(o.grid, block)
+    leaves = [t.detach().requires_grad_(backward) for t in (o.x, o.weight)]
+
+    def work() -> tuple[Tensor, ...]:
+        y = block_sparse_linear(*leaves, lists, pattern=block)
+        return (y, *torch.autograd.grad(y, leaves, o.grad)) if backward else (y,)
+
+    wanted = [F.linear(o.x, o.masked), o.grad @ o.masked, (o.grad.T @ o.x) * (o.masked != 0)]
+    x, w, g = o.exact(o.x, o.masked, o.grad)
+    exact = [F.linear(x, w), g @ w, (g.T @ x) * (w != 0)]
+    for three in zip(work(), wanted, exact, strict=False):
+        check_close(*three)
+    return work
+
+
+def dense_layer(place: Place, block: Block, backward: bool) -> Work:
+    o = product_operands(place, block)
+    leaves = [t.detach().requires_grad_(backward) for t in (o.x, o.weight)]
+
+    def work() -> None:
+        y = F.linear(*leaves)
+        if backward:
+            torch.autograd.grad(y, leaves, o.grad)
+
+    return work
+
+
+def layers(place: Place, block: Block, backward: bool, gain: float) -> Comparison:
+    """Return a block-sparse linear at several levels against the dense one.
+
+    Args:
+        place: where and how large.
+        block: its pattern.
+        backward: with both gradients.
+        gain: what must be reached at 90 %; at no level may it be slower.
+    """
+    targets = {0.0: 1.05, 0.5: 1.05, 0.9: 1 / gain}
+    names = {level: f"ours, {100 * level:.0f} % pruned" for level in targets}
+    subjects: dict[str, Callable[[], Work] | str] = {
+        "dense": partial(dense_layer, place, block, backward)
+    }
+    for level, name in names.items():
+        subjects[name] = partial(our_layer, place, block, level, backward)
+    what = "forward and backward" if backward else "forward"
+    return Comparison(
+        f"Block-sparse linear, {what}: {place.batches[0]} tokens, {place.width} x {place.width} "
+        f"weight, {block.rows} x {block.cols} blocks",
+        subjects,
+        {names[level]: ("dense", limit) for level, limit in targets.items()},
+    )
 
 
 def check_product(y: Tensor, o: Operands, weight: Tensor) -> None:
@@ -429,10 +548,29 @@ def comparisons(place: Place) -> list[Comparison]:
             rounds=3,
         ),
         *(products(place, Block(side, side)) for side in (32, 128)),
+        layers(place, Block(64, 64), False, 2.0),
+        layers(place, Block(64, 64), True, 1.7),
         steps(
             large, {"ours, unstructured": ("dense", 1.15), "ours, 32x32 blocks": ("dense", 1.05)}
         ),
         steps(small, {"ours, unstructured": ("NNCF", 1.0), "ours, 32x32 blocks": ("NNCF", 1.0)}),
+        *(
+            Comparison(
+                f"Training step: {LAYERS} x Linear({width}), batch {small}, {algorithm}",
+                {
+                    "dense": partial(dense_step, place, small),
+                    **{
+                        f"ours, {name}": partial(our_learning_step, place, algorithm, p, small)
+                        for name, p in (("unstructured", Unstructured()), ("32x32 blocks", BLOCK))
+                    },
+                    "NNCF": by_nncf(nncf_learning_step, algorithm, small),
+                },
+                {"ours, unstructured": ("NNCF", share), "ours, 32x32 blocks": ("NNCF", share)},
+                beyond="dense",
+                rounds=7,
+            )
+            for algorithm, share in ((nncf.RB, 1 / 4), (nncf.MOVEMENT, 1 / 8))
+        ),
         Comparison(
             f"Evaluation forward: {LAYERS} x Linear({width}), batch {large}, 80 % pruned",
             {
@@ -452,10 +590,16 @@ def comparisons(place: Place) -> list[Comparison]:
     ]
 
 
-def ratios(timings: Mapping[str, Timing], name: str, other: str) -> list[float]:
-    """Return ``name``'s time over ``other``'s in each round, sorted."""
-    pairs = zip(timings[name].seconds, timings[other].seconds, strict=True)
-    return sorted(mine / theirs for mine, theirs in pairs)
+def ratios(
+    timings: Mapping[str, Timing], name: str, other: str, beyond: str | None = None
+) -> list[float]:
+    """Return ``name``'s time over ``other``'s in each round, sorted.
+
+    Both without the time of ``beyond`` in that round, if one is named.
+    """
+    base = timings[beyond].seconds if beyond else (0.0,) * len(timings[name].seconds)
+    triples = zip(timings[name].seconds, timings[other].seconds, base, strict=True)
+    return sorted((mine - less) / (theirs - less) for mine, theirs, less in triples)
 
 
 def rows(comparison: Comparison, results: Mapping[str, Timing | str]) -> list[dict[str, Any]]:
@@ -483,10 +627,14 @@ def rows(comparison: Comparison, results: Mapping[str, Timing | str]) -> list[di
         target, limit = comparison.targets.get(name, (None, None))
         other = target if target in timings else reference if reference in timings else None
         if other is not None and other != name:
-            sorted_ratios = ratios(timings, name, other)
+            beyond = comparison.beyond if other == target else None
+            if beyond is not None and beyond not in timings:
+                found.append(row)
+                continue
+            sorted_ratios = ratios(timings, name, other, beyond)
             last = len(sorted_ratios) - 1
             row |= {
-                "compared_with": other,
+                "compared_with": f"what {other} adds" if beyond else other,
                 "ratio": sorted_ratios[round(0.5 * last)],
                 "ratio_p20": sorted_ratios[round(0.2 * last)],
                 "ratio_p80": sorted_ratios[round(0.8 * last)],
@@ -523,17 +671,22 @@ def draw(title: str, found: list[dict[str, Any]]) -> Table:
     return table(title, headings, lines)
 
 
-def compare(place: Place, threads: int, *, rounds: int | None = None) -> dict[str, Any]:
+def compare(
+    place: Place, threads: int, *, rounds: int | None = None, only: str = ""
+) -> dict[str, Any]:
     """Measure all comparisons, printing each, and return the record.
 
     Args:
         place: where and how large.
         threads: of torch, in each process.
         rounds: timed runs of each; None takes each comparison's own number.
+        only: the comparisons whose title has this text.
     """
     out = console()
     found: list[dict[str, Any]] = []
     for comparison in comparisons(place):
+        if only not in comparison.title:
+            continue
         subjects = {
             name: make for name, make in comparison.subjects.items() if not isinstance(make, str)
         }
@@ -548,9 +701,11 @@ def compare(place: Place, threads: int, *, rounds: int | None = None) -> dict[st
     return environment(place.kind, "auto") | {"rows": found}
 
 
-def run(place: Place, threads: int, folder: Path, *, rounds: int | None = None) -> bool:
+def run(
+    place: Place, threads: int, folder: Path, *, rounds: int | None = None, only: str = ""
+) -> bool:
     """Measure all comparisons, write ``compare.json``, and tell whether ours were all right."""
-    record = compare(place, threads, rounds=rounds)
+    record = compare(place, threads, rounds=rounds, only=only)
     write_atomic(folder / "compare.json", dump(record))
     failed = [row for row in record["rows"] if row["status"] == "failed"]
     return not any(row["subject"].startswith("ours") for row in failed)
@@ -564,6 +719,7 @@ def main() -> None:
         type=Path,
         help="where compare.json goes; by default with the repository's results of this device",
     )
+    parser.add_argument("--only", metavar="TEXT", default="", help="the work whose title has it")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--trial", action="store_true", help="tiny sizes, no figures")
@@ -577,7 +733,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     place = TRIAL if options.trial else GPU if device.type == "cuda" else CPU
-    right = run(place, options.threads, folder, rounds=2 if options.trial else None)
+    rounds = 2 if options.trial else None
+    right = run(place, options.threads, folder, rounds=rounds, only=options.only)
     sys.exit(0 if right else 1)
 
 

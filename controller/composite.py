@@ -109,6 +109,9 @@ class CompositeController(BaseSparsityAlgoController):
             operator.add, [part.compression_stage() for part in self.controllers.values()]
         )
 
+    def parameters(self) -> list[nn.Parameter]:
+        return [own for part in self.controllers.values() for own in part.parameters()]
+
     def disable_scheduler(self) -> None:
         super().disable_scheduler()
         for part in self.controllers.values():

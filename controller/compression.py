@@ -43,6 +43,14 @@ class PTCompressionAlgorithmController(ABC, Generic[Statistics]):
     def scheduler(self) -> CompressionScheduler:
         """To be stepped at the start of each optimiser step and of each epoch."""
 
+    def parameters(self) -> list[nn.Parameter]:
+        """List what the algorithm trains of its own; an optimiser must be given it.
+
+        They are parameters of the model too, so that an optimiser made from these after the
+        controller has them.
+        """
+        return []
+
     @abstractmethod
     def disable_scheduler(self) -> None:
         """Replace the scheduler by one that changes nothing. Masks stay as they are."""

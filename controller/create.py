@@ -10,13 +10,21 @@ from torch import nn
 
 from ..kernels.dispatch import Dispatch
 from ..kernels.launch import Backend
+from ..kernels.pattern import Unstructured
 from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
 from .composite import CompositeController
 from .const import ConstSparsityConfig, ConstSparsityController
 from .magnitude import MagnitudeSparsityConfig, MagnitudeSparsityController
 from .modules import SparseModule, densify, sparsify
+from .movement import (
+    MovementSparsityConfig,
+    MovementSparsityController,
+    movement_operands,
+    movement_targets,
+)
 from .nncf_config import Config, ConfigLike, parse_config
 from .operand import MaskOperand
+from .rb import RBSparsityConfig, RBSparsityController, logit_operands
 from .regrowth import SETConfig, SETController
 from .rigl import RigLConfig, RigLController
 from .targets import Target, find_targets
@@ -63,15 +71,21 @@ def create_controller(
     for one in configs:
         found = find_targets(
             model,
-            pattern=one.pattern,
+            # movement has structures of any size, on linear layers alone, and checks them itself
+            pattern=Unstructured() if isinstance(one, MovementSparsityConfig) else one.pattern,
             target_scopes=one.target_scopes,
             ignored_scopes=one.ignored_scopes,
             validate_scopes=one.validate_scopes,
             overrides=one.overrides,
         )
-        targets.append(found)
+        targets.append(
+            movement_targets(found) if isinstance(one, MovementSparsityConfig) else found
+        )
     _check_disjoint(targets, configs)
-    infos = [[_info(target, backend, dispatch) for target in found] for found in targets]
+    infos = [
+        _infos(model, found, one, backend, dispatch)
+        for found, one in zip(targets, configs, strict=True)
+    ]
     try:
         for target, info in zip(chain(*targets), chain(*infos), strict=True):
             for module, parameter_name in target.users:
@@ -98,6 +112,10 @@ def _controller(
     match config:
         case MagnitudeSparsityConfig():
             return MagnitudeSparsityController(model, infos, config, batchnorm_data)
+        case RBSparsityConfig():
+            return RBSparsityController(model, infos, config, batchnorm_data)
+        case MovementSparsityConfig():
+            return MovementSparsityController(model, infos, config, batchnorm_data)
         case ConstSparsityConfig():
             return ConstSparsityController(model, infos, config, batchnorm_data)
         case SETConfig():
@@ -119,17 +137,38 @@ def _check_disjoint(targets: Sequence[Sequence[Target]], configs: Sequence[Confi
                 )
 
 
-def _info(target: Target, backend: Backend, dispatch: Dispatch) -> SparseModuleInfo:
+def _infos(
+    model: nn.Module,
+    targets: Sequence[Target],
+    config: Config,
+    backend: Backend,
+    dispatch: Dispatch,
+) -> list[SparseModuleInfo]:
+    """Give each target a mask, of the kind that the algorithm needs."""
+    match config:
+        case RBSparsityConfig():
+            operands = logit_operands(targets, config, backend, dispatch)
+        case MovementSparsityConfig():
+            operands = movement_operands(model, targets, config, backend, dispatch)
+        case _:
+            operands = [
+                MaskOperand(
+                    target.weight,
+                    target.pattern,
+                    transposed=target.transposed,
+                    backend=backend,
+                    dispatch=dispatch,
+                )
+                for target in targets
+            ]
+    return [_info(target, operand) for target, operand in zip(targets, operands, strict=True)]
+
+
+def _info(target: Target, operand: MaskOperand) -> SparseModuleInfo:
     return SparseModuleInfo(
         module_node_name=target.name,
         module=target.users[0][0],
-        operand=MaskOperand(
-            target.weight,
-            target.pattern,
-            transposed=target.transposed,
-            backend=backend,
-            dispatch=dispatch,
-        ),
+        operand=operand,
         parameter_name=target.users[0][1],
         minimum_level=target.minimum_level,
         maximum_level=target.maximum_level,

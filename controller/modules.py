@@ -19,7 +19,11 @@ from .operand import MaskOperand
 
 
 class SparseModule(nn.Module):
-    """Masks of a module's own weights. Its forward is the dense class's, on masked weights."""
+    """Masks of a module's own weights. Its forward is the dense class's, on masked weights.
+
+    Where a mask follows from trained scores, these are parameters of the module, called
+    ``<weight>_scores``, but no keys of its state dict.
+    """
 
     dense_class: ClassVar[type[nn.Module]]
     operands: dict[str, MaskOperand]
@@ -46,14 +50,40 @@ class SparseModule(nn.Module):
 
     def train(self, mode: bool = True) -> Any:
         for operand in self.operands.values():
-            operand.forget_folded()
+            operand.train(mode)
         return super().train(mode)
 
+    @contextmanager
+    def _without_scores(self) -> Iterator[None]:
+        """Part with the score parameters for as long as the context is open."""
+        held = dict(self._parameters)
+        for name in self._score_names():
+            self._parameters.pop(name, None)
+        try:
+            yield
+        finally:
+            scores = {name: held[name] for name in self._score_names() if name in held}
+            self._parameters.update(scores)
+
+    def _score_names(self) -> list[str]:
+        return [_scores_name(name) for name, op in self.operands.items() if op.scores is not None]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        # scores follow to the device; their dtype stays: a 16-bit one could not take a small step
+        with self._without_scores():
+            super()._apply(fn, recurse)
         for name, operand in self.operands.items():
             operand.to(getattr(self, name))
         return self
+
+    # parameters to optimisers and distributed wrappers, scores are no part of the model's state
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._without_scores():
+            super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._without_scores():
+            super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         patterns = {name: str(operand.pattern) for name, operand in self.operands.items()}
@@ -73,7 +103,8 @@ class SparseLinear(SparseModule, nn.Linear):
     dense_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.operands["weight"].linear(input, self.weight, self.bias)
+        bias = self.masked("bias") if "bias" in self.operands else self.bias
+        return self.operands["weight"].linear(input, self.weight, bias)
 
 
 class SparseConv1D(SparseModule):
@@ -238,22 +269,44 @@ def sparsify(module: nn.Module, operands: dict[str, MaskOperand]) -> None:
     """
     if isinstance(module, SparseModule):
         module.operands |= operands
-        return
-    module.__dict__["operands"] = dict(operands)
-    module.__class__ = sparse_class(type(module))
-    multiplies = type(module).forward in (SparseLinear.forward, SparseConv1D.forward)
-    # attention reads its output projection's weight, and never calls it
-    if multiplies and not isinstance(module, _Projection):
-        operands["weight"].serve_linear()
+    else:
+        module.__dict__["operands"] = dict(operands)
+        module.__class__ = sparse_class(type(module))
+        multiplies = type(module).forward in (SparseLinear.forward, SparseConv1D.forward)
+        # attention reads its output projection's weight, and never calls it
+        if multiplies and not isinstance(module, _Projection):
+            operands["weight"].serve_linear()
+    for name, operand in operands.items():
+        if operand.scores is not None:
+            module.register_parameter(_scores_name(name), operand.scores)
+        operand.train(module.training)
 
 
 def densify(module: nn.Module) -> None:
     """Give a sparse module its dense class back; its weights are left as they are."""
     assert isinstance(module, SparseModule)
     dense = type(module).dense_class
+    for name in module._score_names():
+        module._parameters.pop(name, None)
     del module.__dict__["operands"]
     # the checker takes the instance's class for fixed
     object.__setattr__(module, "__class__", dense)
+
+
+def score_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """List the trained scores in ``model``, each once."""
+    found = [
+        operand.scores
+        for module in model.modules()
+        if isinstance(module, SparseModule)
+        for operand in module.operands.values()
+        if operand.scores is not None
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _scores_name(parameter: str) -> str:
+    return f"{parameter}_scores"
 
 
 def _rebuild(dense: type[nn.Module]) -> SparseModule:

@@ -12,15 +12,32 @@ from .config import SCHEDULES, AlgorithmConfig, BatchNormAdaptation, listed
 from .const import ConstSparsityConfig
 from .declaration import Declaration, DeclarationError, did_you_mean
 from .magnitude import MagnitudeSparsityConfig
+from .movement import MovementSparsityConfig
+from .rb import RBSparsityConfig
 from .regrowth import RegrowthConfig, SETConfig
 from .rigl import RigLConfig
 from .schedule import Schedule
 
 _Declaration = TypeVar("_Declaration", bound=Declaration)
 
-Config = MagnitudeSparsityConfig | ConstSparsityConfig | SETConfig | RigLConfig
+Config = (
+    MagnitudeSparsityConfig
+    | RBSparsityConfig
+    | MovementSparsityConfig
+    | ConstSparsityConfig
+    | SETConfig
+    | RigLConfig
+)
 ConfigLike = Config | Mapping[str, Any] | Sequence[Config | Mapping[str, Any]]
 
+_ALGORITHMS = (
+    "magnitude_sparsity",
+    "rb_sparsity",
+    "movement_sparsity",
+    "const_sparsity",
+    "set",
+    "rigl",
+)
 # NNCF's keys in `params`, and the schedules' fields that they are
 _SCHEDULE_KEYS = {
     "sparsity_target": "target_level",
@@ -38,15 +55,16 @@ _SCHEDULE_KEYS = {
 }
 _SHARED_PARAMS = ("pattern", "overrides")
 _SCOPE_KEYS = ("target_scopes", "ignored_scopes", "validate_scopes")
+_MULTIPLIER = "compression_lr_multiplier"
 _SECTION_KEYS = (
     "algorithm",
     "sparsity_init",
     *_SCOPE_KEYS,
     "params",
     "initializer",
-    "compression_lr_multiplier",
+    _MULTIPLIER,
 )
-# what an NNCF configuration holds beside `compression`; of these only scopes bear on sparsity
+# what an NNCF configuration holds beside `compression`
 _NNCF_KEYS = (
     "compression",
     "target_scopes",
@@ -54,7 +72,7 @@ _NNCF_KEYS = (
     "input_info",
     "target_device",
     "accuracy_aware_training",
-    "compression_lr_multiplier",
+    _MULTIPLIER,
     "disable_shape_matching",
     "log_dir",
 )
@@ -66,8 +84,9 @@ def parse_config(config: ConfigLike) -> list[Config]:
     Args:
         config: a configuration, NNCF's ``compression`` dictionary, a list of these, or a whole
             NNCF configuration with the key ``compression``. Of what stands beside that key, scopes
-            alone bear on sparsity; they count as in NNCF: ignored ones add up, target ones there
-            replace the section's.
+            and ``compression_lr_multiplier`` alone bear on sparsity; they count as in NNCF:
+            ignored scopes add up, target ones there replace the section's, whose own multiplier
+            holds.
 
     Raises:
         TypeError: ``config`` is none of these.
@@ -97,6 +116,8 @@ def _with_outer_scopes(section: Mapping[str, Any], config: Mapping[str, Any]) ->
     section = dict(section)
     if "target_scopes" in config:
         section["target_scopes"] = config["target_scopes"]
+    if _MULTIPLIER in config:
+        section.setdefault(_MULTIPLIER, config[_MULTIPLIER])
     ignored = [listed(part.get("ignored_scopes", ())) for part in (config, section)]
     # what is no list of scopes is left for the configuration to refuse
     wrong = [scopes for scopes in ignored if not isinstance(scopes, tuple)]
@@ -120,6 +141,10 @@ def from_nncf(section: Mapping[str, Any]) -> Config:
     match section.get("algorithm"):
         case "magnitude_sparsity":
             return _magnitude(section)
+        case "rb_sparsity":
+            return _rb(section)
+        case "movement_sparsity":
+            return _movement(section)
         case "const_sparsity":
             _, given, spelled = _shared(section, ())
             return _build(ConstSparsityConfig, given, spelled)
@@ -129,13 +154,49 @@ def from_nncf(section: Mapping[str, Any]) -> Config:
             return _build(RigLConfig, *_regrowth(section))
         case algorithm:
             raise ValueError(
-                "compression: algorithm must be 'magnitude_sparsity', 'const_sparsity', 'set' or "
-                f"'rigl', got {algorithm!r}"
+                f"compression: algorithm must be one of {', '.join(map(repr, _ALGORITHMS))}, "
+                f"got {algorithm!r}"
             )
 
 
 def _magnitude(section: Mapping[str, Any]) -> MagnitudeSparsityConfig:
     own = ("sparsity_level_setting_mode", "weight_importance", "seed")
+    given, spelled = _with_levels(section, own, default="polynomial")
+    return _build(MagnitudeSparsityConfig, given, spelled)
+
+
+def _rb(section: Mapping[str, Any]) -> RBSparsityConfig:
+    own = ("sparsity_level_setting_mode", "seed")
+    given, spelled = _with_levels(section, own, default="exponential")
+    if _MULTIPLIER in section:
+        given[_MULTIPLIER] = section[_MULTIPLIER]
+    return _build(RBSparsityConfig, given, spelled)
+
+
+def _movement(section: Mapping[str, Any]) -> MovementSparsityConfig:
+    shared = ("algorithm", "batchnorm_adaptation", *_SCOPE_KEYS, *_SHARED_PARAMS, _MULTIPLIER)
+    own = [name for name in MovementSparsityConfig.model_fields if name not in shared]
+    params, given, spelled = _shared(section, own)
+    given |= {key: params[key] for key in own if key in params}
+    spelled |= {key: f"params.{key}" for key in own}
+    if _MULTIPLIER in section:
+        given[_MULTIPLIER] = section[_MULTIPLIER]
+    return _build(MovementSparsityConfig, given, spelled)
+
+
+def _with_levels(
+    section: Mapping[str, Any], own: Sequence[str], *, default: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read what an algorithm has that is given levels, by a schedule or weight by weight.
+
+    Args:
+        section: the dictionary.
+        own: keys of ``params`` that are fields of the configuration.
+        default: the schedule's kind where none is given.
+
+    Returns:
+        Arguments for the configuration; how the dictionary spells each argument.
+    """
     params, given, spelled = _shared(section, ("schedule", *own, *_SCHEDULE_KEYS))
     given |= {key: params[key] for key in own if key in params}
     spelled |= {key: f"params.{key}" for key in own}
@@ -150,8 +211,8 @@ def _magnitude(section: Mapping[str, Any]) -> MagnitudeSparsityConfig:
         if "sparsity_init" in section:
             given["sparsity_init"] = section["sparsity_init"]
     else:
-        given["schedule"] = _nncf_schedule(section, params, default="polynomial")
-    return _build(MagnitudeSparsityConfig, given, spelled)
+        given["schedule"] = _nncf_schedule(section, params, default=default)
+    return given, spelled
 
 
 def _regrowth(section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -33,6 +33,9 @@ class MaskOperand:
         dispatch: ``"auto"``, ``"sparse"`` or ``"dense"``, see ``linear``.
     """
 
+    # trained with the weight, where the mask follows from such; its module holds it too
+    scores: nn.Parameter | None = None
+
     def __init__(
         self,
         weight: Tensor,
@@ -266,6 +269,10 @@ class MaskOperand:
             with torch.inference_mode(False), torch.no_grad():
                 self._folded = (key, self._apply(weight))
         return self._folded[1]
+
+    def train(self, mode: bool) -> None:
+        """Follow the module into training or evaluation mode."""
+        self.forget_folded()
 
     def forget_folded(self) -> None:
         """Drop the kept masked weight: ``weight.data`` may be edited without a trace."""

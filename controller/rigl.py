@@ -28,7 +28,8 @@ class RigLController(SETController):
 
     In the step before an update, and in no other, pruned groups get a gradient: it is kept aside
     as it arrives, and taken out of ``weight.grad`` again, so that neither the optimiser nor a
-    clipped norm sees it. With AMP, an update whose gradients overflowed waits for the next step.
+    clipped norm sees it. An update whose gradients overflowed, as with AMP, or were not asked for,
+    because steps were skipped, waits for the next step.
 
     Ranks that see different data agree on the masks once ``distributed()`` was called.
     """
@@ -66,10 +67,14 @@ class RigLController(SETController):
 
     def _regrow(self, step: int) -> None:
         if not self._gradients and super()._regrowing():
-            raise RuntimeError(
-                f"rigl: the update of step {step} needs the gradients of the step before, and "
-                "there was no backward pass between the scheduler's two calls of step()"
-            )
+            if self._handles:
+                raise RuntimeError(
+                    f"rigl: the update of step {step} needs the gradients of the step before, and "
+                    "there was no backward pass between the scheduler's two calls of step()"
+                )
+            # the step before was not known to be one: unfrozen since, or steps were skipped
+            self._overdue = True
+            return
         if self._reduces:
             # in the same order on every rank, also where this one has not used a weight
             for info in super()._regrowing():

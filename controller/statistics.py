@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from .modules import score_parameters
+
 if TYPE_CHECKING:
     from .base_algo import SparseModuleInfo
 
@@ -141,6 +143,7 @@ def summarise(
 ) -> SparsifiedModelStatistics:
     """Put the layers' figures together."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters -= sum(scores.numel() for scores in score_parameters(model))
     layers = collect_layers(infos, thresholds, parameters)
     return SparsifiedModelStatistics(
         sparsity_level=sum(layer.pruned_elements for layer in layers) / parameters,

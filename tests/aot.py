@@ -71,6 +71,7 @@ def compile_for(
     num_stages=3,
     strides_of_one=(),
     unspecialized=(),
+    fp_fusion=True,
 ):
     """Compile ``kernel`` for ``sm_<arch>``.
 
@@ -85,6 +86,7 @@ def compile_for(
         num_warps, num_stages: launch options.
         strides_of_one: names of the stride arguments that are 1 for contiguous inputs.
         unspecialized: names of the integers that the JIT is told not to specialise on.
+        fp_fusion: whether a multiplication and an addition may become one instruction.
     """
     constants = dict(constants)
     if aligned:
@@ -104,7 +106,11 @@ def compile_for(
     built = triton.compile(
         ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attrs),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options={
+            "num_warps": num_warps,
+            "num_stages": num_stages,
+            "enable_fp_fusion": fp_fusion,
+        },
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")

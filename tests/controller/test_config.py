@@ -302,8 +302,8 @@ def test_batchnorm_adaptation_is_configured_by_its_key_alone():
     ("section", "message"),
     [
         (
-            {"algorithm": "rb_sparsity"},
-            "algorithm must be .*magnitude_sparsity.*, got .rb_sparsity.",
+            {"algorithm": "quantization"},
+            "algorithm must be .*magnitude_sparsity.*, got .quantization.",
         ),
         ({"params": {}}, "algorithm must be .*, got None"),
         ({**SECTION, "parms": {}}, r"unknown key 'parms' \(did you mean 'params'\?\); the keys"),

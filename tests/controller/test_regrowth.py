@@ -16,11 +16,11 @@ both = pytest.mark.parametrize("config", CONFIGS, ids=["set", "rigl"])
 patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
 
-def build(config=ts.RigLConfig, optimizer=torch.optim.AdamW, seed=0, **options):
-    torch.manual_seed(seed)
+def build(config=ts.RigLConfig, optimizer=torch.optim.AdamW, dispatch="auto", **options):
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 40), nn.Tanh(), nn.Linear(40, 12))
     options = {"level": 0.8, "t_end": 1000, "delta_t": 4, "alpha": 0.5} | options
-    controller = ts.create_controller(model, config(**options))
+    controller = ts.create_controller(model, config(**options), dispatch=dispatch)
     controller.optimizer = optimizer(model.parameters(), lr=0.01)
     return controller
 
@@ -131,13 +131,7 @@ def test_rigl_grows_where_the_dense_gradient_is_greatest(pattern, micro_batches)
 @patterns
 def test_set_grows_at_random_by_its_seed_alone(pattern):
     def run(seed, globally):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(16, 40), nn.Tanh(), nn.Linear(40, 12))
-        config = ts.SETConfig(
-            level=0.8, t_end=100, delta_t=4, alpha=0.5, pattern=pattern, seed=seed
-        )
-        controller = ts.create_controller(model, config)
-        controller.optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        controller = build(ts.SETConfig, pattern=pattern, seed=seed)
         torch.manual_seed(globally)
         train(controller, range(9))
         return grids(controller)
@@ -264,6 +258,43 @@ def test_rigl_without_a_backward_pass_is_refused():
     controller.scheduler.step()
     with pytest.raises(RuntimeError, match="rigl: the update of step 4 needs the gradients"):
         controller.scheduler.step()
+
+
+def test_an_update_after_skipped_steps_waits_for_the_next_step():
+    controller = build()
+    train(controller, range(2))
+    before = grids(controller)
+    controller.scheduler.step(4)
+    loss_of(controller.model, data(4)).backward()
+    assert torch.equal(before[0], grids(controller)[0])
+    controller.scheduler.step()
+    assert not torch.equal(before[0], grids(controller)[0])
+
+
+@pytest.mark.parametrize("way", ["sparse", "compiled"])
+def test_block_sparse_and_compiled_linears_grow_the_same(way):
+    pattern = ts.Block(16, 16)
+    options = {"level": 0.5, "delta_t": 2, "t_end": 100, "alpha": 0.5, "pattern": pattern}
+
+    def run(dispatch, compiled):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
+        controller = ts.create_controller(model, ts.RigLConfig(**options), dispatch=dispatch)
+        controller.optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        for step in range(7):
+            controller.scheduler.step()
+            x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step))
+            controller.optimizer.zero_grad()
+            (forward(x) - x).square().mean().backward()
+            for info in controller.sparsified_module_info:
+                assert (info.weight.grad[~info.operand.binary_mask] == 0).all()
+            controller.optimizer.step()
+        return grids(controller)
+
+    want = run("dense", compiled=False)
+    got = run("sparse" if way == "sparse" else "dense", compiled=way == "compiled")
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
 
 
 def test_an_update_whose_gradients_overflowed_waits_for_the_next_step():

@@ -1,0 +1,755 @@
+"""Movement sparsity, NNCF's ``movement_sparsity``: what training moves towards zero is pruned.
+
+Each group of a linear layer has an importance S that learns from ``-w dL/dw`` summed over the
+training (Sanh et al., https://arxiv.org/abs/2005.07683; in blocks, Lagunas et al.,
+https://arxiv.org/abs/2109.04838). Groups are kept where S is above a threshold, which a warm-up
+raises; then, in transformers, whole heads and channels are resolved, and the masks are frozen.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field, StrictBool, model_validator
+from torch import Tensor, nn
+
+from ..kernels.dispatch import Dispatch
+from ..kernels.launch import Backend
+from ..kernels.learned_mask import straight_through
+from ..kernels.pattern import MAX_BLOCK_SIDE, Block, Pattern, Unstructured
+from ..kernels.select import select
+from .api import CompressionStage
+from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
+from .config import AlgorithmConfig, Scopes, listed
+from .declaration import Declaration
+from .learned import ScoredOperand, ScoreWatch, read_scores, scored_operands, scores_state
+from .loss import CompressionLoss
+from .modules import SparseModule
+from .pruning import Scores
+from .schedule import Positive, Whole
+from .scheduler import CompressionScheduler
+from .scope import check_scopes, matches
+from .statistics import SparsityStatistics, Statistics
+from .structures import StructureGroup, find_structures, resolve, units
+
+if TYPE_CHECKING:
+    from .targets import Target
+
+QUANTILE = 98  # percent of a weight that may be pruned at most
+INITIAL_PERCENTAGE = 0.001  # share of the importances below a threshold that is not configured
+LAYER_FACTOR = 0.5
+
+
+class SparseStructure(Declaration):
+    """What has one importance, in the linear layers that scopes select.
+
+    Args:
+        mode: ``"fine"``: each element; ``"block"``: each block of ``sparse_factors``;
+            ``"per_dim"``: each row (``axis`` 0) or column (1).
+        sparse_factors: rows and columns of a block, which must divide the weight's; any integers.
+        axis: the dimension whose indices have an importance each.
+        target_scopes: the layers; see ``scope.py`` for what a scope is.
+
+    Raises:
+        ValueError: an argument is missing, unknown or out of its range, or does not go with
+            ``mode``.
+    """
+
+    target_scopes: Scopes
+    mode: Literal["fine", "block", "per_dim"] = "fine"
+    sparse_factors: (
+        Annotated[tuple[Positive, Positive], BeforeValidator(listed), Field(strict=True)] | None
+    ) = None
+    axis: Literal[0, 1] | None = None
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> SparseStructure:
+        wanted = {"fine": (), "block": ("sparse_factors",), "per_dim": ("axis",)}[self.mode]
+        for name in ("sparse_factors", "axis"):
+            given = getattr(self, name)
+            if name in wanted and given is None:
+                raise ValueError(f"{name} must be given with mode {self.mode!r}")
+            whole = self.mode == "fine" and given == (1, 1)
+            if name not in wanted and given is not None and not whole:
+                raise ValueError(f"{name} must be left out with mode {self.mode!r}, got {given!r}")
+        if not self.target_scopes:
+            raise ValueError("target_scopes must name a scope, got ()")
+        return self
+
+    def factors(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return rows and columns of a group in a weight of ``shape``."""
+        if self.mode == "per_dim":
+            return (1, shape[1]) if self.axis == 0 else (shape[0], 1)
+        return self.sparse_factors or (1, 1)
+
+
+class MovementSparsityConfig(AlgorithmConfig):
+    """Prune the groups of linear layers that training moves towards zero.
+
+    For example ``MovementSparsityConfig(warmup_start_epoch=1, warmup_end_epoch=4,
+    importance_regularization_factor=0.1, pattern=Block(32, 32))``. Scopes and BatchNorm adaptation
+    are ``AlgorithmConfig``'s.
+
+    Args:
+        algorithm: its name, fixed.
+        warmup_start_epoch, warmup_end_epoch: zero-based; the threshold rises from the start of the
+            first to the start of the second, at every step.
+        importance_regularization_factor: of the loss, at the end of the warm-up; not negative.
+        pattern: what has one importance where no structure says otherwise.
+        sparse_structure_by_scopes: what has one importance, by scopes; of several structures that
+            match a layer the first holds.
+        enable_structured_masking: resolve whole heads and channels at the end; True: there must be
+            such, None: where there are.
+        init_importance_threshold: where the threshold starts; None: at about the first thousandth
+            of the importances, when the warm-up starts.
+        final_importance_threshold: where it ends.
+        power: of the polynomial; positive.
+        steps_per_epoch: optimiser steps in an epoch; None: counted in the first, which must come
+            before the warm-up.
+        compression_lr_multiplier: a factor of the importances' gradients, not negative; None: 1.
+
+    Raises:
+        ValueError: an argument is missing, unknown or out of its range, or two do not go together.
+    """
+
+    algorithm: Literal["movement_sparsity"] = "movement_sparsity"
+    warmup_start_epoch: Whole
+    warmup_end_epoch: Whole
+    importance_regularization_factor: Annotated[
+        float, Field(strict=True, ge=0, allow_inf_nan=False)
+    ]
+    sparse_structure_by_scopes: Annotated[
+        tuple[SparseStructure, ...], BeforeValidator(listed), Field(strict=True)
+    ] = ()
+    enable_structured_masking: StrictBool | None = None
+    init_importance_threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = (
+        None
+    )
+    final_importance_threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 0.0
+    power: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = 3.0
+    steps_per_epoch: Positive | None = None
+    compression_lr_multiplier: (
+        Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] | None
+    ) = None
+
+    @model_validator(mode="after")
+    def _check(self) -> MovementSparsityConfig:
+        if self.warmup_end_epoch <= self.warmup_start_epoch:
+            raise ValueError(
+                f"warmup_end_epoch must be after warmup_start_epoch {self.warmup_start_epoch}, "
+                f"got {self.warmup_end_epoch}"
+            )
+        if self.steps_per_epoch is None and self.warmup_start_epoch < 1:
+            raise ValueError(
+                "steps_per_epoch must be given with warmup_start_epoch 0: the first epoch counts "
+                "them"
+            )
+        if self.overrides:
+            raise ValueError(
+                "overrides must be left out: sparse_structure_by_scopes is in their place, got "
+                f"{self.overrides!r}"
+            )
+        start, end = self.init_importance_threshold, self.final_importance_threshold
+        if start is not None and start >= end:
+            warnings.warn(
+                f"init_importance_threshold {start} is not below final_importance_threshold "
+                f"{end}: the warm-up will prune less and less",
+                stacklevel=2,
+            )
+        return self
+
+
+class MovementOperand(ScoredOperand):
+    """A mask by importance, of a weight (a matrix) or a bias (a vector).
+
+    Args:
+        weight, backend, dispatch, multiplier: as ``ScoredOperand``'s.
+        factors: rows and columns of what has one importance; a bias's rows are 1.
+        tile: rows and columns that a mask can tell apart, divisors of ``factors``.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        factors: tuple[int, int],
+        tile: tuple[int, int],
+        *,
+        multiplier: float | None = None,
+        backend: Backend = "auto",
+        dispatch: Dispatch = "auto",
+    ) -> None:
+        self.factors = factors
+        self._repeats = factors[0] // tile[0], factors[1] // tile[1]
+        pattern: Pattern = Unstructured() if tile == (1, 1) else Block(*tile)
+        rows, cols = weight.shape if weight.ndim == 2 else (1, len(weight))
+        grid = rows // factors[0], cols // factors[1]
+        super().__init__(
+            weight,
+            pattern,
+            shape=grid[1:] if weight.ndim == 1 else grid,
+            initial=0.0,
+            multiplier=multiplier,
+            backend=backend,
+            dispatch=dispatch,
+        )
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight[None] if weight.ndim == 1 else super().matrix(weight)
+
+    @property
+    def learning(self) -> bool:
+        return self.training and not self.frozen and torch.is_grad_enabled()
+
+    def learned(self, weight: Tensor) -> Tensor:
+        scores = self.spread(self.trained_scores())
+        matrix = self.matrix(weight)
+        masked = straight_through(
+            matrix, scores, self._argument, self.pattern, backend=self.backend
+        )
+        return masked.reshape(weight.shape)
+
+    def spread(self, scores: Tensor) -> Tensor:
+        """Repeat one value an importance for the groups of the mask."""
+        grid = scores[None] if scores.ndim == 1 else scores
+        for dim, times in enumerate(self._repeats):
+            if times > 1:
+                grid = grid.repeat_interleave(times, dim)
+        return grid
+
+    def take(self, kept: Tensor, *, all_kept: bool) -> None:
+        """Take over which importances are kept."""
+        self.set_(self._compact(self.spread(kept).contiguous()), all_kept=all_kept)
+
+    @property
+    def most(self) -> int:
+        """How many importances may be pruned: not more than reach the quantile's place."""
+        size, share = self.weight_shape.numel(), math.prod(self.factors)
+        return (QUANTILE * (size - 1) // 100 + 1) // share
+
+    def cap(self) -> Tensor:
+        """Return the largest threshold, the importance at place 0.98 (n - 1) of n elements.
+
+        ``torch.quantile`` interpolates to the next one: nothing lies between, so that the mask is
+        the same.
+        """
+        share = math.prod(self.factors)
+        place = QUANTILE * (self.weight_shape.numel() - 1) // 100 // share
+        return kth_smallest([self.scores.detach()], place + 1, self.backend)
+
+
+def kth_smallest(tensors: Sequence[Tensor], k: int, backend: Backend) -> Tensor:
+    """Return the k-th smallest of signed values; one of the two magnitudes is 0, or both are."""
+    size = sum(tensor.numel() for tensor in tensors)
+    above = select([tensor.clamp(min=0) for tensor in tensors], k, backend=backend)
+    below = select(
+        [tensor.neg().clamp(min=0) for tensor in tensors], size - k + 1, backend=backend
+    )
+    return above.value - below.value
+
+
+def movement_targets(targets: Sequence[Target]) -> list[Target]:
+    """Return the linear layers among ``targets``, each weight followed by its bias.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = []
+    for target in targets:
+        module, name = target.users[0]
+        if not isinstance(module, (nn.Linear, nn.MultiheadAttention)):
+            continue
+        found.append(target)
+        bias = "in_proj_bias" if name == "in_proj_weight" else "bias"
+        if name in ("weight", "in_proj_weight") and getattr(module, bias, None) is not None:
+            path = target.name if name == "weight" else target.name.removesuffix(name)[:-1]
+            path = "" if path == name else path
+            found.append(
+                replace(target, name=f"{path}.{bias}" if path else bias, users=((module, bias),))
+            )
+    if not found:
+        raise ValueError(
+            "create_controller: movement_sparsity masks linear layers, and none is left, got "
+            f"{[target.name for target in targets]}"
+        )
+    return found
+
+
+def structure_groups(
+    model: nn.Module, names: Mapping[tuple[nn.Module, str], str], config: MovementSparsityConfig
+) -> tuple[list[StructureGroup], list[StructureGroup]]:
+    """Find the heads and channels that masks can be resolved to, and those that they cannot.
+
+    Args:
+        model: the model.
+        names: of the masked weights, by module and parameter name.
+        config: a structure along one dimension rules out units along the other.
+    """
+    found, left_out = [], []
+    for group in find_structures(model):
+        fits = all(
+            (member.module, member.weight) in names
+            and _axis(names[member.module, member.weight], config) in (None, member.dim)
+            for member in group.members
+        )
+        (found if fits else left_out).append(group)
+    return found, left_out
+
+
+def _check_structures(
+    found: Sequence[StructureGroup],
+    left_out: Sequence[StructureGroup],
+    config: MovementSparsityConfig,
+) -> None:
+    if config.enable_structured_masking and not found:
+        raise ValueError(
+            "create_controller: enable_structured_masking needs attention or feed-forward blocks "
+            "whose linear layers are all masked, along the dimension of their heads or channels, "
+            "found none"
+        )
+    if left_out and config.enable_structured_masking is not False:
+        groups = [f"{group.name or 'the model'} ({group.kind})" for group in left_out]
+        warnings.warn(
+            "no structured masking, because not all linear layers are masked, or along other "
+            f"dimensions: {groups}; enable_structured_masking=False silences this",
+            stacklevel=6,
+        )
+
+
+def _axis(name: str, config: MovementSparsityConfig) -> int | None:
+    structure = _structure(name, config)
+    return None if structure is None else structure.axis
+
+
+def _structure(name: str, config: MovementSparsityConfig) -> SparseStructure | None:
+    for structure in config.sparse_structure_by_scopes:
+        if any(matches(scope, name) for scope in structure.target_scopes):
+            return structure
+    return None
+
+
+def movement_operands(
+    model: nn.Module,
+    targets: Sequence[Target],
+    config: MovementSparsityConfig,
+    backend: Backend,
+    dispatch: Dispatch,
+) -> list[MovementOperand]:
+    """Return an operand for each target.
+
+    Raises:
+        ValueError: a structure does not divide its weight, or its scope matches nothing.
+    """
+    structures = config.sparse_structure_by_scopes
+    if config.validate_scopes:
+        names = [target.name for target in targets]
+        scopes = [scope for structure in structures for scope in structure.target_scopes]
+        check_scopes(scopes, names, "sparse_structure_by_scopes")
+    named = {user: target.name for target in targets for user in target.users}
+    groups, left_out = structure_groups(model, named, config)
+    _check_structures(groups, left_out, config)
+    sides = {} if config.enable_structured_masking is False else units(groups)
+    weights = {target.users[0][0]: target for target in targets if target.weight.ndim == 2}
+    operands = []
+    for target in targets:
+        owner = target if target.weight.ndim == 2 else weights[target.users[0][0]]
+        factors = _factors(owner, config)
+        unit = sides.get(owner.users[0], (0, 0))
+        tile = _tile(factors[0], unit[0]), _tile(factors[1], unit[1])
+        if owner is not target:
+            factors, tile = (1, factors[0]), (1, tile[0])
+        operands.append(
+            MovementOperand(
+                target.weight,
+                factors,
+                tile,
+                multiplier=config.compression_lr_multiplier,
+                backend=backend,
+                dispatch=dispatch,
+            )
+        )
+    return operands
+
+
+def _tile(factor: int, unit: int) -> int:
+    """Return the longest side of a block that divides both; a unit of 0 does not matter."""
+    common = math.gcd(factor, unit)
+    return min(common & -common, MAX_BLOCK_SIDE)
+
+
+def _factors(target: Target, config: MovementSparsityConfig) -> tuple[int, int]:
+    shape = target.weight.shape
+    structure = _structure(target.name, config)
+    if structure is None:
+        factors = config.pattern.rows, config.pattern.cols
+    else:
+        factors = structure.factors((shape[0], shape[1]))
+    if shape[0] % factors[0] or shape[1] % factors[1]:
+        raise ValueError(
+            f"create_controller: sparse_factors {list(factors)} must divide the weight of "
+            f"{target.name!r}, got {list(shape)}"
+        )
+    return factors
+
+
+class ImportanceLoss(CompressionLoss):
+    """Pulls importances down: the mean over layers of ``(mean sigmoid(S) * r * c + mean
+    sigmoid(S_bias) * r) * 0.5 * factor``, with r x c elements an importance.
+
+    Args:
+        layers: the operands of each layer: its weight's, and its bias's if that is masked.
+        module: one that is sparse until the model is stripped.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[MovementOperand]], module: nn.Module) -> None:
+        super().__init__()
+        self.disabled = False
+        self.factor = 0.0
+        self._layers = layers
+        self._sparse = (module,)  # a tuple, so that it is no submodule
+
+    def calculate(self) -> Tensor:
+        """Return the loss; 0 before the warm-up and once masks are frozen.
+
+        Raises:
+            RuntimeError: the model has been stripped.
+        """
+        if not isinstance(self._sparse[0], SparseModule):
+            raise RuntimeError("loss: the model has been stripped; its masks cannot be trained")
+        device = self._layers[0][0].scores.device
+        if self.disabled or self.factor == 0:
+            return torch.zeros((), device=device)
+        means = [
+            torch.sigmoid(operand.trained_scores()).mean() * math.prod(operand.factors)
+            for layer in self._layers
+            for operand in layer
+        ]
+        return torch.stack(means).sum() * (LAYER_FACTOR * self.factor / len(self._layers))
+
+
+@dataclass(frozen=True)
+class MovementSparsityStatistics(SparsityStatistics):
+    """Statistics of ``movement_sparsity``.
+
+    Attributes:
+        importance_threshold, importance_regularization_factor: where they stand.
+        structures: units kept and in all of each group of heads or channels; empty before they
+            are resolved.
+    """
+
+    importance_threshold: float
+    importance_regularization_factor: float
+    structures: Mapping[str, tuple[int, int]]
+
+    def to_str(self) -> str:
+        figures = [
+            f"Importance threshold: {self.importance_threshold:.6g}",
+            f"Importance regularization factor: {self.importance_regularization_factor:.6g}",
+            *(
+                f"{name}: {kept} of {count} kept"
+                for name, (kept, count) in self.structures.items()
+            ),
+        ]
+        return "\n".join((super().to_str(), "", *figures))
+
+
+class MovementSparsityController(BaseSparsityAlgoController):
+    """Controls masks that follow from trained importances.
+
+    The importances are parameters of the sparse modules, ``<weight>_scores``, and so of the model:
+    an optimiser made from ``model.parameters()`` after the controller trains them, one made before
+    needs ``optimizer.add_param_group({"params": controller.parameters()})``. They are no keys of
+    the model's state dict; ``get_state()`` has them. ``loss`` must be added to the task's, and
+    ``scheduler.step()`` called at the start of each optimiser step: there masks are updated.
+
+    Args:
+        target_model: the model, whose target modules are sparse already, by ``MovementOperand``.
+        sparsified_module_info: one entry a masked weight or bias.
+        config: what to prune, and when.
+        batchnorm_data: batches for ``config.batchnorm_adaptation``.
+    """
+
+    name = "movement_sparsity"
+
+    def __init__(
+        self,
+        target_model: nn.Module,
+        sparsified_module_info: Sequence[SparseModuleInfo],
+        config: MovementSparsityConfig,
+        batchnorm_data: Iterable[Any] | None = None,
+    ) -> None:
+        super().__init__(target_model, sparsified_module_info)
+        self.config = config
+        self._configure(config, batchnorm_data)
+        self._groups: list[StructureGroup] = []
+        if config.enable_structured_masking is not False:
+            infos = self.sparsified_module_info
+            named = {(i.module, i.parameter_name): i.module_node_name for i in infos}
+            self._groups = structure_groups(target_model, named, config)[0]
+        self._kept_units: dict[str, tuple[int, int]] = {}
+        self._operands: list[MovementOperand] = scored_operands(self.sparsified_module_info)  # pyright: ignore[reportAttributeAccessIssue]
+        self._watch = ScoreWatch(self._operands)
+        layers: dict[int, list[MovementOperand]] = {}
+        for info, operand in zip(self.sparsified_module_info, self._operands, strict=True):
+            layers.setdefault(id(info.module), []).append(operand)
+        self._importance_loss = ImportanceLoss(
+            list(layers.values()), self.sparsified_module_info[0].module
+        )
+        self._loss = self._importance_loss
+        self._scheduler = MovementScheduler(self, config)
+        self.threshold = -math.inf
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [operand.scores for operand in self._operands]
+
+    def scores(self, infos: Sequence[SparseModuleInfo]) -> Scores:
+        """Importances above the least of all: ``set_sparsity_level`` prunes the lowest."""
+        found = [
+            operand.spread(operand.scores.detach())
+            for operand in self._operands
+            if any(info.operand is operand for info in infos)
+        ]
+        least = torch.stack([grid.min() for grid in found]).min()
+        return Scores([grid - least for grid in found], None)
+
+    def initial_threshold(self) -> float:
+        """Return the k-th smallest importance, k = int(n * 0.001) + 1 of the n elements."""
+        shares = [math.prod(operand.factors) for operand in self._operands]
+        sizes = [operand.weight_shape.numel() for operand in self._operands]
+        k = int(sum(sizes) * INITIAL_PERCENTAGE) + 1
+        tensors = [operand.scores.detach() for operand in self._operands]
+        if len(set(shares)) == 1:
+            return float(kth_smallest(tensors, -(-k // shares[0]), self._operands[0].backend))
+        values, order = torch.cat([tensor.flatten() for tensor in tensors]).sort()
+        counts = torch.tensor(shares, device=values.device).repeat_interleave(
+            torch.tensor([tensor.numel() for tensor in tensors], device=values.device)
+        )
+        return float(values[(counts[order].cumsum(0) < k).sum()])
+
+    @torch.no_grad()
+    def update_masks(self, threshold: float, factor: float) -> None:
+        """Keep the groups whose importance is above the threshold, or above a weight's cap.
+
+        Waits for the device once.
+
+        Args:
+            threshold: of importance.
+            factor: of the loss.
+        """
+        self._importance_loss.factor = factor
+        if self._watch.idle() and not self.frozen and self._model.training:
+            warnings.warn(
+                f"{self.name}: no optimiser has changed the importances in {ScoreWatch.PATIENCE} "
+                "steps; one made before the controller needs "
+                "optimizer.add_param_group({'params': controller.parameters()})",
+                stacklevel=4,
+            )
+        if self.frozen or threshold == self.threshold == -math.inf:
+            return
+        self.threshold = threshold
+        kept = [operand.scores > threshold for operand in self._operands]
+        counts = torch.stack([mask.count_nonzero() for mask in kept]).tolist()
+        for operand, mask, count in zip(self._operands, kept, counts, strict=True):
+            pruned = mask.numel() - count
+            if pruned > operand.most:
+                mask = operand.scores > operand.cap()
+            operand.take(mask, all_kept=pruned == 0)
+
+    @torch.no_grad()
+    def resolve_structures(self) -> None:
+        """Make the masks of heads and channels keep or prune them whole."""
+        infos = self.sparsified_module_info
+        masks = {(i.module, i.parameter_name): i.operand.binary_mask for i in infos}
+        resolved, kept = resolve(self._groups, masks)
+        for info in infos:
+            mask = resolved.get((info.module, info.parameter_name))
+            if mask is not None:
+                info.operand.binary_mask = mask
+        self._kept_units = {
+            f"{group.name or 'model'} {group.kind}": (int(units.sum()), group.count)
+            for group, units in zip(self._groups, kept, strict=True)
+        }
+
+    def set_sparsity_level(
+        self,
+        level: float,
+        target_sparsified_module_info: SparseModuleInfo | None = None,
+        run_batchnorm_adaptation: bool = False,
+    ) -> None:
+        """Prune exactly ``round(level * groups)`` groups: those of the lowest importance.
+
+        The next ``scheduler.step()`` within the warm-up goes by the threshold again.
+
+        Args, Raises: as ``BaseSparsityAlgoController``'s; and RuntimeError once masks are frozen.
+        """
+        if self.frozen:
+            raise RuntimeError(
+                "set_sparsity_level: masks are frozen and their loss is disabled; freeze(False) "
+                "goes on"
+            )
+        super().set_sparsity_level(level, target_sparsified_module_info, run_batchnorm_adaptation)
+
+    def compression_stage(self) -> CompressionStage:
+        """FULLY once frozen, which the scheduler does after the warm-up; else by the masks."""
+        if self.frozen:
+            return CompressionStage.FULLY_COMPRESSED
+        if any(operand.pruned_groups() for operand in self._operands):
+            return CompressionStage.PARTIALLY_COMPRESSED
+        return CompressionStage.UNCOMPRESSED
+
+    def freeze(self, freeze: bool = True) -> None:
+        """Keep the masks as they are, and let the loss be 0; or go on."""
+        super().freeze(freeze)
+        self._take_frozen()
+
+    def _take_frozen(self) -> None:
+        self._importance_loss.disabled = self.frozen
+        for operand in self._operands:
+            operand.freeze(self.frozen)
+
+    def statistics(self, quickly_collected_only: bool = False) -> Statistics:
+        found: SparsityStatistics = getattr(super().statistics(), self.name)
+        own = MovementSparsityStatistics(
+            found.model_statistics,
+            found.target_sparsity_level,
+            self.threshold,
+            self._importance_loss.factor,
+            dict(self._kept_units),
+        )
+        return Statistics(**{self.name: own})
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "threshold": self.threshold,
+            "factor": self._importance_loss.factor,
+            "structures": {name: list(units) for name, units in self._kept_units.items()},
+            "importances": scores_state(self.sparsified_module_info),
+        }
+
+    @torch.no_grad()
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        keys = {"threshold", "factor", "structures", "importances"}
+        if set(state) != keys:
+            raise ValueError(
+                f"load_state: algorithm_state must have {', '.join(sorted(keys))}, "
+                f"got {sorted(state)}"
+            )
+        for key in ("threshold", "factor"):
+            if type(state[key]) not in (int, float) or math.isnan(state[key]):
+                raise ValueError(f"load_state: {key} must be a number, got {state[key]!r}")
+        importances = read_scores(state["importances"], self.sparsified_module_info)
+        for operand, saved in zip(self._operands, importances, strict=True):
+            operand.scores.copy_(saved)
+        self.threshold = state["threshold"]
+        self._importance_loss.factor = state["factor"]
+        self._kept_units = {name: (kept, n) for name, (kept, n) in state["structures"].items()}
+
+    def load_state(self, state: dict[str, dict[str, Any]]) -> None:
+        super().load_state(state)
+        self._take_frozen()
+
+
+class MovementScheduler(CompressionScheduler):
+    """Raises the threshold and the loss's factor through the warm-up, at every step.
+
+    Before it the threshold is -inf and the factor 0; within it both follow ``v0 + (1 - (1 -
+    progress)^power) (v1 - v0)``; after it they are final, heads and channels are resolved, and the
+    masks are frozen. Steps of an epoch that are not configured are counted in the first.
+
+    Args:
+        controller: what is driven.
+        config: when, and from where to where.
+    """
+
+    def __init__(
+        self, controller: MovementSparsityController, config: MovementSparsityConfig
+    ) -> None:
+        super().__init__()
+        self._controller = controller
+        self._config = config
+        self._steps_per_epoch = config.steps_per_epoch
+        self._steps_in_current_epoch = 0
+        self._start = config.init_importance_threshold
+
+    @property
+    def progress(self) -> float:
+        """Share of the warm-up that has passed: below 0 before it, from 1 on after it."""
+        if self._steps_per_epoch is None:
+            return -1.0
+        start, end = self._config.warmup_start_epoch, self._config.warmup_end_epoch
+        steps = self._current_step - start * self._steps_per_epoch
+        return steps / ((end - start) * self._steps_per_epoch)
+
+    @property
+    def current_importance_threshold(self) -> float:
+        """The threshold at this step; that of the warm-up's start is known once it has begun."""
+        progress, start = self.progress, self._start
+        if progress < 0:
+            return -math.inf
+        if progress >= 1 or start is None:
+            return self._config.final_importance_threshold
+        return start + self._share * (self._config.final_importance_threshold - start)
+
+    @property
+    def current_importance_regularization_factor(self) -> float:
+        """The loss's factor at this step."""
+        return self._share * self._config.importance_regularization_factor
+
+    @property
+    def _share(self) -> float:
+        return 1 - (1 - min(max(self.progress, 0.0), 1.0)) ** self._config.power
+
+    def step(self, next_step: int | None = None) -> None:
+        super().step(next_step)
+        self._steps_in_current_epoch += 1
+        controller = self._controller
+        if self._start is None and 0 <= self.progress < 1:
+            self._start = controller.initial_threshold()
+            if self._start >= self._config.final_importance_threshold:
+                warnings.warn(
+                    f"the first thousandth of the importances ends at {self._start:.6g}, which is "
+                    "not below final_importance_threshold "
+                    f"{self._config.final_importance_threshold:.6g}: the warm-up will prune less "
+                    "and less",
+                    stacklevel=2,
+                )
+        controller.update_masks(
+            self.current_importance_threshold, self.current_importance_regularization_factor
+        )
+        if self.progress >= 1 and not controller.frozen:
+            controller.resolve_structures()
+            controller.freeze()
+
+    def epoch_step(self, next_epoch: int | None = None) -> None:
+        """Begin an epoch; see ``CompressionScheduler``.
+
+        Raises:
+            ValueError: the epoch that ends had another number of steps than those before it.
+        """
+        steps = self._steps_in_current_epoch
+        if self._steps_per_epoch is None and steps:
+            self._steps_per_epoch = steps
+        if steps not in (0, self._steps_per_epoch):
+            raise ValueError(
+                f"epoch_step: epoch {self._current_epoch} must have steps_per_epoch = "
+                f"{self._steps_per_epoch} steps, got {steps}"
+            )
+        super().epoch_step(next_epoch)
+        self._steps_in_current_epoch = 0
+
+    def get_state(self) -> dict[str, Any]:
+        return super().get_state() | {
+            "_init_importance_threshold": self._start,
+            "_steps_per_epoch": self._steps_per_epoch,
+            "_steps_in_current_epoch": self._steps_in_current_epoch,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
+        self._start = state["_init_importance_threshold"]
+        self._steps_per_epoch = state["_steps_per_epoch"]
+        self._steps_in_current_epoch = state["_steps_in_current_epoch"]

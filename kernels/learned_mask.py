@@ -1,0 +1,892 @@
+"""Masks that are learned: weights masked by a trained score a group, and the scores' gradients.
+
+``sample_mask`` draws the mask at random, group by group, from logits s (regularisation-based
+sparsity, after Louizos et al., https://arxiv.org/abs/1712.01312, as in NNCF's ``rb_sparsity``):
+with u uniform, kept where ``sigmoid(s + log(u / (1 - u))) > 1/2``, which is ``u > (1 - u) e^-s``.
+``straight_through`` takes a mask that is given (movement pruning, Sanh et al.,
+https://arxiv.org/abs/2005.07683). In both the comparison is straight-through: with the incoming
+gradient g, dL/dw = g where kept, and dL/ds = slope * (g w summed over the group), the slope being
+the sigmoid's derivative at ``s + log(u / (1 - u))``, or 1.
+
+u comes from Philox4x32-10 (Salmon et al., SC'11), a function of seed, draw, stream (which weight)
+and group alone, so the backward pass makes the forward's mask again rather than keep it, and so
+does any rank, device or launch grid: e^-s is added and multiplied up in float32 without fusion, in
+one order, by every implementation here, and everything that it is compared with is exact.
+
+Floor: forward, one read of weight and logits and one write of the weight; backward, one read of
+gradient, weight and logits and one write of two gradients. For blocks logits cost nothing.
+
+Reading order: reference -> CPU -> kernels -> launchers -> operators -> public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
+from .mask import WORDS, expand_mask, word_mask
+from .masked_weight import apply_mask
+from .pattern import Block, Pattern, Unstructured, grid_shape
+
+LANES = 4  # numbers that one evaluation of Philox gives, to the groups of four consecutive rows
+# u is a multiple of 2^-24 and no nearer to 0 or 1 than the first that is past 1e-6
+_LEAST, _MOST = 17, 2**24 - 17
+# past +-20 the mask is certain whatever u is, and 2^y below stays a normal number
+_CERTAIN = 20.0
+_MINUS_LOG2_E = -1.4426950216293335  # float32
+# 2^f on [0, 1) to 1.6e-7: lowest power first, each rounded to float32
+_EXP2 = (
+    0.9999999403953552,
+    0.6931530833244324,
+    0.24015361070632935,
+    0.05582631751894951,
+    0.00898933969438076,
+    0.0018775766948238015,
+)
+_A, _B, _KEY_A, _KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+
+CHUNK = 2**16  # elements that a CPU thread handles at a time: their temporaries stay in its cache
+SUM_CHUNK = 2**20  # the same of all threads, where torch parts each operation
+TILE = {"QUADS": 4, "CHUNKS": 32, "WIDTH": 8}  # rows by LANES, then columns: 16-byte loads
+BLOCK_TILE = {"TILE_R": 16, "TILE_C": 256}  # no block is wider
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Mask a weight; to the gradients the mask is ``soft``, one value a group."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, soft: Tensor, kept: Tensor, pattern: Pattern) -> Tensor:
+        ctx.save_for_backward(weight, soft, kept)
+        ctx.pattern = pattern
+        return torch.where(kept, weight, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        weight, soft, kept = ctx.saved_tensors
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        sums = _block_sums(grad.to(wide) * weight, ctx.pattern.rows, ctx.pattern.cols)
+        return torch.where(kept, grad, 0), sums.to(soft.dtype), None, None
+
+
+def sample_mask_reference(
+    weight: Tensor, logits: Tensor, random: Tensor, pattern: Pattern, stream: int = 0
+) -> Tensor:
+    """Define the semantics: plain PyTorch, any device, any float dtype, differentiable."""
+    u = uniform(random, stream, logits.shape)
+    kept = u > (1 - u) * _exp_minus(logits)
+    soft = torch.sigmoid(logits + torch.log(u / (1 - u)))
+    return _StraightThrough.apply(weight, soft, _spread(kept, pattern, weight.shape), pattern)
+
+
+def straight_through_reference(
+    weight: Tensor, scores: Tensor, mask: Tensor, pattern: Pattern
+) -> Tensor:
+    """Define the semantics: plain PyTorch, any device, any float dtype, differentiable."""
+    kept = expand_mask(mask, pattern, weight.shape, backend="torch")
+    return _StraightThrough.apply(weight, scores, kept, pattern)
+
+
+def _spread(groups: Tensor, pattern: Pattern, shape: torch.Size) -> Tensor:
+    wide = groups.repeat_interleave(pattern.cols, 1)[:, : shape[1]]
+    return wide.repeat_interleave(pattern.rows, 0)[: shape[0]]
+
+
+def _block_sums(elements: Tensor, rows: int, cols: int) -> Tensor:
+    """Add up every block; those at the edge have the elements that exist."""
+    if rows == cols == 1:
+        return elements
+    R, C = elements.shape
+    down, across = -(-R // rows), -(-C // cols)
+    padded = functional.pad(elements, (0, across * cols - C, 0, down * rows - R))
+    return padded.view(down, rows, across, cols).sum(1).sum(2)
+
+
+def uniform(random: Tensor, stream: int, shape: tuple[int, int] | torch.Size) -> Tensor:
+    """Return the numbers that a draw compares with: float32 of ``shape``, in (0, 1).
+
+    Args:
+        random, stream: as for ``sample_mask``.
+        shape: of the grid of groups.
+    """
+    R, C = shape
+    quads = -(-R // LANES)
+    seed, draw = random.tolist()
+    k0, k1 = seed & _LOW, seed >> 32 & _LOW
+    c0 = torch.arange(quads * C, device=random.device)
+    c1, c2, c3 = (torch.full_like(c0, word & _LOW) for word in (0, draw, stream))
+    for _ in range(10):
+        a, b = c0 * _A, c2 * _B
+        # the shift is arithmetic, so that its upper half is to be cut
+        c0, c1 = (b >> 32 ^ c1 ^ k0) & _LOW, b & _LOW
+        c2, c3 = (a >> 32 ^ c3 ^ k1) & _LOW, a & _LOW
+        k0, k1 = k0 + _KEY_A & _LOW, k1 + _KEY_B & _LOW
+    lanes = torch.stack([c.view(quads, C) for c in (c0, c1, c2, c3)], 1)
+    whole = (lanes >> 8).clamp_(_LEAST, _MOST).view(quads * LANES, C)[:R]
+    return whole.float() * 2.0**-24
+
+
+def _exp_minus(logits: Tensor) -> Tensor:
+    """Return exp(-logits) to 1.1e-6, constant beyond +-20, bit-equal on every device."""
+    y = logits.detach().float().clamp(-_CERTAIN, _CERTAIN).mul_(_MINUS_LOG2_E)
+    whole = y.floor()
+    fraction = y.sub_(whole)
+    power = fraction * _EXP2[-1]
+    for coefficient in _EXP2[-2:0:-1]:
+        power.add_(coefficient).mul_(fraction)
+    power.add_(_EXP2[0])
+    # adding to a float's exponent
+    power.view(torch.int32).add_(whole.to(torch.int32).bitwise_left_shift_(23))
+    return power
+
+
+def _sample_on_cpu(
+    weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int
+) -> Tensor:
+    kept, _ = _draw(logits, random, stream, slopes=False)
+    return _select(weight, kept, rows, cols)
+
+
+def _sample_grad_on_cpu(
+    grad: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    random: Tensor,
+    stream: int,
+    rows: int,
+    cols: int,
+) -> tuple[Tensor, Tensor]:
+    kept, slope = _draw(logits, random, stream, slopes=True)
+    if rows == cols == 1:
+        return _select(grad, kept, rows, cols), slope.mul_(grad).mul_(weight)
+    return _select(grad, kept, rows, cols), slope.mul_(_sum_in_chunks(grad, weight, rows, cols))
+
+
+def _draw(logits: Tensor, random: Tensor, stream: int, *, slopes: bool) -> tuple[Tensor, Tensor]:
+    """Return which groups are kept, and the sigmoid's derivative of each if it is asked for.
+
+    In numpy, on as many threads as torch would use: each takes whole chunks, whose temporaries
+    stay in its cache, rather than all of them part every one of some hundred short operations.
+    """
+    R, C = logits.shape
+    kept = np.empty((R, C), np.bool_)
+    slope = np.empty((R, C) if slopes else (0, 0), np.float32)
+    s = logits.detach().numpy()
+    quads = -(-R // LANES)
+    height = max(1, CHUNK // (LANES * max(1, C)))
+    starts = range(0, quads if C else 0, height)
+    seed, draw = random.tolist()
+
+    def work(share: Sequence[int]) -> None:
+        philox = _Philox(seed, draw, stream, height * C)
+        shape = height, LANES, C
+        numbers, part = np.empty(shape, np.float32), np.empty(height * C, np.int32)
+        scratch = [np.empty((height * LANES, C), np.float32) for _ in range(2)]
+        for first in share:
+            count = min(height, quads - first)
+            for lane, bits in enumerate(philox(first * C, count * C)):
+                np.right_shift(bits, np.uint64(8), out=part[: count * C], casting="unsafe")
+                np.clip(part, _LEAST, _MOST, out=part)
+                numbers[:count, lane] = part[: count * C].reshape(count, C)
+            rows = slice(first * LANES, min(R, (first + count) * LANES))
+            size = rows.stop - rows.start
+            u = numbers.reshape(-1, C)[:size]
+            np.multiply(u, np.float32(2.0**-24), out=u)
+            v, other = (buffer[:size] for buffer in scratch)
+            _exp_minus_into(v, other, s[rows])
+            np.subtract(np.float32(1), u, out=other)
+            np.multiply(v, other, out=v)
+            np.greater(u, v, out=kept[rows])
+            if slopes:
+                # with p = u / (u + v), the sigmoid, p (1 - p)
+                np.add(u, v, out=other)
+                np.multiply(other, other, out=other)
+                np.multiply(v, u, out=v)
+                np.divide(v, other, out=slope[rows])
+
+    def silent(share: Sequence[int]) -> None:
+        with np.errstate(all="ignore"):
+            work(share)
+
+    threads = max(1, min(torch.get_num_threads(), 8, len(starts)))
+    if threads == 1:
+        silent(starts)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(silent, (starts[n::threads] for n in range(threads))))
+    return torch.from_numpy(kept), torch.from_numpy(slope)
+
+
+class _Philox:
+    """Philox4x32-10 of runs of quads, through buffers that it keeps."""
+
+    def __init__(self, seed: int, draw: int, stream: int, size: int) -> None:
+        self._key = seed & _LOW, seed >> 32 & _LOW
+        self._counter = draw & _LOW, stream & _LOW
+        self._buffers = [np.empty(size, np.uint64) for _ in range(6)]
+
+    def __call__(self, start: int, size: int) -> list[np.ndarray]:
+        """Return the four numbers, from 0 to 2^32 - 1, of each quad from ``start``."""
+        c0, c1, c2, c3, a, b = (buffer[:size] for buffer in self._buffers)
+        c0[:] = np.arange(start, start + size, dtype=np.uint64)
+        c1[:] = 0
+        c2[:], c3[:] = self._counter
+        k0, k1 = self._key
+        low, half = np.uint64(_LOW), np.uint64(32)
+        for _ in range(10):
+            np.multiply(c0, np.uint64(_A), out=a)
+            np.multiply(c2, np.uint64(_B), out=b)
+            # c1 and c3 hold whole products: what is above 32 bits is cut once
+            for c, product, word, key in ((c0, b, c1, k0), (c2, a, c3, k1)):
+                np.right_shift(product, half, out=c)
+                np.bitwise_xor(c, word, out=c)
+                np.bitwise_xor(c, np.uint64(key), out=c)
+                np.bitwise_and(c, low, out=c)
+            c1, b, c3, a = b, c1, a, c3
+            k0, k1 = k0 + _KEY_A & _LOW, k1 + _KEY_B & _LOW
+        np.bitwise_and(c1, low, out=c1)
+        np.bitwise_and(c3, low, out=c3)
+        return [c0, c1, c2, c3]
+
+
+def _exp_minus_into(power: np.ndarray, y: np.ndarray, logits: np.ndarray) -> None:
+    """Write what ``_exp_minus`` returns; ``y`` is scratch."""
+    np.clip(logits, np.float32(-_CERTAIN), np.float32(_CERTAIN), out=y)
+    np.multiply(y, np.float32(_MINUS_LOG2_E), out=y)
+    whole = np.floor(y)
+    np.subtract(y, whole, out=y)
+    np.multiply(y, np.float32(_EXP2[-1]), out=power)
+    for coefficient in _EXP2[-2:0:-1]:
+        np.add(power, np.float32(coefficient), out=power)
+        np.multiply(power, y, out=power)
+    np.add(power, np.float32(_EXP2[0]), out=power)
+    power.view(np.int32)[...] += whole.astype(np.int32) << 23
+
+
+def _select(weight: Tensor, kept: Tensor, rows: int, cols: int) -> Tensor:
+    if rows == cols == 1:
+        return torch.where(kept, weight, weight.new_zeros(()))
+    pattern = Block(rows, cols)
+    return apply_mask(weight, word_mask(kept, pattern, weight.shape, weight.dtype), pattern)
+
+
+def _sum_in_chunks(grad: Tensor, weight: Tensor, rows: int, cols: int) -> Tensor:
+    """Add up ``grad * weight`` over every block, a chunk of whole block rows at a time."""
+    R, C = weight.shape
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if rows == cols == 1:
+        return (grad.to(wide) * weight).float()
+    sums = torch.empty((-(-R // rows), -(-C // cols)), device=weight.device)
+    step = max(1, SUM_CHUNK // max(1, rows * C))
+    for first in range(0, sums.shape[0], step):
+        part = slice(first * rows, (first + step) * rows)
+        sums[first : first + step] = _block_sums(grad[part].to(wide) * weight[part], rows, cols)
+    return sums
+
+
+@triton.jit
+def _philox(random_ptr, stream, quad):
+    """Return the four random integers of each quad."""
+    seed, draw = tl.load(random_ptr), tl.load(random_ptr + 1)
+    c0 = quad.to(tl.uint32)
+    zero = c0 * 0
+    return tl.philox(seed, c0, zero, zero + draw.to(tl.uint32), zero + stream)
+
+
+@triton.jit
+def _uniform(bits):
+    whole = tl.minimum(tl.maximum((bits >> 8).to(tl.int32), 17), 16777199)
+    return whole.to(tl.float32) * 5.9604644775390625e-08
+
+
+@triton.jit
+def _exp_minus_of(s):
+    # by comparisons, so that a NaN stays one
+    s = tl.where(s > 20.0, 20.0, tl.where(s < -20.0, -20.0, s))
+    y = s * -1.4426950216293335
+    whole = tl.floor(y)
+    f = y - whole
+    power = f * 0.0018775766948238015
+    power = (power + 0.00898933969438076) * f
+    power = (power + 0.05582631751894951) * f
+    power = (power + 0.24015361070632935) * f
+    power = (power + 0.6931530833244324) * f
+    power = power + 0.9999999403953552
+    bits = power.to(tl.int32, bitcast=True) + (whole.to(tl.int32) << 23)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _slope_of(u, v):
+    total = u + v
+    return u * v / (total * total)
+
+
+@triton.jit
+def _tile(C, INDEX: tl.constexpr, QUADS: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return a program's quads of rows, its chunks and its columns; [QUADS, CHUNKS, WIDTH]."""
+    tiles_c = tl.cdiv(C, CHUNKS * WIDTH)
+    pid_q, pid_c = tl.program_id(0) // tiles_c, tl.program_id(0) % tiles_c
+    offs_q = (pid_q * QUADS + tl.arange(0, QUADS)).to(INDEX)[:, None, None]
+    chunk = (pid_c * CHUNKS + tl.arange(0, CHUNKS)).to(INDEX)[None, :, None]
+    return offs_q, chunk, chunk * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+
+
+@triton.jit(do_not_specialize=["stream"])
+def _sample_kernel(
+    w_ptr,
+    logit_ptr,
+    random_ptr,
+    stream,
+    out_ptr,
+    R,
+    C,
+    stride_wr,
+    stride_wc,
+    stride_lr,
+    stride_lc,
+    stride_or,
+    stride_oc,
+    INDEX: tl.constexpr,
+    QUADS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    offs_q, _, offs_c = _tile(C, INDEX, QUADS, CHUNKS, WIDTH)
+    b0, b1, b2, b3 = _philox(random_ptr, stream, offs_q * C + offs_c)
+    for lane in tl.static_range(4):
+        offs_r = offs_q * 4 + lane
+        inside = (offs_r < R) & (offs_c < C)
+        s = tl.load(
+            logit_ptr + offs_r * stride_lr + offs_c * stride_lc, mask=inside, other=0.0
+        )  # [QUADS, CHUNKS, WIDTH]
+        w = tl.load(w_ptr + offs_r * stride_wr + offs_c * stride_wc, mask=inside, other=0.0)
+        bits = b0 if lane == 0 else b1 if lane == 1 else b2 if lane == 2 else b3
+        u = _uniform(bits)
+        keep = u > (1.0 - u) * _exp_minus_of(s)
+        tl.store(
+            out_ptr + offs_r * stride_or + offs_c * stride_oc, tl.where(keep, w, 0.0), mask=inside
+        )
+
+
+@triton.jit(do_not_specialize=["stream"])
+def _grad_kernel(
+    g_ptr,
+    w_ptr,
+    logit_ptr,
+    random_ptr,
+    stream,
+    mask_ptr,
+    grad_w_ptr,
+    grad_s_ptr,
+    R,
+    C,
+    stride_gr,
+    stride_gc,
+    stride_wr,
+    stride_wc,
+    stride_lr,
+    stride_lc,
+    stride_mr,
+    stride_dr,
+    stride_dc,
+    SAMPLED: tl.constexpr,
+    INDEX: tl.constexpr,
+    QUADS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    offs_q, chunk, offs_c = _tile(C, INDEX, QUADS, CHUNKS, WIDTH)
+    if SAMPLED:
+        b0, b1, b2, b3 = _philox(random_ptr, stream, offs_q * C + offs_c)
+    for lane in tl.static_range(4):
+        offs_r = offs_q * 4 + lane
+        inside = (offs_r < R) & (offs_c < C)
+        g = tl.load(
+            g_ptr + offs_r * stride_gr + offs_c * stride_gc, mask=inside, other=0.0
+        )  # [QUADS, CHUNKS, WIDTH]
+        w = tl.load(w_ptr + offs_r * stride_wr + offs_c * stride_wc, mask=inside, other=0.0)
+        grad_s = g.to(tl.float32) * w.to(tl.float32)
+        if SAMPLED:
+            s = tl.load(
+                logit_ptr + offs_r * stride_lr + offs_c * stride_lc, mask=inside, other=0.0
+            )
+            bits = b0 if lane == 0 else b1 if lane == 1 else b2 if lane == 2 else b3
+            u = _uniform(bits)
+            v = (1.0 - u) * _exp_minus_of(s)
+            keep = u > v
+            grad_s *= _slope_of(u, v)
+        else:
+            # a byte holds the bits of WIDTH columns and is read once
+            flags = tl.load(
+                mask_ptr + offs_r * stride_mr + chunk,
+                mask=(offs_r < R) & (chunk * WIDTH < C),
+                other=0,
+            )  # [QUADS, CHUNKS, 1]
+            keep = ((flags >> (offs_c % 8).to(tl.uint8)) & 1) != 0
+        tl.store(
+            grad_w_ptr + offs_r * stride_dr + offs_c * stride_dc,
+            tl.where(keep, g, 0.0),
+            mask=inside,
+        )
+        tl.store(grad_s_ptr + offs_r * C + offs_c, grad_s, mask=inside)
+
+
+@triton.jit
+def _block_tile(
+    C,
+    INDEX: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    """Return a program's first row, its columns, and the blocks that it covers."""
+    # several rows of small blocks, or one row of tall ones, to walk down
+    SPAN: tl.constexpr = max(ROWS, TILE_R)
+    tiles_c = tl.cdiv(C, TILE_C)
+    pid_r, pid_c = tl.program_id(0) // tiles_c, tl.program_id(0) % tiles_c
+    offs_down = (pid_r * (SPAN // ROWS) + tl.arange(0, SPAN // ROWS)).to(INDEX)
+    offs_across = (pid_c * (TILE_C // COLS) + tl.arange(0, TILE_C // COLS)).to(INDEX)
+    offs_c = (pid_c * TILE_C + tl.arange(0, TILE_C)).to(INDEX)
+    return pid_r * SPAN, offs_c[None, :], offs_down[:, None], offs_across[None, :]
+
+
+@triton.jit
+def _draw_blocks(
+    logit_ptr, random_ptr, stream, offs_down, offs_across, across, in_group, stride_lr, stride_lc
+):
+    """Return u and v of the blocks of a tile: kept where u > v."""
+    s = tl.load(
+        logit_ptr + offs_down * stride_lr + offs_across * stride_lc, mask=in_group, other=0.0
+    )
+    b0, b1, b2, b3 = _philox(random_ptr, stream, (offs_down // 4) * across + offs_across)
+    lane = offs_down % 4
+    bits = tl.where(lane < 2, tl.where(lane == 0, b0, b1), tl.where(lane == 2, b2, b3))
+    u = _uniform(bits)
+    return u, (1.0 - u) * _exp_minus_of(s)
+
+
+@triton.jit
+def _spread_blocks(keep, ROWS: tl.constexpr, COLS: tl.constexpr, TILE_R: tl.constexpr):
+    """Write one flag a block out for the elements of TILE_R rows of them."""
+    DOWN: tl.constexpr = keep.shape[0]
+    ACROSS: tl.constexpr = keep.shape[1]
+    keep = tl.broadcast_to(
+        keep.to(tl.int8)[:, None, :, None], (DOWN, TILE_R // DOWN, ACROSS, COLS)
+    )
+    return tl.reshape(keep, (TILE_R, ACROSS * COLS)) != 0
+
+
+@triton.jit(do_not_specialize=["stream"])
+def _sample_blocks_kernel(
+    w_ptr,
+    logit_ptr,
+    random_ptr,
+    stream,
+    out_ptr,
+    R,
+    C,
+    stride_wr,
+    stride_wc,
+    stride_lr,
+    stride_lc,
+    stride_or,
+    stride_oc,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    INDEX: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    first, offs_c, offs_down, offs_across = _block_tile(C, INDEX, ROWS, COLS, TILE_R, TILE_C)
+    in_group = (offs_down * ROWS < R) & (offs_across * COLS < C)
+    u, v = _draw_blocks(
+        logit_ptr,
+        random_ptr,
+        stream,
+        offs_down,
+        offs_across,
+        tl.cdiv(C, COLS),
+        in_group,
+        stride_lr,
+        stride_lc,
+    )
+    keep = _spread_blocks(u > v, ROWS, COLS, TILE_R)
+    for start in range(0, max(ROWS, TILE_R), TILE_R):
+        offs_r = (first + start + tl.arange(0, TILE_R)).to(INDEX)[:, None]
+        inside = (offs_r < R) & (offs_c < C)
+        w = tl.load(
+            w_ptr + offs_r * stride_wr + offs_c * stride_wc, mask=inside, other=0.0
+        )  # [TILE_R, TILE_C]
+        tl.store(
+            out_ptr + offs_r * stride_or + offs_c * stride_oc, tl.where(keep, w, 0.0), mask=inside
+        )
+
+
+@triton.jit(do_not_specialize=["stream"])
+def _grad_blocks_kernel(
+    g_ptr,
+    w_ptr,
+    logit_ptr,
+    random_ptr,
+    stream,
+    mask_ptr,
+    grad_w_ptr,
+    grad_s_ptr,
+    R,
+    C,
+    stride_gr,
+    stride_gc,
+    stride_wr,
+    stride_wc,
+    stride_lr,
+    stride_lc,
+    stride_mr,
+    stride_dr,
+    stride_dc,
+    SAMPLED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    INDEX: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    first, offs_c, offs_down, offs_across = _block_tile(C, INDEX, ROWS, COLS, TILE_R, TILE_C)
+    in_group = (offs_down * ROWS < R) & (offs_across * COLS < C)
+    across = tl.cdiv(C, COLS)
+    if SAMPLED:
+        u, v = _draw_blocks(
+            logit_ptr,
+            random_ptr,
+            stream,
+            offs_down,
+            offs_across,
+            across,
+            in_group,
+            stride_lr,
+            stride_lc,
+        )
+        keep = u > v
+    else:
+        flags = tl.load(mask_ptr + offs_down * stride_mr + offs_across, mask=in_group, other=0)
+        keep = flags != 0
+    kept = _spread_blocks(keep, ROWS, COLS, TILE_R)
+
+    total = tl.zeros((TILE_R, TILE_C), tl.float32)
+    for start in range(0, max(ROWS, TILE_R), TILE_R):
+        offs_r = (first + start + tl.arange(0, TILE_R)).to(INDEX)[:, None]
+        inside = (offs_r < R) & (offs_c < C)
+        g = tl.load(
+            g_ptr + offs_r * stride_gr + offs_c * stride_gc, mask=inside, other=0.0
+        )  # [TILE_R, TILE_C]
+        w = tl.load(w_ptr + offs_r * stride_wr + offs_c * stride_wc, mask=inside, other=0.0)
+        total += g.to(tl.float32) * w.to(tl.float32)
+        tl.store(
+            grad_w_ptr + offs_r * stride_dr + offs_c * stride_dc,
+            tl.where(kept, g, 0.0),
+            mask=inside,
+        )
+
+    DOWN: tl.constexpr = max(ROWS, TILE_R) // ROWS
+    # rows first: a thread holds whole columns of the tile, so only partial sums change hands
+    sums = tl.sum(tl.reshape(total, (DOWN, TILE_R // DOWN, TILE_C // COLS, COLS)), axis=1)
+    grad_s = tl.sum(sums, axis=2)
+    if SAMPLED:
+        grad_s *= _slope_of(u, v)
+    tl.store(grad_s_ptr + offs_down * across + offs_across, grad_s, mask=in_group)
+
+
+def _programs(
+    R: int, C: int, rows: int, cols: int, *, blocks: bool
+) -> tuple[tuple[int], dict[str, int]]:
+    """Return the grid, and what the kernels for blocks or for elements are compiled for."""
+    if not blocks:
+        height, width = LANES * TILE["QUADS"], TILE["CHUNKS"] * TILE["WIDTH"]
+        return (triton.cdiv(R, height) * triton.cdiv(C, width),), TILE
+    tiles = triton.cdiv(R, max(rows, BLOCK_TILE["TILE_R"])) * triton.cdiv(C, BLOCK_TILE["TILE_C"])
+    return (tiles,), {"ROWS": rows, "COLS": cols, **BLOCK_TILE}
+
+
+def _launch(
+    weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int
+) -> Tensor:
+    out = torch.empty_like(weight)
+    if weight.numel() == 0:
+        return out
+    blocks = rows > 1 or cols > 1
+    grid, layout = _programs(*weight.shape, rows, cols, blocks=blocks)
+    kernel = _sample_blocks_kernel if blocks else _sample_kernel
+    with on_device(weight):
+        # fused, a multiplication and an addition round once: other masks than elsewhere
+        kernel[grid](
+            weight, logits, random, stream, out, *weight.shape,
+            *weight.stride(), *logits.stride(), *out.stride(),
+            INDEX=index_type(weight, logits, out), enable_fp_fusion=False, **layout,
+        )  # fmt: skip
+    return out
+
+
+def _launch_grad(
+    grad: Tensor,
+    weight: Tensor,
+    logits: Tensor | None,
+    random: Tensor | None,
+    stream: int,
+    mask: Tensor | None,
+    rows: int,
+    cols: int,
+) -> tuple[Tensor, Tensor]:
+    R, C = weight.shape
+    grad_weight = torch.empty_like(weight)
+    grad_scores = weight.new_empty((-(-R // rows), -(-C // cols)), dtype=torch.float32)
+    if weight.numel() == 0:
+        return grad_weight, grad_scores
+    # a mask of 1 x 1 blocks has a byte an element, not a bit
+    blocks = rows > 1 or cols > 1 or (mask is not None and mask.dtype == torch.bool)
+    grid, layout = _programs(R, C, rows, cols, blocks=blocks)
+    kernel = _grad_blocks_kernel if blocks else _grad_kernel
+    mask_bytes = grad_scores if mask is None else mask.contiguous().view(torch.uint8)
+    given = [t for t in (grad, weight, logits, mask, grad_weight, grad_scores) if t is not None]
+    with on_device(weight):
+        # what a variant does not read is given a tensor all the same
+        kernel[grid](
+            grad, weight, grad_scores if logits is None else logits,
+            grad_scores if random is None else random, stream, mask_bytes,
+            grad_weight, grad_scores, R, C,
+            *grad.stride(), *weight.stride(),
+            *(grad_scores if logits is None else logits).stride(), mask_bytes.stride(0),
+            *grad_weight.stride(),
+            SAMPLED=mask is None, INDEX=index_type(*given), enable_fp_fusion=False, **layout,
+        )  # fmt: skip
+    return grad_weight, grad_scores
+
+
+def _sample(
+    weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int
+) -> Tensor:
+    on_triton = use_triton("sample_mask", "auto", weight)
+    run = _launch if on_triton else _sample_on_cpu
+    return run(weight, logits, random, stream, rows, cols)
+
+
+def _sample_grad(
+    grad: Tensor, weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int
+) -> tuple[Tensor, Tensor]:
+    if use_triton("sample_mask", "auto", weight):
+        return _launch_grad(grad, weight, logits, random, stream, None, rows, cols)
+    return _sample_grad_on_cpu(grad, weight, logits, random, stream, rows, cols)
+
+
+def _straight(weight: Tensor, scores: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
+    return apply_mask(weight, mask, _pattern(mask, rows, cols))
+
+
+def _straight_grad(
+    grad: Tensor, weight: Tensor, mask: Tensor, rows: int, cols: int
+) -> tuple[Tensor, Tensor]:
+    if mask.dtype not in WORDS.values() and use_triton("straight_through", "auto", weight):
+        return _launch_grad(grad, weight, None, None, 0, mask, rows, cols)
+    grad_weight = apply_mask(grad, mask, _pattern(mask, rows, cols))
+    return grad_weight, _sum_in_chunks(grad, weight, rows, cols)
+
+
+def _pattern(mask: Tensor, rows: int, cols: int) -> Pattern:
+    return Unstructured() if mask.dtype == torch.uint8 else Block(rows, cols)
+
+
+def _operator(name: str, run: Any) -> Any:
+    return torch.library.custom_op(f"triton_sparsity::{name}", run, mutates_args=())
+
+
+_sample_op = _operator("sample_mask", _sample)
+_sample_grad_op = _operator("sample_mask_backward", _sample_grad)
+_straight_op = _operator("straight_through", _straight)
+_straight_grad_op = _operator("straight_through_backward", _straight_grad)
+
+
+@_sample_op.register_fake
+def _(weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int):
+    return torch.empty_like(weight)
+
+
+@_straight_op.register_fake
+def _(weight: Tensor, scores: Tensor, mask: Tensor, rows: int, cols: int):
+    return torch.empty_like(weight)
+
+
+def _fake_grads(weight: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    R, C = weight.shape
+    grid = -(-R // rows), -(-C // cols)
+    return torch.empty_like(weight), weight.new_empty(grid, dtype=torch.float32)
+
+
+@_sample_grad_op.register_fake
+def _(
+    grad: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    random: Tensor,
+    stream: int,
+    rows: int,
+    cols: int,
+):
+    return _fake_grads(weight, rows, cols)
+
+
+@_straight_grad_op.register_fake
+def _(grad: Tensor, weight: Tensor, mask: Tensor, rows: int, cols: int):
+    return _fake_grads(weight, rows, cols)
+
+
+def _setup_sample(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.stream, ctx.rows, ctx.cols = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _sample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, logits, random = ctx.saved_tensors
+    grads = _sample_grad_op(grad, weight, logits, random, ctx.stream, ctx.rows, ctx.cols)
+    return *grads, None, None, None, None
+
+
+def _setup_straight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, _, mask, ctx.rows, ctx.cols = inputs
+    ctx.save_for_backward(weight, mask)
+
+
+def _straight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, mask = ctx.saved_tensors
+    grads = _straight_grad_op(grad, weight, mask, ctx.rows, ctx.cols)
+    return *grads, None, None, None
+
+
+_sample_op.register_autograd(_sample_backward, setup_context=_setup_sample)
+_straight_op.register_autograd(_straight_backward, setup_context=_setup_straight)
+
+
+def sample_mask(
+    weight: Tensor,
+    logits: Tensor,
+    random: Tensor,
+    pattern: Pattern,
+    *,
+    stream: int = 0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Return ``weight`` under a mask drawn at random; pruned elements are +0.
+
+    A group is kept with probability ``sigmoid(logit)``: where ``sigmoid(logit + log(u / (1 - u)))
+    > 1/2``, u uniform in (0, 1), from 1.02e-6 to 1 - 1.02e-6 (NNCF clamps to 1e-6 and 1 - 1e-6).
+    The same ``random`` and ``stream`` give the same mask again, on any device and backend.
+
+    Args:
+        weight: float of 16, 32 or 64 bits, shape ``(R, C)``, any strides. The Triton kernels take
+            16 and 32; ``"auto"`` computes 64 in plain torch.
+        logits: float32, one a group, ``(ceil(R / pattern.rows), ceil(C / pattern.cols))``, fewer
+            than 2^34.
+        random: int64 ``(2,)``, on the weight's device: the seed, and the number of the draw, from
+            0 to 2^32 - 1. It must not change before the backward pass.
+        pattern: ``Unstructured`` or ``Block``.
+        stream: from 0 to 2^31 - 1; weights of different streams draw independently.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        A new tensor like ``weight``. What lies behind the mask, NaN and Inf included, reaches
+        neither it nor the weight's gradient. With the incoming gradient g, the weight's is g where
+        kept and +0 elsewhere; a logit's is ``p (1 - p)`` times the sum of g w over its group, in
+        float32, with ``p = sigmoid(logit + log(u / (1 - u)))``, kept or not. Both are bit-equal
+        on every run.
+
+    Raises:
+        TypeError: a dtype is none of the above.
+        ValueError: a shape, a device or ``backend`` does not fit, or ``"triton"`` is asked for
+            with a float64 weight.
+        RuntimeError: ``"triton"`` is asked for where it cannot run.
+    """
+    takes_operator = _check("sample_mask", weight, logits, "logits", pattern, backend)
+    if random.shape != (2,) or random.dtype != torch.int64 or random.device != weight.device:
+        raise ValueError(
+            f"sample_mask: random must be int64 (2,) on {weight.device}, "
+            f"got {random.dtype} {tuple(random.shape)} on {random.device}"
+        )
+    if takes_operator:
+        return _sample_op(weight, logits, random, stream, pattern.rows, pattern.cols)
+    return sample_mask_reference(weight, logits, random, pattern, stream)
+
+
+def straight_through(
+    weight: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    pattern: Pattern,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Return ``weight`` masked, with a gradient to the scores that the mask came from.
+
+    Args:
+        weight: as for ``sample_mask``.
+        scores: float32, one a group; their values are not read.
+        mask: as for ``apply_mask``, compact or words.
+        pattern: ``Unstructured`` or ``Block``.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``apply_mask(weight, mask, pattern)``. With the incoming gradient g, the weight's gradient
+        is g where kept and +0 elsewhere; a score's is the sum of g w over its group, in float32,
+        kept or not: the comparison that made the mask counts as the identity. Both are bit-equal
+        on every run.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``sample_mask`` and ``apply_mask``.
+    """
+    takes_operator = _check("straight_through", weight, scores, "scores", pattern, backend)
+    if mask.dtype == WORDS[weight.element_size()]:
+        if backend == "triton":
+            raise ValueError(
+                f"straight_through: mask must be compact with backend='triton', got {mask.dtype}"
+            )
+        takes_operator = True
+    elif mask.dtype != (torch.uint8 if isinstance(pattern, Unstructured) else torch.bool):
+        raise TypeError(
+            f"straight_through: mask must be compact or words for {pattern} and a {weight.dtype} "
+            f"weight, got {mask.dtype}"
+        )
+    if takes_operator:
+        return _straight_op(weight, scores, mask, pattern.rows, pattern.cols)
+    return straight_through_reference(weight, scores, mask, pattern)
+
+
+def _check(
+    operation: str, weight: Tensor, scores: Tensor, name: str, pattern: Pattern, backend: Backend
+) -> bool:
+    """Validate what both have in common; tell whether the operator runs, or the reference."""
+    if not weight.is_floating_point() or weight.element_size() not in WORDS:
+        raise TypeError(
+            f"{operation}: weight must be a float of 16, 32 or 64 bits, got {weight.dtype}"
+        )
+    if weight.ndim != 2:
+        raise ValueError(f"{operation}: weight must be a matrix, got shape {tuple(weight.shape)}")
+    if scores.dtype != torch.float32:
+        raise TypeError(f"{operation}: {name} must be float32, got {scores.dtype}")
+    expected = grid_shape(pattern, (weight.shape[0], weight.shape[1]))
+    if scores.shape != expected or scores.device != weight.device:
+        raise ValueError(
+            f"{operation}: {name} must have shape {expected} on {weight.device} for a weight of "
+            f"shape {tuple(weight.shape)} and pattern {pattern}, got {tuple(scores.shape)} on "
+            f"{scores.device}"
+        )
+    on_triton = use_triton(operation, backend, weight)
+    if on_triton and weight.dtype == torch.float64:
+        if backend == "triton":
+            raise ValueError(f"{operation}: weight must not be float64 with backend='triton'")
+        return False
+    return on_triton or not (weight.is_cuda or INTERPRET)
