@@ -133,8 +133,19 @@ def our_global_update(place: Place) -> Work:
     return partial(controller.set_sparsity_level, LEVEL)
 
 
+def nncf_compress(place: Place, layers: int) -> tuple[Any, nn.Module]:
+    """Return NNCF's controller and model, whose masks are the right ones."""
+    controller, model = nncf.compress(linears(place, layers), place.width, LEVEL)
+    infos = controller.sparsified_module_info
+    check_order(
+        [info.module.weight for info in infos],
+        [info.operand.binary_mask.bool() for info in infos],
+    )
+    return controller, model
+
+
 def nncf_global_update(place: Place) -> Work:
-    controller, _ = nncf.compress(linears(place, place.layers), place.width, LEVEL)
+    controller, _ = nncf_compress(place, place.layers)
     return partial(controller.set_sparsity_level, LEVEL)
 
 
@@ -249,13 +260,14 @@ def our_step(place: Place, pattern: Pattern, tokens: int) -> Work:
 
 
 def nncf_step(place: Place, tokens: int) -> Work:
-    _, model = nncf.compress(linears(place, LAYERS), place.width, LEVEL)
+    _, model = nncf_compress(place, LAYERS)
     return training_step(model, place, tokens)
 
 
 def torch_step(place: Place, tokens: int) -> Work:
     model = linears(place, LAYERS)
     torch_prune.compress(model, LEVEL)
+    check_order([m.weight_orig for m in model], [m.weight_mask.bool() for m in model])
     return training_step(model, place, tokens)
 
 
@@ -350,7 +362,7 @@ def our_strip(place: Place) -> Work:
 
 
 def nncf_strip(place: Place) -> Work:
-    controller, _ = nncf.compress(linears(place, LAYERS), place.width, LEVEL)
+    controller, _ = nncf_compress(place, LAYERS)
     return partial(controller.strip, do_copy=True)
 
 

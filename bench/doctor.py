@@ -21,9 +21,11 @@ from ..kernels.block_score import block_score, block_score_reference
 from ..kernels.block_sparse_linear import block_sparse_linear, block_sparse_linear_reference
 from ..kernels.launch import HAS_TRITON, INTERPRET, Backend, use_triton
 from ..kernels.mask import make_mask, make_mask_reference, pack, unpack
+from ..kernels.masked_linear import masked_linear
 from ..kernels.masked_weight import apply_mask, apply_mask_, apply_mask_reference
-from ..kernels.pattern import Block, Pattern, Unstructured, grid_shape
+from ..kernels.pattern import NM, Block, Pattern, Unstructured, grid_shape
 from ..kernels.select import Threshold, select, select_reference
+from ..kernels.semi_structured import nm_mask, nm_score
 from ..kernels.topology import Topology, block_topology, topology_reference
 from .options import find_device
 from .record import environment
@@ -159,6 +161,16 @@ def checks(device: torch.device, backend: Backend) -> Iterator[tuple[str, Check]
         packed = pack_reference(grid_of(Unstructured(), fine))
         yield f"select, make_mask {name}", _select([fine, fine[:5].neg()], backend)
         yield f"apply_mask unstructured, {name}", _apply(fine, packed, Unstructured(), backend)
+        size = f"37x130, unstructured, {name}"
+        yield (
+            f"masked_linear {size}",
+            _masked_linear(
+                normal(19, 130, dtype=dtype), fine, packed, normal(19, 37, dtype=dtype), backend
+            ),
+        )
+        tuples = normal(36, 128, dtype=dtype).round(decimals=1)
+        for pattern in (NM(2, 4), NM(1, 8)):
+            yield f"nm_mask {pattern}, {name}", _tuples(tuples, pattern, backend)
     flags = grid_of(Unstructured(), normal(37, 131))
     yield "pack, unpack", _bits(flags, backend)
     for block in (Block(16, 64), Block(64, 16)):
@@ -243,6 +255,56 @@ def _linear(
         return first(
             _named(name, disagreement(*three))
             for name, three in zip(names, zip(*results, strict=True), strict=True)
+        )
+
+    return check
+
+
+def _masked_linear(
+    x: Tensor, weight: Tensor, mask: Tensor, grad: Tensor, backend: Backend
+) -> Check:
+    def check() -> str | None:
+        keep = unpack_reference(mask, weight.shape[1])
+        results = []
+        for i, kind in enumerate(_kinds(x)):
+            behind = float("nan") if i == 0 else 0.0
+            w = weight.detach().to(kind).masked_fill(~keep, behind).requires_grad_()
+            a = x.detach().to(kind).requires_grad_()
+            y = (
+                masked_linear(a, w, mask, pattern=Unstructured(), backend=backend)
+                if i == 0
+                else torch.nn.functional.linear(a, w.masked_fill(~keep, 0))
+            )
+            results.append((y, *torch.autograd.grad(y, (a, w), grad.to(kind))))
+        names = ("value", "gradient to x", "gradient to weight")
+        return first(
+            _named(name, disagreement(*three))
+            for name, three in zip(names, zip(*results, strict=True), strict=True)
+        )
+
+    return check
+
+
+def _tuples(weight: Tensor, pattern: NM, backend: Backend) -> Check:
+    """Against a stable sort of every tuple: of equal magnitudes the first are kept."""
+
+    def check() -> str | None:
+        size = weight.float().abs().unflatten(1, (-1, pattern.m))
+        order = size.argsort(dim=2, descending=True, stable=True)
+        keep = torch.zeros_like(size, dtype=torch.bool)
+        keep.scatter_(2, order[..., : pattern.n], True)
+        lost = size.masked_fill(keep, 0).double().sum(2)
+        return first(
+            (
+                difference(
+                    "mask",
+                    nm_mask(weight, pattern, backend=backend).mask,
+                    pack_reference(keep.flatten(1)),
+                ),
+                _named(
+                    "score", disagreement(nm_score(weight, pattern, backend=backend), lost, lost)
+                ),
+            )
         )
 
     return check

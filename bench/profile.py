@@ -18,7 +18,7 @@ import torch
 
 from ..kernels.block_sparse_linear import MIN_SIDE
 from ..kernels.launch import Backend, use_triton
-from ..kernels.pattern import Block, Pattern
+from ..kernels.pattern import NM, Block, Pattern, maximum_level
 from .ceilings import Ceilings, measure_ceilings
 from .charts import roofline, speedups
 from .files import write_atomic
@@ -130,9 +130,20 @@ def groups(plan: Plan) -> list[Callable[[], Iterator[Case]]]:
     one_level = plan.levels[len(plan.levels) // 2]
     found: list[Callable[[], Iterator[Case]]] = []
     for shape, pattern, level in product(plan.shapes, plan.patterns, plan.levels):
+        if isinstance(pattern, NM):
+            # n:m fixes the level, and divides the inputs
+            if level != one_level or any(
+                a % b for a, b in zip(shape.weight, pattern.group, strict=True)
+            ):
+                continue
+            level = maximum_level(pattern)
+            found.append(partial(_operand_group, plan, shape, pattern, level, plan.operations))
+            continue
         wanted = [o for o in plan.operations if level == one_level or o not in LEVEL_BOUND]
         found.append(partial(_operand_group, plan, shape, pattern, level, wanted))
     for pattern, level in product(plan.patterns, plan.levels):
+        if isinstance(pattern, NM):
+            continue
         wanted = [o for o in plan.operations if level == one_level or o == "training step"]
         found.append(
             partial(

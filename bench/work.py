@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.bits import expand_mask, pack_reference, packed_shape
+from ..kernels.bits import expand_mask, pack_reference, packed_shape, unpack_reference
 from ..kernels.block_score import block_score, block_score_reference
 from ..kernels.block_sparse_linear import MIN_SIDE, block_sparse_linear
 from ..kernels.block_sparse_wgrad import takes_bulk_copies
@@ -31,8 +31,9 @@ from ..kernels.launch import Backend
 from ..kernels.mask import make_mask, make_mask_reference, pack
 from ..kernels.masked_linear import masked_linear
 from ..kernels.masked_weight import apply_mask, apply_mask_, apply_mask_reference
-from ..kernels.pattern import Block, Pattern, Unstructured, grid_shape
+from ..kernels.pattern import NM, Block, Pattern, Unstructured, grid_shape
 from ..kernels.select import Threshold, select, select_reference
+from ..kernels.semi_structured import nm_mask, nm_score
 from ..kernels.tiles import Tile, device_of, dot_precision, linear_tile, wgrad_tile
 from ..kernels.topology import (
     BUNDLE_WIDTH,
@@ -129,14 +130,14 @@ def pack_bytes(shape: tuple[int, int]) -> int:
 def apply_bytes(weight: tuple[int, int], kept: int, pattern: Pattern, size: int) -> int:
     """Read the mask and of the weight the kept blocks (of single elements, all); write it all."""
     total = weight[0] * weight[1]
-    read = total if isinstance(pattern, Unstructured) else kept
+    read = kept if isinstance(pattern, Block) else total
     return (read + total) * size + _mask_size(weight, pattern)
 
 
 def apply_in_place_bytes(weight: tuple[int, int], kept: int, pattern: Pattern, size: int) -> int:
     """Read the mask and write the pruned blocks; of single elements, read and write all."""
     total = weight[0] * weight[1]
-    moved = 2 * total if isinstance(pattern, Unstructured) else total - kept
+    moved = total - kept if isinstance(pattern, Block) else 2 * total
     return moved * size + _mask_size(weight, pattern)
 
 
@@ -180,9 +181,9 @@ def _groups(weight: tuple[int, int], pattern: Pattern) -> int:
 
 
 def _mask_size(weight: tuple[int, int], pattern: Pattern) -> int:
-    if isinstance(pattern, Unstructured):
-        return _product(packed_shape(weight))
-    return _groups(weight, pattern)
+    if isinstance(pattern, Block):
+        return _groups(weight, pattern)
+    return _product(packed_shape(weight))
 
 
 def kept_elements(mask: Tensor, weight: tuple[int, int], pattern: Pattern) -> int:
@@ -313,14 +314,21 @@ class Operands:
 
     @cached_property
     def grid(self) -> Tensor:
+        if isinstance(self.pattern, NM):
+            return unpack_reference(self.mask, self.shape.inputs)
         grid = grid_shape(self.pattern, self.shape.weight)
         return random_mask(grid, self.level, self.mask_kind).to(self.device)
 
     @cached_property
     def mask(self) -> Tensor:
         """The mask as ``apply_mask`` takes it."""
-        packed = isinstance(self.pattern, Unstructured)
-        return pack(self.grid, backend=self.backend) if packed else self.grid
+        match self.pattern:
+            case NM():
+                return nm_mask(self.weight, self.pattern, backend=self.backend).mask
+            case Block():
+                return self.grid
+            case _:
+                return pack(self.grid, backend=self.backend)
 
     @cached_property
     def topology(self) -> Topology:
@@ -399,6 +407,53 @@ def _mask(o: Operands) -> Built:
     return Built(run, check)
 
 
+def _nm_mask(o: Operands) -> Built:
+    """Against the n largest of every m; without a mask of ties, of which random numbers have few,
+    only the counts are compared where magnitudes are equal.
+    """
+    assert isinstance(o.pattern, NM)
+    n, m = o.pattern.n, o.pattern.m
+    out = torch.zeros(packed_shape(o.shape.weight), dtype=torch.uint8, device=o.device)
+    run = partial(nm_mask, o.weight, o.pattern, out=out, backend=o.backend)
+
+    def check() -> str | None:
+        run()
+        keep = unpack_reference(out, o.shape.inputs).unflatten(1, (-1, m))
+        size = o.weight.float().abs().unflatten(1, (-1, m))
+        wrong = int((keep.sum(2) != n).sum())
+        if wrong:
+            return f"{wrong} tuples keep another number than {n}"
+        least = size.masked_fill(~keep, float("inf")).amin(2)
+        most = size.masked_fill(keep, -1).amax(2)
+        wrong = int((most > least).sum())
+        # a transposable mask weighs rows against columns
+        return f"{wrong} tuples keep a smaller magnitude" if wrong and not _turns(o) else None
+
+    return Built(run, check)
+
+
+def _turns(o: Operands) -> bool:
+    return isinstance(o.pattern, NM) and o.pattern.transposable
+
+
+def _nm_score(o: Operands) -> Built:
+    assert isinstance(o.pattern, NM)
+    run = partial(nm_score, o.weight, o.pattern, backend=o.backend)
+
+    def check() -> str | None:
+        """What a group loses is the sum of what its mask drops."""
+        tall, wide = o.pattern.group
+        lost = o.weight.abs().masked_fill(o.grid, 0)
+        groups = (-1, tall), (-1, wide)
+
+        def total(values: Tensor) -> Tensor:
+            return values.unflatten(1, groups[1]).unflatten(0, groups[0]).sum((1, 3))
+
+        return disagreement(run(), total(lost.float()), total(lost.double()))
+
+    return Built(run, check)
+
+
 def _topology(o: Operands) -> Built:
     out = block_topology(o.grid, o.pattern, backend=o.backend)
 
@@ -436,7 +491,7 @@ def _apply_in_place(o: Operands) -> Built:
 
 
 def _multiply(o: Operands, x: Tensor, weight: Tensor) -> Tensor:
-    if isinstance(o.pattern, Unstructured):
+    if not isinstance(o.pattern, Block):
         return masked_linear(x, weight, o.mask, pattern=o.pattern, backend=o.backend)
     return block_sparse_linear(
         x, weight, o.topology, pattern=o.pattern, paths=SKIP, backend=o.backend
@@ -510,6 +565,14 @@ def operand_cases(operands: Operands, operations: Sequence[str]) -> Iterator[Cas
 
     for operation in operations:
         match operation:
+            case "score" if isinstance(pattern, NM):
+                tall, wide = pattern.group
+                moved = weight[0] * weight[1] * size + 4 * (weight[0] // tall * weight[1] // wide)
+                yield case(operation, moved, _nm_score)
+            case "mask" if isinstance(pattern, NM):
+                yield case(operation, mask_bytes(weight, size, packed=True), _nm_mask)
+            case "select" if isinstance(pattern, NM):
+                continue
             case "score" if is_block:
                 yield case(operation, score_bytes(weight, pattern, size), _score)
             case "select":
@@ -647,8 +710,8 @@ def training_step(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.dev
 def sparsify(model: nn.Module, pattern: Pattern, level: float, backend: Backend) -> Any:
     """Put ``model`` under magnitude masks at a level, one pool, and return the controller."""
     # the controller's configuration needs pydantic, which the kernels do without
-    from ..controller.config import MagnitudeSparsityConfig
     from ..controller.create import create_controller
+    from ..controller.magnitude import MagnitudeSparsityConfig
     from ..controller.schedule import PolynomialSchedule
 
     schedule = PolynomialSchedule(initial_level=level, target_level=level)
@@ -707,10 +770,11 @@ def model_cases(
 ) -> Iterator[Case]:
     """Yield what concerns all weights at once: the update of their masks and a training step."""
     size = dtype.itemsize
+    fine = not isinstance(pattern, Block)
     for operation in operations:
         arguments = (shapes, pattern, level, dtype, device, backend)
         match operation:
-            case "mask update":
+            case "mask update" if not isinstance(pattern, NM):
                 moved = update_bytes([s.weight for s in shapes], pattern, size)
                 yield Case(
                     operation, shapes, dtype, pattern, level, "magnitude", moved, 0, None,
@@ -718,7 +782,7 @@ def model_cases(
                 )  # fmt: skip
             case "training step":
                 # magnitudes decide how many of a weight's blocks stay; of all, the level's share
-                share = 1.0 if isinstance(pattern, Unstructured) else 1 - level
+                share = 1.0 if fine else 1 - level
                 kept = [round(share * s.inputs * s.outputs) for s in shapes]
                 pairs = list(zip(shapes, kept, strict=True))
                 moved = sum(step_bytes(s, k, size) for s, k in pairs)

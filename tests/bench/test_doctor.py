@@ -75,6 +75,10 @@ def nothing(function):
         ("pack", lambda function: lambda *a, **k: ~function(*a, **k), "packed"),
         ("unpack", lambda function: lambda *a, **k: ~function(*a, **k), "unpacked"),
         ("block_topology", wrong_list, "row_tasks"),
+        ("masked_linear", wrong_value, "value"),
+        ("masked_linear", wrong_gradient, "gradient to x"),
+        ("nm_mask", lambda f: lambda *a, **k: f(*a, **k)._replace(mask=~f(*a, **k).mask), "mask"),
+        ("nm_score", wrong_value, "score"),
     ],
 )
 def test_every_kernel_that_is_wrong_is_found(monkeypatch, capsys, function, breaks, problem):

@@ -15,7 +15,7 @@ from triton_sparsity.bench.work import (
     operand_cases,
     random_mask,
 )
-from triton_sparsity.kernels.pattern import Block, Unstructured
+from triton_sparsity.kernels.pattern import NM, Block, Unstructured
 from triton_sparsity.kernels.tiles import Tile
 
 CPU = torch.device("cpu")
@@ -153,6 +153,20 @@ def test_every_operation_passes_its_check(pattern, dtype):
             built.dense()
         done.append(case.operation)
     assert done == list(counted(pattern))
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 8), NM(2, 4, transposable=True)], ids=str)
+def test_every_operation_on_tuples_passes_its_check(pattern):
+    shape = Shape(24, 72, 128)
+    cases = list(operand_cases(operands(pattern, shape=shape), OPERATIONS))
+    assert [case.operation for case in cases] == [
+        "score", "mask", "pack", "apply", "apply_", "forward", "dX", "dW",
+    ]  # fmt: skip
+    for case in cases:
+        assert case.build().check() is None, case.operation
+    groups = 128 * 72 // (16 if pattern.transposable else pattern.m)
+    assert cases[0].bytes == 4 * (128 * 72 + groups)
+    assert cases[1].bytes == 4 * 128 * 72 + 128 * 9
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(), Block(32, 32)], ids=str)
