@@ -88,7 +88,9 @@ def finetune(
     task: Annotated[
         Text, _option("stdlib-lm (language model of Python's source) or digits.", "stdlib-lm")
     ] = None,
-    algorithm: Annotated[Text, _option("magnitude, const, set or rigl.", "magnitude")] = None,
+    algorithm: Annotated[
+        Text, _option("magnitude, const, set, rigl, rb or movement.", "magnitude")
+    ] = None,
     compare: Annotated[
         Text,
         typer.Option("--compare", help="Algorithms, by commas: run each from one dense baseline."),
@@ -128,6 +130,10 @@ def finetune(
     delta_t: Annotated[
         Whole, _option("Of set and rigl: steps between updates.", "ramp / 20")
     ] = None,
+    score_lr: Annotated[
+        Real, _option("Of rb and movement: peak learning rate of the scores.", "0.1")
+    ] = None,
+    regularization: Annotated[Real, _option("Of movement: factor of its loss.", "0.1")] = None,
     scope: Annotated[
         list[str] | None,
         _option("Modules to prune: path, glob or {re}expression; may be repeated.", "layers"),

@@ -299,9 +299,13 @@ def train(job: Job, model: nn.Module, controller: Any, state: dict[str, Any]) ->
     assert steps_per_epoch is not None
     assert options.batch_size is not None
     history = state["history"][phase]
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.1, fused=True
-    )
+    scores = [] if controller is None else controller.parameters()
+    own = {id(score) for score in scores}
+    weights = [weight for weight in model.parameters() if id(weight) not in own]
+    groups = [{"params": weights, "peak": peak, "weight_decay": 0.1}]
+    if scores:
+        groups.append({"params": scores, "peak": options.score_lr, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
     if state["optimizer"] is not None:
         optimizer.load_state_dict(state["optimizer"])
     if controller is not None:
@@ -321,7 +325,7 @@ def train(job: Job, model: nn.Module, controller: Any, state: dict[str, Any]) ->
                 controller.scheduler.epoch_step()
             controller.scheduler.step()
         for group in optimizer.param_groups:
-            group["lr"] = peak * learning_rate(step, total)
+            group["lr"] = group["peak"] * learning_rate(step, total)
         inputs, targets = (tensor.to(job.device) for tensor in batch)
         with autocast(job):
             task_loss = cross_entropy(model(inputs), targets)

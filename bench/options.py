@@ -13,8 +13,10 @@ import torch
 from ..controller.const import ConstSparsityConfig
 from ..controller.criteria import WeightImportance
 from ..controller.magnitude import MagnitudeSparsityConfig
+from ..controller.movement import MovementSparsityConfig
 from ..controller.nncf_config import Config
 from ..controller.pruning import is_reachable
+from ..controller.rb import RBSparsityConfig
 from ..controller.regrowth import SETConfig
 from ..controller.rigl import RigLConfig
 from ..controller.schedule import (
@@ -28,7 +30,7 @@ from ..kernels.launch import use_triton
 from ..kernels.pattern import NM, Block, Pattern, Unstructured, maximum_level
 from .tasks import Recipe
 
-ALGORITHMS = ("magnitude", "const", "set", "rigl")
+ALGORITHMS = ("magnitude", "const", "set", "rigl", "rb", "movement")
 WITH_NM = ("magnitude", "const")
 GRADIENT_OR_INPUT = ("snip", "snip_momentum", "wanda")
 
@@ -41,11 +43,14 @@ class Options:
         task: ``"stdlib-lm"`` or ``"digits"``.
         algorithm: ``"magnitude"`` along the schedule; ``"const"``: the checkpoint's zeros stay,
             or where it has none those of one pruning by magnitude; ``"set"`` and ``"rigl"``: at
-            the level from the start, with masks that move until the end of the ramp.
+            the level from the start, with masks that move until the end of the ramp; ``"rb"``:
+            learned, pulled along the schedule; ``"movement"``: learned, a warm-up as long as the
+            ramp, from the second epoch on.
         pattern: ``"unstructured"``, ``"block:ROWSxCOLS"``, ``"block:SIDE"``, ``"nm:N:M"`` or
             ``"nm:2:4:transposable"``.
         level, initial_level: where the schedule ends and starts, in [0, 1); of N:M up to 1 - n/m.
-            Without a level it ends at 0.8, or at full N:M.
+            Without a level it ends at 0.8, or at full N:M. Movement takes none: what it ends at
+            follows from ``regularization``.
         schedule: ``"polynomial"`` (cubic, at every step), ``"exponential"``, ``"multistep"`` (four
             equal rises) or ``"adaptive"``, the latter three at every epoch.
         ramp: fraction of the sparse epochs in which the level rises, in (0, 1].
@@ -55,6 +60,8 @@ class Options:
         distribution: of set and rigl, over the layers: ``"erk"`` or ``"uniform"``.
         alpha: of set and rigl: fraction of the kept groups that moves at the first update.
         delta_t: of set and rigl: steps between two updates; None: a twentieth of the ramp.
+        score_lr: of rb and movement: peak learning rate of the scores, without weight decay.
+        regularization: of movement: factor of its loss.
         scope, ignore: target and ignored scopes; by default the transformer's layers, without
             embedding, norms and head.
         dense_epochs, epochs: of the dense and the sparse training. With a checkpoint the default
@@ -87,6 +94,8 @@ class Options:
     distribution: str = "erk"
     alpha: float = 0.3
     delta_t: int | None = None
+    score_lr: float = 0.1
+    regularization: float = 0.1
     scope: tuple[str, ...] = ("layers",)
     ignore: tuple[str, ...] = ()
     dense_epochs: int | None = None
@@ -113,6 +122,11 @@ def checked(options: Options) -> Options:
         ValueError: an option is unknown or out of its range, or the backend cannot run there.
     """
     pattern = parse_pattern(options.pattern)
+    if options.algorithm == "movement" and options.level is not None:
+        raise ValueError(
+            "level must be left out with movement, which ends where its regularization takes it, "
+            f"got {options.level!r}"
+        )
     options = replace(options, level=end_level(options))
     device = find_device(options.device)
     try:
@@ -135,10 +149,12 @@ def checked(options: Options) -> Options:
             )
     for name, fits, what in (
         ("level", lambda x: 0 <= x < 1, "in [0, 1)"),
-        ("initial_level", lambda x: 0 <= x <= options.level, "from 0 to the level"),
+        ("initial_level", lambda x: 0 <= x <= (options.level or 0), "from 0 to the level"),
         ("ramp", lambda x: 0 < x <= 1, "in (0, 1]"),
         ("alpha", lambda x: 0 <= x <= 1, "in [0, 1]"),
         ("delta_t", lambda x: x >= 1, "at least 1"),
+        ("score_lr", lambda x: 0 < x < math.inf, "positive and finite"),
+        ("regularization", lambda x: 0 <= x < math.inf, "at least 0 and finite"),
         ("dense_epochs", lambda x: x >= 0, "at least 0"),
         ("epochs", lambda x: x >= 1, "at least 1"),
         ("steps_per_epoch", lambda x: x >= 1, "at least 1"),
@@ -158,15 +174,15 @@ def checked(options: Options) -> Options:
             f"algorithm must be one of {', '.join(WITH_NM)} with pattern {options.pattern}, "
             f"got {options.algorithm!r}"
         )
-    if not is_reachable(options.level, [pattern]):
+    if options.level is not None and not is_reachable(options.level, [pattern]):
         raise ValueError(
             f"level must be at most 1 - n/m = {maximum_level(pattern):g} with pattern "
             f"{options.pattern}, got {options.level!r}"
         )
     if options.importance in GRADIENT_OR_INPUT:
-        starts = options.initial_level > 0
-        if options.algorithm != "magnitude":
-            starts = options.initial_masks == "importance" and options.level > 0
+        starts = options.algorithm == "magnitude" and options.initial_level > 0
+        if options.algorithm in ("set", "rigl"):
+            starts = options.initial_masks == "importance" and options.level != 0
         if starts:
             raise ValueError(
                 f"importance {options.importance} has nothing to judge the first masks by; start "
@@ -188,9 +204,12 @@ def with_defaults(options: Options, recipe: Recipe) -> Options:
     return replace(options, **missing)
 
 
-def end_level(options: Options) -> float:
-    """Return the level that is asked for, or by default 0.8, or all that N:M can express."""
-    if options.level is not None:
+def end_level(options: Options) -> float | None:
+    """Return the level that is asked for, or by default 0.8, or all that N:M can express.
+
+    Movement has none.
+    """
+    if options.level is not None or options.algorithm == "movement":
         return options.level
     pattern = parse_pattern(options.pattern)
     return maximum_level(pattern) if isinstance(pattern, NM) else 0.8
@@ -284,9 +303,26 @@ def sparsity_config(options: Options) -> Config:
             return SETConfig(**where, **regrowth(options))
         case "rigl":
             return RigLConfig(**where, **regrowth(options))
+        case "rb":
+            return RBSparsityConfig(**where, schedule=schedule(options), seed=options.seed)
+        case "movement":
+            return MovementSparsityConfig(**where, **warm_up(options))
     raise ValueError(
         f"algorithm must be one of {', '.join(ALGORITHMS)}, got {options.algorithm!r}"
     )
+
+
+def warm_up(options: Options) -> dict[str, Any]:
+    """Return movement's warm-up: it begins with the second epoch and is as long as the ramp."""
+    assert options.epochs is not None
+    return {
+        "warmup_start_epoch": 1,
+        "warmup_end_epoch": min(1 + max(1, round(options.ramp * options.epochs)), options.epochs),
+        "importance_regularization_factor": options.regularization,
+        "init_importance_threshold": -0.1,
+        "enable_structured_masking": False,
+        "steps_per_epoch": options.steps_per_epoch,
+    }
 
 
 def regrowth(options: Options) -> dict[str, Any]:

@@ -65,9 +65,12 @@ def print_report(report: Mapping[str, Any], folder: Path) -> None:
     options = report["options"]
     console = Console(highlight=False, soft_wrap=True)
     console.print(summary(report))
+    scheduled = f"level {options['level']} by {options['schedule']} schedule"
     how = {
-        "magnitude": f"level {options['level']} by {options['schedule']} schedule",
+        "magnitude": scheduled,
+        "rb": scheduled,
         "const": "the masks it started with",
+        "movement": f"regularization {options['regularization']}",
     }
     algorithm = options["algorithm"]
     console.print(

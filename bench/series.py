@@ -83,13 +83,16 @@ def comparison(
             raise ValueError(
                 f"compare must name some of {', '.join(ALGORITHMS)}, got {algorithm!r}"
             )
-    several = len(levels) > 1
-    return [
-        Entry(
-            f"{algorithm} {100 * level:g} %" if several else algorithm,
-            f"{algorithm}-{level:g}" if several else algorithm,
-            replace(options, algorithm=algorithm, level=level),
-        )
-        for algorithm in algorithms
-        for level in levels
-    ]
+    entries = []
+    for algorithm in algorithms:
+        # movement takes no level, and so runs once
+        own = [None] if algorithm == "movement" else levels
+        entries += [
+            Entry(
+                f"{algorithm} {100 * level:g} %" if len(own) > 1 else algorithm,
+                f"{algorithm}-{level:g}" if len(own) > 1 else algorithm,
+                replace(options, algorithm=algorithm, level=level),
+            )
+            for level in own
+        ]
+    return entries
