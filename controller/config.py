@@ -7,7 +7,7 @@ translates NNCF's dictionary into one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     AfterValidator,
@@ -168,12 +168,34 @@ class AlgorithmConfig(Declaration):
         ValueError: an argument is unknown or out of its range, or two do not go together.
     """
 
+    # whether masks are chosen within tuples; else an element or a block has a fate of its own
+    takes_nm: ClassVar[bool] = False
+
     pattern: PatternField = Unstructured()
     target_scopes: Scopes | None = None
     ignored_scopes: Scopes = ()
     validate_scopes: StrictBool = True
     overrides: Annotated[tuple[Override, ...], BeforeValidator(listed), Field(strict=True)] = ()
     batchnorm_adaptation: BatchNormAdaptation | None = None
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: PatternField) -> Pattern:
+        return cls._fitting(pattern)
+
+    @field_validator("overrides")
+    @classmethod
+    def _check_overrides(cls, overrides: tuple[Override, ...]) -> tuple[Override, ...]:
+        for override in overrides:
+            if override.pattern is not None:
+                cls._fitting(override.pattern)
+        return overrides
+
+    @classmethod
+    def _fitting(cls, pattern: Pattern) -> Pattern:
+        if isinstance(pattern, NM) and not cls.takes_nm:
+            raise ValueError(f"must be Unstructured() or Block(rows, cols), got {pattern!r}")
+        return pattern
 
     @field_validator("target_scopes")
     @classmethod

@@ -30,6 +30,8 @@ class ConstSparsityConfig(AlgorithmConfig):
         ValueError: an argument is unknown or out of its range.
     """
 
+    takes_nm = True
+
     algorithm: Literal["const_sparsity"] = "const_sparsity"
 
 

@@ -45,6 +45,8 @@ class MagnitudeSparsityConfig(AlgorithmConfig):
         ValueError: an argument is unknown or out of its range, or two do not go together.
     """
 
+    takes_nm = True
+
     algorithm: Literal["magnitude_sparsity"] = "magnitude_sparsity"
     sparsity_level_setting_mode: Literal["global", "local"] = "global"
     schedule: ScheduleField = Field(default_factory=_default_schedule)

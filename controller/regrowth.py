@@ -15,17 +15,16 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from ..kernels.launch import Backend
 from ..kernels.mask import make_mask, pack
-from ..kernels.pattern import Block, Pattern, Unstructured
 from ..kernels.select import select
 from .allocation import distribute, erdos_renyi
 from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
-from .config import AlgorithmConfig, Override, PatternField
+from .config import AlgorithmConfig
 from .criteria import WeightImportance, random_numbers
 from .pruning import pools
 from .saliency import Saliency
@@ -64,26 +63,6 @@ class RegrowthConfig(AlgorithmConfig):
     alpha: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] = 0.3
     delta_t: Positive = 100
     seed: Whole = 0
-
-    @field_validator("pattern")
-    @classmethod
-    def _check_pattern(cls, pattern: PatternField) -> Pattern:
-        return _free(pattern)
-
-    @field_validator("overrides")
-    @classmethod
-    def _check_overrides(cls, overrides: tuple[Override, ...]) -> tuple[Override, ...]:
-        for override in overrides:
-            if override.pattern is not None:
-                _free(override.pattern)
-        return overrides
-
-
-def _free(pattern: Pattern) -> Pattern:
-    """Refuse patterns in which a group cannot be dropped without another in its place."""
-    if not isinstance(pattern, (Unstructured, Block)):
-        raise ValueError(f"must be Unstructured() or Block(rows, cols), got {pattern!r}")
-    return pattern
 
 
 class SETConfig(RegrowthConfig):

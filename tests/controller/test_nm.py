@@ -340,6 +340,29 @@ def test_convolutions_are_seen_as_matrices():
     assert (mask.flatten(1).reshape(8, 9, 4).sum(2) == 2).all()
 
 
+WITHOUT_NM = {
+    ts.RBSparsityConfig: {},
+    ts.MovementSparsityConfig: {
+        "warmup_start_epoch": 1,
+        "warmup_end_epoch": 2,
+        "importance_regularization_factor": 0.1,
+    },
+    ts.SETConfig: {"level": 0.5, "t_end": 10},
+    ts.RigLConfig: {"level": 0.5, "t_end": 10},
+}
+
+
+@pytest.mark.parametrize("algorithm", WITHOUT_NM)
+def test_algorithms_that_do_not_choose_within_tuples_refuse_n_m(algorithm):
+    settings = WITHOUT_NM[algorithm]
+    assert algorithm(**settings).pattern == ts.Unstructured()
+    message = r"must be Unstructured\(\) or Block\(rows, cols\), got NM\(n=2, m=4"
+    with pytest.raises(ValueError, match=f"pattern {message}"):
+        algorithm(**settings, pattern=ts.NM(2, 4))
+    with pytest.raises(ValueError, match=f"overrides {message}"):
+        algorithm(**settings, overrides=[ts.Override(scope="0", pattern=ts.NM(2, 4))])
+
+
 def test_an_nncf_dictionary_spells_n_m():
     model = nn.Sequential(nn.Linear(12, 4))
     controller = ts.create_controller(
