@@ -45,6 +45,8 @@ SUBJECTS: dict[str, dict[str, Any]] = {
     "const": {"algorithm": "const"},
 }
 PEER = "NNCF magnitude"
+# what starts sparse may take another pattern than NNCF's only one
+REGROWTH = ("RigL", "SET", "random static")
 # the first is to be no worse than the second
 CLAIMS = (("magnitude", PEER), ("RigL", "SET"), ("SET", "random static"))
 
@@ -93,26 +95,29 @@ def judge(
 
 
 def run(
-    base: Options, seeds: Sequence[int], subjects: Sequence[str], progress: Progress
+    base: Options,
+    changes: Mapping[str, Mapping[str, Any]],
+    seeds: Sequence[int],
+    progress: Progress,
 ) -> tuple[dict[str, dict[int, dict[str, float]]], dict[str, Any]]:
     """Train all subjects with every seed.
 
     Args:
         base: options of all runs.
+        changes: subject, of ``SUBJECTS`` or ``PEER`` -> what it changes in them.
         seeds: of weights, data order and masks.
-        subjects: of ``SUBJECTS``, and ``PEER``.
         progress: as ``finetune``'s.
 
     Returns:
         Subject -> seed -> what its stripped model reached; and a description of the runs.
     """
-    results: dict[str, dict[int, dict[str, float]]] = {name: {} for name in subjects}
+    results: dict[str, dict[int, dict[str, float]]] = {name: {} for name in changes}
     description: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
             options = replace(base, seed=seed)
             dense: Path | None = None
-            for name in subjects:
+            for name in changes:
                 if dense is not None:
                     options = replace(options, checkpoint=str(dense), dense_epochs=0)
 
@@ -125,7 +130,7 @@ def run(
                 if name == PEER:
                     results[name][seed] = train_peer(options, where, advance)
                     continue
-                report = finetune(replace(options, **SUBJECTS[name]), where, progress=advance)
+                report = finetune(replace(options, **changes[name]), where, progress=advance)
                 results[name][seed] = report["results"]["stripped"]
                 description = report
                 dense = dense or where / DENSE
@@ -202,6 +207,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     parser.add_argument("--level", type=float, default=0.8)
+    parser.add_argument(
+        "--regrowth-pattern",
+        default="unstructured",
+        help="of RigL, SET and random static (default unstructured, as the others)",
+    )
+    parser.add_argument("--alpha", type=float, default=0.3, help="of RigL and SET")
+    parser.add_argument("--delta-t", type=int, help="of RigL and SET; default: ramp / 20")
     parser.add_argument("--dense-epochs", type=int, help="default: the task's")
     parser.add_argument("--epochs", type=int, help="default: the task's")
     parser.add_argument("--steps-per-epoch", type=int, help="default: the task's")
@@ -218,6 +230,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"NNCF is left out: {reason}", file=sys.stderr)
     if asked.only:
         subjects = [name for name in subjects if name in asked.only.split(",")]
+    changes = {name: dict(SUBJECTS.get(name, {})) for name in subjects}
+    for name in changes:
+        if name in REGROWTH:
+            changes[name] = {
+                "pattern": asked.regrowth_pattern,
+                "delta_t": asked.delta_t,
+                "alpha": asked.alpha,
+            } | changes[name]
     base = Options(
         pattern="unstructured",
         level=asked.level,
@@ -229,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         save_every=10**6,
     )
     with progress_bars(quiet=False) as progress:
-        results, report = run(base, range(asked.seeds), subjects, progress)
+        results, report = run(base, changes, range(asked.seeds), progress)
     verdicts = judge(results, higher_is_better=report["higher_is_better"])
     console = Console()
     for table in draw(report["metric"], results, verdicts):
@@ -241,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ),
             **{key: report[key] for key in ("task", "metric", "device", "versions", "data")},
             "options": asdict(replace(base, seed=0)),
+            "changes": changes,
             "results": results,
             "claims": [asdict(verdict) | {"holds": verdict.holds} for verdict in verdicts],
         }
