@@ -9,9 +9,9 @@ gradient g, dL/dw = g where kept, and dL/ds = slope * (g w summed over the group
 the sigmoid's derivative at ``s + log(u / (1 - u))``, or 1.
 
 u comes from Philox4x32-10 (Salmon et al., SC'11), a function of seed, draw, stream (which weight)
-and group alone, so the backward pass makes the forward's mask again rather than keep it, and so
-does any rank, device or launch grid: e^-s is added and multiplied up in float32 without fusion, in
-one order, by every implementation here, and everything that it is compared with is exact.
+and group alone. So the kernels' backward pass makes the forward's mask again rather than keep it,
+and so does any rank, device or launch grid: e^-s is added and multiplied up in float32 without
+fusion, in one order, by every implementation here, and all that it is compared with is exact.
 
 Floor: forward, one read of weight and logits and one write of the weight; backward, one read of
 gradient, weight and logits and one write of two gradients. For blocks logits cost nothing.
@@ -147,37 +147,15 @@ def _exp_minus(logits: Tensor) -> Tensor:
     return power
 
 
-def _sample_on_cpu(
-    weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int
-) -> Tensor:
-    kept, _ = _draw(logits, random, stream, slopes=False)
-    return _select(weight, kept, rows, cols)
-
-
-def _sample_grad_on_cpu(
-    grad: Tensor,
-    weight: Tensor,
-    logits: Tensor,
-    random: Tensor,
-    stream: int,
-    rows: int,
-    cols: int,
-) -> tuple[Tensor, Tensor]:
-    kept, slope = _draw(logits, random, stream, slopes=True)
-    if rows == cols == 1:
-        return _select(grad, kept, rows, cols), slope.mul_(grad).mul_(weight)
-    return _select(grad, kept, rows, cols), slope.mul_(_sum_in_chunks(grad, weight, rows, cols))
-
-
-def _draw(logits: Tensor, random: Tensor, stream: int, *, slopes: bool) -> tuple[Tensor, Tensor]:
-    """Return which groups are kept, and the sigmoid's derivative of each if it is asked for.
+def _draw(logits: Tensor, random: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """Return which groups are kept, and the sigmoid's derivative of each.
 
     In numpy, on as many threads as torch would use: each takes whole chunks, whose temporaries
     stay in its cache, rather than all of them part every one of some hundred short operations.
     """
     R, C = logits.shape
     kept = np.empty((R, C), np.bool_)
-    slope = np.empty((R, C) if slopes else (0, 0), np.float32)
+    slope = np.empty((R, C), np.float32)
     s = logits.detach().numpy()
     quads = -(-R // LANES)
     height = max(1, CHUNK // (LANES * max(1, C)))
@@ -204,12 +182,11 @@ def _draw(logits: Tensor, random: Tensor, stream: int, *, slopes: bool) -> tuple
             np.subtract(np.float32(1), u, out=other)
             np.multiply(v, other, out=v)
             np.greater(u, v, out=kept[rows])
-            if slopes:
-                # with p = u / (u + v), the sigmoid, p (1 - p)
-                np.add(u, v, out=other)
-                np.multiply(other, other, out=other)
-                np.multiply(v, u, out=v)
-                np.divide(v, other, out=slope[rows])
+            # with p = u / (u + v), the sigmoid, p (1 - p)
+            np.add(u, v, out=other)
+            np.multiply(other, other, out=other)
+            np.multiply(v, u, out=v)
+            np.divide(v, other, out=slope[rows])
 
     def silent(share: Sequence[int]) -> None:
         with np.errstate(all="ignore"):
@@ -671,18 +648,30 @@ def _launch_grad(
 
 def _sample(
     weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int
-) -> Tensor:
-    on_triton = use_triton("sample_mask", "auto", weight)
-    run = _launch if on_triton else _sample_on_cpu
-    return run(weight, logits, random, stream, rows, cols)
+) -> tuple[Tensor, Tensor, Tensor]:
+    if use_triton("sample_mask", "auto", weight):
+        out = _launch(weight, logits, random, stream, rows, cols)
+        return out, logits.new_empty(0, dtype=torch.bool), logits.new_empty(0)
+    # here drawing again would cost more than keeping what was drawn
+    kept, slope = _draw(logits, random, stream)
+    return _select(weight, kept, rows, cols), kept, slope
 
 
 def _sample_grad(
-    grad: Tensor, weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int
+    grad: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    random: Tensor,
+    kept: Tensor,
+    slope: Tensor,
+    stream: int,
+    rows: int,
+    cols: int,
 ) -> tuple[Tensor, Tensor]:
     if use_triton("sample_mask", "auto", weight):
         return _launch_grad(grad, weight, logits, random, stream, None, rows, cols)
-    return _sample_grad_on_cpu(grad, weight, logits, random, stream, rows, cols)
+    sums = _sum_in_chunks(grad, weight, rows, cols)
+    return _select(grad, kept, rows, cols), sums.mul_(slope)
 
 
 def _straight(weight: Tensor, scores: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
@@ -714,7 +703,9 @@ _straight_grad_op = _operator("straight_through_backward", _straight_grad)
 
 @_sample_op.register_fake
 def _(weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int):
-    return torch.empty_like(weight)
+    grid = (0,) if use_triton("sample_mask", "auto", weight) else logits.shape
+    kept, slope = logits.new_empty(grid, dtype=torch.bool), logits.new_empty(grid)
+    return torch.empty_like(weight), kept, slope
 
 
 @_straight_op.register_fake
@@ -734,6 +725,8 @@ def _(
     weight: Tensor,
     logits: Tensor,
     random: Tensor,
+    kept: Tensor,
+    slope: Tensor,
     stream: int,
     rows: int,
     cols: int,
@@ -746,14 +739,14 @@ def _(grad: Tensor, weight: Tensor, mask: Tensor, rows: int, cols: int):
     return _fake_grads(weight, rows, cols)
 
 
-def _setup_sample(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.stream, ctx.rows, ctx.cols = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _sample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight, logits, random = ctx.saved_tensors
-    grads = _sample_grad_op(grad, weight, logits, random, ctx.stream, ctx.rows, ctx.cols)
+def _sample_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _sample_grad_op(grad, *ctx.saved_tensors, ctx.stream, ctx.rows, ctx.cols)
     return *grads, None, None, None, None
 
 
@@ -818,7 +811,7 @@ def sample_mask(
             f"got {random.dtype} {tuple(random.shape)} on {random.device}"
         )
     if takes_operator:
-        return _sample_op(weight, logits, random, stream, pattern.rows, pattern.cols)
+        return _sample_op(weight, logits, random, stream, pattern.rows, pattern.cols)[0]
     return sample_mask_reference(weight, logits, random, pattern, stream)
 
 

@@ -334,7 +334,8 @@ def test_opcheck(pattern):
     torch.library.opcheck(module._sample_op, (weight, logits, random_state(), 5, *sides))
     torch.library.opcheck(module._straight_op, (weight, logits, mask, *sides))
     grad, plain = weight.detach() + 1, weight.detach()
-    rest = (plain, logits.detach(), random_state(), 5, *sides)
+    _, *drawn = module._sample_op(plain, logits.detach(), random_state(), 5, *sides)
+    rest = (plain, logits.detach(), random_state(), *drawn, 5, *sides)
     torch.library.opcheck(module._sample_grad_op, (grad, *rest))
     torch.library.opcheck(module._straight_grad_op, (grad, plain, mask, *sides))
 
