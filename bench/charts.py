@@ -202,7 +202,7 @@ def pareto(record: Mapping[str, Any]) -> bytes:
     )
     axes.axhline(1, color="0.2", label="dense")
     axes.plot([], [], "*", color="C3", markersize=12, label="recommended")
-    axes.margins(0.2)
+    axes.margins(x=0.2, y=0.35)
     axes.set_xlabel("magnitude kept, % of the L1 norm")
     axes.set_ylabel("speed-up of forward and backward")
     axes.set_title(f"{record['model']} at {100 * record['level']:g} % sparsity\n{record['basis']}")

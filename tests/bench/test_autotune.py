@@ -193,7 +193,8 @@ def test_a_stopped_process_says_how_to_go_on(tmp_path):
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    # the interpreter may end itself by the signal once more
+    assert process.returncode in (130, -signal.SIGINT), errors
     assert "the same command goes on" in errors
 
 

@@ -228,6 +228,8 @@ def test_every_schedule_resumes(tmp_path, schedule, pattern):
         {"algorithm": "rigl", "initial_masks": "random", "pattern": "unstructured"},
         {"importance": "snip_momentum"},
         {"importance": "wanda"},
+        {"algorithm": "rb"},
+        {"algorithm": "movement", "pattern": "unstructured"},
     ],
     ids=lambda how: " ".join(map(str, how.values())),
 )
