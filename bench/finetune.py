@@ -223,7 +223,11 @@ def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str,
     stripped = controller.strip(do_copy=True)
     weights = serialised(stripped)
     targets = [
-        stripped.get_submodule(info.module_node_name).weight
+        stripped.get_parameter(
+            f"{info.module_node_name}.weight"
+            if info.parameter_name == "weight"
+            else info.module_node_name
+        )
         for info in controller.sparsified_module_info
     ]
     zeros = sum(int((weight == 0).sum()) for weight in targets)

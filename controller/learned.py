@@ -153,15 +153,26 @@ class ScoreWatch:
     """
 
     PATIENCE = 20  # steps; a gradient scaler may skip the first few
+    SAMPLE = 256  # scores of each weight that are compared
 
     def __init__(self, operands: Sequence[ScoredOperand]) -> None:
         self._operands = operands
         self._seen: list[int] = []
+        self._samples: list[Tensor] = []
         self._idle = 0
 
     def idle(self) -> bool:
         """Count a step; True once, when ``PATIENCE`` steps have changed nothing."""
         versions = [operand.scores._version for operand in self._operands]
-        self._idle = self._idle + 1 if versions == self._seen else 0
-        self._seen = versions
-        return self._idle == self.PATIENCE
+        if versions != self._seen:
+            self._seen, self._samples, self._idle = versions, self._sample(), 0
+            return False
+        self._idle += 1
+        if self._idle != self.PATIENCE:
+            return False
+        # fused optimisers leave no trace in the versions
+        return all(map(torch.equal, self._samples, self._sample()))
+
+    def _sample(self) -> list[Tensor]:
+        scores = [operand.scores.detach() for operand in self._operands]
+        return [values.flatten()[: self.SAMPLE].clone() for values in scores]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..kernels.block_sparse_linear import MIN_SIDE, block_sparse_linear
 from ..kernels.dispatch import Dispatch, Paths, as_tensor, choose
@@ -17,6 +18,21 @@ from ..kernels.masked_weight import apply_mask, apply_mask_
 from ..kernels.pattern import NM, Block, Pattern, grid_shape
 from ..kernels.semi_structured import nm_fits
 from ..kernels.topology import Topology, block_topology
+
+# fused optimisers rewrite a parameter without a trace in its version
+_optimizer_steps = [0]
+
+
+def _count_step(*_: Any) -> None:
+    _optimizer_steps[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def state_of(parameter: Tensor) -> tuple[Any, ...]:
+    """Return what differs once ``parameter`` may have other values; edits of ``.data`` escape."""
+    return parameter.data_ptr(), parameter._version, parameter.dtype, _optimizer_steps[0]
 
 
 class MaskOperand:
@@ -60,7 +76,7 @@ class MaskOperand:
         self._dtype = weight.dtype
         # the CPU's form of the mask, of integers as wide as the weight's elements
         self._words: Tensor | None = None
-        self._folded: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
+        self._folded: tuple[tuple[Any, ...], Tensor] | None = None
         # where a linear may skip blocks: their lists, and which products do, on the host and as a
         # tensor that a compiled graph reads
         self.topology: Topology | None = None
@@ -262,7 +278,7 @@ class MaskOperand:
             return self._apply(weight)
         if not isinstance(weight, nn.Parameter) or weight.is_inference():
             return self._apply(weight)
-        key = (weight.data_ptr(), weight._version, weight.dtype)
+        key = state_of(weight)
         if self._folded is None or self._folded[0] != key:
             self._folded = None
             # an inference tensor could not be saved for a later backward

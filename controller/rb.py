@@ -26,7 +26,7 @@ from .config import AlgorithmConfig, ScheduleField
 from .learned import ScoredOperand, ScoreWatch, read_scores, scored_operands, scores_state
 from .loss import CompressionLoss
 from .modules import SparseModule
-from .operand import MaskOperand
+from .operand import MaskOperand, state_of
 from .schedule import ExponentialSchedule, Level, Schedule
 from .scheduler import SparsityScheduler, StubScheduler
 from .statistics import SparsityStatistics, Statistics
@@ -156,7 +156,7 @@ class LogitOperand(ScoredOperand):
             backend=backend,
             dispatch=dispatch,
         )
-        self._read_at: tuple[int, int] | None = None
+        self._read_at: tuple[Any, ...] | None = None
 
     def to(self, weight: Tensor) -> None:
         super().to(weight)
@@ -199,7 +199,7 @@ class LogitOperand(ScoredOperand):
 
     def read_logits(self) -> None:
         """Let the mask be that of evaluation, s > 0, if logits have changed. Frozen, it stays."""
-        key = (self.scores.data_ptr(), self.scores._version)
+        key = state_of(self.scores)
         if self.frozen or self._read_at == key:
             return
         kept = self.scores.detach() > 0
@@ -221,7 +221,7 @@ class LogitOperand(ScoredOperand):
             kept = kept.T if self.transposed else kept
             logits = torch.where(kept, INITIAL_LOGIT, -INITIAL_LOGIT)
             self.scores.copy_(torch.where((self.scores > 0) == kept, self.scores, logits))
-        self._read_at = (self.scores.data_ptr(), self.scores._version)
+        self._read_at = state_of(self.scores)
 
     def kept_grid(self) -> Tensor:
         self.read_logits()

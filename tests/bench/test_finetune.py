@@ -235,8 +235,11 @@ def test_every_schedule_resumes(tmp_path, schedule, pattern):
 )
 def test_every_algorithm_resumes(tmp_path, how):
     options = replace(QUICK, dense_epochs=0, epochs=5, **how)
-    report = finetune(options, tmp_path / "whole")
-    assert report["results"]["stripped"]["level"] == pytest.approx(0.8, abs=1e-2)
+    results = finetune(options, tmp_path / "whole")["results"]
+    if options.algorithm in ("rb", "movement"):
+        assert results["stripped"]["metric"] == results["sparse"]["metric"]
+    else:
+        assert results["stripped"]["level"] == pytest.approx(0.8, abs=1e-2)
 
     moments = [4, 11]
 

@@ -97,7 +97,7 @@ def test_n_m_is_reached_by_default_and_no_level_above_it_is_taken():
         ("seed", 2**63),
         ("schedule", "linear"),
         ("importance", "l2"),
-        ("algorithm", "rb"),
+        ("algorithm", "none"),
         ("initial_masks", "dense"),
         ("distribution", "er"),
         ("alpha", 1.5),

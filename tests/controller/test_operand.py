@@ -222,3 +222,15 @@ def test_a_dense_weight_gradient_reaches_pruned_groups(dispatch):
     x = torch.randn(3, 512)
     operand.linear(x, weight, None).sum().backward()
     torch.testing.assert_close(weight.grad, torch.ones(512, 3) @ x)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_kept_masked_weight_does_not_outlive_an_optimiser_step(fused):
+    weight = nn.Parameter(torch.randn(8, 8))
+    operand = halve(weight, ts.Unstructured())
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+    weight.grad = torch.ones(8, 8)
+    with torch.no_grad():
+        operand.apply(weight)
+        optimizer.step()
+        assert torch.equal(operand.apply(weight), weight * operand.binary_mask)
