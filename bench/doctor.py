@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,12 @@ from ..kernels.bits import expand_mask, pack_reference, unpack_reference
 from ..kernels.block_score import block_score, block_score_reference
 from ..kernels.block_sparse_linear import block_sparse_linear, block_sparse_linear_reference
 from ..kernels.launch import HAS_TRITON, INTERPRET, Backend, use_triton
+from ..kernels.learned_mask import (
+    sample_mask,
+    sample_mask_reference,
+    straight_through,
+    straight_through_reference,
+)
 from ..kernels.mask import make_mask, make_mask_reference, pack, unpack
 from ..kernels.masked_linear import masked_linear
 from ..kernels.masked_weight import apply_mask, apply_mask_, apply_mask_reference
@@ -171,6 +178,19 @@ def checks(device: torch.device, backend: Backend) -> Iterator[tuple[str, Check]
         tuples = normal(36, 128, dtype=dtype).round(decimals=1)
         for pattern in (NM(2, 4), NM(1, 8)):
             yield f"nm_mask {pattern}, {name}", _tuples(tuples, pattern, backend)
+        for pattern in (Unstructured(), Block(8, 16)):
+            logits = normal(*grid_shape(pattern, fine.shape))
+            random = torch.tensor([7, 3], device=device)
+            rest = {"pattern": pattern, "backend": backend}
+            size = f"37x130, {pattern}, {name}"
+            drawn = partial(sample_mask, random=random, **rest)
+            wanted = partial(sample_mask_reference, random=random, pattern=pattern)
+            yield f"sample_mask {size}", _learned(drawn, wanted, fine, logits)
+            grid = grid_of(pattern, fine)
+            mask = pack_reference(grid) if isinstance(pattern, Unstructured) else grid
+            given = partial(straight_through, mask=mask, **rest)
+            wanted = partial(straight_through_reference, mask=mask, pattern=pattern)
+            yield f"straight_through {size}", _learned(given, wanted, fine, logits)
     flags = grid_of(Unstructured(), normal(37, 131))
     yield "pack, unpack", _bits(flags, backend)
     for block in (Block(16, 64), Block(64, 16)):
@@ -280,6 +300,32 @@ def _masked_linear(
         return first(
             _named(name, disagreement(*three))
             for name, three in zip(names, zip(*results, strict=True), strict=True)
+        )
+
+    return check
+
+
+def _learned(
+    function: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    weight: Tensor,
+    scores: Tensor,
+) -> Check:
+    """Values to the bit; the gradient of the scores is a sum, as is the weight's behind a mask."""
+
+    def check() -> str | None:
+        results = []
+        for run, kind in zip((function, reference, reference), _kinds(weight), strict=True):
+            w, s = weight.detach().to(kind).requires_grad_(), scores.clone().requires_grad_()
+            y = run(w, s)
+            results.append((y, *torch.autograd.grad(y.square().sum(), (w, s))))
+        got, eager, exact = results
+        return first(
+            (
+                difference("value", got[0], eager[0]),
+                _named("gradient to weight", disagreement(got[1], eager[1], exact[1])),
+                _named("gradient to scores", disagreement(got[2], eager[2], exact[2].double())),
+            )
         )
 
     return check

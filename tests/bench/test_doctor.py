@@ -79,6 +79,9 @@ def nothing(function):
         ("masked_linear", wrong_gradient, "gradient to x"),
         ("nm_mask", lambda f: lambda *a, **k: f(*a, **k)._replace(mask=~f(*a, **k).mask), "mask"),
         ("nm_score", wrong_value, "score"),
+        ("sample_mask", wrong_value, "value"),
+        ("sample_mask", wrong_gradient, "gradient to weight"),
+        ("straight_through", wrong_value, "value"),
     ],
 )
 def test_every_kernel_that_is_wrong_is_found(monkeypatch, capsys, function, breaks, problem):
