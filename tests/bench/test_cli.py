@@ -110,10 +110,10 @@ def test_json_is_all_that_is_printed_and_is_the_stored_report(tmp_path, capsys):
         (["--scope", "{re}("], "'{re}('"),
         (["--seed", "-1"], "seed must be from 0"),
         (["--resume", "--force"], "exclude each other"),
-        (["--algorithm", "rb"], "algorithm must be one of magnitude, const, set, rigl, got 'rb'"),
+        (["--algorithm", "none"], "algorithm must be one of magnitude, const, set, rigl, got 'rb'"),
         (["--compare", "set", "--algorithm", "set"], "exclude each other"),
         (
-            ["--compare", "set,rb"],
+            ["--compare", "set,none"],
             "compare must name some of magnitude, const, set, rigl, got 'rb'",
         ),
         (["--compare", "set,set"], "compare must name algorithms, each once, got 'set,set'"),
