@@ -534,7 +534,7 @@ def comparisons(place: Place) -> list[Comparison]:
             },
             {"ours": ("WeightNormSparsifier", 1 / 25)},
             weights=rows * cols,
-            rounds=3,
+            rounds=7,
         ),
         Comparison(
             f"Threshold: the 80th percentile of {4 * width**2 / 1e6:.1f} M magnitudes",

@@ -7,7 +7,6 @@ machine hits all of them alike.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -37,10 +36,6 @@ def in_turn(
     Returns:
         By name the times; or what went wrong, in set-up, check or run, of which there is no time.
     """
-    # glibc returns memory to the system at one size of heap and not at another: which subject that
-    # hits is chance, and getting it back takes as long as a tenth of a step
-    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
-        os.environ.setdefault(name, str(2**32))
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from .launch import Backend, autocast
-from .mask import WORDS
+from .launch import Backend, autocast, use_triton
+from .mask import WORDS, word_mask
 from .masked_weight import and_words, apply_mask, apply_mask_, apply_mask_reference
 from .pattern import Block, Pattern, Unstructured
 
@@ -55,11 +55,21 @@ def _masked(
     weight: Tensor, mask: Tensor, rows: int, cols: int, backend: Backend, dtype: torch.dtype
 ) -> Tensor:
     """Return the masked weight for one product: it may lie in scratch memory."""
-    if mask.dtype in WORDS.values() and weight.is_contiguous():
+    pattern = _pattern(mask, rows, cols)
+    if mask.dtype == torch.bool and mask.is_cpu and bool(mask.all()):
+        masked = weight
+    elif (
+        weight.is_contiguous()
+        and weight.is_cpu
+        and not use_triton("masked_linear", backend, weight)
+    ):
+        words = mask
+        if mask.dtype not in WORDS.values():
+            words = word_mask(mask, pattern, weight.shape, weight.dtype)
         masked = _scratch(weight)
-        and_words(weight, mask, rows, masked)
+        and_words(weight, words, rows, masked)
     else:
-        masked = apply_mask(weight, mask, _pattern(mask, rows, cols), backend=backend)
+        masked = apply_mask(weight, mask, pattern, backend=backend)
     # masked, then narrowed: under autocast the mask's words are as wide as the weight
     return masked.to(dtype)
 

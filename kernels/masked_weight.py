@@ -203,7 +203,8 @@ def _apply_(weight: Tensor, mask: Tensor, rows: int, cols: int) -> None:
     elif use_triton("apply_mask_", "auto", weight):
         _launch(weight, mask, rows, cols, weight)
     else:
-        weight.masked_fill_(~expand_mask(mask, _pattern(mask, rows, cols), weight.shape), 0)
+        words = word_mask(mask, _pattern(mask, rows, cols), weight.shape, weight.dtype)
+        and_words(weight, words, rows, weight)
 
 
 _op = torch.library.custom_op("triton_sparsity::apply_mask", _apply, mutates_args=())

@@ -45,6 +45,7 @@ _BINS_LOG2 = 18
 # The least that is sampled: on the GPU enough for a bracket of fewer patterns than bins. The CPU
 # keeps the keys inside its bracket, so that it need not read again.
 _SAMPLE, _SAMPLE_CPU = 1 << 21, 1 << 18
+_BINS_FEW = 1 << 12
 _CHUNK = 1 << 17  # elements that a CPU thread handles at a time: they stay in its cache
 _KEPT = 1 << 19  # keys that it keeps at most
 
@@ -585,6 +586,9 @@ def _search_torch(
     total, spread = agree([total, (step - 1) * total]).tolist()
     if k > total:
         raise ValueError(f"select: k must be at most the {total} elements of all ranks, got {k}")
+    if not spread:
+        # few keys, which are kept: to add up many bins would take longer than to count again
+        plan = plan._replace(bins=min(plan.bins, _BINS_FEW))
     pieces = _pieces(tensors, scales, 1)
     sample = _pieces(tensors, scales, step)
     samples = plan.samples if k and spread else 0
