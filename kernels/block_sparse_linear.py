@@ -384,7 +384,8 @@ def _wgrad_op(
         out.zero_()
     elif not _paths(paths, weight, topology.kept, rows, cols, triton_runs).wgrad:
         torch.mm(grad.T, x, out=out)
-        apply_mask_(out, topology.kept, Block(rows, cols), backend=_backend(triton_runs))
+        if not masked_linear.keeps_all(topology.kept):
+            apply_mask_(out, topology.kept, Block(rows, cols), backend=_backend(triton_runs))
     elif not triton_runs:
         block_sparse_torch.wgrad(grad, x, topology, rows, cols, out)
     elif out.numel():

@@ -51,12 +51,17 @@ def _scratch(like: Tensor) -> Tensor:
     return kept[: like.nbytes].view(like.dtype).view(like.shape)
 
 
+def keeps_all(mask: Tensor) -> bool:
+    """Tell, where it costs nothing, that nothing is pruned."""
+    return mask.dtype == torch.bool and mask.is_cpu and bool(mask.all())
+
+
 def _masked(
     weight: Tensor, mask: Tensor, rows: int, cols: int, backend: Backend, dtype: torch.dtype
 ) -> Tensor:
     """Return the masked weight for one product: it may lie in scratch memory."""
     pattern = _pattern(mask, rows, cols)
-    if mask.dtype == torch.bool and mask.is_cpu and bool(mask.all()):
+    if keeps_all(mask):
         masked = weight
     elif (
         weight.is_contiguous()
