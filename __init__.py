@@ -29,6 +29,7 @@ from triton_sparsity.kernels.block_score import block_score
 from triton_sparsity.kernels.block_sparse_linear import block_sparse_linear
 from triton_sparsity.kernels.learned_mask import sample_mask, straight_through
 from triton_sparsity.kernels.mask import make_mask, pack, unpack
+from triton_sparsity.kernels.masked_linear import masked_linear
 from triton_sparsity.kernels.masked_weight import apply_mask, apply_mask_
 from triton_sparsity.kernels.pattern import NM, Block, Unstructured
 from triton_sparsity.kernels.select import Threshold, select
@@ -73,6 +74,7 @@ __all__ = [
     "block_topology",
     "create_controller",
     "make_mask",
+    "masked_linear",
     "nm_mask",
     "nm_score",
     "pack",

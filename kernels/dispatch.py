@@ -62,10 +62,10 @@ class Kind(NamedTuple):
 measured: dict[Kind, BreakEven] = {}
 
 # Side of a block -> break-even. On a CPU the side is that by which a gathered element is used.
-# Measured on two cores of a shared AMD EPYC, MKL, float32, 512 tokens, 2048 x 2048, while its
-# neighbours left it the least memory bandwidth; at quiet times the true ones are up to twice that.
-_CPU = {256: 0.55, 128: 0.42, 64: 0.3, 32: 0.15, 16: 0.04}
-_CPU_WGRAD = {256: 0.45, 128: 0.3, 64: 0.18, 32: 0.09, 16: 0.02}
+# Measured on two quiet cores of an AMD EPYC, MKL, float32, 512 tokens, 2048 x 2048; these take
+# nine tenths of the dense time or less.
+_CPU = {256: 0.6, 128: 0.6, 64: 0.55, 32: 0.3, 16: 0.1}
+_CPU_WGRAD = {256: 0.55, 128: 0.5, 64: 0.35, 32: 0.2, 16: 0.05}
 # elements of a line of blocks whose product takes as long as its Python
 _CPU_LINE = 4096
 # No GPU has been measured yet. Hopper: two thirds of the share of the peak that L2 leaves a tile
