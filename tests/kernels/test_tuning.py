@@ -89,13 +89,20 @@ def test_a_damaged_table_is_refused(damage):
         tuning.parse(damage)
 
 
-SHAPE = (300, 128)  # ten blocks; at a density of 0.4 the built-in values say dense
+SHAPE = (300, 128)  # ten blocks
+
+
+@pytest.fixture
+def no_built_in_gains(monkeypatch):
+    """What is built in says dense everywhere, so that a choice shows the table it came from."""
+    monkeypatch.setattr(dispatch, "built_in", lambda *_, **__: dispatch.BreakEven(0, 0, 0))
 
 
 def chosen(kept=4):
     return dispatch.choose(kept, SHAPE, BLOCK, torch.float32, CPU, triton_runs=False)
 
 
+@pytest.mark.usefixtures("no_built_in_gains")
 def test_the_users_table_is_used_by_dispatch(user_file):
     assert chosen() == (False, False, False)
     user_file.write_text(json.dumps(content()))
@@ -111,6 +118,7 @@ def test_the_users_table_is_used_by_dispatch(user_file):
         del dispatch.measured[kind]
 
 
+@pytest.mark.usefixtures("no_built_in_gains")
 def test_a_deterministic_program_takes_nothing_that_was_measured(user_file, monkeypatch):
     user_file.write_text(json.dumps(content()))
     key = "forward", (256, 128), BLOCK, torch.bfloat16
