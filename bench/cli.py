@@ -266,8 +266,15 @@ def profile(
     device: Annotated[Text, _option("auto, cpu, cuda or cuda:N.", "auto")] = None,
     backend: Annotated[Text, _option("auto, triton or torch.", "auto")] = None,
     threads: Annotated[Whole, _option("CPU threads.", "torch's own choice")] = None,
-    budget: Annotated[Real, _option("Seconds to time an operation.", "by device")] = None,
+    budget: Annotated[
+        Real, _option("Seconds to time an operation in a pass.", "by device")
+    ] = None,
+    passes: Annotated[Whole, _option("Times that all is set up anew and timed.", "3")] = None,
     output: Output = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="An earlier profile.json: list what moved since."),
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option("--trace", help="File for a torch profiler trace.")
     ] = None,
@@ -280,7 +287,7 @@ def profile(
     """
     from . import profile as job
     from .report import progress_bars
-    from .tables import show_profile
+    from .tables import show_moved, show_profile
 
     plan = job.make_plan(
         shapes=shapes,
@@ -294,7 +301,9 @@ def profile(
         backend=backend,
         threads=threads,
         budget=budget,
+        passes=passes,
     )
+    earlier = None if against is None else job.load_profile(against)
     job.claim(output, trace)
     with progress_bars(quiet=as_json) as progress:
         record = job.profile(plan, progress, trace)
@@ -304,6 +313,8 @@ def profile(
         print(json.dumps(record, allow_nan=False))
     else:
         show_profile(record, output)
+        if earlier is not None:
+            show_moved(*job.moved(record, earlier), earlier)
 
 
 @app.command()

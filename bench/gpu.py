@@ -30,7 +30,7 @@ from .doctor import checks
 from .files import write_atomic
 from .options import find_device, spell_pattern
 from .peers import blksprs, dense, semi_structured, stk, torch_bsr
-from .profile import Plan, measure_case, overhead
+from .profile import measure_case, overhead, to_row
 from .record import Row, claim_folder, dump, environment, results_folder, times, to_csv
 from .shapes import Shape, spell_shapes
 from .tables import ceilings_line, console, percent, seconds, table, where
@@ -149,9 +149,6 @@ class Run:
     def late(self) -> bool:
         return time.perf_counter() > self.deadline
 
-    def plan(self) -> Plan:
-        return Plan((), (), (), "random", (), self.dtype, self.device, self.backend, self.budget)
-
     def add(self, cases: Callable[[], Iterator[Case]], operation: str = "") -> list[Row]:
         """Check and time cases; return their rows, one if nothing could be set up."""
         before = len(self.rows)
@@ -160,7 +157,8 @@ class Run:
                 if self.late():
                     self.rows.append(_no_time(case))
                 else:
-                    self.rows.append(measure_case(case, self.plan(), self.ceilings)[0])
+                    outcome = measure_case(case, self.device, self.budget)
+                    self.rows.append(to_row(case, [outcome], self.ceilings))
         # operands themselves may not fit; what was measured before stays
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]

@@ -7,12 +7,12 @@ speed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,9 +23,9 @@ from .ceilings import Ceilings, measure_ceilings
 from .charts import roofline, speedups
 from .files import write_atomic
 from .options import find_device, parse_pattern, spell_pattern
-from .record import Row, claim_folder, dump, environment, times, to_csv
+from .record import Row, claim_folder, dump, load, environment, times, to_csv
 from .shapes import Shape, parse_shapes, spell_shapes
-from .timing import Timing, measure
+from .timing import Timing, Work, measure, measure_in_turn, pool
 from .work import OPERATIONS, Case, Operands, model_cases, operand_cases
 
 Progress = Callable[[str, int, int, str], None]
@@ -45,7 +45,9 @@ class Plan:
         operations: of ``work.OPERATIONS``.
         dtype: of weights and activations.
         device, backend: where and how.
-        budget: seconds of timed runs of each operation.
+        budget: seconds of timed runs of each operation in a pass.
+        passes: how often everything is set up anew and timed. What a minute of the machine, or
+            where memory happens to lie, does to a time is then in its spread.
     """
 
     shapes: tuple[Shape, ...]
@@ -57,6 +59,7 @@ class Plan:
     device: torch.device
     backend: Backend
     budget: float
+    passes: int
 
 
 def make_plan(
@@ -72,6 +75,7 @@ def make_plan(
     backend: str | None = None,
     threads: int | None = None,
     budget: float | None = None,
+    passes: int | None = None,
 ) -> Plan:
     """Return the plan that a command line spells; None takes what suits the device.
 
@@ -100,7 +104,9 @@ def make_plan(
     dtype = dtype or ("bfloat16" if gpu else "float32")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be one of float32, bfloat16, float16, got {dtype!r}")
-    for name, value in (("tokens", tokens), ("threads", threads), ("budget", budget)):
+    for name, value in (
+        ("tokens", tokens), ("threads", threads), ("budget", budget), ("passes", passes)
+    ):  # fmt: skip
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive, got {value}")
     if threads:
@@ -121,7 +127,8 @@ def make_plan(
         dtype=getattr(torch, dtype),
         device=place,
         backend="triton" if triton_runs else "torch",
-        budget=budget or (0.1 if gpu else 0.05),
+        budget=budget or (0.05 if gpu else 0.02),
+        passes=passes or 3,
     )
 
 
@@ -173,15 +180,28 @@ def profile(plan: Plan, progress: Progress, trace: Path | None = None) -> dict[s
         The record: where, ceilings, and a list of rows as dictionaries.
     """
     ceilings = measure_ceilings(plan.device, [plan.dtype])
-    rows, traced = [], []
     todo = groups(plan)
-    for i, group in enumerate(todo, 1):
-        for case in group():
-            row, run = measure_case(case, plan, ceilings, keep=trace is not None)
-            rows.append(row)
-            if run is not None:
-                traced.append((row, run))
-        progress("profile", i, len(todo), f"{len(rows)} measured")
+    measured: list[tuple[Case, list[Outcome]]] = []
+    for turn in range(plan.passes):
+        index = 0
+        for i, group in enumerate(todo, 1):
+            for case in group():
+                if turn == 0:
+                    measured.append((case, []))
+                outcomes = measured[index][1]
+                if all(outcome.status == "ok" for outcome in outcomes):
+                    keep = trace is not None and turn == plan.passes - 1
+                    outcomes.append(
+                        measure_case(case, plan.device, plan.budget, check=turn == 0, keep=keep)
+                    )
+                index += 1
+            progress(
+                "profile",
+                turn * len(todo) + i,
+                plan.passes * len(todo),
+                f"{len(measured)} operations, pass {turn + 1} of {plan.passes}",
+            )
+    rows = [to_row(case, outcomes, ceilings) for case, outcomes in measured]
     record = environment(plan.device, plan.backend) | {
         "notes": notes(plan),
         "ceilings": ceilings._asdict(),
@@ -189,6 +209,8 @@ def profile(plan: Plan, progress: Progress, trace: Path | None = None) -> dict[s
         "rows": [asdict(row) for row in rows],
     }
     if trace is not None:
+        runs = [outcomes[-1].run for _, outcomes in measured]
+        traced = [(row, run) for row, run in zip(rows, runs, strict=True) if run is not None]
         write_trace(trace, traced, plan.device)
     return record
 
@@ -198,20 +220,60 @@ def overhead(device: torch.device) -> float:
     return measure(lambda: None, device, least=20).median
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What came of measuring one case once.
+
+    Attributes:
+        status, detail: a row's.
+        timing, dense: of the operation, and of the same work without sparsity, if there is such.
+        run: the operation, if it was asked for.
+    """
+
+    status: str
+    detail: str = ""
+    timing: Timing | None = None
+    dense: Timing | None = None
+    run: Work | None = None
+
+
 def measure_case(
-    case: Case,
-    plan: Plan,
-    ceilings: Ceilings,
-    *,
-    keep: bool = False,
-) -> tuple[Row, Callable[[], object] | None]:
+    case: Case, device: torch.device, budget: float, *, check: bool = True, keep: bool = False
+) -> Outcome:
     """Set one case up, check it, and only if it is right, time it.
 
     Args:
         case: what.
-        plan: where, and for how long.
-        ceilings: of this run.
+        device: where.
+        budget: seconds of timed runs.
+        check: whether it is checked, or was in an earlier pass.
         keep: return the work too.
+    """
+    try:
+        built = case.build()
+        if check and (problem := built.check()) is not None:
+            return Outcome("failed", problem)
+        works = [built.run] if built.dense is None else [built.run, built.dense]
+        timings = measure_in_turn(works, device, budget=budget)
+    except torch.OutOfMemoryError:
+        return Outcome("skipped", "out of memory")
+    except ModuleNotFoundError as error:
+        return Outcome("skipped", str(error))
+    # whatever a kernel does on a device that nobody has seen, the others are still measured
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return Outcome("failed", f"{type(error).__name__}: {lines[0]}")
+    timing, *dense = timings
+    return Outcome("ok", "", timing, dense[0] if dense else None, built.run if keep else None)
+
+
+def to_row(case: Case, outcomes: Sequence[Outcome], ceilings: Ceilings) -> Row:
+    """Return the row of a case that was measured in one pass or several.
+
+    Args:
+        case: what.
+        outcomes: one a pass; none follows the first that is not ``"ok"``.
+        ceilings: of the same run.
     """
     head = {
         "operation": case.operation,
@@ -223,29 +285,13 @@ def measure_case(
         "bytes": case.bytes,
         "flops": case.flops,
     }
-    try:
-        built = case.build()
-        problem = built.check()
-        if problem is not None:
-            return Row(**head, status="failed", detail=problem), None
-        timing = measure(built.run, plan.device, budget=plan.budget)
-        # right after the other, so that a slow minute hits both
-        dense = built.dense and measure(built.dense, plan.device, budget=plan.budget)
-    except torch.OutOfMemoryError:
-        return Row(**head, status="skipped", detail="out of memory"), None
-    except ModuleNotFoundError as error:
-        return Row(**head, status="skipped", detail=str(error)), None
-    # whatever a kernel does on a device that nobody has seen, the others are still measured
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return Row(**head, status="failed", detail=f"{type(error).__name__}: {lines[0]}"), None
-    row = Row(
-        **head,
-        status="ok",
-        **times(timing),
-        **rates(case, timing.median, ceilings, dense),
-    )
-    return row, built.run if keep else None
+    last = outcomes[-1]
+    if last.status != "ok":
+        return Row(**head, status=last.status, detail=last.detail)
+    timing = pool([o.timing for o in outcomes if o.timing is not None])
+    dense = [o.dense for o in outcomes if o.dense is not None]
+    found = rates(case, timing.median, ceilings, pool(dense) if dense else None)
+    return Row(**head, status="ok", **times(timing), **found)
 
 
 def rates(case: Case, seconds: float, ceilings: Ceilings, dense: Timing | None) -> dict[str, Any]:
@@ -268,7 +314,12 @@ def rates(case: Case, seconds: float, ceilings: Ceilings, dense: Timing | None) 
         "of_bound": bounds[bound] / seconds,
     }
     if dense is not None:
-        found |= {"dense_s": dense.median, "speedup": dense.median / seconds}
+        found |= {
+            "dense_s": dense.median,
+            "dense_p20_s": dense.quantile(0.2),
+            "dense_p80_s": dense.quantile(0.8),
+            "speedup": dense.median / seconds,
+        }
         if case.flops:
             found["efficiency"] = density(case) * dense.median / seconds
     return found
@@ -280,9 +331,60 @@ def density(case: Case) -> float:
     return case.flops / sum(2 * per_token * s.tokens * s.inputs * s.outputs for s in case.shapes)
 
 
-def write_trace(
-    path: Path, traced: Sequence[tuple[Row, Callable[[], object]]], device: torch.device
-) -> None:
+class Moved(NamedTuple):
+    """A time that two records give differently.
+
+    Attributes:
+        row: of the later record.
+        dense: whether it is the dense work's time, which no change of ours explains.
+        ratio: the later median over the earlier one.
+    """
+
+    row: Mapping[str, Any]
+    dense: bool
+    ratio: float
+
+
+def load_profile(path: Path) -> dict[str, Any]:
+    """Return an earlier record of ``profile``.
+
+    Raises:
+        ValueError: the file holds none.
+        OSError: it cannot be read.
+    """
+    record = load(path)
+    columns = {field.name for field in fields(Row)}
+    rows = record.get("rows")
+    if not (isinstance(rows, list) and all(isinstance(r, dict) and columns >= {*r} for r in rows)):
+        raise ValueError(f"{path} must be a profile.json, which has rows of measurements")
+    return record
+
+
+def moved(record: Mapping[str, Any], earlier: Mapping[str, Any]) -> tuple[list[Moved], int]:
+    """Compare two records of ``profile``: by how much times differ beyond their spread.
+
+    Two times agree if their ranges from p20 to p80 meet.
+
+    Returns:
+        Those that do not, and how many were compared.
+    """
+    names = ("operation", "shape", "dtype", "pattern", "level", "mask", "status")
+    before = {tuple(row.get(name) for name in names): row for row in earlier["rows"]}
+    found, compared = [], 0
+    for row in record["rows"]:
+        other = before.get(tuple(row[name] for name in names))
+        for dense, column in ((False, "{}_s"), (True, "dense_{}_s")):
+            p20, p80 = column.format("p20"), column.format("p80")
+            median = "dense_s" if dense else "median_s"
+            if other is None or row.get(p20) is None or other.get(p20) is None:
+                continue
+            compared += 1
+            if row[p20] > other[p80] or other[p20] > row[p80]:
+                found.append(Moved(row, dense, row[median] / other[median]))
+    return found, compared
+
+
+def write_trace(path: Path, traced: Sequence[tuple[Row, Work]], device: torch.device) -> None:
     """Write a trace of one more run of each operation, for chrome://tracing or Perfetto."""
     from torch.profiler import ProfilerActivity, record_function
     from torch.profiler import profile as watch

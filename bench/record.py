@@ -57,6 +57,7 @@ class Row:
         dense_s: median of the same work without sparsity.
         speedup: dense over median.
         efficiency: FLOP rate over the dense product's.
+        dense_p20_s, dense_p80_s: seconds.
     """
 
     operation: str
@@ -85,6 +86,8 @@ class Row:
     dense_s: float | None = None
     speedup: float | None = None
     efficiency: float | None = None
+    dense_p20_s: float | None = None
+    dense_p80_s: float | None = None
 
 
 def environment(device: torch.device, backend: str) -> dict[str, Any]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from .profile import Moved
 
 
 def console() -> Console:
@@ -116,6 +119,21 @@ def show_profile(record: Mapping[str, Any], folder: Path | None) -> None:
         )
     if folder is not None:
         out.print(f"{folder}: profile.json, profile.csv, roofline.png, speedup.png")
+
+
+def show_moved(moved: Sequence[Moved], compared: int, earlier: Mapping[str, Any]) -> None:
+    """Print which times lie beyond the spread of an earlier record's."""
+    out = console()
+    out.print(
+        f"against commit {earlier['commit']} of {earlier['date']}, {where(earlier)}: "
+        f"{compared - len(moved)} of {compared} times agree within their spread"
+    )
+    for one in moved:
+        row = one.row
+        out.print(
+            f"  {one.ratio:.2f} of the earlier time: {'dense ' if one.dense else ''}"
+            f"{row['operation']} {row['shape']} {row['pattern']} {row['level']:g}"
+        )
 
 
 def show_recommendation(record: Mapping[str, Any], folder: Path | None) -> None:

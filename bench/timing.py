@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,17 @@ class Timing:
         return sorted(self.seconds)[round(q * (len(self.seconds) - 1))]
 
 
+def pool(timings: Sequence[Timing]) -> Timing:
+    """Return the runs of several timings of the same work as one timing."""
+    hosts = [timing.host for timing in timings if timing.host is not None]
+    scratch = [timing.scratch for timing in timings if timing.scratch is not None]
+    return Timing(
+        tuple(second for timing in timings for second in timing.seconds),
+        max(scratch, default=None),
+        statistics.median(hosts) if hosts else None,
+    )
+
+
 def measure(
     work: Work,
     device: torch.device,
@@ -64,74 +75,97 @@ def measure(
         least, most: bounds of the number of timed runs, whatever the budget is.
         give_up: a time in seconds; when the first three runs are all slower, no more follow.
     """
-    if device.type == "cuda":
-        return _measure_cuda(work, device, budget, least, most, give_up)
-    return _measure_cpu(work, budget, least, most, give_up)
+    (timing,) = measure_in_turn(
+        [work], device, budget=budget, least=least, most=most, give_up=give_up
+    )
+    return timing
 
 
-def _runs(estimate: float, budget: float, least: int, most: int, give_up: float | None) -> int:
-    if give_up is not None and estimate > give_up:
-        return 0
-    return max(least, min(most, int(budget / max(estimate, 1e-9))))
-
-
-def _measure_cpu(
-    work: Work, budget: float, least: int, most: int, give_up: float | None
-) -> Timing:
-    clock = time.perf_counter
-    work()
-
-    def timed(count: int) -> list[float]:
-        seconds = [0.0] * count
-        for i in range(count):
-            start = clock()
-            work()
-            seconds[i] = clock() - start
-        return seconds
-
-    first = timed(min(3, least))
-    return Timing(tuple(timed(_runs(min(first), budget, least, most, give_up)) or first))
-
-
-def _measure_cuda(
-    work: Work,
+def measure_in_turn(
+    works: Sequence[Work],
     device: torch.device,
-    budget: float,
-    least: int,
-    most: int,
-    give_up: float | None,
-) -> Timing:
-    with torch.cuda.device(device):
-        size = FLUSH_FACTOR * l2_bytes(device)
-        flush = torch.empty(size // 4, dtype=torch.int32, device=device)
-        # the first call compiles, the second shows what the host takes
+    *,
+    budget: float = 0.2,
+    least: int = 5,
+    most: int = 100,
+    give_up: float | None = None,
+) -> list[Timing]:
+    """Time several works, each once a round, so that a slow moment hits all of them alike.
+
+    Args:
+        works: as ``measure``'s.
+        device: where they run.
+        budget: seconds to spend on timed runs of one of them, on average.
+        least, most: bounds of the number of rounds.
+        give_up: as ``measure``'s, of their mean.
+    """
+    run = _on_gpu(works, device) if device.type == "cuda" else _on_cpu(works)
+    first = run(min(3, least))
+    estimate = statistics.mean(min(timing.seconds) for timing in first)
+    if give_up is not None and estimate > give_up:
+        return first
+    return run(max(least, min(most, int(budget / max(estimate, 1e-9)))))
+
+
+def _on_cpu(works: Sequence[Work]) -> Callable[[int], list[Timing]]:
+    """Warm up; return what runs so many rounds."""
+    clock = time.perf_counter
+    for work in works:
         work()
-        torch.cuda.synchronize()
+
+    def run(rounds: int) -> list[Timing]:
+        seconds = [[0.0] * rounds for _ in works]
+        for i in range(rounds):
+            for work, times in zip(works, seconds, strict=True):
+                start = clock()
+                work()
+                times[i] = clock() - start
+        return [Timing(tuple(times)) for times in seconds]
+
+    return run
+
+
+def _on_gpu(works: Sequence[Work], device: torch.device) -> Callable[[int], list[Timing]]:
+    """Warm up; return what runs so many rounds."""
+    with torch.cuda.device(device):
+        flush = torch.empty(FLUSH_FACTOR * l2_bytes(device) // 4, dtype=torch.int32, device=device)
+        hosts = []
+        for work in works:
+            # the first call compiles, the second shows what the host takes
+            work()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            hosts.append(time.perf_counter() - start)
+            torch.cuda.synchronize()
+
+    def once(work: Work, host: float) -> tuple[torch.cuda.Event, torch.cuda.Event, float]:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        _hold(min(2 * host, MAX_HOLD))
+        begin.record()
         start = time.perf_counter()
         work()
-        host = time.perf_counter() - start
-        torch.cuda.synchronize()
+        taken = time.perf_counter() - start
+        end.record()
+        return begin, end, taken
 
-        def timed(count: int) -> tuple[list[float], list[float]]:
-            events, hosts = [], []
-            for _ in range(count):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                flush.zero_()
-                _hold(min(2 * host, MAX_HOLD))
-                begin.record()
-                start = time.perf_counter()
-                work()
-                hosts.append(time.perf_counter() - start)
-                end.record()
-                events.append((begin, end))
+    def run(rounds: int) -> list[Timing]:
+        with torch.cuda.device(device):
+            queued = [
+                [once(work, host) for work, host in zip(works, hosts, strict=True)]
+                for _ in range(rounds)
+            ]
             torch.cuda.synchronize()
-            return [begin.elapsed_time(end) * 1e-3 for begin, end in events], hosts
+        return [
+            Timing(
+                tuple(begin.elapsed_time(end) * 1e-3 for begin, end, _ in runs),
+                host=statistics.median(taken for *_, taken in runs),
+            )
+            for runs in zip(*queued, strict=True)
+        ]
 
-        first, hosts = timed(3)
-        host = min(hosts)
-        count = _runs(min(first), budget, least, most, give_up)
-        seconds, hosts = timed(count) if count else (first, hosts)
-    return Timing(tuple(seconds), host=statistics.median(hosts))
+    return run
 
 
 def _hold(seconds: float) -> None:

@@ -21,6 +21,7 @@ QUICK = [
     "--level=0.5",
     "--level=0.75",
     "--budget=0.001",
+    "--passes=2",
     "--device=cpu",
     "--threads=1",
 ]
@@ -70,6 +71,67 @@ def test_a_profile_leaves_its_table_files_and_pictures(tmp_path, capsys):
     assert any("forward 16x64x128" in str(event.get("name")) for event in events)
 
 
+def test_every_pass_times_all_and_only_the_first_checks(monkeypatch):
+    from triton_sparsity.bench import work
+
+    checks, masked = [], work.apply_mask
+    monkeypatch.setattr(work, "apply_mask", lambda *a, **k: (checks.append(1), masked(*a, **k))[1])
+    plan = job.make_plan(
+        shapes="16x64x128", patterns=["block:32"], levels=[0.5], operations=["apply"],
+        device="cpu", budget=1e-9, passes=4,
+    )  # fmt: skip
+    (row,) = job.profile(plan, lambda *_: None)["rows"]
+    assert row["runs"] == 4 * 5
+    # in a pass one run to warm up, three to estimate, five that count; and one that is checked
+    assert len(checks) == 4 * (1 + 3 + 5) + 1
+
+
+def test_a_failure_in_a_later_pass_takes_the_speed_away(monkeypatch):
+    outcomes = iter([job.Outcome("ok", timing=Timing((1.0,))), job.Outcome("failed", "no")])
+    monkeypatch.setattr(job, "measure_case", lambda *_, **__: next(outcomes))
+    plan = job.make_plan(
+        shapes="16x64x128", patterns=["block:32"], levels=[0.5], operations=["apply"],
+        device="cpu", passes=3,
+    )  # fmt: skip
+    (row,) = job.profile(plan, lambda *_: None)["rows"]
+    assert (row["status"], row["detail"], row["median_s"]) == ("failed", "no", None)
+
+
+def test_an_earlier_record_is_compared(tmp_path, capsys):
+    quick = [*QUICK, "--operation=apply", "--operation=forward"]
+    assert run("profile", *quick, "-o", tmp_path) == 0
+    record = load(tmp_path / "profile.json")
+    capsys.readouterr()
+    for row in record["rows"]:
+        for name in ("median_s", "p20_s", "p80_s"):
+            row[name] *= 1e3 if row["operation"] == "apply" else 1
+        if row["operation"] == "forward":
+            row["p20_s"] = row["dense_p20_s"] = 0
+            row["p80_s"] = row["dense_p80_s"] = 10
+    (tmp_path / "slow.json").write_text(json.dumps(record))
+    assert run("profile", *quick, "--against", tmp_path / "slow.json") == 0
+    text = capsys.readouterr().out
+    applies = sum(row["operation"] == "apply" for row in record["rows"])
+    compared = applies + 2 * (len(record["rows"]) - applies)
+    assert f"{compared - applies} of {compared} times agree within their spread" in text
+    assert text.count("0.00 of the earlier time: apply") == applies
+
+
+def test_times_agree_if_their_ranges_meet():
+    row = {"operation": "apply", "shape": "1x1x1", "status": "ok"}
+    row |= {"dtype": "", "pattern": "", "level": 0.5, "mask": ""}
+
+    def record(median, p20, p80):
+        return {"rows": [row | {"median_s": median, "p20_s": p20, "p80_s": p80}]}
+
+    assert job.moved(record(3, 2, 4), record(5, 4, 6)) == ([], 1)
+    ((found,), compared) = job.moved(record(3, 2, 4), record(6, 5, 7))
+    assert (found.ratio, found.dense, compared) == (0.5, False, 1)
+    other = record(9, 9, 9)
+    other["rows"][0]["level"] = 0.9
+    assert job.moved(record(3, 2, 4), other) == ([], 0)
+
+
 def test_json_is_all_that_is_printed(tmp_path, capsys):
     assert run("profile", *QUICK, "--operation=apply", "--json") == 0
     captured = capsys.readouterr()
@@ -95,11 +157,11 @@ def test_what_fails_is_listed_with_its_reason_and_without_speed(tmp_path, capsys
 def test_the_columns_of_the_csv_last():
     # columns may be added at the end only
     names = list(Row.__dataclass_fields__)
-    assert names[:27] == [
+    assert names[:28] == [
         "operation", "shape", "dtype", "pattern", "level", "mask", "status", "detail", "median_s",
         "p20_s", "p80_s", "runs", "host_s", "bytes", "flops", "gb_per_s", "tflop_per_s",
         "of_copy", "of_cache", "of_gemm", "bound", "bound_s", "of_bound", "dense_s", "speedup",
-        "efficiency",
+        "efficiency", "dense_p20_s", "dense_p80_s",
     ]  # fmt: skip
 
 
@@ -137,6 +199,8 @@ def test_rates_follow_from_the_counts_and_ceilings():
         (["--backend", "cudnn"], "got 'cudnn'"),
         (["--tokens", "0"], "tokens must be positive, got 0"),
         (["--budget", "-1"], "budget must be positive"),
+        (["--passes", "0"], "passes must be positive, got 0"),
+        (["--against", "nothing.json"], "nothing.json: No such file"),
         (["--output", "/proc/nothing"], "/proc/nothing"),
         (["--trace", "/proc/nothing/trace"], "/proc/nothing/trace"),
     ],

@@ -6,7 +6,7 @@ import torch
 
 from triton_sparsity.bench import timing
 from triton_sparsity.bench.suite import profiler_overhead
-from triton_sparsity.bench.timing import Timing, measure
+from triton_sparsity.bench.timing import Timing, measure, measure_in_turn, pool
 
 CPU = torch.device("cpu")
 
@@ -64,6 +64,28 @@ def test_slow_work_is_given_up_after_three_runs():
     assert len(calls) == 4
     assert len(found.seconds) == 3
     assert found.median > 0.001
+
+
+def test_works_are_timed_in_turn_and_their_mean_counts():
+    calls = []
+
+    def work(name, seconds):
+        return lambda: calls.append((name, wait(seconds))[0])
+
+    quick, slow = measure_in_turn(
+        [work("quick", 0.001), work("slow", 0.003)], CPU, budget=0.02, least=2
+    )
+    assert calls == ["quick", "slow"] * (len(calls) // 2)
+    assert len(quick.seconds) == len(slow.seconds) == len(calls) // 2 - 1 - 2
+    # 2 ms on average, ten times within the budget
+    assert 2 <= len(quick.seconds) <= 10
+    assert 0.001 <= quick.median < slow.median
+
+
+def test_passes_are_pooled():
+    found = pool([Timing((1.0, 5.0), 3, 0.1), Timing((2.0,), 7, 0.3)])
+    assert found == Timing((1.0, 5.0, 2.0), 7, 0.2)
+    assert pool([Timing((1.0,))]) == Timing((1.0,))
 
 
 class FakeGpu:

@@ -3,7 +3,7 @@ import torch
 
 from triton_sparsity.bench import work
 from triton_sparsity.bench.ceilings import Ceilings
-from triton_sparsity.bench.profile import make_plan, measure_case
+from triton_sparsity.bench.profile import measure_case, to_row
 from triton_sparsity.bench.shapes import Shape
 from triton_sparsity.bench.work import (
     OPERATIONS,
@@ -230,10 +230,11 @@ def test_a_wrong_kernel_is_shown_as_failed_and_has_no_speed(
     cases = list(operand_cases(operands(pattern), operations))
     assert [case.operation for case in cases] == operations
     for case in cases:
-        row, run = measure_case(case, make_plan(device="cpu"), CEILINGS, keep=True)
+        outcome = measure_case(case, CPU, 0.0, keep=True)
+        row = to_row(case, [outcome], CEILINGS)
         assert row.status == "failed", case.operation
         assert row.detail
-        assert run is None
+        assert outcome.run is None
         assert (
             row.median_s is row.speedup is row.gb_per_s is row.tflop_per_s is row.dense_s is None
         )
@@ -245,7 +246,7 @@ def test_a_kernel_that_raises_is_shown_as_failed(monkeypatch):
 
     monkeypatch.setattr(work, "apply_mask", broken)
     (case,) = operand_cases(operands(Block(32, 32)), ["apply"])
-    row, _ = measure_case(case, make_plan(device="cpu"), CEILINGS)
+    row = to_row(case, [measure_case(case, CPU, 0.0)], CEILINGS)
     assert (row.status, row.detail) == ("failed", "RuntimeError: no such instruction")
 
 
@@ -255,5 +256,5 @@ def test_what_does_not_fit_the_memory_is_skipped(monkeypatch):
 
     monkeypatch.setattr(work, "apply_mask", broken)
     (case,) = operand_cases(operands(Block(32, 32)), ["apply"])
-    row, _ = measure_case(case, make_plan(device="cpu"), CEILINGS)
+    row = to_row(case, [measure_case(case, CPU, 0.0)], CEILINGS)
     assert (row.status, row.detail) == ("skipped", "out of memory")
