@@ -23,7 +23,7 @@ from .ceilings import Ceilings, measure_ceilings
 from .charts import roofline, speedups
 from .files import write_atomic
 from .options import find_device, parse_pattern, spell_pattern
-from .record import Row, claim_folder, dump, load, environment, times, to_csv
+from .record import Row, claim_folder, dump, environment, load, times, to_csv
 from .shapes import Shape, parse_shapes, spell_shapes
 from .timing import Timing, Work, measure, measure_in_turn, pool
 from .work import OPERATIONS, Case, Operands, model_cases, operand_cases
