@@ -234,7 +234,7 @@ class MaskOperand:
         """
         matrix = weight.T if self.transposed else weight
         # tracing must not look at the paths: it would guard their values
-        if self.topology is not None and (torch.compiler.is_compiling() or self._skips()):
+        if self.topology is not None and (torch.compiler.is_compiling() or self._skips(weight)):
             return block_sparse_linear(
                 x,
                 matrix,
@@ -259,8 +259,11 @@ class MaskOperand:
             backend=self.backend,
         )
 
-    def _skips(self) -> bool:
-        return any(self.paths) if torch.is_grad_enabled() else self.paths.forward
+    def _skips(self, weight: Tensor) -> bool:
+        """Tell whether a product skips pruned blocks, or leaves their gradient out."""
+        if not torch.is_grad_enabled():
+            return self.paths.forward
+        return any(self.paths) or (weight.requires_grad and not self.all_kept)
 
     def apply(self, weight: Tensor) -> Tensor:
         """Return the masked weight, differentiable, of the weight's shape.

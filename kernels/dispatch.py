@@ -61,11 +61,11 @@ class Kind(NamedTuple):
 # what a program says itself; comes before the device's tuning table, and that before what is below
 measured: dict[Kind, BreakEven] = {}
 
-# Side of a block -> break-even. On a CPU the side is that by which a gathered element is used.
-# Measured on two quiet cores of an AMD EPYC, MKL, float32, 512 tokens, 2048 x 2048; these take
-# nine tenths of the dense time or less.
-_CPU = {256: 0.6, 128: 0.6, 64: 0.55, 32: 0.3, 16: 0.1}
-_CPU_WGRAD = {256: 0.55, 128: 0.5, 64: 0.35, 32: 0.2, 16: 0.05}
+# Side of a block -> break-even. On a CPU the side is a line's, by which an activation that is read
+# is used. Measured on two quiet cores of an AMD EPYC, MKL, float32, 2048 x 2048, with 512 tokens;
+# of sides below 64, which lose most where tokens are few, with 64 too.
+_CPU = {256: 0.97, 128: 0.97, 64: 0.8, 32: 0.35, 16: 0.1}
+_CPU_WGRAD = {256: 0.8, 128: 0.75, 64: 0.5, 32: 0.2, 16: 0.05}
 # elements of a line of blocks whose product takes as long as its Python
 _CPU_LINE = 4096
 # No GPU has been measured yet. Hopper: two thirds of the share of the peak that L2 leaves a tile
@@ -86,7 +86,12 @@ def kind_of(
 
 
 def built_in(
-    shape: tuple[int, int], pattern: Block, device: torch.device, *, triton_runs: bool
+    shape: tuple[int, int],
+    pattern: Block,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    triton_runs: bool,
 ) -> BreakEven:
     """Return what is known before anything was measured on the device: rather too little."""
     (R, C), (rows, cols) = shape, (pattern.rows, pattern.cols)
@@ -98,7 +103,8 @@ def built_in(
             return BreakEven(0, 0, 0)
         lone = rows if bundling(pattern, grid)[0] else cols
         return BreakEven(table[rows], table[cols], 0.9 * table[lone])
-    if device.type != "cpu":
+    # 16-bit products have instructions of their own there, and nobody has measured them
+    if device.type != "cpu" or dtype != torch.float32:
         return BreakEven(0, 0, 0)
 
     def gathered(table: dict[int, float], side: int, length: int) -> float:
@@ -143,7 +149,7 @@ def choose(
     if not torch.are_deterministic_algorithms_enabled():
         known = measured.get(kind_of(shape, pattern, dtype, device))
         known = known or break_even(shape, pattern, dtype, device)
-    limits = known or built_in(shape, pattern, device, triton_runs=triton_runs)
+    limits = known or built_in(shape, pattern, dtype, device, triton_runs=triton_runs)
     down, across = grid_shape(pattern, shape)
     return Paths(*(limit > 0 and kept <= limit * down * across for limit in limits))
 

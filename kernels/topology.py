@@ -10,8 +10,10 @@ Reading order: layout -> reference -> kernels -> launcher -> operator -> public 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +61,22 @@ def capacities(grid: tuple[int, int], pattern: Pattern) -> tuple[tuple[int, ...]
     (Rb, Cb), (by_rows, size) = grid, bundling(pattern, grid)
     bundles = Rb * -(-Cb // size) if by_rows else Cb * -(-Rb // size)
     return (Rb, 3), (Rb * Cb,), (Cb, 3), (Rb * Cb,), (bundles, 3), (1,), (Rb, Cb)
+
+
+def runs(grid: Tensor) -> Iterator[list[tuple[int, int]]]:
+    """Yield for each line of a grid the runs of True, as first and one past the last.
+
+    Args:
+        grid: bool matrix on the CPU.
+    """
+    padded = np.pad(grid.numpy(), ((0, 0), (1, 1)))
+    # a run begins where False turns to True, and ends where it turns back
+    line, turn = (padded[:, 1:] != padded[:, :-1]).nonzero()
+    ends = np.searchsorted(line, np.arange(1, len(padded) + 1)).tolist()
+    turns, start = turn.tolist(), 0
+    for end in ends:
+        yield [*zip(turns[start:end:2], turns[start + 1 : end : 2], strict=True)]
+        start = end
 
 
 def _empty(mask: Tensor, pattern: Pattern) -> Topology:

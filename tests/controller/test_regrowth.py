@@ -9,6 +9,7 @@ from torch import nn
 
 import triton_sparsity as ts
 from triton_sparsity.controller.regrowth import OPTIMIZERS
+from triton_sparsity.controller.rigl import norm_
 
 PATTERNS = [ts.Unstructured(), ts.Block(4, 4)]
 CONFIGS = [ts.SETConfig, ts.RigLConfig]
@@ -102,10 +103,18 @@ def test_the_least_important_are_dropped(config, pattern):
         assert score[gone].max() <= lowest[-1]
 
 
+def normed(gradient):
+    for dim in (1, 0):
+        size = gradient.square().mean(dim, keepdim=True).sqrt()
+        gradient = gradient / size.where(size > 0, 1)
+    return gradient
+
+
 @patterns
+@pytest.mark.parametrize("growth", ["gradient", "normed_gradient"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_rigl_grows_where_the_dense_gradient_is_greatest(pattern, micro_batches):
-    controller = build(pattern=pattern)
+def test_rigl_grows_where_the_dense_gradient_is_greatest(pattern, growth, micro_batches):
+    controller = build(pattern=pattern, growth=growth)
     train(controller, range(3))
     # the same weights, zeros written by hand, give the gradient of every weight
     dense = controller.strip()
@@ -121,11 +130,47 @@ def test_rigl_grows_where_the_dense_gradient_is_greatest(pattern, micro_batches)
     controller.scheduler.step()
     layers = [layer for layer in dense if isinstance(layer, nn.Linear)]
     for layer, drop, a, b in zip(layers, drops, before, grids(controller), strict=True):
-        grow = ts.block_score(layer.weight.grad, pattern)
+        gradient = layer.weight.grad
+        if growth == "normed_gradient":
+            gradient = normed(gradient)
+        grow = ts.block_score(gradient, pattern)
         moving = int(controller.drop_fraction(4) * int(a.sum()))
         survives = a & (drop > drop[a].sort().values[moving - 1])
         best = grow[~survives].sort(descending=True).values[moving - 1]
-        assert torch.equal(b, survives | (~survives & (grow >= best * (1 - 1e-6))))
+        assert int(b.sum()) == int(a.sum())
+        grown = ~survives & b
+        assert torch.equal(b, survives | grown)
+        assert grow[grown].min() >= best * (1 - 1e-6)
+        # of equals, to rounding, any
+        assert b[grow > best * (1 + 1e-6)].all()
+
+
+def test_a_row_of_large_gradients_takes_no_growth_from_the_others():
+    def grown(growth):
+        # all but one output matter a thousandth as much to the loss
+        controller = build(growth=growth)
+        scale = torch.full((12,), 1e-3)
+        scale[5] = 1
+        before = grids(controller)[1]
+        for step in range(5):
+            controller.scheduler.step()
+            controller.optimizer.zero_grad()
+            (controller.model(data(step)) * scale).sum().backward()
+        return (grids(controller)[1] & ~before).sum(1)
+
+    assert grown("gradient")[5] > 4 * grown("gradient").float().mean()
+    assert grown("normed_gradient")[5] < 3 * grown("normed_gradient").float().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_norms_of_tiny_and_zero_rows(dtype):
+    gradient = torch.randn(6, 5).to(dtype)
+    gradient[1] = 0
+    gradient[:, 3] = 0
+    gradient[2] *= 1e-3 if dtype == torch.float16 else 1e-36
+    exact = normed(gradient.double())
+    norm_(gradient)
+    assert torch.allclose(gradient.double(), exact, rtol=8 * torch.finfo(dtype).eps, atol=0)
 
 
 @patterns
@@ -380,6 +425,11 @@ def test_bad_arguments_are_refused_by_name_and_value(config, arguments, message)
     section = {"algorithm": config.model_fields["algorithm"].default, "params": arguments}
     with pytest.raises(ValueError, match=r"^compression"):
         ts.create_controller(nn.Linear(4, 4), section)
+
+
+def test_rigl_says_what_growth_there_is():
+    with pytest.raises(ValueError, match=r"growth must be .*'normed_gradient', got 'random'"):
+        ts.RigLConfig(level=0.5, t_end=10, growth="random")
 
 
 @both

@@ -20,7 +20,7 @@ def paths(density, side, triton_runs, shape=(2048, 2048), **options):
 @pytest.mark.parametrize("side", SIDES)
 def test_few_blocks_are_skipped_to_and_many_are_not(side, triton_runs):
     assert all(paths(0.01, side, triton_runs))
-    assert not any(paths(0.9, side, triton_runs))
+    assert not any(paths(1.0, side, triton_runs))
     taken = [sum(paths(density / 50, side, triton_runs)) for density in range(51)]
     assert taken == sorted(taken, reverse=True)
 
@@ -36,6 +36,12 @@ def test_each_product_has_the_side_that_its_sums_share():
     assert paths(0.3, wide, True) == Paths(True, False, paths(0.3, wide, True).wgrad)
     assert paths(0.3, narrow, False) == Paths(False, True, True)
     assert paths(0.3, wide, False) == Paths(True, False, True)
+
+
+def test_16_bit_products_on_a_cpu_stay_dense():
+    for dtype in (torch.bfloat16, torch.float16):
+        found = choose(1, (2048, 2048), Block(128, 128), dtype, CPU, triton_runs=False)
+        assert found == (False, False, False)
 
 
 def test_a_choice_can_be_forced():

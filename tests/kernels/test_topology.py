@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from triton_sparsity.kernels.topology import (
     block_topology,
     bundling,
     capacities,
+    runs,
     topology_reference,
 )
 
@@ -150,3 +153,18 @@ def test_bad_inputs_name_the_problem(bad):
 def test_triton_is_refused_where_it_cannot_run():
     with pytest.raises(RuntimeError, match="block_topology: backend='triton'"):
         block_topology(make((5, 7), "some"), Block(32, 32), backend="triton")
+
+
+@pytest.mark.parametrize("kind", ["some", "all", "none", "empty lines"])
+@pytest.mark.parametrize("grid", [*GRIDS, (3, 0), (0, 3)])
+def test_runs_are_the_neighbours_of_each_line(grid, kind):
+    mask = make(grid, kind).cpu() if min(grid) else torch.empty(grid, dtype=torch.bool)
+    for view in (mask, mask.T):
+        found = [*runs(view)]
+        assert len(found) == len(view)
+        for line, pairs in zip(view.tolist(), found, strict=True):
+            covered = [at for first, end in pairs for at in range(first, end)]
+            assert covered == [at for at, flag in enumerate(line) if flag]
+            # none is empty, none touches the next
+            assert all(first < end for first, end in pairs)
+            assert all(a[1] < b[0] for a, b in pairwise(pairs))
