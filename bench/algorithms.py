@@ -39,6 +39,7 @@ Progress = Callable[[str, int, int, str], None]
 SUBJECTS: dict[str, dict[str, Any]] = {
     "magnitude": {"algorithm": "magnitude"},
     "RigL": {"algorithm": "rigl", "initial_masks": "random"},
+    "RigL as published": {"algorithm": "rigl", "initial_masks": "random", "growth": "gradient"},
     "SET": {"algorithm": "set", "initial_masks": "random"},
     # masks that are drawn in the same way and stay
     "random static": {"algorithm": "set", "initial_masks": "random", "alpha": 0.0},
@@ -46,7 +47,7 @@ SUBJECTS: dict[str, dict[str, Any]] = {
 }
 PEER = "NNCF magnitude"
 # what starts sparse may take another pattern than NNCF's only one
-REGROWTH = ("RigL", "SET", "random static")
+REGROWTH = ("RigL", "RigL as published", "SET", "random static")
 # the first is to be no worse than the second
 CLAIMS = (("magnitude", PEER), ("RigL", "SET"), ("SET", "random static"))
 

@@ -60,6 +60,7 @@ class Options:
         distribution: of set and rigl, over the layers: ``"erk"`` or ``"uniform"``.
         alpha: of set and rigl: fraction of the kept groups that moves at the first update.
         delta_t: of set and rigl: steps between two updates; None: a twentieth of the ramp.
+        growth: of rigl: ``"normed_gradient"`` or ``"gradient"``.
         score_lr: of rb and movement: peak learning rate of the scores, without weight decay.
         regularization: of movement: factor of its loss.
         scope, ignore: target and ignored scopes; by default the transformer's layers, without
@@ -94,6 +95,7 @@ class Options:
     distribution: str = "erk"
     alpha: float = 0.3
     delta_t: int | None = None
+    growth: str = "normed_gradient"
     score_lr: float = 0.1
     regularization: float = 0.1
     scope: tuple[str, ...] = ("layers",)
@@ -139,6 +141,7 @@ def checked(options: Options) -> Options:
         ("importance", get_args(WeightImportance)),
         ("initial_masks", ("importance", "random")),
         ("distribution", ("erk", "uniform")),
+        ("growth", ("normed_gradient", "gradient")),
         ("dtype", ("float32", "bfloat16")),
         ("dispatch", ("auto", "sparse", "dense")),
     ):
@@ -302,7 +305,8 @@ def sparsity_config(options: Options) -> Config:
         case "set":
             return SETConfig(**where, **regrowth(options))
         case "rigl":
-            return RigLConfig(**where, **regrowth(options))
+            growth: Any = options.growth
+            return RigLConfig(**where, **regrowth(options), growth=growth)
         case "rb":
             return RBSparsityConfig(**where, schedule=schedule(options), seed=options.seed)
         case "movement":

@@ -272,11 +272,16 @@ class _KeptGroups(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        slopes = grads[0].float()
         return tuple(
-            torch.ops.aten.sigmoid_backward(slope.expand_as(s), torch.sigmoid(s))
-            for slope, s in zip(slopes, ctx.saved_tensors, strict=True)
+            _sigmoid_slope(s).mul_(grad)
+            for grad, s in zip(grads[0].float(), ctx.saved_tensors, strict=True)
         )
+
+
+def _sigmoid_slope(s: Tensor) -> Tensor:
+    """Return the derivative of the sigmoid, in the memory of the sigmoid."""
+    p = torch.sigmoid(s)
+    return p.addcmul_(p, p, value=-1)
 
 
 class SparseLoss(CompressionLoss):

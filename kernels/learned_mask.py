@@ -32,7 +32,7 @@ from torch.nn import functional
 
 from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
 from .mask import WORDS, expand_mask, word_mask
-from .masked_weight import apply_mask
+from .masked_weight import and_words, apply_mask
 from .pattern import Block, Pattern, Unstructured, grid_shape
 
 LANES = 4  # numbers that one evaluation of Philox gives, to the groups of four consecutive rows
@@ -53,7 +53,9 @@ _EXP2 = (
 _A, _B, _KEY_A, _KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 
-CHUNK = 2**16  # elements that a CPU thread handles at a time: their temporaries stay in its cache
+# elements that a CPU thread handles at a time: few enough for their temporaries to stay in its
+# cache, enough for threads not to wait for Python's lock
+CHUNK = 2**18
 SUM_CHUNK = 2**20  # the same of all threads, where torch parts each operation
 TILE = {"QUADS": 4, "CHUNKS": 32, "WIDTH": 8}  # rows by LANES, then columns: 16-byte loads
 BLOCK_TILE = {"TILE_R": 16, "TILE_C": 256}  # no block is wider
@@ -147,14 +149,17 @@ def _exp_minus(logits: Tensor) -> Tensor:
     return power
 
 
-def _draw(logits: Tensor, random: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+def _draw(logits: Tensor, random: Tensor, stream: int, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return which groups are kept, and the sigmoid's derivative of each.
+
+    The former as bool, or as integers with all bits set or none, by ``kind``.
 
     In numpy, on as many threads as torch would use: each takes whole chunks, whose temporaries
     stay in its cache, rather than all of them part every one of some hundred short operations.
     """
     R, C = logits.shape
-    kept = np.empty((R, C), np.bool_)
+    kept = torch.empty((R, C), dtype=kind)
+    words = kept.numpy()
     slope = np.empty((R, C), np.float32)
     s = logits.detach().numpy()
     quads = -(-R // LANES)
@@ -181,7 +186,9 @@ def _draw(logits: Tensor, random: Tensor, stream: int) -> tuple[Tensor, Tensor]:
             _exp_minus_into(v, other, s[rows])
             np.subtract(np.float32(1), u, out=other)
             np.multiply(v, other, out=v)
-            np.greater(u, v, out=kept[rows])
+            flags = np.greater(u, v, out=words[rows] if kind == torch.bool else None)
+            if kind != torch.bool:
+                np.negative(flags.view(np.int8), out=words[rows])
             # with p = u / (u + v), the sigmoid, p (1 - p)
             np.add(u, v, out=other)
             np.multiply(other, other, out=other)
@@ -198,7 +205,7 @@ def _draw(logits: Tensor, random: Tensor, stream: int) -> tuple[Tensor, Tensor]:
     else:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(silent, (starts[n::threads] for n in range(threads))))
-    return torch.from_numpy(kept), torch.from_numpy(slope)
+    return kept, torch.from_numpy(slope)
 
 
 class _Philox:
@@ -248,8 +255,10 @@ def _exp_minus_into(power: np.ndarray, y: np.ndarray, logits: np.ndarray) -> Non
 
 
 def _select(weight: Tensor, kept: Tensor, rows: int, cols: int) -> Tensor:
-    if rows == cols == 1:
-        return torch.where(kept, weight, weight.new_zeros(()))
+    if kept.dtype != torch.bool:
+        out = torch.empty_like(weight)
+        and_words(weight, kept, rows, out)
+        return out
     pattern = Block(rows, cols)
     return apply_mask(weight, word_mask(kept, pattern, weight.shape, weight.dtype), pattern)
 
@@ -653,8 +662,13 @@ def _sample(
         out = _launch(weight, logits, random, stream, rows, cols)
         return out, logits.new_empty(0, dtype=torch.bool), logits.new_empty(0)
     # here drawing again would cost more than keeping what was drawn
-    kept, slope = _draw(logits, random, stream)
+    kept, slope = _draw(logits, random, stream, _kept_kind(weight, rows, cols))
     return _select(weight, kept, rows, cols), kept, slope
+
+
+def _kept_kind(weight: Tensor, rows: int, cols: int) -> torch.dtype:
+    """Return what tells which groups are kept on a CPU: of elements, what selects them at once."""
+    return WORDS[weight.element_size()] if rows == cols == 1 else torch.bool
 
 
 def _sample_grad(
@@ -703,8 +717,10 @@ _straight_grad_op = _operator("straight_through_backward", _straight_grad)
 
 @_sample_op.register_fake
 def _(weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int):
-    grid = (0,) if use_triton("sample_mask", "auto", weight) else logits.shape
-    kept, slope = logits.new_empty(grid, dtype=torch.bool), logits.new_empty(grid)
+    if use_triton("sample_mask", "auto", weight):
+        return torch.empty_like(weight), logits.new_empty(0, dtype=torch.bool), logits.new_empty(0)
+    kept = logits.new_empty(logits.shape, dtype=_kept_kind(weight, rows, cols))
+    slope = logits.new_empty(logits.shape)
     return torch.empty_like(weight), kept, slope
 
 

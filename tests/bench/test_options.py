@@ -103,6 +103,7 @@ def test_n_m_is_reached_by_default_and_no_level_above_it_is_taken():
         ("alpha", 1.5),
         ("alpha", float("nan")),
         ("delta_t", 0),
+        ("growth", "random"),
         ("dtype", "float16"),
         ("device", "tpu"),
         ("device", "cuda:x"),
@@ -165,6 +166,9 @@ def test_masks_move_until_the_end_of_the_ramp(name, config):
     assert (found.t_end, found.delta_t, found.level) == (300, 15, 0.9)
     assert (found.alpha, found.seed, found.distribution) == (0.2, 5, "erk")
     assert sparsity_config(replace(options, delta_t=7)).delta_t == 7
+    if config is ts.RigLConfig:
+        assert found.growth == "normed_gradient"
+        assert sparsity_config(replace(options, growth="gradient")).growth == "gradient"
 
 
 def test_the_adaptive_schedule_ends_at_the_target_if_there_is_time():
