@@ -29,8 +29,9 @@ from torch import nn
 from ..controller.schedule import PolynomialSchedule
 from .files import DENSE, load_checkpoint, write_atomic
 from .finetune import Job, evaluate, finetune, start, train
-from .options import Options, checked, schedule, with_defaults
+from .options import Options, checked, find_device, schedule, with_defaults
 from .peers import nncf
+from .record import environment
 from .report import progress_bars
 from .tasks import load_task
 
@@ -256,11 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for table in draw(report["metric"], results, verdicts):
         console.print(table)
     if asked.json:
-        content = {
-            "command": " ".join(
-                ["python -m triton_sparsity.bench.algorithms", *(arguments or sys.argv[1:])]
-            ),
-            **{key: report[key] for key in ("task", "metric", "device", "versions", "data")},
+        content = environment(find_device(base.device), report["backend"]) | {
+            **{key: report[key] for key in ("task", "metric", "higher_is_better", "data")},
             "options": asdict(replace(base, seed=0)),
             "changes": changes,
             "results": results,

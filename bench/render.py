@@ -7,6 +7,7 @@ whether they are up to date.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ def render(results: Path) -> str:
             parts.extend(_profile(records["profile.json"], f"bench/results/{folder.name}"))
         if "gpu.json" in records:
             parts.extend(_gpu(records["gpu.json"], f"bench/results/{folder.name}"))
+        for path in sorted(folder.glob("algorithms*.json")):
+            parts.extend(_algorithms(load(path)))
     return "\n\n".join(parts or ["Nothing was recorded yet."])
 
 
@@ -140,6 +143,31 @@ def _gpu(record: Mapping[str, Any], folder: str) -> list[str]:
         lines,
         f"All of it: [{folder}/gpu.csv]({folder}/gpu.csv), "
         f"[roofline]({folder}/gpu-roofline.png), [speed-up]({folder}/gpu-speedup.png).",
+    ]
+
+
+def _algorithms(record: Mapping[str, Any]) -> list[str]:
+    """What each algorithm ended at, by seed, and which is no worse than which."""
+    seeds = list(next(iter(record["results"].values())))
+    rows = []
+    for name, by_seed in record["results"].items():
+        values = [by_seed[seed]["metric"] for seed in seeds]
+        level = statistics.mean(by_seed[seed]["level"] for seed in seeds)
+        numbers = [f"{value:.4f}" for value in (statistics.mean(values), *values)]
+        rows.append((name, *numbers, percent(level)))
+    headings = ("algorithm:", "mean", *(f"seed {seed}" for seed in seeds), "sparsity")
+    lines = "\n".join(
+        f"- {claim['subject']} {'is no worse' if claim['holds'] else 'IS WORSE'} than "
+        f"{claim['other']}: better by {claim['difference']:.4f}, standard error "
+        f"{claim['error']:.4f} of {len(seeds)} seeds."
+        for claim in record["claims"]
+    )
+    better = "higher" if record["higher_is_better"] else "lower"
+    return [
+        f"{record['task']}, {record['metric']} of the stripped models ({better} is better), equal "
+        f"steps. {_made(record)}",
+        _markdown(headings, rows),
+        lines,
     ]
 
 

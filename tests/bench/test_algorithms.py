@@ -50,5 +50,5 @@ def test_the_comparison_runs_every_subject_and_writes_its_figures(tmp_path, monk
         for by_seed in figures["results"].values()
     )
     patterns = [change.get("pattern") for change in figures["changes"].values()]
-    assert patterns == [None, "block:16", "block:16", "block:16", None]
+    assert patterns == [None, *["block:16"] * 4, None]
     assert [claim["subject"] for claim in figures["claims"]] == ["RigL", "SET"]

@@ -141,6 +141,14 @@ def results(folder):
     found = rows(Comparison("Some work", subjects, {"ours": ("theirs", 1.0)}), times)
     folder.mkdir()
     (folder / "compare.json").write_bytes(dump(head | {"rows": found}))
+    ended = {
+        name: {seed: {"metric": value + int(seed), "level": 0.8} for seed in "01"}
+        for name, value in (("RigL", 2.0), ("SET", 2.5))
+    }
+    claim = {"subject": "RigL", "other": "SET", "difference": 0.5, "error": 0.0, "holds": True}
+    head |= {"task": "stdlib-lm", "metric": "bits per byte", "higher_is_better": False}
+    ended = head | {"results": ended, "claims": [claim, claim | {"holds": False}]}
+    (folder / "algorithms-regrowth.json").write_bytes(dump(ended))
 
 
 def test_the_readme_is_made_from_the_records_alone(tmp_path, capsys):
@@ -151,6 +159,11 @@ def test_the_readme_is_made_from_the_records_alone(tmp_path, capsys):
     assert "|  | bad | FAILED |  |  |" in text
     assert "Left out: gone: absent." in text
     assert "`make bench`, 2026-01-01, commit abc" in text
+    assert "| RigL | 2.5000 | 2.0000 | 3.0000 | 80 % |" in text
+    assert (
+        "- RigL is no worse than SET: better by 0.5000, standard error 0.0000 of 2 seeds" in text
+    )
+    assert "- RigL IS WORSE than SET" in text
 
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")
