@@ -88,6 +88,10 @@ class Controlled:
     def current_sparsity_level(self) -> float:
         return self.scheduler.current_sparsity_level
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Return nothing: magnitude trains no scores."""
+        return []
+
     def get_state(self) -> None:
         """Return nothing: a peer's run is not resumed."""
 
