@@ -340,7 +340,7 @@ class SparseLoss(CompressionLoss):
         """Return the loss; 0 once masks are frozen.
 
         Raises:
-            RuntimeError: the model has been stripped.
+            RuntimeError: the model has been stripped; a mask alone is frozen.
         """
         if not isinstance(self._infos[0].module, SparseModule):
             raise RuntimeError("loss: the model has been stripped; its masks cannot be trained")
@@ -348,6 +348,12 @@ class SparseLoss(CompressionLoss):
         device = operands[0].scores.device
         if self.disabled:
             return torch.zeros((), device=device)
+        for info, operand in zip(self._infos, operands, strict=True):
+            if operand.frozen:
+                raise RuntimeError(
+                    f"loss: the mask of {info.module_node_name!r} is frozen, so that no loss can "
+                    "move it; freeze all masks by controller.freeze(), or none"
+                )
         kept = _KeptGroups.apply(*[operand.trained_scores() for operand in operands])
         sizes = [operand.groups for operand in operands]
         if self.local:

@@ -228,6 +228,14 @@ def test_frozen_masks_stay_and_cost_nothing():
     assert controller.loss() > 0
 
 
+def test_the_loss_of_a_mask_that_alone_is_frozen_is_refused():
+    _, controller = build()
+    info = controller.sparsified_module_info[0]
+    info.operand.freeze(True)
+    with pytest.raises(RuntimeError, match=f"loss: the mask of '{info.module_node_name}' is froz"):
+        controller.loss()
+
+
 def test_the_schedule_freezes():
     model, controller = build(
         schedule=ts.ExponentialSchedule(target_level=0.6, target_epoch=1, freeze_epoch=2)
