@@ -108,9 +108,9 @@ def check(condition: bool, what: str) -> None:
         raise AssertionError(f"result is wrong: {what}")
 
 
-def check_close(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
+def check_close(actual: Tensor, eager: Tensor, exact: Tensor, slack: float = 2.0) -> None:
     """Stop a subject that is further from the float64 result than plain torch might be."""
-    problem = disagreement(actual, eager, exact)
+    problem = disagreement(actual, eager, exact, slack=slack)
     check(problem is None, str(problem))
 
 
@@ -426,8 +426,8 @@ def layers(place: Place, block: Block, backward: bool, gain: float) -> Compariso
     )
 
 
-def check_product(y: Tensor, o: Operands, weight: Tensor) -> None:
-    check_close(y, F.linear(o.x, weight), F.linear(*o.exact(o.x, weight)))
+def check_product(y: Tensor, o: Operands, weight: Tensor, slack: float = 2.0) -> None:
+    check_close(y, F.linear(o.x, weight), F.linear(*o.exact(o.x, weight)), slack)
 
 
 def our_product(place: Place, block: Block) -> Work:
@@ -457,7 +457,8 @@ def peer_product(place: Place, block: Block, name: str) -> Work:
         case _:
             weight = semi_structured.prune(o.weight)
             product = semi_structured.linear(o.x, weight)
-    check_product(finish(product()), o, weight)
+    # others may sum in an order of their own, such as one product after the other
+    check_product(finish(product()), o, weight, slack=8.0)
     return product
 
 
