@@ -107,7 +107,8 @@ def _draw_roofs(
     axes.set_xlabel("FLOP per byte of memory, both counted by formula")
     axes.set_ylabel("TFLOP/s of kept weights")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8, loc="lower right")
+    # below: wherever it is put within, it hides points
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
     axes.set_title("products")
 
 
