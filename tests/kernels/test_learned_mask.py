@@ -6,14 +6,15 @@ import torch
 
 import aot
 import oracle
+from triton_sparsity.kernels import draw as drawing
 from triton_sparsity.kernels import learned_mask as module
+from triton_sparsity.kernels.draw import uniform
 from triton_sparsity.kernels.launch import INTERPRET, tl
 from triton_sparsity.kernels.learned_mask import (
     sample_mask,
     sample_mask_reference,
     straight_through,
     straight_through_reference,
-    uniform,
 )
 from triton_sparsity.kernels.mask import word_mask
 from triton_sparsity.kernels.pattern import Block, Unstructured, grid_shape
@@ -205,11 +206,11 @@ def test_masks_equal_the_references_to_the_bit(pattern, shape):
 def test_e_to_the_minus_s_holds_over_its_range():
     s = torch.linspace(-20, 20, 40001)
     exact = torch.exp(-s.double())
-    assert ((module._exp_minus(s) - exact) / exact).abs().max() < 1.1e-6
+    assert ((drawing.exp_minus(s) - exact) / exact).abs().max() < 1.1e-6
     assert torch.equal(
-        module._exp_minus(torch.tensor([-1e30, 1e30])), module._exp_minus(s[[0, -1]])
+        drawing.exp_minus(torch.tensor([-1e30, 1e30])), drawing.exp_minus(s[[0, -1]])
     )
-    assert module._exp_minus(torch.tensor([math.nan])).isnan()
+    assert drawing.exp_minus(torch.tensor([math.nan])).isnan()
 
 
 def test_certain_logits_are_certain():
@@ -265,8 +266,8 @@ def test_any_strides(pattern, layout):
 def test_chunks_and_threads_do_not_matter(monkeypatch):
     weight, logits, grad = make((67, 50), Unstructured())
     runs = []
-    for chunk, threads in ((module.CHUNK, 1), (400, 1), (400, 3), (1, 2)):
-        monkeypatch.setattr(module, "CHUNK", chunk)
+    for chunk, threads in ((drawing.CHUNK, 1), (400, 1), (400, 3), (1, 2)):
+        monkeypatch.setattr(drawing, "CHUNK", chunk)
         monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
         out = sample_mask(weight, logits, random_state(), Unstructured())
         runs.append((out, *torch.autograd.grad(out, (weight, logits), grad)))
