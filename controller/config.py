@@ -7,7 +7,7 @@ translates NNCF's dictionary into one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -203,3 +203,45 @@ class AlgorithmConfig(Declaration):
         if scopes == ():
             raise ValueError("must be None or name a scope, got ()")
         return scopes
+
+
+class ScheduledConfig(AlgorithmConfig):
+    """Base of the configurations of what follows a schedule, or has levels set weight by weight.
+
+    Args:
+        sparsity_level_setting_mode: ``"global"``: by a schedule; ``"local"``: through the
+            controller, without one.
+        schedule: which level holds when, the initial one included. None in ``local`` mode.
+        sparsity_init: in ``local`` mode the level before any is set, in [0, 1).
+
+    Raises:
+        ValueError: an argument is unknown or out of its range, or two do not go together.
+    """
+
+    sparsity_level_setting_mode: Literal["global", "local"] = "global"
+    schedule: ScheduleField = None
+    sparsity_init: Level = 0.0
+
+    @property
+    def initial_level(self) -> float:
+        """The level before the first epoch."""
+        return self.sparsity_init if self.schedule is None else self.schedule.initial_level
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> ScheduledConfig:
+        if self.sparsity_level_setting_mode == "local":
+            if self.schedule is not None:
+                raise ValueError(
+                    "schedule must be None with sparsity_level_setting_mode 'local', where levels "
+                    f"are set weight by weight, got {self.schedule!r}"
+                )
+        elif self.schedule is None:
+            raise ValueError(
+                "schedule must be given with sparsity_level_setting_mode 'global', got None"
+            )
+        elif self.sparsity_init:
+            raise ValueError(
+                "sparsity_init must be left out with a schedule, which has its own initial_level, "
+                f"got {self.sparsity_init!r}"
+            )
+        return self

@@ -10,11 +10,11 @@ from torch import nn
 
 from ..kernels.pattern import maximum_level
 from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
-from .config import AlgorithmConfig, ScheduleField
+from .config import ScheduledConfig, ScheduleField
 from .criteria import WeightImportance
 from .pruning import Scores, is_reachable
 from .saliency import Saliency
-from .schedule import Level, PolynomialSchedule, Whole
+from .schedule import PolynomialSchedule, Whole
 
 
 def _default_schedule(data: dict[str, Any]) -> PolynomialSchedule | None:
@@ -22,7 +22,7 @@ def _default_schedule(data: dict[str, Any]) -> PolynomialSchedule | None:
     return None if local else PolynomialSchedule()
 
 
-class MagnitudeSparsityConfig(AlgorithmConfig):
+class MagnitudeSparsityConfig(ScheduledConfig):
     """Prune the groups of smallest magnitude, or of least importance by another criterion.
 
     For example ``MagnitudeSparsityConfig(pattern=Block(32, 32),
@@ -48,35 +48,9 @@ class MagnitudeSparsityConfig(AlgorithmConfig):
     takes_nm = True
 
     algorithm: Literal["magnitude_sparsity"] = "magnitude_sparsity"
-    sparsity_level_setting_mode: Literal["global", "local"] = "global"
     schedule: ScheduleField = Field(default_factory=_default_schedule)
-    sparsity_init: Level = 0.0
     weight_importance: WeightImportance = "normed_abs"
     seed: Whole = 0
-
-    @property
-    def initial_level(self) -> float:
-        """The level before the first epoch."""
-        return self.sparsity_init if self.schedule is None else self.schedule.initial_level
-
-    @model_validator(mode="after")
-    def _check_mode(self) -> MagnitudeSparsityConfig:
-        if self.sparsity_level_setting_mode == "local":
-            if self.schedule is not None:
-                raise ValueError(
-                    "schedule must be None with sparsity_level_setting_mode 'local', where levels "
-                    f"are set weight by weight, got {self.schedule!r}"
-                )
-        elif self.schedule is None:
-            raise ValueError(
-                "schedule must be given with sparsity_level_setting_mode 'global', got None"
-            )
-        elif self.sparsity_init:
-            raise ValueError(
-                "sparsity_init must be left out with a schedule, which has its own initial_level, "
-                f"got {self.sparsity_init!r}"
-            )
-        return self
 
     @model_validator(mode="after")
     def _check_levels(self) -> MagnitudeSparsityConfig:

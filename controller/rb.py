@@ -22,12 +22,12 @@ from ..kernels.launch import Backend
 from ..kernels.learned_mask import sample_mask
 from ..kernels.pattern import Block, Pattern
 from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
-from .config import AlgorithmConfig, ScheduleField
+from .config import ScheduledConfig, ScheduleField
 from .learned import ScoredOperand, ScoreWatch, read_scores, scored_operands, scores_state
 from .loss import CompressionLoss
 from .modules import SparseModule
 from .operand import MaskOperand, state_of
-from .schedule import ExponentialSchedule, Level, Schedule
+from .schedule import ExponentialSchedule, Schedule
 from .scheduler import SparsityScheduler, StubScheduler
 from .statistics import SparsityStatistics, Statistics
 
@@ -43,7 +43,7 @@ def _default_schedule(data: dict[str, Any]) -> ExponentialSchedule | None:
     return None if local else ExponentialSchedule()
 
 
-class RBSparsityConfig(AlgorithmConfig):
+class RBSparsityConfig(ScheduledConfig):
     """Learn which groups stay.
 
     For example ``RBSparsityConfig(pattern=Block(32, 32),
@@ -66,36 +66,14 @@ class RBSparsityConfig(AlgorithmConfig):
     """
 
     algorithm: Literal["rb_sparsity"] = "rb_sparsity"
-    sparsity_level_setting_mode: Literal["global", "local"] = "global"
     schedule: ScheduleField = Field(default_factory=_default_schedule)
-    sparsity_init: Level = 0.0
     compression_lr_multiplier: (
         Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] | None
     ) = None
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = None
 
-    @property
-    def initial_level(self) -> float:
-        """The level before the first epoch."""
-        return self.sparsity_init if self.schedule is None else self.schedule.initial_level
-
     @model_validator(mode="after")
-    def _check(self) -> RBSparsityConfig:
-        if self.sparsity_level_setting_mode == "local":
-            if self.schedule is not None:
-                raise ValueError(
-                    "schedule must be None with sparsity_level_setting_mode 'local', where levels "
-                    f"are set weight by weight, got {self.schedule!r}"
-                )
-        elif self.schedule is None:
-            raise ValueError(
-                "schedule must be given with sparsity_level_setting_mode 'global', got None"
-            )
-        elif self.sparsity_init:
-            raise ValueError(
-                "sparsity_init must be left out with a schedule, which has its own initial_level, "
-                f"got {self.sparsity_init!r}"
-            )
+    def _check_overrides_set_no_level(self) -> RBSparsityConfig:
         for override in self.overrides:
             if override.minimum_level > 0 or override.maximum_level < 1:
                 raise ValueError(
