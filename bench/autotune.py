@@ -28,13 +28,14 @@ from ..kernels.block_sparse_linear import MIN_SIDE
 from ..kernels.launch import INTERPRET, Backend, use_triton
 from ..kernels.pattern import Block
 from ..kernels.tiles import RESERVE, Device, Tile, device_of
+from .counts import DIRECTIONS, intensity, tile_of
 from .files import write_atomic
 from .options import find_device, parse_pattern
 from .profile import Progress
 from .record import command, dump, environment
 from .shapes import Shape, parse_shapes
 from .timing import measure
-from .work import DIRECTIONS, Operands, intensity, operand_cases, tile_of
+from .work import Operands, operand_cases
 
 MAX_ACCUMULATORS = 128  # float32 registers a thread, of 255 that it has
 WORTH = 0.99  # a tile must take at most this part of the best one's time to replace it

@@ -1,15 +1,10 @@
-"""The operations as work to be measured: set-up, check, what is timed, bytes and FLOPs by formula.
-
-Bytes are the least that must be moved through memory, each input read once and each output written
-once, of which pruned blocks are no part where a kernel need not touch them. FLOPs count kept
-weights only, a multiplication and an addition each; of an unstructured mask all weights, since it
-saves a dense product nothing.
+"""The operations as work to be measured: set-up, check, what is timed. Bytes and FLOPs: counts.py.
 
 Every check compares with the reference; for matrix products in float64 (of 16-bit operands in
 float32, which is as good and does not take a GPU for ever), and no element may be further off than
 twice what plain torch is in the same dtype, plus four steps of rounding.
 
-Reading order: counts -> masks -> checks -> operands -> the operations.
+Reading order: masks -> checks -> operands -> the operations.
 """
 
 from __future__ import annotations
@@ -17,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +22,6 @@ from torch.nn import functional as F
 from ..kernels.bits import expand_mask, pack_reference, packed_shape, unpack_reference
 from ..kernels.block_score import block_score, block_score_reference
 from ..kernels.block_sparse_linear import MIN_SIDE, block_sparse_linear
-from ..kernels.block_sparse_wgrad import takes_bulk_copies
 from ..kernels.launch import Backend
 from ..kernels.mask import make_mask, make_mask_reference, pack
 from ..kernels.masked_linear import masked_linear
@@ -34,20 +29,32 @@ from ..kernels.masked_weight import apply_mask, apply_mask_, apply_mask_referenc
 from ..kernels.pattern import NM, Block, Pattern, Unstructured, grid_shape
 from ..kernels.select import Threshold, select, select_reference
 from ..kernels.semi_structured import nm_mask, nm_score
-from ..kernels.tiles import Tile, device_of, dot_precision, linear_tile, wgrad_tile
 from ..kernels.topology import (
-    BUNDLE_WIDTH,
     Topology,
     block_topology,
-    bundling,
-    capacities,
     topology_reference,
 )
-from ..kernels.tuning import tuned_tile
+from .counts import (
+    PRODUCTS,
+    apply_bytes,
+    apply_in_place_bytes,
+    groups,
+    intensity,
+    kept_elements,
+    mask_bytes,
+    mask_size,
+    pack_bytes,
+    product_bytes,
+    product_flops,
+    score_bytes,
+    step_bytes,
+    tile_of,
+    topology_bytes,
+    update_bytes,
+)
 from .shapes import Shape
 from .timing import Work
 
-PRODUCTS = ("forward", "dX", "dW")
 OPERATIONS = (
     "score",
     "select",
@@ -63,7 +70,6 @@ OPERATIONS = (
 MANY = 2**20
 # the kernels are measured, where they are slower than a dense product too
 SKIP = torch.tensor([True, True, True])
-DIRECTIONS = {"forward": "forward", "dX": "dgrad", "dW": "wgrad"}
 
 
 class Built(NamedTuple):
@@ -103,123 +109,6 @@ class Case:
     flops: int
     cache_bytes: float | None
     build: Callable[[], Built]
-
-
-def score_bytes(weight: tuple[int, int], pattern: Pattern, size: int) -> int:
-    """Read the weight, write a float32 a group."""
-    return weight[0] * weight[1] * size + 4 * _groups(weight, pattern)
-
-
-def mask_bytes(scores: tuple[int, int], size: int, packed: bool) -> int:
-    """Read the scores, write a bit or a byte for each."""
-    rows, cols = packed_shape(scores) if packed else scores
-    return scores[0] * scores[1] * size + rows * cols
-
-
-def topology_bytes(grid: tuple[int, int], pattern: Pattern) -> int:
-    """Read the mask, write the lists, padding included, and a copy of the mask."""
-    *lists, kept = (_product(shape) for shape in capacities(grid, pattern))
-    return 2 * kept + 4 * sum(lists)
-
-
-def pack_bytes(shape: tuple[int, int]) -> int:
-    """Read a byte an element, write a bit."""
-    return shape[0] * shape[1] + _product(packed_shape(shape))
-
-
-def apply_bytes(weight: tuple[int, int], kept: int, pattern: Pattern, size: int) -> int:
-    """Read the mask and of the weight the kept blocks (of single elements, all); write it all."""
-    total = weight[0] * weight[1]
-    read = kept if isinstance(pattern, Block) else total
-    return (read + total) * size + _mask_size(weight, pattern)
-
-
-def apply_in_place_bytes(weight: tuple[int, int], kept: int, pattern: Pattern, size: int) -> int:
-    """Read the mask and write the pruned blocks; of single elements, read and write all."""
-    total = weight[0] * weight[1]
-    moved = total - kept if isinstance(pattern, Block) else 2 * total
-    return moved * size + _mask_size(weight, pattern)
-
-
-def product_bytes(operation: str, shape: Shape, kept: int, size: int) -> int:
-    """Read both operands, of a weight the kept blocks; write the result, zeros included."""
-    x, y = shape.tokens * shape.inputs, shape.tokens * shape.outputs
-    weight = shape.inputs * shape.outputs if operation == "dW" else kept
-    return (x + y + weight) * size
-
-
-def product_flops(tokens: int, kept: int) -> int:
-    """Multiply and add once for every token and kept weight."""
-    return 2 * tokens * kept
-
-
-def update_bytes(weights: Iterable[tuple[int, int]], pattern: Pattern, size: int) -> int:
-    """Read the weights once, write the masks and the lists."""
-    total = 0
-    for weight in weights:
-        total += weight[0] * weight[1] * size + _mask_size(weight, pattern)
-        if isinstance(pattern, Block):
-            total += topology_bytes(grid_shape(pattern, weight), pattern)
-    return total
-
-
-def step_bytes(shape: Shape, kept: int, size: int) -> int:
-    """The three products, and AdamW: read weight, gradient and two moments, write all but one."""
-    products = sum(product_bytes(name, shape, kept, size) for name in PRODUCTS)
-    return products + 7 * shape.inputs * shape.outputs * size
-
-
-def _product(shape: Sequence[int]) -> int:
-    result = 1
-    for side in shape:
-        result *= side
-    return result
-
-
-def _groups(weight: tuple[int, int], pattern: Pattern) -> int:
-    return _product(grid_shape(pattern, weight))
-
-
-def _mask_size(weight: tuple[int, int], pattern: Pattern) -> int:
-    if isinstance(pattern, Block):
-        return _groups(weight, pattern)
-    return _product(packed_shape(weight))
-
-
-def kept_elements(mask: Tensor, weight: tuple[int, int], pattern: Pattern) -> int:
-    """Count the kept weights of a bool grid, edge blocks with the elements that they have."""
-    heights, widths = (
-        torch.tensor([min(block, side - start) for start in range(0, side, block)])
-        for side, block in zip(weight, (pattern.rows, pattern.cols), strict=True)
-    )
-    return int(heights.double() @ mask.cpu().double() @ widths.double())
-
-
-def tile_of(
-    operation: str, weight: tuple[int, int], block: Block, dtype: torch.dtype, device: torch.device
-) -> Tile:
-    """Return the tile that a kernel takes for contiguous operands that fill the device."""
-    direction = DIRECTIONS[operation]
-    if tuned := tuned_tile(direction, weight, block, dtype, device):
-        return tuned
-    facts = device_of(torch.empty(0, device=device))
-    precision = dot_precision(dtype)
-    aligned = all(side * dtype.itemsize % 16 == 0 for side in weight)
-    copies = precision != "ieee" and aligned and facts.capability[0] in (9, 10)
-    rows, cols = block.rows, block.cols
-    if direction == "wgrad":
-        by_rows = bundling(block, grid_shape(block, weight))[0]
-        lone, other = (rows, cols) if by_rows else (cols, rows)
-        bulk = copies and takes_bulk_copies(lone, other, precision)
-        return wgrad_tile(lone, other, dtype, facts, precision=precision, bulk=bulk)
-    side_n, side_k = (rows, cols) if direction == "forward" else (cols, rows)
-    return linear_tile(side_n, side_k, dtype, facts, precision=precision, bulk=copies, few=False)
-
-
-def intensity(operation: str, tile: Tile, size: int) -> float:
-    """Return FLOPs per byte that a tile reads from the L2: 2 m n for (m + n) elements a step."""
-    n = BUNDLE_WIDTH if operation == "dW" else tile.n
-    return 2 * tile.m * n / ((tile.m + n) * size)
 
 
 def random_mask(grid: tuple[int, int], level: float, kind: str, seed: int = 0) -> Tensor:
@@ -576,7 +465,7 @@ def operand_cases(operands: Operands, operations: Sequence[str]) -> Iterator[Cas
             case "score" if is_block:
                 yield case(operation, score_bytes(weight, pattern, size), _score)
             case "select":
-                yield case(operation, _product(grid) * scores_size, _select)
+                yield case(operation, prod(grid) * scores_size, _select)
             case "mask":
                 yield case(operation, mask_bytes(grid, scores_size, not is_block), _mask)
             case "topology" if is_block:
@@ -592,7 +481,7 @@ def operand_cases(operands: Operands, operations: Sequence[str]) -> Iterator[Cas
                 build = {"forward": _forward, "dX": _dgrad, "dW": _wgrad}[operation]
                 read = o.kept if is_block else weight[0] * weight[1]
                 moved = product_bytes(operation, o.shape, read, size)
-                moved += 0 if is_block else _mask_size(weight, pattern)
+                moved += 0 if is_block else mask_size(weight, pattern)
                 yield case(operation, moved, build, product_flops(o.shape.tokens, read))
 
 
@@ -614,8 +503,8 @@ def mask_update(
             return list(weights)
         return [block_score(w, pattern, backend=backend) for w in weights]
 
-    groups = sum(_groups((w.shape[0], w.shape[1]), pattern) for w in weights)
-    pruned = round(level * groups)
+    count = sum(groups((w.shape[0], w.shape[1]), pattern) for w in weights)
+    pruned = round(level * count)
     threshold = select(scores(), pruned, backend=backend)
     masks = make_mask(scores(), threshold, packed=packed, backend=backend)
     lists = None if packed else [block_topology(m, pattern, backend=backend) for m in masks]

@@ -3,14 +3,13 @@ import torch
 
 from triton_sparsity.bench import work
 from triton_sparsity.bench.ceilings import Ceilings
+from triton_sparsity.bench.counts import intensity, kept_elements
 from triton_sparsity.bench.profile import measure_case, to_row
 from triton_sparsity.bench.shapes import Shape
 from triton_sparsity.bench.work import (
     OPERATIONS,
     Operands,
     disagreement,
-    intensity,
-    kept_elements,
     model_cases,
     operand_cases,
     random_mask,
