@@ -127,6 +127,8 @@ def test_times_agree_if_their_ranges_meet():
     assert job.moved(record(3, 2, 4), record(5, 4, 6)) == ([], 1)
     ((found,), compared) = job.moved(record(3, 2, 4), record(6, 5, 7))
     assert (found.ratio, found.dense, compared) == (0.5, False, 1)
+    ((found,), _) = job.moved(record(6, 5, 7), record(3, 2, 4))
+    assert found.ratio == 2
     other = record(9, 9, 9)
     other["rows"][0]["level"] = 0.9
     assert job.moved(record(3, 2, 4), other) == ([], 0)

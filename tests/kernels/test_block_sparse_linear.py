@@ -14,6 +14,7 @@ from triton_sparsity.kernels.block_sparse_linear import (
 )
 from triton_sparsity.kernels.dispatch import Paths, as_tensor
 from triton_sparsity.kernels.launch import INTERPRET, tl
+from triton_sparsity.kernels.mask import expand_mask
 from triton_sparsity.kernels.pattern import Block, Unstructured, grid_shape
 from triton_sparsity.kernels.topology import Topology, block_topology
 
@@ -561,3 +562,15 @@ def test_triton_is_refused_where_it_cannot_run():
     x, w, mask, b, pattern = make(3, 64, 96, 32, 32)
     with pytest.raises(RuntimeError, match="block_sparse_linear: backend='triton'"):
         block_sparse_linear(x, w, mask, b, pattern=pattern, backend="triton")
+
+
+@pytest.mark.skipif(TRITON, reason="of plain torch")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_runs_are_rounded_once(dtype):
+    # the kept blocks of a line never touch
+    mask = torch.arange(64).expand(2, -1) % 2 == 0
+    x, w = torch.randn(3, 64 * 64).to(dtype), torch.randn(2 * 64, 64 * 64).to(dtype)
+    y = block_sparse_linear(x, w, mask, pattern=Block(64, 64), paths=torch.tensor([True] * 3))
+    exact = x.double() @ (w * expand_mask(mask, Block(64, 64), w.shape)).double().T
+    atol = 1e-5 * exact.abs().max().item()
+    torch.testing.assert_close(y.double(), exact, rtol=0.5 * torch.finfo(dtype).eps, atol=atol)
