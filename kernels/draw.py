@@ -1,9 +1,13 @@
 """Draws of masks on the host: the uniform numbers, and which groups they keep.
 
-The numbers come from Philox4x32-10 (Salmon et al., SC'11), a function of seed, draw, stream (which
-weight) and group alone; all that is compared with them is exact, and e^-s is added and multiplied
-up in float32 in one order. So plain torch, which defines them, numpy, which a CPU uses, and the
-kernels in ``learned_mask.py`` draw the same mask.
+Numbers are a function of seed, draw, stream (which weight) and group alone, so that every run and
+every rank draws the same. A GPU takes them from Philox4x32-10 (Salmon et al., SC'11), whose
+numbers the kernels of ``learned_mask.py`` make anew wherever they need them. A CPU keeps what it
+has drawn and takes numpy's SFC64 (Doty-Humphrey), which is many times faster there: one generator
+for each run of ``RUN`` groups.
+
+What is compared is exact, and e^-s is added and multiplied up in float32 in one order: given the
+numbers, plain torch, which defines the mask, numpy and the kernels agree on it to the bit.
 
 Reading order: numbers -> e^-s -> mask.
 """
@@ -16,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from torch import Tensor
+
+from .launch import INTERPRET
 
 LANES = 4  # numbers that one evaluation of Philox gives, to the groups of four consecutive rows
 # u is a multiple of 2^-24 and no nearer to 0 or 1 than the first that is past 1e-6
@@ -34,20 +40,23 @@ _EXP2 = (
 )
 _A, _B, _KEY_A, _KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
-
-# elements that a CPU thread handles at a time: few enough for their temporaries to stay in its
-# cache, enough for threads not to wait for Python's lock
-CHUNK = 2**18
+RUN = 2**18  # few enough groups for a cache, enough that threads seldom wait for Python's lock
 
 
 def uniform(random: Tensor, stream: int, shape: tuple[int, int] | torch.Size) -> Tensor:
     """Return the numbers that a draw compares with: float32 of ``shape``, in (0, 1).
 
     Args:
-        random: int64 ``(2,)``: the seed, and the number of the draw.
+        random: int64 ``(2,)``: the seed, and the number of the draw; on the weight's device.
         stream: which weight.
         shape: of the grid of groups.
     """
+    if random.is_cpu and not INTERPRET:
+        return _uniform_on_cpu(random, stream, shape)
+    return _philox(random, stream, shape)
+
+
+def _philox(random: Tensor, stream: int, shape: tuple[int, int] | torch.Size) -> Tensor:
     R, C = shape
     quads = -(-R // LANES)
     seed, number = random.tolist()
@@ -63,6 +72,25 @@ def uniform(random: Tensor, stream: int, shape: tuple[int, int] | torch.Size) ->
     lanes = torch.stack([c.view(quads, C) for c in (c0, c1, c2, c3)], 1)
     whole = (lanes >> 8).clamp_(_LEAST, _MOST).view(quads * LANES, C)[:R]
     return whole.float() * 2.0**-24
+
+
+def _uniform_on_cpu(random: Tensor, stream: int, shape: tuple[int, int] | torch.Size) -> Tensor:
+    out = torch.empty(shape)
+    flat = out.view(-1).numpy()
+    for run, first in enumerate(range(0, len(flat), RUN)):
+        _fill(flat[first : first + RUN], random.tolist(), stream, run)
+    return out
+
+
+def _fill(out: np.ndarray, random: Sequence[int], stream: int, run: int) -> None:
+    """Write a run's numbers."""
+    seed, number = random
+    generator = np.random.SFC64((seed % 2**64, number, stream, run))
+    bits = generator.random_raw(-(-len(out) // 2)).view(np.uint32)[: len(out)]
+    np.right_shift(bits, 8, out=bits)
+    # of 24 bits: the same as signed integers, which are faster to convert
+    out[:] = np.clip(bits.view(np.int32), _LEAST, _MOST, out=bits.view(np.int32))
+    np.multiply(out, np.float32(2.0**-24), out=out)
 
 
 def exp_minus(logits: Tensor) -> Tensor:
@@ -82,94 +110,48 @@ def exp_minus(logits: Tensor) -> Tensor:
 def draw_mask(
     logits: Tensor, random: Tensor, stream: int, kind: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return which groups are kept, and the sigmoid's derivative of each.
+    """Return which groups are kept, and the sigmoid's derivative of each; on a CPU.
 
     The former as bool, or as integers with all bits set or none, by ``kind``.
 
-    In numpy, on as many threads as torch would use: each takes whole chunks, whose temporaries
-    stay in its cache, rather than all of them part every one of some hundred short operations.
+    In numpy, on as many threads as torch would use: each takes whole runs, whose temporaries stay
+    in its cache, rather than all of them part every one of some thirty short operations.
     """
-    R, C = logits.shape
-    kept = torch.empty((R, C), dtype=kind)
-    words = kept.numpy()
-    slope = np.empty((R, C), np.float32)
-    s = logits.detach().numpy()
-    quads = -(-R // LANES)
-    height = max(1, CHUNK // (LANES * max(1, C)))
-    starts = range(0, quads if C else 0, height)
-    seed, number = random.tolist()
+    kept, slope = torch.empty(logits.shape, dtype=kind), torch.empty(logits.shape)
+    words, slopes = kept.view(-1).numpy(), slope.view(-1).numpy()
+    s = logits.detach().contiguous().view(-1).numpy()
+    numbers = random.tolist()
+    runs = range(-(-len(s) // RUN))
 
     def work(share: Sequence[int]) -> None:
-        philox = _Philox(seed, number, stream, height * C)
-        shape = height, LANES, C
-        numbers, part = np.empty(shape, np.float32), np.empty(height * C, np.int32)
-        scratch = [np.empty((height * LANES, C), np.float32) for _ in range(2)]
-        for first in share:
-            count = min(height, quads - first)
-            for lane, bits in enumerate(philox(first * C, count * C)):
-                np.right_shift(bits, np.uint64(8), out=part[: count * C], casting="unsafe")
-                np.clip(part, _LEAST, _MOST, out=part)
-                numbers[:count, lane] = part[: count * C].reshape(count, C)
-            rows = slice(first * LANES, min(R, (first + count) * LANES))
-            size = rows.stop - rows.start
-            u = numbers.reshape(-1, C)[:size]
-            np.multiply(u, np.float32(2.0**-24), out=u)
-            v, other = (buffer[:size] for buffer in scratch)
-            _exp_minus_into(v, other, s[rows])
+        buffers = [np.empty(min(RUN, len(s)), np.float32) for _ in range(3)]
+        for run in share:
+            part = slice(run * RUN, min((run + 1) * RUN, len(s)))
+            u, v, other = (buffer[: part.stop - part.start] for buffer in buffers)
+            _fill(u, numbers, stream, run)
+            _exp_minus_into(v, other, s[part])
             np.subtract(np.float32(1), u, out=other)
             np.multiply(v, other, out=v)
-            flags = np.greater(u, v, out=words[rows] if kind == torch.bool else None)
+            flags = np.greater(u, v, out=words[part] if kind == torch.bool else None)
             if kind != torch.bool:
-                np.negative(flags.view(np.int8), out=words[rows])
+                np.negative(flags.view(np.int8), out=words[part])
             # with p = u / (u + v), the sigmoid, p (1 - p)
             np.add(u, v, out=other)
             np.multiply(other, other, out=other)
             np.multiply(v, u, out=v)
-            np.divide(v, other, out=slope[rows])
+            np.divide(v, other, out=slopes[part])
 
     def silent(share: Sequence[int]) -> None:
         with np.errstate(all="ignore"):
             work(share)
 
-    threads = max(1, min(torch.get_num_threads(), 8, len(starts)))
+    threads = max(1, min(torch.get_num_threads(), 8, len(runs)))
     if threads == 1:
-        silent(starts)
+        silent(runs)
     else:
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(silent, (starts[n::threads] for n in range(threads))))
-    return kept, torch.from_numpy(slope)
-
-
-class _Philox:
-    """Philox4x32-10 of runs of quads, through buffers that it keeps."""
-
-    def __init__(self, seed: int, number: int, stream: int, size: int) -> None:
-        self._key = seed & _LOW, seed >> 32 & _LOW
-        self._counter = number & _LOW, stream & _LOW
-        self._buffers = [np.empty(size, np.uint64) for _ in range(6)]
-
-    def __call__(self, start: int, size: int) -> list[np.ndarray]:
-        """Return the four numbers, from 0 to 2^32 - 1, of each quad from ``start``."""
-        c0, c1, c2, c3, a, b = (buffer[:size] for buffer in self._buffers)
-        c0[:] = np.arange(start, start + size, dtype=np.uint64)
-        c1[:] = 0
-        c2[:], c3[:] = self._counter
-        k0, k1 = self._key
-        low, half = np.uint64(_LOW), np.uint64(32)
-        for _ in range(10):
-            np.multiply(c0, np.uint64(_A), out=a)
-            np.multiply(c2, np.uint64(_B), out=b)
-            # c1 and c3 hold whole products: what is above 32 bits is cut once
-            for c, product, word, key in ((c0, b, c1, k0), (c2, a, c3, k1)):
-                np.right_shift(product, half, out=c)
-                np.bitwise_xor(c, word, out=c)
-                np.bitwise_xor(c, np.uint64(key), out=c)
-                np.bitwise_and(c, low, out=c)
-            c1, b, c3, a = b, c1, a, c3
-            k0, k1 = k0 + _KEY_A & _LOW, k1 + _KEY_B & _LOW
-        np.bitwise_and(c1, low, out=c1)
-        np.bitwise_and(c3, low, out=c3)
-        return [c0, c1, c2, c3]
+            list(pool.map(silent, (runs[n::threads] for n in range(threads))))
+    return kept, slope
 
 
 def _exp_minus_into(power: np.ndarray, y: np.ndarray, logits: np.ndarray) -> None:

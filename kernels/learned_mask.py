@@ -8,10 +8,10 @@ https://arxiv.org/abs/2005.07683). In both the comparison is straight-through: w
 gradient g, dL/dw = g where kept, and dL/ds = slope * (g w summed over the group), the slope being
 the sigmoid's derivative at ``s + log(u / (1 - u))``, or 1.
 
-u comes from Philox4x32-10 (Salmon et al., SC'11), a function of seed, draw, stream (which weight)
-and group alone. So the kernels' backward pass makes the forward's mask again rather than keep it,
-and so does any rank, device or launch grid: e^-s is added and multiplied up in float32 without
-fusion, in one order, by every implementation here, and all that it is compared with is exact.
+u is a function of seed, draw, stream (which weight) and group alone (``draw.py``). So the kernels'
+backward pass makes the forward's mask again rather than keep it, and any rank and launch grid
+makes the same: e^-s is added and multiplied up in float32 without fusion, in one order, by every
+implementation here, and all that it is compared with is exact.
 
 Floor: forward, one read of weight and logits and one write of the weight; backward, one read of
 gradient, weight and logits and one write of two gradients. For blocks logits cost nothing.
@@ -628,7 +628,8 @@ def sample_mask(
 
     A group is kept with probability ``sigmoid(logit)``: where ``sigmoid(logit + log(u / (1 - u)))
     > 1/2``, u uniform in (0, 1), from 1.02e-6 to 1 - 1.02e-6 (NNCF clamps to 1e-6 and 1 - 1e-6).
-    The same ``random`` and ``stream`` give the same mask again, on any device and backend.
+    The same ``random`` and ``stream`` give the same mask again; a CPU draws other numbers than a
+    GPU.
 
     Args:
         weight: float of 16, 32 or 64 bits, shape ``(R, C)``, any strides. The Triton kernels take

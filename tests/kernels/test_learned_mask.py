@@ -65,6 +65,23 @@ def philox(counter, key):
 
 
 def numpy_uniform(shape, seed=SEED, draw=DRAW, stream=0):
+    """Return the numbers of the device under test, one at a time."""
+    return (philox_uniform if ON_TRITON else sfc_uniform)(shape, seed, draw, stream)
+
+
+def sfc_uniform(shape, seed, draw, stream):
+    """Halves of the 64-bit numbers, the lower first; a generator for each run of groups."""
+    u = np.empty(shape[0] * shape[1])
+    for i in range(len(u)):
+        run, at = divmod(i, drawing.RUN)
+        if at == 0:
+            numbers = np.random.SFC64((seed % 2**64, draw, stream, run)).random_raw(len(u) + 1)
+        half = int(numbers[at // 2]) >> (32 if at % 2 else 0) & 0xFFFFFFFF
+        u[i] = min(max(half >> 8, 17), 2**24 - 17) / 2**24
+    return u.reshape(shape)
+
+
+def philox_uniform(shape, seed, draw, stream):
     """Rows 4i to 4i + 3 of column j take the four numbers of counter i * columns + j."""
     key = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
     u = np.empty(shape)
@@ -262,17 +279,20 @@ def test_any_strides(pattern, layout):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.skipif(ON_TRITON, reason="the kernels have no chunks and threads")
-def test_chunks_and_threads_do_not_matter(monkeypatch):
+@pytest.mark.skipif(ON_TRITON, reason="the kernels have no runs and threads")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("run", [401, 2**18])
+def test_threads_and_the_lengths_of_runs_do_not_matter(monkeypatch, run, threads):
     weight, logits, grad = make((67, 50), Unstructured())
-    runs = []
-    for chunk, threads in ((drawing.CHUNK, 1), (400, 1), (400, 3), (1, 2)):
-        monkeypatch.setattr(drawing, "CHUNK", chunk)
-        monkeypatch.setattr(torch, "get_num_threads", lambda n=threads: n)
-        out = sample_mask(weight, logits, random_state(), Unstructured())
-        runs.append((out, *torch.autograd.grad(out, (weight, logits), grad)))
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    monkeypatch.setattr(drawing, "RUN", run)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    kept, _ = numpy_sample(oracle.to_numpy(logits), numpy_uniform(logits.shape))
+    out = sample_mask(weight, logits, random_state(), Unstructured())
+    assert torch.equal(out, torch.where(torch.from_numpy(kept), weight, 0))
+    grads = torch.autograd.grad(out, (weight, logits), grad)
+    want = sample_mask_reference(weight, logits, random_state(), Unstructured())
+    for a, b in zip(grads, torch.autograd.grad(want, (weight, logits), grad), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("loss", ["sum", "transpose", "cat"])
