@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -48,6 +49,15 @@ def measure_ceilings(
         product = measure(partial(torch.matmul, a, b), device, least=7)
         gemm[str(dtype).removeprefix("torch.")] = 2 * side**3 / product.median
     return Ceilings(2 * size * 4 / copy.median, _cache(device, scale), gemm)
+
+
+def highest(found: Sequence[Ceilings]) -> Ceilings:
+    """Return the highest of each rate."""
+    return Ceilings(
+        max(ceilings.copy for ceilings in found),
+        max(ceilings.cache for ceilings in found),
+        {name: max(ceilings.gemm[name] for ceilings in found) for name in found[0].gemm},
+    )
 
 
 def _cache(device: torch.device, scale: float) -> float:

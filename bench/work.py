@@ -23,7 +23,7 @@ from ..kernels.bits import expand_mask, pack_reference, packed_shape, unpack_ref
 from ..kernels.block_score import block_score, block_score_reference
 from ..kernels.block_sparse_linear import MIN_SIDE, block_sparse_linear
 from ..kernels.launch import Backend
-from ..kernels.mask import make_mask, make_mask_reference, pack
+from ..kernels.mask import make_mask, make_mask_reference, pack, word_mask
 from ..kernels.masked_linear import masked_linear
 from ..kernels.masked_weight import apply_mask, apply_mask_, apply_mask_reference
 from ..kernels.pattern import NM, Block, Pattern, Unstructured, grid_shape
@@ -220,6 +220,13 @@ class Operands:
                 return pack(self.grid, backend=self.backend)
 
     @cached_property
+    def served(self) -> Tensor:
+        """The mask as a layer keeps it for its passes: plain torch on a CPU takes words."""
+        if self.backend == "torch" and self.device.type == "cpu":
+            return word_mask(self.mask, self.pattern, self.shape.weight, self.dtype)
+        return self.mask
+
+    @cached_property
     def topology(self) -> Topology:
         return block_topology(self.grid, self.pattern, backend=self.backend)
 
@@ -364,13 +371,13 @@ def _pack(o: Operands) -> Built:
 
 
 def _apply(o: Operands) -> Built:
-    run = partial(apply_mask, o.weight, o.mask, o.pattern, backend=o.backend)
+    run = partial(apply_mask, o.weight, o.served, o.pattern, backend=o.backend)
     return Built(run, lambda: difference("weight", run(), o.masked))
 
 
 def _apply_in_place(o: Operands) -> Built:
     weight = o.weight.clone()
-    run = partial(apply_mask_, weight, o.mask, o.pattern, backend=o.backend)
+    run = partial(apply_mask_, weight, o.served, o.pattern, backend=o.backend)
 
     def check() -> str | None:
         run()
@@ -381,7 +388,7 @@ def _apply_in_place(o: Operands) -> Built:
 
 def _multiply(o: Operands, x: Tensor, weight: Tensor) -> Tensor:
     if not isinstance(o.pattern, Block):
-        return masked_linear(x, weight, o.mask, pattern=o.pattern, backend=o.backend)
+        return masked_linear(x, weight, o.served, pattern=o.pattern, backend=o.backend)
     return block_sparse_linear(
         x, weight, o.topology, pattern=o.pattern, paths=SKIP, backend=o.backend
     )

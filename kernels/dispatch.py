@@ -62,12 +62,12 @@ class Kind(NamedTuple):
 measured: dict[Kind, BreakEven] = {}
 
 # Side of a block -> break-even. On a CPU the side is a line's, by which an activation that is read
-# is used. Measured on two quiet cores of an AMD EPYC, MKL, float32, 2048 x 2048, with 512 tokens;
-# of sides below 64, which lose most where tokens are few, with 64 too.
-_CPU = {256: 0.97, 128: 0.97, 64: 0.8, 32: 0.35, 16: 0.1}
-_CPU_WGRAD = {256: 0.8, 128: 0.75, 64: 0.5, 32: 0.2, 16: 0.05}
+# is used; of endless lines, see ``_CPU_LINE``. Measured on two quiet cores of an AMD EPYC, MKL,
+# float32, 2048 x 2048 and 512 tokens, 512 x 2048 and 256; a little less where both disagree.
+_CPU = {256: 1.0, 128: 1.0, 64: 0.88, 32: 0.35, 16: 0.12}
+_CPU_WGRAD = {256: 0.85, 128: 0.8, 64: 0.55, 32: 0.25, 16: 0.08}
 # elements of a line of blocks whose product takes as long as its Python
-_CPU_LINE = 4096
+_CPU_LINE = 12288
 # No GPU has been measured yet. Hopper: two thirds of the share of the peak that L2 leaves a tile
 # (block_sparse_linear.py). Others: two thirds of the densities at which torch.sparse's BSR linear
 # breaks even on an A100: 0.4, 0.2 and 0.1 for blocks of 64, 32 and 16.

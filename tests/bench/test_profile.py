@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from triton_sparsity.bench import profile as job
-from triton_sparsity.bench.ceilings import Ceilings, measure_ceilings
+from triton_sparsity.bench.ceilings import Ceilings, highest, measure_ceilings
 from triton_sparsity.bench.cli import main
 from triton_sparsity.bench.profile import rates
 from triton_sparsity.bench.record import Row, commit, dump, load
@@ -115,6 +115,11 @@ def test_an_earlier_record_is_compared(tmp_path, capsys):
     compared = applies + 2 * (len(record["rows"]) - applies)
     assert f"{compared - applies} of {compared} times agree within their spread" in text
     assert text.count("0.00 of the earlier time: apply") == applies
+
+
+def test_the_highest_ceilings_count():
+    found = highest([Ceilings(1, 5, {"float32": 7}), Ceilings(2, 4, {"float32": 6})])
+    assert found == Ceilings(2, 5, {"float32": 7})
 
 
 def test_times_agree_if_their_ranges_meet():
