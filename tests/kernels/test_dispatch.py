@@ -52,14 +52,14 @@ def test_a_choice_can_be_forced():
 
 
 def test_what_was_measured_comes_first_but_not_under_deterministic_algorithms(monkeypatch):
-    kind = kind_of((2048, 3000), Block(64, 64), torch.float32, CPU)
-    assert kind == Kind("cpu", torch.float32, Block(64, 64), (2048, 2048))
+    kind = kind_of((2048, 3000), Block(16, 16), torch.float32, CPU)
+    assert kind == Kind("cpu", torch.float32, Block(16, 16), (2048, 2048))
     monkeypatch.setitem(dispatch.measured, kind, BreakEven(0.9, 0.0, 0.85))
-    assert paths(0.87, 64, False) == Paths(True, False, False)
-    assert paths(0.0, 64, False) == Paths(True, False, True), "0 means never"
+    assert paths(0.87, 16, False) == Paths(True, False, False)
+    assert paths(0.0, 16, False) == Paths(True, False, True), "0 means never"
     torch.use_deterministic_algorithms(True)
     try:
-        assert not any(paths(0.87, 64, False))
+        assert not any(paths(0.87, 16, False))
     finally:
         torch.use_deterministic_algorithms(False)
 
