@@ -7,10 +7,12 @@ speed.
 from __future__ import annotations
 
 import math
+import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import product
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +27,8 @@ from .files import write_atomic
 from .options import find_device, parse_pattern, spell_pattern
 from .record import Row, claim_folder, dump, environment, load, times, to_csv
 from .shapes import Shape, parse_shapes, spell_shapes
-from .timing import Timing, Work, measure, measure_in_turn, pool
-from .work import OPERATIONS, Case, Operands, model_cases, operand_cases
+from .timing import Timing, measure, measure_in_turn, pool
+from .work import OPERATIONS, Built, Case, Operands, model_cases, operand_cases
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -46,8 +48,9 @@ class Plan:
         dtype: of weights and activations.
         device, backend: where and how.
         budget: seconds of timed runs of each operation in a pass.
-        passes: how often everything is set up anew and timed. What a minute of the machine, or
-            where memory happens to lie, does to a time is then in its spread.
+        passes: how often everything is set up and timed, each time in a process of its own. What
+            a minute of the machine, or where memory happens to lie, does to a time is then in its
+            spread.
     """
 
     shapes: tuple[Shape, ...]
@@ -168,43 +171,41 @@ def _operand_group(
     yield from operand_cases(operands, operations)
 
 
+Measured = list[tuple[Case, "Outcome"]]
+
+
 def profile(plan: Plan, progress: Progress, trace: Path | None = None) -> dict[str, Any]:
     """Check and time everything in ``plan``.
 
     Args:
-        plan: what and where.
+        plan: what and where. One pass takes place here, each of several in a process of its own:
+            how fast it is depends on where its memory lies, too.
         progress: is told of every step.
         trace: a file for torch's profiler, which looks at one more run of each operation.
 
     Returns:
         The record: where, ceilings, and a list of rows as dictionaries.
+
+    Raises:
+        RuntimeError: the process of a pass died.
     """
-    todo = groups(plan)
-    measured: list[tuple[Case, list[Outcome]]] = []
-    found: list[Ceilings] = []
+    todo = len(groups(plan))
+    passes: list[tuple[Measured, Ceilings]] = []
     for turn in range(plan.passes):
-        found.append(measure_ceilings(plan.device, [plan.dtype]))
-        index = 0
-        for i, group in enumerate(todo, 1):
-            for case in group():
-                if turn == 0:
-                    measured.append((case, []))
-                outcomes = measured[index][1]
-                if all(outcome.status == "ok" for outcome in outcomes):
-                    keep = trace is not None and turn == plan.passes - 1
-                    outcomes.append(
-                        measure_case(case, plan.device, plan.budget, check=turn == 0, keep=keep)
-                    )
-                index += 1
-            progress(
-                "profile",
-                turn * len(todo) + i,
-                plan.passes * len(todo),
-                f"{len(measured)} operations, pass {turn + 1} of {plan.passes}",
-            )
+
+        def advance(done: int, turn: int = turn) -> None:
+            note = f"pass {turn + 1} of {plan.passes}"
+            progress("profile", turn * todo + done, plan.passes * todo, note)
+
+        run = one_pass if plan.passes == 1 else in_a_process
+        # what was right once is right again
+        passes.append(run(plan, turn == 0, advance))
     # what the device can do is what it did at its best
-    ceilings = highest(found)
-    rows = [to_row(case, outcomes, ceilings) for case, outcomes in measured]
+    ceilings = highest([found for _, found in passes])
+    rows = [
+        to_row(same[0][0], [outcome for _, outcome in same], ceilings)
+        for same in zip(*(measured for measured, _ in passes), strict=True)
+    ]
     record = environment(plan.device, plan.backend) | {
         "notes": notes(plan),
         "ceilings": ceilings._asdict(),
@@ -212,10 +213,57 @@ def profile(plan: Plan, progress: Progress, trace: Path | None = None) -> dict[s
         "rows": [asdict(row) for row in rows],
     }
     if trace is not None:
-        runs = [outcomes[-1].run for _, outcomes in measured]
-        traced = [(row, run) for row, run in zip(rows, runs, strict=True) if run is not None]
-        write_trace(trace, traced, plan.device)
+        write_trace(trace, plan, rows)
     return record
+
+
+def one_pass(plan: Plan, check: bool, advance: Callable[[int], None]) -> tuple[Measured, Ceilings]:
+    """Set everything up, check it if it is to be, and time it.
+
+    Args:
+        plan: what and where.
+        check: whether results are checked.
+        advance: is told how many groups are done.
+    """
+    ceilings = measure_ceilings(plan.device, [plan.dtype])
+    measured: Measured = []
+    for done, group in enumerate(groups(plan), 1):
+        for case in group():
+            outcome = measure_case(case, plan.device, plan.budget, check=check)
+            measured.append((replace(case, build=_elsewhere), outcome))
+        advance(done)
+    return measured, ceilings
+
+
+def _elsewhere() -> Built:
+    raise RuntimeError("the case was set up and measured in another process")
+
+
+def in_a_process(
+    plan: Plan, check: bool, advance: Callable[[int], None]
+) -> tuple[Measured, Ceilings]:
+    """Do ``one_pass`` in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    pipe, end = context.Pipe(duplex=False)
+    arguments = (plan, check, torch.get_num_threads(), end)
+    process = context.Process(target=_serve_pass, args=arguments, daemon=True)
+    process.start()
+    # else a process that dies is waited for for ever
+    end.close()
+    try:
+        while not isinstance(message := pipe.recv(), tuple):
+            advance(message)
+    except EOFError:
+        raise RuntimeError("profile: the process of a pass died before it was done") from None
+    finally:
+        process.terminate()
+        process.join()
+    return message
+
+
+def _serve_pass(plan: Plan, check: bool, threads: int, pipe: Connection) -> None:
+    torch.set_num_threads(threads)
+    pipe.send(one_pass(plan, check, pipe.send))
 
 
 def overhead(device: torch.device) -> float:
@@ -230,18 +278,16 @@ class Outcome:
     Attributes:
         status, detail: a row's.
         timing, dense: of the operation, and of the same work without sparsity, if there is such.
-        run: the operation, if it was asked for.
     """
 
     status: str
     detail: str = ""
     timing: Timing | None = None
     dense: Timing | None = None
-    run: Work | None = None
 
 
 def measure_case(
-    case: Case, device: torch.device, budget: float, *, check: bool = True, keep: bool = False
+    case: Case, device: torch.device, budget: float, *, check: bool = True
 ) -> Outcome:
     """Set one case up, check it, and only if it is right, time it.
 
@@ -250,7 +296,6 @@ def measure_case(
         device: where.
         budget: seconds of timed runs.
         check: whether it is checked, or was in an earlier pass.
-        keep: return the work too.
     """
     try:
         built = case.build()
@@ -267,7 +312,7 @@ def measure_case(
         lines = str(error).strip().splitlines() or [""]
         return Outcome("failed", f"{type(error).__name__}: {lines[0]}")
     timing, *dense = timings
-    return Outcome("ok", "", timing, dense[0] if dense else None, built.run if keep else None)
+    return Outcome("ok", "", timing, dense[0] if dense else None)
 
 
 def to_row(case: Case, outcomes: Sequence[Outcome], ceilings: Ceilings) -> Row:
@@ -275,7 +320,7 @@ def to_row(case: Case, outcomes: Sequence[Outcome], ceilings: Ceilings) -> Row:
 
     Args:
         case: what.
-        outcomes: one a pass; none follows the first that is not ``"ok"``.
+        outcomes: one a pass.
         ceilings: of the same run.
     """
     head = {
@@ -288,9 +333,9 @@ def to_row(case: Case, outcomes: Sequence[Outcome], ceilings: Ceilings) -> Row:
         "bytes": case.bytes,
         "flops": case.flops,
     }
-    last = outcomes[-1]
-    if last.status != "ok":
-        return Row(**head, status=last.status, detail=last.detail)
+    for outcome in outcomes:
+        if outcome.status != "ok":
+            return Row(**head, status=outcome.status, detail=outcome.detail)
     timing = pool([o.timing for o in outcomes if o.timing is not None])
     dense = [o.dense for o in outcomes if o.dense is not None]
     found = rates(case, timing.median, ceilings, pool(dense) if dense else None)
@@ -387,20 +432,28 @@ def moved(record: Mapping[str, Any], earlier: Mapping[str, Any]) -> tuple[list[M
     return found, compared
 
 
-def write_trace(path: Path, traced: Sequence[tuple[Row, Work]], device: torch.device) -> None:
+def write_trace(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
     """Write a trace of one more run of each operation, for chrome://tracing or Perfetto."""
     from torch.profiler import ProfilerActivity, record_function
     from torch.profiler import profile as watch
 
+    cases = [case for group in groups(plan) for case in group()]
+    runs = [
+        (row, case.build().run)
+        for row, case in zip(rows, cases, strict=True)
+        if row.status == "ok"
+    ]
+    for _, run in runs:
+        run()
     activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
+    if plan.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with watch(activities=activities, acc_events=True) as trace:
-        for row, run in traced:
+        for row, run in runs:
             with record_function(f"{row.operation} {row.shape} {row.pattern} {row.level}"):
                 run()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                if plan.device.type == "cuda":
+                    torch.cuda.synchronize(plan.device)
     trace.export_chrome_trace(str(path))
 
 

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 
 import pytest
 import torch
@@ -21,10 +22,22 @@ QUICK = [
     "--level=0.5",
     "--level=0.75",
     "--budget=0.001",
-    "--passes=2",
+    "--passes=1",
     "--device=cpu",
     "--threads=1",
 ]
+
+
+# of one operation
+SMALL = {
+    "shapes": "16x64x128",
+    "patterns": ["block:32"],
+    "levels": [0.5],
+    "operations": ["apply"],
+    "device": "cpu",
+    "threads": 1,
+    "budget": 1e-9,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -71,30 +84,46 @@ def test_a_profile_leaves_its_table_files_and_pictures(tmp_path, capsys):
     assert any("forward 16x64x128" in str(event.get("name")) for event in events)
 
 
-def test_every_pass_times_all_and_only_the_first_checks(monkeypatch):
+def test_a_pass_checks_once_and_then_times(monkeypatch):
     from triton_sparsity.bench import work
 
-    checks, masked = [], work.apply_mask
-    monkeypatch.setattr(work, "apply_mask", lambda *a, **k: (checks.append(1), masked(*a, **k))[1])
-    plan = job.make_plan(
-        shapes="16x64x128", patterns=["block:32"], levels=[0.5], operations=["apply"],
-        device="cpu", budget=1e-9, passes=4,
-    )  # fmt: skip
-    (row,) = job.profile(plan, lambda *_: None)["rows"]
-    assert row["runs"] == 4 * 5
-    # in a pass one run to warm up, three to estimate, five that count; and one that is checked
-    assert len(checks) == 4 * (1 + 3 + 5) + 1
+    calls, masked = [], work.apply_mask
+    monkeypatch.setattr(work, "apply_mask", lambda *a, **k: (calls.append(1), masked(*a, **k))[1])
+    plan = job.make_plan(**SMALL, passes=1)
+    for check in (True, False):
+        calls.clear()
+        ((case, outcome),), _ = job.one_pass(plan, check, lambda done: None)
+        assert (case.operation, outcome.status) == ("apply", "ok")
+        # one run to warm up, three to estimate, five that count; and one that is checked
+        assert len(calls) == 1 + 3 + 5 + check
+    with pytest.raises(RuntimeError, match="in another process"):
+        case.build()
 
 
-def test_a_failure_in_a_later_pass_takes_the_speed_away(monkeypatch):
-    outcomes = iter([job.Outcome("ok", timing=Timing((1.0,))), job.Outcome("failed", "no")])
-    monkeypatch.setattr(job, "measure_case", lambda *_, **__: next(outcomes))
-    plan = job.make_plan(
-        shapes="16x64x128", patterns=["block:32"], levels=[0.5], operations=["apply"],
-        device="cpu", passes=3,
-    )  # fmt: skip
-    (row,) = job.profile(plan, lambda *_: None)["rows"]
-    assert (row["status"], row["detail"], row["median_s"]) == ("failed", "no", None)
+def test_passes_take_place_in_processes_and_are_pooled():
+    told = []
+    record = job.profile(job.make_plan(**SMALL, passes=2), lambda *step: told.append(step[1:3]))
+    (row,) = record["rows"]
+    assert row["status"] == "ok"
+    assert row["runs"] == 2 * 5
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_a_process_that_dies_is_an_error(monkeypatch):
+    monkeypatch.setattr(job, "_serve_pass", os._exit)
+    plan = job.make_plan(**SMALL, passes=2)
+    with pytest.raises(RuntimeError, match="the process of a pass died"):
+        job.in_a_process(plan, True, lambda done: None)
+
+
+def test_a_failure_in_any_pass_takes_the_speed_away():
+    (case, _), *_ = job.one_pass(job.make_plan(**SMALL), True, lambda done: None)[0]
+    fine, failed = job.Outcome("ok", timing=Timing((1.0,))), job.Outcome("failed", "no")
+    ceilings = Ceilings(copy=1e6, cache=1e5, gemm={"float32": 2e6})
+    for outcomes in ([fine, failed], [failed, fine]):
+        row = job.to_row(case, outcomes, ceilings)
+        assert (row.status, row.detail, row.median_s) == ("failed", "no", None)
+    assert job.to_row(case, [fine, fine], ceilings).runs == 2
 
 
 def test_an_earlier_record_is_compared(tmp_path, capsys):

@@ -229,11 +229,9 @@ def test_a_wrong_kernel_is_shown_as_failed_and_has_no_speed(
     cases = list(operand_cases(operands(pattern), operations))
     assert [case.operation for case in cases] == operations
     for case in cases:
-        outcome = measure_case(case, CPU, 0.0, keep=True)
-        row = to_row(case, [outcome], CEILINGS)
+        row = to_row(case, [measure_case(case, CPU, 0.0)], CEILINGS)
         assert row.status == "failed", case.operation
         assert row.detail
-        assert outcome.run is None
         assert (
             row.median_s is row.speedup is row.gb_per_s is row.tflop_per_s is row.dense_s is None
         )
