@@ -64,12 +64,8 @@ def capacities(grid: tuple[int, int], pattern: Pattern) -> tuple[tuple[int, ...]
 
 
 def runs(grid: Tensor) -> Iterator[list[tuple[int, int]]]:
-    """Yield for each line of a grid the runs of True, as first and one past the last.
-
-    Args:
-        grid: bool matrix on the CPU.
-    """
-    padded = np.pad(grid.numpy(), ((0, 0), (1, 1)))
+    """Yield for each line of a bool grid the runs of True, as first and one past the last."""
+    padded = np.pad(grid.cpu().numpy(), ((0, 0), (1, 1)))
     # a run begins where False turns to True, and ends where it turns back
     line, turn = (padded[:, 1:] != padded[:, :-1]).nonzero()
     ends = np.searchsorted(line, np.arange(1, len(padded) + 1)).tolist()
