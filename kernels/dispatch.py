@@ -65,7 +65,7 @@ measured: dict[Kind, BreakEven] = {}
 # is used; of endless lines, see ``_CPU_LINE``. Measured on two quiet cores of an AMD EPYC, MKL,
 # float32, 2048 x 2048 and 512 tokens, 512 x 2048 and 256; a little less where both disagree.
 _CPU = {256: 1.0, 128: 1.0, 64: 0.92, 32: 0.35, 16: 0.12}
-_CPU_WGRAD = {256: 0.85, 128: 0.8, 64: 0.55, 32: 0.25, 16: 0.08}
+_CPU_WGRAD = {256: 0.85, 128: 0.8, 64: 0.55, 32: 0.2, 16: 0.06}
 # elements of a line of blocks whose product takes as long as its Python
 _CPU_LINE = 12288
 # No GPU has been measured yet. Hopper: two thirds of the share of the peak that L2 leaves a tile
