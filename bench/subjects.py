@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..controller.create import create_controller
 from ..controller.magnitude import MagnitudeSparsityConfig
 from ..controller.movement import MovementSparsityConfig
+from ..controller.operand import MaskOperand
 from ..controller.rb import RBSparsityConfig
 from ..controller.schedule import MultistepSchedule, PolynomialSchedule
 from ..kernels.block_sparse_linear import block_sparse_linear
@@ -338,13 +339,15 @@ def product_operands(place: Place, block: Block, level: float = LEVEL) -> Operan
 
 
 def our_layer(place: Place, block: Block, level: float, backward: bool) -> Work:
-    """A block-sparse linear, with both gradients or none, of the paths that are chosen for it."""
+    """A layer, with both gradients or none, on the paths that are chosen for it."""
     o = product_operands(place, block, level)
-    lists = block_topology(o.grid, block)
+    operand = MaskOperand(o.weight, block)
+    operand.serve_linear()
+    operand.set_(o.grid, all_kept=bool(o.grid.all()))
     leaves = [t.detach().requires_grad_(backward) for t in (o.x, o.weight)]
 
     def work() -> tuple[Tensor, ...]:
-        y = block_sparse_linear(*leaves, lists, pattern=block)
+        y = operand.linear(*leaves, None)
         return (y, *torch.autograd.grad(y, leaves, o.grad)) if backward else (y,)
 
     wanted = [F.linear(o.x, o.masked), o.grad @ o.masked, (o.grad.T @ o.x) * (o.masked != 0)]

@@ -77,6 +77,8 @@ class MaskOperand:
         # the CPU's form of the mask, of integers as wide as the weight's elements
         self._words: Tensor | None = None
         self._folded: tuple[tuple[Any, ...], Tensor] | None = None
+        # on a CPU the masked weight from the forward pass to the backward one
+        self._memory: Tensor | None = None
         # where a linear may skip blocks: their lists, and which products do, on the host and as a
         # tensor that a compiled graph reads
         self.topology: Topology | None = None
@@ -234,7 +236,7 @@ class MaskOperand:
         """
         matrix = weight.T if self.transposed else weight
         # tracing must not look at the paths: it would guard their values
-        if self.topology is not None and (torch.compiler.is_compiling() or self._skips(weight)):
+        if self.topology is not None and (torch.compiler.is_compiling() or self._skips()):
             return block_sparse_linear(
                 x,
                 matrix,
@@ -252,18 +254,25 @@ class MaskOperand:
         return masked_linear(
             x,
             matrix,
-            self._argument,
+            # of large blocks the weight gradient is cleared run by run, by the grid
+            self._argument if self.topology is None else self.mask,
             bias,
             pattern=self.pattern,
             dense_weight_grad=self.dense_weight_grad,
+            memory=None if torch.compiler.is_compiling() else self._remembering(matrix),
             backend=self.backend,
         )
 
-    def _skips(self, weight: Tensor) -> bool:
-        """Tell whether a product skips pruned blocks, or leaves their gradient out."""
-        if not torch.is_grad_enabled():
-            return self.paths.forward
-        return any(self.paths) or (weight.requires_grad and not self.all_kept)
+    def _remembering(self, matrix: Tensor) -> Tensor | None:
+        """Return memory for the masked weight, on a CPU."""
+        if self._words is None or not matrix.is_contiguous():
+            return None
+        if self._memory is None or self._memory.dtype != matrix.dtype:
+            self._memory = torch.empty_like(matrix)
+        return self._memory
+
+    def _skips(self) -> bool:
+        return any(self.paths) if torch.is_grad_enabled() else self.paths.forward
 
     def apply(self, weight: Tensor) -> Tensor:
         """Return the masked weight, differentiable, of the weight's shape.
@@ -292,6 +301,8 @@ class MaskOperand:
     def train(self, mode: bool) -> None:
         """Follow the module into training or evaluation mode."""
         self.forget_folded()
+        if not mode:
+            self._memory = None
 
     def forget_folded(self) -> None:
         """Drop the kept masked weight: ``weight.data`` may be edited without a trace."""
@@ -342,7 +353,11 @@ class MaskOperand:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy is not watched by the algorithm that looks at dense gradients
-        return self.__dict__ | {"_folded": None, "dense_weight_grad": False}
+        return self.__dict__ | {
+            "_folded": None,
+            "_memory": None,
+            "dense_weight_grad": False,
+        }
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -2,8 +2,9 @@
 
 The masked weight is made for each product and dropped after it. Kept from the forward pass to the
 backward one it would cost a copy of every weight of a model at once; made again it costs a read
-and a write of one weight, little beside a product with tokens enough to train on. The weight
-gradient is masked where the product left it.
+and a write of one weight, little beside a product with tokens enough to train on. On a CPU, which
+has more memory than speed, the caller may lend ``memory`` that keeps it. The weight gradient is
+masked where the product left it.
 
 The three products (output, input gradient, weight gradient) are one another's derivatives, so
 there are gradients of any order.
@@ -14,6 +15,7 @@ Reading order: reference -> products -> operators -> public function.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -163,19 +165,26 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_gradients(ctx, grad, _dgrad_op, _wgrad_op), None, None, None, None, None
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, dgrad: Callable[..., Tensor], wgrad: Callable[..., Tensor]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients to x, weight and bias that are wanted."""
     x, weight, mask = ctx.saved_tensors
     rows, cols, dense_weight_grad, backend = ctx.options
     wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     grad_x = grad_weight = grad_bias = None
     if wants_x:
-        grad_x = _dgrad_op(grad, weight, mask, rows, cols, backend)
+        grad_x = dgrad(grad, weight, mask, rows, cols, backend)
     if wants_weight and dense_weight_grad:
         grad_weight = (grad.T @ x).to(weight.dtype)
     elif wants_weight:
-        grad_weight = _wgrad_op(grad, x, weight, mask, rows, cols, backend)
+        grad_weight = wgrad(grad, x, weight, mask, rows, cols, backend)
     if wants_bias:
         grad_bias = bias_grad(grad)
-    return grad_x, grad_weight, grad_bias, None, None, None, None, None
+    return grad_x, grad_weight, grad_bias
 
 
 def bias_grad(grad: Tensor) -> Tensor:
@@ -223,6 +232,46 @@ _dgrad_op.register_autograd(_dgrad_backward, setup_context=_setup_dgrad_context)
 _wgrad_op.register_autograd(_wgrad_backward, setup_context=_setup_wgrad_context)
 
 
+class _Remembering(torch.autograd.Function):
+    """The same on a CPU, outside of compiled graphs: ``memory`` has the masked weight of the last
+    forward pass, and the input gradient takes it from there. It is as good as the weight itself,
+    which autograd keeps by reference too: both are those of the last forward pass.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor,
+        memory: Tensor,
+        rows: int,
+        cols: int,
+        dense_weight_grad: bool,
+    ) -> Tensor:
+        words = mask
+        if mask.dtype not in WORDS.values():
+            words = word_mask(mask, _pattern(mask, rows, cols), weight.shape, weight.dtype)
+        and_words(weight, words, rows, memory)
+        return functional.linear(x, memory, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, mask, ctx.memory, *options = inputs
+        ctx.options = *options, "torch"
+        ctx.save_for_backward(x, weight, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        def remembered(grad: Tensor, *_: Any) -> Tensor:
+            return grad @ ctx.memory
+
+        # gradients that are to have gradients themselves
+        again = torch.is_grad_enabled()
+        ways = (_dgrad_op, _wgrad_op) if again else (remembered, wgrad)
+        return *_gradients(ctx, grads[0], *ways), *[None] * 5
+
+
 @register_flop_formula(torch.ops.triton_sparsity.masked_linear)
 def _(x_shape, weight_shape, *_, **__) -> int:
     return 2 * x_shape[0] * prod(weight_shape)
@@ -246,6 +295,7 @@ def masked_linear(
     *,
     pattern: Pattern,
     dense_weight_grad: bool = False,
+    memory: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Multiply ``x`` by the masked ``weight`` through dense products: ``x (W * M)^T + b``.
@@ -261,6 +311,9 @@ def masked_linear(
         pattern: the pattern that the mask belongs to.
         dense_weight_grad: give pruned weights their gradient too, as growing algorithms ask;
             otherwise it is +0 there.
+        memory: contiguous, like ``weight``; the masked weight stays there until the next call with
+            the same memory, so that the backward pass need not mask it again. Of use on a CPU, in
+            plain torch, with a contiguous weight of x's dtype; elsewhere it is left alone.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``, of masking.
 
     Returns:
@@ -277,5 +330,21 @@ def masked_linear(
         )
     x, bias = autocast(x, bias)
     flat = x[None] if x.ndim == 1 else x.flatten(0, -2)
-    y = _op(flat, weight, bias, mask, pattern.rows, pattern.cols, dense_weight_grad, backend)
+    options = pattern.rows, pattern.cols, dense_weight_grad
+    if memory is not None and _remembers(flat, weight, memory, backend):
+        y: Tensor = _Remembering.apply(flat, weight, bias, mask, memory, *options)  # pyright: ignore[reportAssignmentType]
+    else:
+        y = _op(flat, weight, bias, mask, *options, backend)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _remembers(x: Tensor, weight: Tensor, memory: Tensor, backend: Backend) -> bool:
+    return (
+        weight.is_cpu
+        and not torch.compiler.is_compiling()
+        and not use_triton("masked_linear", backend, weight)
+        and x.dtype == weight.dtype == memory.dtype
+        and weight.is_contiguous()
+        and memory.is_contiguous()
+        and memory.shape == weight.shape
+    )

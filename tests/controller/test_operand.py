@@ -234,3 +234,16 @@ def test_the_kept_masked_weight_does_not_outlive_an_optimiser_step(fused):
         operand.apply(weight)
         optimizer.step()
         assert torch.equal(operand.apply(weight), weight * operand.binary_mask)
+
+
+def test_memory_of_the_masked_weight_is_for_training_alone():
+    operand, weight = linear_operand("dense")
+    x = torch.randn(3, 512, requires_grad=True)
+    operand.linear(x, weight, None).sum().backward()
+    assert operand._memory is not None
+    assert copy.deepcopy(operand)._memory is None
+    operand.train(False)
+    assert operand._memory is None
+    frozen = weight.detach()
+    operand.linear(x, nn.Parameter(frozen, requires_grad=False), None)
+    assert operand._memory is None

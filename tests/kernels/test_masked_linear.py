@@ -5,6 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton_sparsity.kernels.launch import INTERPRET
 from triton_sparsity.kernels.mask import pack, word_mask
 from triton_sparsity.kernels.masked_linear import masked_linear, masked_linear_reference
+from triton_sparsity.kernels.masked_weight import apply_mask_reference
 from triton_sparsity.kernels.pattern import Block, Unstructured, grid_shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,6 +25,14 @@ def make(pattern, shape=(19, 37), tokens=(5,), dtype=torch.float32):
     return leaf(*tokens, shape[1]), leaf(*shape), mask, leaf(shape[0])
 
 
+def lend(w, remembers):
+    """Memory for the masked weight, with rubbish in it."""
+    return {"memory": torch.full_like(w.detach(), torch.nan)} if remembers else {}
+
+
+remembering = pytest.mark.parametrize("remembers", [False, True], ids=["", "with memory"])
+
+
 def gradients(function, x, w, mask, b, pattern, grad, **options):
     y = function(x, w, mask, b, pattern=pattern, **options)
     return y, *torch.autograd.grad(y, (x, w, b), grad.to(y.dtype))
@@ -32,10 +41,11 @@ def gradients(function, x, w, mask, b, pattern, grad, **options):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [(5,), (), (0,), (2, 3)], ids=str)
-def test_output_and_gradients_are_those_of_the_reference(pattern, dtype, tokens):
+@remembering
+def test_output_and_gradients_are_those_of_the_reference(pattern, dtype, tokens, remembers):
     x, w, mask, b = make(pattern, tokens=tokens, dtype=dtype)
     grad = torch.randn(*tokens, 19, device=DEVICE)
-    actual = gradients(masked_linear, x, w, mask, b, pattern, grad)
+    actual = gradients(masked_linear, x, w, mask, b, pattern, grad, **lend(w, remembers))
     exact = gradients(
         masked_linear_reference,
         *(t.detach().double().requires_grad_() for t in (x, w)),
@@ -53,23 +63,27 @@ def test_output_and_gradients_are_those_of_the_reference(pattern, dtype, tokens)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_nothing_behind_the_mask_comes_through(pattern):
+@remembering
+def test_nothing_behind_the_mask_comes_through(pattern, remembers):
     x, w, mask, b = make(pattern)
     clean = gradients(masked_linear, x, w, mask, b, pattern, torch.ones(5, 19, device=DEVICE))
     pruned = clean[2] == 0
     assert 0 < pruned.sum() < pruned.numel()
     poisoned = w.detach().masked_fill(pruned, torch.nan).requires_grad_()
     grad = torch.ones(5, 19, device=DEVICE)
-    got = gradients(masked_linear, x, poisoned, mask, b, pattern, grad)
+    lent = lend(w, remembers)
+    got = gradients(masked_linear, x, poisoned, mask, b, pattern, grad, **lent)
     assert all(map(torch.equal, got, clean))
     assert not got[2][pruned].any()
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_a_dense_weight_gradient_is_dense(pattern):
+@remembering
+def test_a_dense_weight_gradient_is_dense(pattern, remembers):
     x, w, mask, b = make(pattern)
     grad = torch.randn(5, 19, device=DEVICE)
-    got = gradients(masked_linear, x, w, mask, b, pattern, grad, dense_weight_grad=True)
+    options = {"dense_weight_grad": True} | lend(w, remembers)
+    got = gradients(masked_linear, x, w, mask, b, pattern, grad, **options)
     torch.testing.assert_close(got[2], grad.T @ x)
 
 
@@ -86,14 +100,56 @@ def test_words_are_as_good_as_a_compact_mask():
 
 @pytest.mark.skipif(INTERPRET, reason="does not concern the Triton kernels")
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_gradients_of_second_order(pattern):
+@remembering
+def test_gradients_of_second_order(pattern, remembers):
     x, w, mask, b = make(pattern, dtype=torch.float64)
 
     def function(x, w, b):
-        return masked_linear(x, w, mask, b, pattern=pattern)
+        return masked_linear(x, w, mask, b, pattern=pattern, **lend(w, remembers))
 
     torch.autograd.gradcheck(function, (x, w, b), fast_mode=True)
     torch.autograd.gradgradcheck(function, (x, w, b), fast_mode=True)
+
+
+@pytest.mark.skipif(TRITON, reason="of plain torch")
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_memory_has_the_masked_weight_of_the_last_forward_pass(pattern):
+    x, w, mask, b = make(pattern)
+    lent = lend(w, True)
+    grad = torch.randn(5, 19)
+    want = gradients(masked_linear, x, w, mask, b, pattern, grad)
+    first = masked_linear(x, w, mask, b, pattern=pattern, **lent)
+    second = masked_linear(2 * x, w, mask, b, pattern=pattern, **lent)
+    assert torch.equal(lent["memory"], apply_mask_reference(w, mask, pattern))
+    # two passes before the first backward, as of a module that is used twice
+    (grad_second,) = torch.autograd.grad(second, x, grad)
+    (grad_first,) = torch.autograd.grad(first, x, grad)
+    assert torch.equal(grad_first, want[1])
+    assert torch.equal(grad_second, 2 * want[1])
+
+
+@pytest.mark.skipif(TRITON, reason="of plain torch")
+def test_a_weight_that_changes_before_the_backward_pass_is_an_error():
+    x, w, mask, b = make(Unstructured())
+    y = masked_linear(x, w, mask, b, pattern=Unstructured(), **lend(w, True))
+    with torch.no_grad():
+        w.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.skipif(TRITON, reason="of plain torch")
+@pytest.mark.parametrize("memory", ["transposed", "another dtype", "another shape"])
+def test_memory_that_does_not_fit_is_left_alone(memory):
+    x, w, mask, b = make(Unstructured(), shape=(19, 19))
+    like = {
+        "transposed": torch.zeros(19, 19).T,
+        "another dtype": torch.zeros(19, 19, dtype=torch.float64),
+        "another shape": torch.zeros(19, 20),
+    }[memory]
+    y = masked_linear(x, w, mask, b, pattern=Unstructured(), memory=like)
+    torch.testing.assert_close(y, masked_linear_reference(x, w, mask, b, Unstructured()))
+    assert not like.any()
 
 
 def test_no_masked_weight_waits_for_the_backward_pass():
