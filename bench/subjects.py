@@ -344,14 +344,15 @@ def our_layer(place: Place, block: Block, level: float, backward: bool) -> Work:
     operand = MaskOperand(o.weight, block)
     operand.serve_linear()
     operand.set_(o.grid, all_kept=bool(o.grid.all()))
-    leaves = [t.detach().requires_grad_(backward) for t in (o.x, o.weight)]
+    leaves = [o.x.requires_grad_(backward), nn.Parameter(o.weight, requires_grad=backward)]
 
     def work() -> tuple[Tensor, ...]:
         y = operand.linear(*leaves, None)
         return (y, *torch.autograd.grad(y, leaves, o.grad)) if backward else (y,)
 
-    wanted = [F.linear(o.x, o.masked), o.grad @ o.masked, (o.grad.T @ o.x) * (o.masked != 0)]
-    x, w, g = o.exact(o.x, o.masked, o.grad)
+    plain = o.x.detach()
+    wanted = [F.linear(plain, o.masked), o.grad @ o.masked, (o.grad.T @ plain) * (o.masked != 0)]
+    x, w, g = o.exact(plain, o.masked, o.grad)
     exact = [F.linear(x, w), g @ w, (g.T @ x) * (w != 0)]
     for three in zip(work(), wanted, exact, strict=False):
         check_close(*three)
