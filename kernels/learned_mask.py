@@ -563,30 +563,14 @@ def _(weight: Tensor, scores: Tensor, mask: Tensor, rows: int, cols: int):
     return torch.empty_like(weight)
 
 
-def _fake_grads(weight: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    R, C = weight.shape
+def _fake_grads(grad: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    (R, C), (rows, cols) = weight.shape, rest[-2:]
     grid = -(-R // rows), -(-C // cols)
     return torch.empty_like(weight), weight.new_empty(grid, dtype=torch.float32)
 
 
-@_sample_grad_op.register_fake
-def _(
-    grad: Tensor,
-    weight: Tensor,
-    logits: Tensor,
-    random: Tensor,
-    kept: Tensor,
-    slope: Tensor,
-    stream: int,
-    rows: int,
-    cols: int,
-):
-    return _fake_grads(weight, rows, cols)
-
-
-@_straight_grad_op.register_fake
-def _(grad: Tensor, weight: Tensor, mask: Tensor, rows: int, cols: int):
-    return _fake_grads(weight, rows, cols)
+_sample_grad_op.register_fake(_fake_grads)
+_straight_grad_op.register_fake(_fake_grads)
 
 
 def _setup_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

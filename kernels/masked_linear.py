@@ -43,6 +43,13 @@ def _pattern(mask: Tensor, rows: int, cols: int) -> Pattern:
     return Unstructured() if mask.dtype == torch.uint8 else Block(rows, cols)
 
 
+def _words(weight: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
+    """Return the mask as words; of a grid of large blocks they take microseconds to make."""
+    if mask.dtype in WORDS.values():
+        return mask
+    return word_mask(mask, _pattern(mask, rows, cols), weight.shape, weight.dtype)
+
+
 def _scratch(like: Tensor) -> Tensor:
     """Return memory for a masked weight on a CPU, until this thread's next call: what is fresh
     from the system costs several times the masking.
@@ -62,7 +69,6 @@ def _masked(
     weight: Tensor, mask: Tensor, rows: int, cols: int, backend: Backend, dtype: torch.dtype
 ) -> Tensor:
     """Return the masked weight for one product: it may lie in scratch memory."""
-    pattern = _pattern(mask, rows, cols)
     if keeps_all(mask):
         masked = weight
     elif (
@@ -70,13 +76,10 @@ def _masked(
         and weight.is_cpu
         and not use_triton("masked_linear", backend, weight)
     ):
-        words = mask
-        if mask.dtype not in WORDS.values():
-            words = word_mask(mask, pattern, weight.shape, weight.dtype)
         masked = _scratch(weight)
-        and_words(weight, words, rows, masked)
+        and_words(weight, _words(weight, mask, rows, cols), rows, masked)
     else:
-        masked = apply_mask(weight, mask, pattern, backend=backend)
+        masked = apply_mask(weight, mask, _pattern(mask, rows, cols), backend=backend)
     # masked, then narrowed: under autocast the mask's words are as wide as the weight
     return masked.to(dtype)
 
@@ -249,10 +252,7 @@ class _Remembering(torch.autograd.Function):
         cols: int,
         dense_weight_grad: bool,
     ) -> Tensor:
-        words = mask
-        if mask.dtype not in WORDS.values():
-            words = word_mask(mask, _pattern(mask, rows, cols), weight.shape, weight.dtype)
-        and_words(weight, words, rows, memory)
+        and_words(weight, _words(weight, mask, rows, cols), rows, memory)
         return functional.linear(x, memory, bias)
 
     @staticmethod

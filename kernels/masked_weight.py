@@ -204,8 +204,8 @@ def _apply_(weight: Tensor, mask: Tensor, rows: int, cols: int) -> None:
         and_words(weight, mask, rows, weight)
     elif use_triton("apply_mask_", "auto", weight):
         _launch(weight, mask, rows, cols, weight)
-    elif mask.dtype == torch.bool and weight.is_cpu and _few_runs(~mask, weight):
-        for line, found in enumerate(runs(~mask)):
+    elif mask.dtype == torch.bool and weight.is_cpu and _few_runs(pruned := ~mask, weight):
+        for line, found in enumerate(runs(pruned)):
             for first, end in found:
                 weight[line * rows : (line + 1) * rows, first * cols : end * cols] = 0
     else:
