@@ -68,6 +68,8 @@ _CPU = {256: 1.0, 128: 1.0, 64: 0.92, 32: 0.35, 16: 0.12}
 _CPU_WGRAD = {256: 0.85, 128: 0.8, 64: 0.55, 32: 0.2, 16: 0.06}
 # elements of a line of blocks whose product takes as long as its Python
 _CPU_LINE = 12288
+# the products of a smaller weight are over before the first line's are set up
+_CPU_ELEMENTS = 2**18
 # No GPU has been measured yet. Hopper: two thirds of the share of the peak that L2 leaves a tile
 # (block_sparse_linear.py). Others: two thirds of the densities at which torch.sparse's BSR linear
 # breaks even on an A100: 0.4, 0.2 and 0.1 for blocks of 64, 32 and 16.
@@ -104,7 +106,7 @@ def built_in(
         lone = rows if bundling(pattern, grid)[0] else cols
         return BreakEven(table[rows], table[cols], 0.9 * table[lone])
     # 16-bit products have instructions of their own there, and nobody has measured them
-    if device.type != "cpu" or dtype != torch.float32:
+    if device.type != "cpu" or dtype != torch.float32 or R * C < _CPU_ELEMENTS:
         return BreakEven(0, 0, 0)
 
     def gathered(table: dict[int, float], side: int, length: int) -> float:
