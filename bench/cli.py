@@ -272,7 +272,7 @@ def profile(
     budget: Annotated[
         Real, _option("Seconds to time an operation in a pass.", "by device")
     ] = None,
-    passes: Annotated[Whole, _option("Times that all is set up anew and timed.", "3")] = None,
+    passes: Annotated[Whole, _option("Times that all is set up anew and timed.", "5")] = None,
     output: Output = None,
     against: Annotated[
         Path | None,
@@ -290,7 +290,7 @@ def profile(
     """
     from . import profile as job
     from .report import progress_bars
-    from .tables import show_moved, show_profile
+    from .tables import show_comparison, show_profile
 
     plan = job.make_plan(
         shapes=shapes,
@@ -317,7 +317,7 @@ def profile(
     else:
         show_profile(record, output)
         if earlier is not None:
-            show_moved(*job.moved(record, earlier), earlier)
+            show_comparison(job.compare(record, earlier), earlier)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -27,11 +28,14 @@ from .files import write_atomic
 from .options import find_device, parse_pattern, spell_pattern
 from .record import Row, claim_folder, dump, environment, load, times, to_csv
 from .shapes import Shape, parse_shapes, spell_shapes
-from .timing import Timing, measure, measure_in_turn, pool
+from .timing import Timing, measure, measure_in_turn, pool, spread
 from .work import OPERATIONS, Built, Case, Operands, model_cases, operand_cases
 
 Progress = Callable[[str, int, int, str], None]
 
+PASSES = 5
+LEAST = 3  # runs of each operation in a pass
+IDLE = 1.1  # passes on an idle machine differ by less
 LEVEL_BOUND = ("score", "select", "mask", "topology", "pack")
 """Operations whose time does not depend on the level, or hardly: measured at one."""
 
@@ -131,7 +135,7 @@ def make_plan(
         device=place,
         backend="triton" if triton_runs else "torch",
         budget=budget or (0.05 if gpu else 0.02),
-        passes=passes or 3,
+        passes=passes or PASSES,
     )
 
 
@@ -206,10 +210,12 @@ def profile(plan: Plan, progress: Progress, trace: Path | None = None) -> dict[s
         to_row(same[0][0], [outcome for _, outcome in same], ceilings)
         for same in zip(*(measured for measured, _ in passes), strict=True)
     ]
+    paces = pass_paces([measured for measured, _ in passes])
     record = environment(plan.device, plan.backend) | {
-        "notes": notes(plan),
+        "notes": [*notes(plan), *unrest(paces)],
         "ceilings": ceilings._asdict(),
         "overhead_s": overhead(plan.device),
+        "pass_paces": paces,
         "rows": [asdict(row) for row in rows],
     }
     if trace is not None:
@@ -266,6 +272,31 @@ def _serve_pass(plan: Plan, check: bool, threads: int, pipe: Connection) -> None
     pipe.send(one_pass(plan, check, pipe.send))
 
 
+def pass_paces(passes: Sequence[Measured]) -> list[float]:
+    """Return how long dense work took in each pass, 1 being its usual time.
+
+    No change of ours explains a difference: it is the machine's.
+    """
+    ratios: list[list[float]] = []
+    for same in zip(*passes, strict=True):
+        dense = [outcome.dense.median for _, outcome in same if outcome.dense is not None]
+        if len(dense) == len(passes):
+            usual = statistics.median(dense)
+            ratios.append([seconds / usual for seconds in dense])
+    return [statistics.median(column) for column in zip(*ratios, strict=True)]
+
+
+def unrest(paces: Sequence[float]) -> list[str]:
+    """Return a note if passes differ by more than those on an idle machine."""
+    if not paces or max(paces) <= IDLE * min(paces):
+        return []
+    apart = max(paces) / min(paces)
+    return [
+        f"the machine was not idle: dense work took {apart:.2f} times as long in the slowest pass "
+        "as in the fastest"
+    ]
+
+
 def overhead(device: torch.device) -> float:
     """Return what the measurement itself adds to a time: that of doing nothing."""
     return measure(lambda: None, device, least=20).median
@@ -302,7 +333,7 @@ def measure_case(
         if check and (problem := built.check()) is not None:
             return Outcome("failed", problem)
         works = [built.run] if built.dense is None else [built.run, built.dense]
-        timings = measure_in_turn(works, device, budget=budget)
+        timings = measure_in_turn(works, device, budget=budget, least=LEAST)
     except torch.OutOfMemoryError:
         return Outcome("skipped", "out of memory")
     except ModuleNotFoundError as error:
@@ -336,9 +367,13 @@ def to_row(case: Case, outcomes: Sequence[Outcome], ceilings: Ceilings) -> Row:
     for outcome in outcomes:
         if outcome.status != "ok":
             return Row(**head, status=outcome.status, detail=outcome.detail)
-    timing = pool([o.timing for o in outcomes if o.timing is not None])
+    passes = [o.timing for o in outcomes if o.timing is not None]
     dense = [o.dense for o in outcomes if o.dense is not None]
+    timing = pool(passes)
     found = rates(case, timing.median, ceilings, pool(dense) if dense else None)
+    found["low_s"], found["high_s"] = spread(passes)
+    if dense:
+        found["dense_low_s"], found["dense_high_s"] = spread(dense)
     return Row(**head, status="ok", **times(timing), **found)
 
 
@@ -393,6 +428,20 @@ class Moved(NamedTuple):
     ratio: float
 
 
+class Comparison(NamedTuple):
+    """How two records of ``profile`` differ.
+
+    Attributes:
+        moved: times whose spreads over passes do not meet.
+        compared: how many times both records have.
+        pace: median ratio of dense work's times, the later over the earlier; None without any.
+    """
+
+    moved: list[Moved]
+    compared: int
+    pace: float | None
+
+
 def load_profile(path: Path) -> dict[str, Any]:
     """Return an earlier record of ``profile``.
 
@@ -408,28 +457,25 @@ def load_profile(path: Path) -> dict[str, Any]:
     return record
 
 
-def moved(record: Mapping[str, Any], earlier: Mapping[str, Any]) -> tuple[list[Moved], int]:
-    """Compare two records of ``profile``: by how much times differ beyond their spread.
-
-    Two times agree if their ranges from p20 to p80 meet.
-
-    Returns:
-        Those that do not, and how many were compared.
-    """
+def compare(record: Mapping[str, Any], earlier: Mapping[str, Any]) -> Comparison:
+    """Compare two records of ``profile``: two times agree if their spreads over passes meet."""
     names = ("operation", "shape", "dtype", "pattern", "level", "mask", "status")
     before = {tuple(row.get(name) for name in names): row for row in earlier["rows"]}
-    found, compared = [], 0
+    found, compared, paces = [], 0, []
     for row in record["rows"]:
         other = before.get(tuple(row[name] for name in names))
-        for dense, column in ((False, "{}_s"), (True, "dense_{}_s")):
-            p20, p80 = column.format("p20"), column.format("p80")
-            median = "dense_s" if dense else "median_s"
-            if other is None or row.get(p20) is None or other.get(p20) is None:
+        for dense, median, low, high in (
+            (False, "median_s", "low_s", "high_s"),
+            (True, "dense_s", "dense_low_s", "dense_high_s"),
+        ):
+            if other is None or row.get(low) is None or other.get(low) is None:
                 continue
             compared += 1
-            if row[p20] > other[p80] or other[p20] > row[p80]:
+            if dense:
+                paces.append(row[median] / other[median])
+            if row[low] > other[high] or other[low] > row[high]:
                 found.append(Moved(row, dense, row[median] / other[median]))
-    return found, compared
+    return Comparison(found, compared, statistics.median(paces) if paces else None)
 
 
 def write_trace(path: Path, plan: Plan, rows: Sequence[Row]) -> None:

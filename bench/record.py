@@ -58,6 +58,8 @@ class Row:
         speedup: dense over median.
         efficiency: FLOP rate over the dense product's.
         dense_p20_s, dense_p80_s: seconds.
+        low_s, high_s, dense_low_s, dense_high_s: seconds; the spread over passes: the p20 of the
+            fastest and the p80 of the slowest.
     """
 
     operation: str
@@ -88,6 +90,10 @@ class Row:
     efficiency: float | None = None
     dense_p20_s: float | None = None
     dense_p80_s: float | None = None
+    low_s: float | None = None
+    high_s: float | None = None
+    dense_low_s: float | None = None
+    dense_high_s: float | None = None
 
 
 def environment(device: torch.device, backend: str) -> dict[str, Any]:

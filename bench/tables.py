@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .profile import Moved
+    from .profile import Comparison
 
 
 def console() -> Console:
@@ -73,8 +73,8 @@ def ceilings_line(record: Mapping[str, Any]) -> str:
 def profile_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table of ``profile``."""
     headings = (
-        "operation:", "shape:", "pattern:", "level", "median", "p20 to p80", "GB/s", "TFLOP/s",
-        "of bound", "bound:", "dense", "speed-up",
+        "operation:", "shape:", "pattern:", "level", "median", "p20 to p80", "over passes",
+        "GB/s", "TFLOP/s", "of bound", "bound:", "dense", "speed-up",
     )  # fmt: skip
     lines = []
     for row in rows:
@@ -83,7 +83,7 @@ def profile_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         level = f"{row['level']:g}"
         if row["status"] != "ok":
             note = (row["status"].upper(), row["detail"][:60])
-            lines.append((*head, level, *note, *[""] * 6))
+            lines.append((*head, level, *note, *[""] * 7))
             continue
         rate = row["tflop_per_s"]
         lines.append(
@@ -92,6 +92,7 @@ def profile_table(rows: Sequence[Mapping[str, Any]]) -> Table:
                 level,
                 seconds(row["median_s"]),
                 f"{seconds(row['p20_s'])} to {seconds(row['p80_s'])}",
+                f"{seconds(row['low_s'])} to {seconds(row['high_s'])}",
                 f"{row['gb_per_s']:.3g}",
                 "" if rate is None else f"{rate:.3g}",
                 percent(row["of_bound"]),
@@ -121,13 +122,16 @@ def show_profile(record: Mapping[str, Any], folder: Path | None) -> None:
         out.print(f"{folder}: profile.json, profile.csv, roofline.png, speedup.png")
 
 
-def show_moved(moved: Sequence[Moved], compared: int, earlier: Mapping[str, Any]) -> None:
+def show_comparison(found: Comparison, earlier: Mapping[str, Any]) -> None:
     """Print which times lie beyond the spread of an earlier record's."""
     out = console()
+    moved, compared, pace = found
     out.print(
         f"against commit {earlier['commit']} of {earlier['date']}, {where(earlier)}: "
-        f"{compared - len(moved)} of {compared} times agree within their spread"
+        f"{compared - len(moved)} of {compared} times agree within their spread over passes"
     )
+    if pace is not None:
+        out.print(f"dense work, which no change of ours explains, took {pace:.2f} of its time")
     for one in moved:
         row = one.row
         out.print(

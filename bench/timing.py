@@ -46,6 +46,11 @@ class Timing:
         return sorted(self.seconds)[round(q * (len(self.seconds) - 1))]
 
 
+def spread(timings: Sequence[Timing]) -> tuple[float, float]:
+    """Return the p20 of the fastest and the p80 of the slowest of several timings of one work."""
+    return min(t.quantile(0.2) for t in timings), max(t.quantile(0.8) for t in timings)
+
+
 def pool(timings: Sequence[Timing]) -> Timing:
     """Return the runs of several timings of the same work as one timing."""
     hosts = [timing.host for timing in timings if timing.host is not None]
@@ -73,7 +78,8 @@ def measure(
         device: where it runs.
         budget: seconds to spend on timed runs; the first, slow calls come on top.
         least, most: bounds of the number of timed runs, whatever the budget is.
-        give_up: a time in seconds; when the first three runs are all slower, no more follow.
+        give_up: a time in seconds; when the first runs, at most three, are all slower, no more
+            follow.
     """
     (timing,) = measure_in_turn(
         [work], device, budget=budget, least=least, most=most, give_up=give_up
@@ -104,7 +110,8 @@ def measure_in_turn(
     estimate = statistics.mean(min(timing.seconds) for timing in first)
     if give_up is not None and estimate > give_up:
         return first
-    return run(max(least, min(most, int(budget / max(estimate, 1e-9)))))
+    more = max(least, min(most, int(budget / max(estimate, 1e-9)))) - min(3, least)
+    return [pool(parts) for parts in zip(first, run(more), strict=True)] if more > 0 else first
 
 
 def _on_cpu(works: Sequence[Work]) -> Callable[[int], list[Timing]]:
