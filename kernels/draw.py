@@ -9,12 +9,12 @@ for each run of ``RUN`` groups.
 What is compared is exact, and e^-s is added and multiplied up in float32 in one order: given the
 numbers, plain torch, which defines the mask, numpy and the kernels agree on it to the bit.
 
-Reading order: numbers -> e^-s -> mask.
+Reading order: numbers -> e^-s -> mask -> gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -107,51 +107,104 @@ def exp_minus(logits: Tensor) -> Tensor:
     return power
 
 
-def draw_mask(
-    logits: Tensor, random: Tensor, stream: int, kind: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return which groups are kept, and the sigmoid's derivative of each; on a CPU.
-
-    The former as bool, or as integers with all bits set or none, by ``kind``.
+def draw(
+    logits: Tensor, random: Tensor, stream: int, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Draw a mask on a CPU.
 
     In numpy, on as many threads as torch would use: each takes whole runs, whose temporaries stay
     in its cache, rather than all of them part every one of some thirty short operations.
+
+    Args:
+        logits: one a group.
+        random, stream: as ``uniform``'s.
+        weight: if the groups are elements, one that ``in_runs`` can read, to be masked on the way.
+
+    Returns:
+        The sigmoid's derivative of each group, its sign bit set where the group is kept; and the
+        weight masked, if there is one.
     """
-    kept, slope = torch.empty(logits.shape, dtype=kind), torch.empty(logits.shape)
-    words, slopes = kept.view(-1).numpy(), slope.view(-1).numpy()
-    s = logits.detach().contiguous().view(-1).numpy()
-    numbers = random.tolist()
-    runs = range(-(-len(s) // RUN))
+    signed, numbers = torch.empty(logits.shape), random.tolist()
+    masked = None if weight is None else torch.empty_like(weight)
+    s, slopes = (_flat(t) for t in (logits.contiguous(), signed))
+    w, out = (None if t is None else _flat(t).view(np.int32) for t in (weight, masked))
 
-    def work(share: Sequence[int]) -> None:
-        buffers = [np.empty(min(RUN, len(s)), np.float32) for _ in range(3)]
-        for run in share:
-            part = slice(run * RUN, min((run + 1) * RUN, len(s)))
-            u, v, other = (buffer[: part.stop - part.start] for buffer in buffers)
-            _fill(u, numbers, stream, run)
-            _exp_minus_into(v, other, s[part])
-            np.subtract(np.float32(1), u, out=other)
-            np.multiply(v, other, out=v)
-            flags = np.greater(u, v, out=words[part] if kind == torch.bool else None)
-            if kind != torch.bool:
-                np.negative(flags.view(np.int8), out=words[part])
-            # with p = u / (u + v), the sigmoid, p (1 - p)
-            np.add(u, v, out=other)
-            np.multiply(other, other, out=other)
-            np.multiply(v, u, out=v)
-            np.divide(v, other, out=slopes[part])
+    def work(run: int, part: slice, u: np.ndarray, v: np.ndarray, other: np.ndarray) -> None:
+        _fill(u, numbers, stream, run)
+        _exp_minus_into(v, other, s[part])
+        np.subtract(np.float32(1), u, out=other)
+        np.multiply(v, other, out=v)
+        kept = np.greater(u, v)
+        # with p = u / (u + v), the sigmoid, p (1 - p)
+        np.add(u, v, out=other)
+        np.multiply(other, other, out=other)
+        np.multiply(v, u, out=v)
+        np.divide(v, other, out=v)
+        # a NaN may have any sign
+        np.abs(v, out=v)
+        words = other.view(np.int32)
+        np.negative(kept.view(np.int8), out=words)
+        if w is not None and out is not None:
+            np.bitwise_and(w[part], words, out=out[part])
+        np.left_shift(words, 31, out=words)
+        np.bitwise_or(v.view(np.int32), words, out=slopes.view(np.int32)[part])
 
-    def silent(share: Sequence[int]) -> None:
+    _in_runs(work, len(s), 3)
+    return signed, masked
+
+
+def gradients(grad: Tensor, weight: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of a weight and its logits, of what ``draw`` returned; on a CPU.
+
+    Args:
+        grad: of the masked weight.
+        weight: whose elements are the groups.
+        signed: what ``draw`` returned.
+    """
+    grad_weight, grad_scores = torch.empty_like(grad), torch.empty_like(signed)
+    g, w, slopes, to_weight, scores = (
+        _flat(t) for t in (grad, weight, signed, grad_weight, grad_scores)
+    )
+    g_words, slope_words, out_words = (a.view(np.int32) for a in (g, slopes, to_weight))
+
+    def work(_: int, part: slice, buffer: np.ndarray) -> None:
+        words = buffer.view(np.int32)
+        np.right_shift(slope_words[part], 31, out=words)
+        np.bitwise_and(g_words[part], words, out=out_words[part])
+        np.multiply(g[part], w[part], out=scores[part])
+        np.abs(slopes[part], out=buffer)
+        np.multiply(scores[part], buffer, out=scores[part])
+
+    _in_runs(work, len(g), 1)
+    return grad_weight, grad_scores
+
+
+def in_runs(*tensors: Tensor) -> bool:
+    """Tell whether ``draw`` and ``gradients`` can read them."""
+    return all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+
+
+def _flat(t: Tensor) -> np.ndarray:
+    return t.detach().view(-1).numpy()
+
+
+def _in_runs(work: Callable[..., None], length: int, buffers: int) -> None:
+    """Call ``work(run, part, *buffers)`` for every run, on as many threads as pay."""
+    runs = range(-(-length // RUN))
+
+    def share(own: Sequence[int]) -> None:
+        scratch = [np.empty(min(RUN, length), np.float32) for _ in range(buffers)]
         with np.errstate(all="ignore"):
-            work(share)
+            for run in own:
+                part = slice(run * RUN, min((run + 1) * RUN, length))
+                work(run, part, *(buffer[: part.stop - part.start] for buffer in scratch))
 
     threads = max(1, min(torch.get_num_threads(), 8, len(runs)))
     if threads == 1:
-        silent(runs)
+        share(runs)
     else:
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(silent, (runs[n::threads] for n in range(threads))))
-    return kept, slope
+            list(pool.map(share, (runs[n::threads] for n in range(threads))))
 
 
 def _exp_minus_into(power: np.ndarray, y: np.ndarray, logits: np.ndarray) -> None:

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .draw import LANES, draw_mask, exp_minus, uniform
+from .draw import LANES, draw, exp_minus, gradients, in_runs, uniform
 from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
 from .mask import WORDS, expand_mask, word_mask
-from .masked_weight import and_words, apply_mask
+from .masked_weight import apply_mask
 from .pattern import Block, Pattern, Unstructured, grid_shape
 
 SUM_CHUNK = 2**20  # the same of all threads, where torch parts each operation
@@ -89,10 +89,6 @@ def _block_sums(elements: Tensor, rows: int, cols: int) -> Tensor:
 
 
 def _select(weight: Tensor, kept: Tensor, rows: int, cols: int) -> Tensor:
-    if kept.dtype != torch.bool:
-        out = torch.empty_like(weight)
-        and_words(weight, kept, rows, out)
-        return out
     pattern = Block(rows, cols)
     return apply_mask(weight, word_mask(kept, pattern, weight.shape, weight.dtype), pattern)
 
@@ -491,18 +487,16 @@ def _launch_grad(
 
 def _sample(
     weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     if use_triton("sample_mask", "auto", weight):
-        out = _launch(weight, logits, random, stream, rows, cols)
-        return out, logits.new_empty(0, dtype=torch.bool), logits.new_empty(0)
+        return _launch(weight, logits, random, stream, rows, cols), logits.new_empty(0)
     # here drawing again would cost more than keeping what was drawn
-    kept, slope = draw_mask(logits, random, stream, _kept_kind(weight, rows, cols))
-    return _select(weight, kept, rows, cols), kept, slope
-
-
-def _kept_kind(weight: Tensor, rows: int, cols: int) -> torch.dtype:
-    """Return what tells which groups are kept on a CPU: of elements, what selects them at once."""
-    return WORDS[weight.element_size()] if rows == cols == 1 else torch.bool
+    if rows == cols == 1 and in_runs(weight):
+        signed, masked = draw(logits, random, stream, weight)
+        if masked is not None:
+            return masked, signed
+    signed, _ = draw(logits, random, stream)
+    return _select(weight, signed.signbit(), rows, cols), signed
 
 
 def _sample_grad(
@@ -510,16 +504,17 @@ def _sample_grad(
     weight: Tensor,
     logits: Tensor,
     random: Tensor,
-    kept: Tensor,
-    slope: Tensor,
+    signed: Tensor,
     stream: int,
     rows: int,
     cols: int,
 ) -> tuple[Tensor, Tensor]:
     if use_triton("sample_mask", "auto", weight):
         return _launch_grad(grad, weight, logits, random, stream, None, rows, cols)
+    if rows == cols == 1 and in_runs(grad, weight):
+        return gradients(grad, weight, signed)
     sums = _sum_in_chunks(grad, weight, rows, cols)
-    return _select(grad, kept, rows, cols), sums.mul_(slope)
+    return _select(grad, signed.signbit(), rows, cols), sums.mul_(signed.abs())
 
 
 def _straight(weight: Tensor, scores: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
@@ -552,10 +547,8 @@ _straight_grad_op = _operator("straight_through_backward", _straight_grad)
 @_sample_op.register_fake
 def _(weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int):
     if use_triton("sample_mask", "auto", weight):
-        return torch.empty_like(weight), logits.new_empty(0, dtype=torch.bool), logits.new_empty(0)
-    kept = logits.new_empty(logits.shape, dtype=_kept_kind(weight, rows, cols))
-    slope = logits.new_empty(logits.shape)
-    return torch.empty_like(weight), kept, slope
+        return torch.empty_like(weight), logits.new_empty(0)
+    return torch.empty_like(weight), logits.new_empty(logits.shape)
 
 
 @_straight_op.register_fake
@@ -573,13 +566,13 @@ _sample_grad_op.register_fake(_fake_grads)
 _straight_grad_op.register_fake(_fake_grads)
 
 
-def _setup_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.stream, ctx.rows, ctx.cols = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
 
 
-def _sample_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _sample_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     grads = _sample_grad_op(grad, *ctx.saved_tensors, ctx.stream, ctx.rows, ctx.cols)
     return *grads, None, None, None, None
 

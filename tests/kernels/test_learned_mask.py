@@ -237,6 +237,19 @@ def test_certain_logits_are_certain():
         assert torch.equal(out, (logits > 0).float())
 
 
+# the interpreter's NaN, as an integer, becomes one that leaves a NaN a NaN, as on a GPU
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+@pytest.mark.parametrize("pattern", FEW, ids=str)
+def test_a_logit_that_is_nan_prunes(pattern):
+    weight, logits, grad = make((65, 70), pattern)
+    with torch.no_grad():
+        logits.fill_(math.nan)
+    out = sample_mask(weight, logits, random_state(), pattern)
+    assert torch.equal(out, torch.zeros_like(weight))
+    (grad_weight,) = torch.autograd.grad(out, weight, grad)
+    assert torch.equal(grad_weight, torch.zeros_like(weight))
+
+
 def test_a_group_is_kept_with_the_sigmoid_of_its_logit():
     logits = torch.tensor([-2.0, 0.0, 1.0, 4.59512], device=DEVICE).repeat_interleave(64)
     logits = logits.expand(256, -1).contiguous()
