@@ -14,14 +14,10 @@ from ..kernels.pattern import Unstructured
 from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
 from .composite import CompositeController
 from .const import ConstSparsityConfig, ConstSparsityController
+from .importance import movement_operands, movement_targets
 from .magnitude import MagnitudeSparsityConfig, MagnitudeSparsityController
 from .modules import SparseModule, densify, sparsify
-from .movement import (
-    MovementSparsityConfig,
-    MovementSparsityController,
-    movement_operands,
-    movement_targets,
-)
+from .movement import MovementSparsityConfig, MovementSparsityController
 from .nncf_config import Config, ConfigLike, parse_config
 from .operand import MaskOperand
 from .rb import RBSparsityConfig, RBSparsityController, logit_operands

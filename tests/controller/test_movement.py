@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import triton_sparsity as ts
-from triton_sparsity.controller.movement import kth_smallest
+from triton_sparsity.controller.importance import kth_smallest
 
 WARM_UP = {
     "warmup_start_epoch": 1,
