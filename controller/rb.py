@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..kernels.dispatch import Dispatch
+from ..kernels.draw import draw, keeps_draws
 from ..kernels.launch import Backend
 from ..kernels.learned_mask import sample_mask
 from ..kernels.pattern import Block, Pattern
@@ -135,6 +136,8 @@ class LogitOperand(ScoredOperand):
             dispatch=dispatch,
         )
         self._read_at: tuple[Any, ...] | None = None
+        self._drawn: Tensor | None = None
+        self._drawn_at: tuple[Any, ...] | None = None
 
     def to(self, weight: Tensor) -> None:
         super().to(weight)
@@ -155,9 +158,24 @@ class LogitOperand(ScoredOperand):
             self.draws.random,
             pattern,
             stream=self.stream,
+            drawn=self._draw(),
             backend=self.backend,
         )
         return masked.reshape(weight.shape)
+
+    def _draw(self) -> Tensor | None:
+        """Return this step's draw where it is kept, drawn by the step's first forward pass."""
+        if torch.compiler.is_compiling() or not keeps_draws(self.scores):
+            return None
+        key = (*self.draws.random.tolist(), *state_of(self.scores))
+        if self._drawn_at != key:
+            self._drawn = draw(self.scores, self.draws.random, self.stream, self._drawn)
+            self._drawn_at = key
+        return self._drawn
+
+    def freeze(self, frozen: bool) -> None:
+        super().freeze(frozen)
+        self._drawn = self._drawn_at = None
 
     def apply(self, weight: Tensor) -> Tensor:
         if not self.learning and not torch.compiler.is_compiling():

@@ -9,7 +9,7 @@ for each run of ``RUN`` groups.
 What is compared is exact, and e^-s is added and multiplied up in float32 in one order: given the
 numbers, plain torch, which defines the mask, numpy and the kernels agree on it to the bit.
 
-Reading order: numbers -> e^-s -> mask -> gradients.
+Reading order: numbers -> e^-s -> draw -> masked weight -> gradients.
 """
 
 from __future__ import annotations
@@ -107,9 +107,12 @@ def exp_minus(logits: Tensor) -> Tensor:
     return power
 
 
-def draw(
-    logits: Tensor, random: Tensor, stream: int, weight: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
+def keeps_draws(logits: Tensor) -> bool:
+    """Tell whether to keep what is drawn, as on a CPU, or to draw it anew wherever it is read."""
+    return logits.is_cpu and not INTERPRET
+
+
+def draw(logits: Tensor, random: Tensor, stream: int, out: Tensor | None = None) -> Tensor:
     """Draw a mask on a CPU.
 
     In numpy, on as many threads as torch would use: each takes whole runs, whose temporaries stay
@@ -118,16 +121,18 @@ def draw(
     Args:
         logits: one a group.
         random, stream: as ``uniform``'s.
-        weight: if the groups are elements, one that ``in_runs`` can read, to be masked on the way.
+        out: an earlier draw, to be overwritten; a backward pass that still needs it raises.
 
     Returns:
-        The sigmoid's derivative of each group, its sign bit set where the group is kept; and the
-        weight masked, if there is one.
+        float32: the sigmoid's derivative of each group, its sign bit set where the group is kept.
     """
-    signed, numbers = torch.empty(logits.shape), random.tolist()
-    masked = None if weight is None else torch.empty_like(weight)
-    s, slopes = (_flat(t) for t in (logits.contiguous(), signed))
-    w, out = (None if t is None else _flat(t).view(np.int32) for t in (weight, masked))
+    if out is None:
+        out = torch.empty(logits.shape)
+    else:
+        torch.autograd.graph.increment_version(out)
+    numbers = random.tolist()
+    s, slopes = _flat(logits.detach().contiguous()), _flat(out)
+    words_out = slopes.view(np.int32)
 
     def work(run: int, part: slice, u: np.ndarray, v: np.ndarray, other: np.ndarray) -> None:
         _fill(u, numbers, stream, run)
@@ -142,25 +147,31 @@ def draw(
         np.divide(v, other, out=v)
         # a NaN may have any sign
         np.abs(v, out=v)
-        words = other.view(np.int32)
-        np.negative(kept.view(np.int8), out=words)
-        if w is not None and out is not None:
-            np.bitwise_and(w[part], words, out=out[part])
-        np.left_shift(words, 31, out=words)
-        np.bitwise_or(v.view(np.int32), words, out=slopes.view(np.int32)[part])
+        sign = other.view(np.int32)
+        np.negative(kept.view(np.int8), out=sign)
+        np.left_shift(sign, 31, out=sign)
+        np.bitwise_or(v.view(np.int32), sign, out=words_out[part])
 
     _in_runs(work, len(s), 3)
-    return signed, masked
+    return out
+
+
+def select_drawn(weight: Tensor, signed: Tensor) -> Tensor:
+    """Return a weight, whose elements are the groups, masked by what ``draw`` returned."""
+    out = torch.empty_like(weight)
+    w, slopes, masked = (_flat(t).view(np.int32) for t in (weight, signed, out))
+
+    def work(_: int, part: slice, buffer: np.ndarray) -> None:
+        words = buffer.view(np.int32)
+        np.right_shift(slopes[part], 31, out=words)
+        np.bitwise_and(w[part], words, out=masked[part])
+
+    _in_runs(work, len(w), 1)
+    return out
 
 
 def gradients(grad: Tensor, weight: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of a weight and its logits, of what ``draw`` returned; on a CPU.
-
-    Args:
-        grad: of the masked weight.
-        weight: whose elements are the groups.
-        signed: what ``draw`` returned.
-    """
+    """Return the gradients of ``select_drawn``'s weight and of the logits, given its result's."""
     grad_weight, grad_scores = torch.empty_like(grad), torch.empty_like(signed)
     g, w, slopes, to_weight, scores = (
         _flat(t) for t in (grad, weight, signed, grad_weight, grad_scores)
@@ -180,7 +191,7 @@ def gradients(grad: Tensor, weight: Tensor, signed: Tensor) -> tuple[Tensor, Ten
 
 
 def in_runs(*tensors: Tensor) -> bool:
-    """Tell whether ``draw`` and ``gradients`` can read them."""
+    """Tell whether ``select_drawn`` and ``gradients`` can read them."""
     return all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .draw import LANES, draw, exp_minus, gradients, in_runs, uniform
+from .draw import LANES, draw, exp_minus, gradients, in_runs, keeps_draws, select_drawn, uniform
 from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
 from .mask import WORDS, expand_mask, word_mask
 from .masked_weight import apply_mask
@@ -486,17 +486,26 @@ def _launch_grad(
 
 
 def _sample(
-    weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int
+    weight: Tensor,
+    logits: Tensor,
+    random: Tensor,
+    drawn: Tensor | None,
+    stream: int,
+    rows: int,
+    cols: int,
 ) -> tuple[Tensor, Tensor]:
     if use_triton("sample_mask", "auto", weight):
         return _launch(weight, logits, random, stream, rows, cols), logits.new_empty(0)
     # here drawing again would cost more than keeping what was drawn
+    signed = draw(logits, random, stream) if drawn is None else drawn
+    masked = _select_drawn(weight, signed, rows, cols)
+    return masked, signed if drawn is None else logits.new_empty(0)
+
+
+def _select_drawn(weight: Tensor, signed: Tensor, rows: int, cols: int) -> Tensor:
     if rows == cols == 1 and in_runs(weight):
-        signed, masked = draw(logits, random, stream, weight)
-        if masked is not None:
-            return masked, signed
-    signed, _ = draw(logits, random, stream)
-    return _select(weight, signed.signbit(), rows, cols), signed
+        return select_drawn(weight, signed)
+    return _select(weight, signed.signbit(), rows, cols)
 
 
 def _sample_grad(
@@ -545,8 +554,16 @@ _straight_grad_op = _operator("straight_through_backward", _straight_grad)
 
 
 @_sample_op.register_fake
-def _(weight: Tensor, logits: Tensor, random: Tensor, stream: int, rows: int, cols: int):
-    if use_triton("sample_mask", "auto", weight):
+def _(
+    weight: Tensor,
+    logits: Tensor,
+    random: Tensor,
+    drawn: Tensor | None,
+    stream: int,
+    rows: int,
+    cols: int,
+):
+    if drawn is not None or use_triton("sample_mask", "auto", weight):
         return torch.empty_like(weight), logits.new_empty(0)
     return torch.empty_like(weight), logits.new_empty(logits.shape)
 
@@ -567,14 +584,14 @@ _straight_grad_op.register_fake(_fake_grads)
 
 
 def _setup_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.stream, ctx.rows, ctx.cols = inputs
+    *tensors, drawn, ctx.stream, ctx.rows, ctx.cols = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*tensors, output[1] if drawn is None else drawn)
 
 
 def _sample_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     grads = _sample_grad_op(grad, *ctx.saved_tensors, ctx.stream, ctx.rows, ctx.cols)
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 def _setup_straight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -599,6 +616,7 @@ def sample_mask(
     pattern: Pattern,
     *,
     stream: int = 0,
+    drawn: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Return ``weight`` under a mask drawn at random; pruned elements are +0.
@@ -617,6 +635,8 @@ def sample_mask(
             0 to 2^32 - 1. It must not change before the backward pass.
         pattern: ``Unstructured`` or ``Block``.
         stream: from 0 to 2^31 - 1; weights of different streams draw independently.
+        drawn: where ``keeps_draws(logits)``, what ``draw(logits, random, stream)`` returned, so
+            that several forward passes share it; None: draw here. The triton backend takes none.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -638,8 +658,18 @@ def sample_mask(
             f"sample_mask: random must be int64 (2,) on {weight.device}, "
             f"got {random.dtype} {tuple(random.shape)} on {random.device}"
         )
+    if drawn is not None and not keeps_draws(logits):
+        raise ValueError(
+            f"sample_mask: drawn must be None on {logits.device}, where kernels draw by "
+            f"themselves, got {drawn.dtype} {tuple(drawn.shape)}"
+        )
+    if drawn is not None and (drawn.dtype != torch.float32 or drawn.shape != logits.shape):
+        raise ValueError(
+            f"sample_mask: drawn must be float32 {tuple(logits.shape)} like logits, got "
+            f"{drawn.dtype} {tuple(drawn.shape)}"
+        )
     if takes_operator:
-        return _sample_op(weight, logits, random, stream, pattern.rows, pattern.cols)[0]
+        return _sample_op(weight, logits, random, drawn, stream, pattern.rows, pattern.cols)[0]
     return sample_mask_reference(weight, logits, random, pattern, stream)
 
 

@@ -9,8 +9,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import triton_sparsity as ts
+from triton_sparsity.controller import rb
 from triton_sparsity.controller.learned import ScoreWatch
 from triton_sparsity.controller.rb import INITIAL_LOGIT
+from triton_sparsity.kernels.draw import draw, keeps_draws
 
 SCHEDULE = ts.ExponentialSchedule(target_level=0.6, target_epoch=2)
 
@@ -154,6 +156,30 @@ def test_a_mask_lasts_for_a_step():
     before = model[0](batch(0))
     controller.scheduler.step()
     assert not torch.equal(model[0](batch(0)), before)
+
+
+@pytest.mark.skipif(not keeps_draws(torch.empty(0)), reason="kernels draw wherever they read")
+def test_a_cpu_draws_once_a_step(monkeypatch):
+    model, controller = build()
+    calls = []
+    monkeypatch.setattr(rb, "draw", lambda *a: (calls.append(1), draw(*a))[1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    weights = len(controller.parameters())
+    seen = []
+    for step in range(3):
+        controller.scheduler.step()
+        for _ in range(3):
+            model(batch(0)).sum().backward()
+        assert len(calls) == weights * (step + 1)
+        seen.append(controller.sparsified_module_info[0].operand._drawn.clone())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(seen[0], seen[1])
+    # logits that change within a step are drawn from anew
+    model(batch(0))
+    assert len(calls) == weights * 4
+    controller.freeze()
+    assert all(i.operand._drawn is None for i in controller.sparsified_module_info)
 
 
 def test_evaluation_reads_the_logits_as_they_are():

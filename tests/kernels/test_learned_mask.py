@@ -365,13 +365,39 @@ def test_opcheck(pattern):
     weight, logits, _ = make((9, 12), pattern)
     mask = compact_mask(pattern, (9, 12))
     sides = pattern.rows, pattern.cols
-    torch.library.opcheck(module._sample_op, (weight, logits, random_state(), 5, *sides))
+    torch.library.opcheck(module._sample_op, (weight, logits, random_state(), None, 5, *sides))
     torch.library.opcheck(module._straight_op, (weight, logits, mask, *sides))
     grad, plain = weight.detach() + 1, weight.detach()
-    _, *drawn = module._sample_op(plain, logits.detach(), random_state(), 5, *sides)
-    rest = (plain, logits.detach(), random_state(), *drawn, 5, *sides)
+    _, drawn = module._sample_op(plain, logits.detach(), random_state(), None, 5, *sides)
+    if drawing.keeps_draws(logits):
+        inputs = weight, logits, random_state(), drawn, 5, *sides
+        torch.library.opcheck(module._sample_op, inputs)
+    rest = (plain, logits.detach(), random_state(), drawn, 5, *sides)
     torch.library.opcheck(module._sample_grad_op, (grad, *rest))
     torch.library.opcheck(module._straight_grad_op, (grad, plain, mask, *sides))
+
+
+@pytest.mark.skipif(not drawing.keeps_draws(torch.empty(0, device=DEVICE)), reason="CPU only")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("pattern", FEW, ids=str)
+def test_a_draw_can_be_shared(pattern, dtype):
+    weight, logits, grad = make((33, 70), pattern)
+    weight, grad = weight.detach().to(dtype).requires_grad_(), grad.to(dtype)
+    drawn = drawing.draw(logits, random_state(), 5)
+
+    def results(**given):
+        out = sample_mask(weight, logits, random_state(), pattern, stream=5, **given)
+        return (out, *torch.autograd.grad(out, (weight, logits), grad))
+
+    for _ in range(2):
+        for own, shared in zip(results(), results(drawn=drawn), strict=True):
+            assert torch.equal(own, shared)
+    out = sample_mask(weight, logits, random_state(), pattern, stream=5, drawn=drawn)
+    again = drawing.draw(logits, random_state(draw=2), 5, drawn)
+    assert again is drawn
+    assert torch.equal(drawn, drawing.draw(logits, random_state(draw=2), 5))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out, weight, grad)
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter cannot be traced")
@@ -419,6 +445,9 @@ def test_bad_random_state_or_mask_is_named():
             sample_mask(weight, GRID, random, Block(2, 2))
     with pytest.raises(TypeError, match=r"^straight_through: mask must be compact or words"):
         straight_through(weight, GRID, GRID, Block(2, 2))
+    for drawn in (torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"^sample_mask: drawn must be"):
+            sample_mask(weight, GRID, torch.zeros(2).long(), Block(2, 2), drawn=drawn)
 
 
 @pytest.mark.parametrize("function", [sample_mask, straight_through])
