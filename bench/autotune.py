@@ -29,7 +29,7 @@ from ..kernels.launch import INTERPRET, Backend, use_triton
 from ..kernels.pattern import Block
 from ..kernels.tiles import RESERVE, Device, Tile, device_of
 from .counts import DIRECTIONS, intensity, tile_of
-from .files import write_atomic
+from .files import claim_file, write_atomic
 from .options import find_device, parse_pattern
 from .profile import Progress
 from .record import command, dump, environment
@@ -118,7 +118,15 @@ def make_search(
     for kind in kinds:
         if kind not in tuning.DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(tuning.DTYPES)}, got {kind!r}")
+    found = parse_shapes(
+        shapes or ("llama3-8b" if gpu else "tiny"), tokens or (8192 if gpu else 256)
+    )
     if output is None:
+        if gpu and not triton_runs:
+            raise ValueError(
+                "autotune: output must be given with backend 'torch' on a GPU, where the table in "
+                "the user's cache is the kernels'"
+            )
         if INTERPRET:
             raise ValueError(
                 "autotune: output must be given with Triton's interpreter: its times are not "
@@ -130,14 +138,11 @@ def make_search(
         output.parent.mkdir(parents=True, exist_ok=True)
     elif output.exists() and not _is_table(output):
         raise ValueError(f"output must be a tuning table or a new file, got {output}")
-    with output.open("ab"):
-        pass
+    claim_file(output)
     if threads:
         torch.set_num_threads(threads)
     return Search(
-        shapes=parse_shapes(
-            shapes or ("llama3-8b" if gpu else "tiny"), tokens or (8192 if gpu else 256)
-        ),
+        shapes=found,
         blocks=tuple(b for b in blocks if isinstance(b, Block)),
         dtypes=tuple(tuning.DTYPES[kind] for kind in kinds),
         level=level,
@@ -168,10 +173,11 @@ def autotune(search: Search, progress: Progress, warn: Callable[[str], None]) ->
         The table as it was written.
 
     Raises:
-        ValueError: a result is wrong; OSError: the file cannot be written.
+        ValueError: a result was wrong, or a kernel failed; everything else was measured.
+        OSError: the file cannot be written.
     """
     content = _start(search, warn)
-    jobs = list(_jobs(search))
+    jobs, failed = list(_jobs(search)), []
     for i, (shape, block, dtype, direction) in enumerate(jobs, 1):
         name = "break_even" if direction is None else "tiles"
         head = {
@@ -183,15 +189,24 @@ def autotune(search: Search, progress: Progress, warn: Callable[[str], None]) ->
             head = {"direction": direction} | head
         found = next((row for row in content[name] if head.items() <= row.items()), None)
         if found is None:
-            if direction is None:
-                found = _break_even_row(head, search, shape, block, dtype, content)
+            try:
+                if direction is None:
+                    found = _break_even_row(head, search, shape, block, dtype, content)
+                else:
+                    found = _tile_row(head, search, shape, block, dtype, direction)
+            except ValueError as error:
+                failed.append(str(error))
             else:
-                found = _tile_row(head, search, shape, block, dtype, direction)
-            content[name].append(found)
-            write_atomic(search.output, dump(content))
+                content[name].append(found)
+                write_atomic(search.output, dump(content))
         note = f"{shape} {block} {direction or 'break-even'}"
         progress("autotune", i, len(jobs), note)
     tuning.table.cache_clear()
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {len(jobs)} could not be measured, the others are in "
+            f"{search.output}; the first: {failed[0]}"
+        )
     return content
 
 
@@ -208,8 +223,8 @@ def _jobs(search: Search) -> Iterator[tuple[Shape, Block, torch.dtype, str | Non
 
 def _start(search: Search, warn: Callable[[str], None]) -> dict[str, Any]:
     """Return the file's content to go on with, or an empty table."""
-    wanted = tuning.identity(search.device)
-    if search.output.stat().st_size and not search.force:
+    wanted = tuning.identity(search.device, search.backend)
+    if search.output.exists() and search.output.stat().st_size and not search.force:
         try:
             return dict(tuning.read(search.output, wanted))
         except ValueError as error:
@@ -218,7 +233,6 @@ def _start(search: Search, warn: Callable[[str], None]) -> dict[str, Any]:
     return {
         "format": tuning.FORMAT,
         **wanted._asdict(),
-        "backend": search.backend,
         **{name: where[name] for name in ("torch", "threads", "version", "commit", "date")},
         "command": command(),
         "tiles": [],
@@ -251,33 +265,41 @@ def _tile_row(
     operands = _operands(search, shape, block, dtype, search.level)
     key = direction, shape.weight, block, dtype
     tiles.measured.pop(key, None)
-    start = tile_of(OPERATION[direction], shape.weight, block, dtype, search.device)
+    operation, device = OPERATION[direction], search.device
+    # the kernels' own, not what an earlier search found
+    start = tile_of(operation, shape.weight, block, dtype, device, tuned=False)
     built = _built(operands, direction)
 
     def time(tile: Tile, best: float | None) -> float | None:
         tiles.measured[key] = tile
         try:
-            if built.check() is not None:
+            if (problem := built.check()) is not None:
+                if best is None:
+                    raise ValueError(problem)
                 return None
             give_up = None if best is None else GIVE_UP * best
             return measure(
-                built.run, search.device, budget=search.budget, least=3, give_up=give_up
+                built.run, device, budget=search.budget, least=3, give_up=give_up
             ).median
         # a tile that does not compile or fit is no candidate, for whatever reason
-        except Exception:
+        except Exception as error:
+            if best is None:
+                what = f"{shape} {block} {direction}"
+                raise ValueError(
+                    f"autotune: {what}: the kernel's own tile {tile} fails: {error}"
+                ) from error
             return None
         finally:
             del tiles.measured[key]
 
-    device = device_of(operands.weight)
     usable = partial(
         _usable,
         direction=direction,
         shape=shape.weight,
         block=block,
-        device=device,
+        device=device_of(operands.weight),
         size=dtype.itemsize,
-        least=LEAST_INTENSITY * intensity(OPERATION[direction], start, dtype.itemsize),
+        least=LEAST_INTENSITY * intensity(operation, start, dtype.itemsize),
     )
     best, seconds, tried = descend(start, usable, time, search.candidates)
     return head | {

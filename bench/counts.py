@@ -112,12 +112,23 @@ def kept_elements(mask: Tensor, weight: tuple[int, int], pattern: Pattern) -> in
 
 
 def tile_of(
-    operation: str, weight: tuple[int, int], block: Block, dtype: torch.dtype, device: torch.device
+    operation: str,
+    weight: tuple[int, int],
+    block: Block,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    tuned: bool = True,
 ) -> Tile:
-    """Return the tile that a kernel takes for contiguous operands that fill the device."""
+    """Return the tile that a kernel takes for contiguous operands that fill the device.
+
+    Args:
+        operation, weight, block, dtype, device: of the product.
+        tuned: let a tuning table count, as kernels do.
+    """
     direction = DIRECTIONS[operation]
-    if tuned := tuned_tile(direction, weight, block, dtype, device):
-        return tuned
+    if tuned and (found := tuned_tile(direction, weight, block, dtype, device)):
+        return found
     facts = device_of(torch.empty(0, device=device))
     precision = dot_precision(dtype)
     aligned = all(side * dtype.itemsize % 16 == 0 for side in weight)

@@ -47,6 +47,26 @@ def write_atomic(path: Path, content: bytes) -> None:
         os.close(folder)
 
 
+def claim_file(path: Path) -> None:
+    """See that a file can be written, and leave it as it is.
+
+    Raises:
+        OSError: it cannot.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(21, "Is a directory", str(path))
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(13, "Permission denied", str(path))
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with open(temporary, "wb"):
+            pass
+        temporary.unlink()
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
 def load_checkpoint(model: nn.Module, path: Path) -> None:
     """Load a safetensors file into ``model``.
 

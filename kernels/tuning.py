@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import platform
 import re
 import warnings
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .launch import HAS_TRITON, triton
+from .launch import HAS_TRITON, Backend, triton, use_triton
 from .pattern import Block, Pattern, grid_shape
 from .tiles import Tile, measured
 from .topology import BUNDLE_WIDTH, bundling
@@ -44,6 +43,7 @@ SOURCES = (
     "topology.py",
 )
 SHIPPED = Path(__file__).parent / "tables"
+IGNORED = "triton-sparsity: tuning table"  # how the warning about one begins
 DIRECTIONS = ("forward", "dgrad", "wgrad")
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32)}
 
@@ -66,6 +66,7 @@ class Identity(NamedTuple):
     """What a table is valid for: names and versions, and a hash of the kernels' source."""
 
     device: str
+    backend: str
     triton: str
     kernels: str
 
@@ -98,7 +99,7 @@ def parse(content: Any) -> Table:
     for row in content["break_even"]:
         shape, block, dtype = _subject(row)
         values = [row.get(name) for name in DENSITIES]
-        ok = all(_number(value) and 0 <= value <= 1 for value in values)
+        ok = all(type(value) in (int, float) and 0 <= value <= 1 for value in values)
         _must(ok, f"densities {', '.join(DENSITIES)} from 0 to 1", values)
         key = dtype, block, shape_class(shape)
         forward, dgrad, wgrad = map(min, values[:3], break_even.get(key, (1.0, 1.0, 1.0)))
@@ -109,10 +110,6 @@ def parse(content: Any) -> Table:
 def _must(condition: bool, wanted: str, found: object) -> None:
     if not condition:
         raise ValueError(f"it must have {wanted}, got {found!r:.60}")
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _pair(value: object) -> bool:
@@ -178,10 +175,11 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def identity(device: torch.device) -> Identity:
+def identity(device: torch.device, backend: Backend = "auto") -> Identity:
     """Return what a table must say to be used on ``device`` by this code."""
     version = triton.__version__ if HAS_TRITON else "none"
-    return Identity(device_name(device), version, source_hash())
+    runs = use_triton("tuning", backend, torch.empty(0, device=device))
+    return Identity(device_name(device), "triton" if runs else "torch", version, source_hash())
 
 
 def user_file(name: str) -> Path | None:
@@ -227,8 +225,7 @@ def _find(wanted: Identity) -> Mapping[str, Any] | None:
             return read(path, wanted)
     except (OSError, ValueError) as error:
         warnings.warn(
-            f"triton-sparsity: tuning table {path} is ignored: {error}; "
-            "`triton-sparsity autotune` measures it anew",
+            f"{IGNORED} {path} is ignored: {error}; `triton-sparsity autotune` measures it anew",
             stacklevel=4,
         )
     shipped = SHIPPED / f"{slug(wanted.device)}.json"

@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -170,9 +169,44 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch, capsys):
     assert len(json.loads(output.read_text())["break_even"]) == 1
 
 
+def test_what_fails_does_not_keep_the_rest_from_being_measured(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "table.json"
+    row = job._break_even_row
+
+    def fails(head, search, shape, block, *rest):
+        if block == Block(32, 32):
+            raise ValueError("autotune: it is all wrong")
+        return row(head, search, shape, block, *rest)
+
+    monkeypatch.setattr(job, "_break_even_row", fails)
+    assert run("autotune", *QUICK, "-o", output) == 2
+    error = capsys.readouterr().err
+    assert "1 of 2 could not be measured" in error
+    assert "it is all wrong" in error
+    (row,) = json.loads(output.read_text())["break_even"]
+    assert row["block"] == [64, 64]
+
+
+def test_a_search_that_is_refused_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "user_file", lambda name: tmp_path / "folder" / "table.json")
+    assert run("autotune", "--shapes", "huge") == 2
+    assert list(tmp_path.iterdir()) == []
+    assert run("autotune", "--shapes", "huge", "-o", tmp_path / "table.json") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_search_starts_from_the_kernels_own_tile(monkeypatch):
+    weight, dtype = (4096, 4096), torch.bfloat16
+    own = job.tile_of("forward", weight, Block(64, 64), dtype, CPU)
+    other = own._replace(warps=own.warps * 2)
+    monkeypatch.setitem(tiles.measured, ("forward", weight, Block(64, 64), dtype), other)
+    assert job.tile_of("forward", weight, Block(64, 64), dtype, CPU) == other
+    assert job.tile_of("forward", weight, Block(64, 64), dtype, CPU, tuned=False) == own
+
+
 def test_a_stopped_process_says_how_to_go_on(tmp_path):
     output = tmp_path / "table.json"
-    slow = ["--shapes=512x1024x1024", "--device=cpu", "--budget=5", "--threads=1"]
+    slow = ["--shapes=512x1024x1024", "--device=cpu", "--budget=0.1", "--threads=1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "triton_sparsity.bench.cli", "autotune", *slow, "-o", output],
         stderr=subprocess.PIPE,
@@ -188,7 +222,6 @@ def test_a_stopped_process_says_how_to_go_on(tmp_path):
             except subprocess.TimeoutExpired:
                 continue
             break
-        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:

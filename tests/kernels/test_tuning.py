@@ -1,5 +1,6 @@
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,10 +141,24 @@ def test_a_deterministic_program_takes_nothing_that_was_measured(user_file, monk
         ("[1, 2", "it is no JSON"),
         ('{"name": "a package"}', "it must have format 1, got None"),
         (json.dumps(content(device="NVIDIA H100")), "it is of device 'NVIDIA H100', here is"),
+        (json.dumps(content(backend="other")), "it is of backend 'other', here is"),
+        (json.dumps(content(break_even=[even_row(forward=10**400)])), "it must have densities"),
+        (json.dumps(content(break_even=[even_row(forward=True)])), "it must have densities"),
         (json.dumps(content(triton="2.0.0")), "it is of triton '2.0.0', here is"),
         (json.dumps(content(kernels="0" * 16)), "it is of kernel source '0000"),
     ],
-    ids=["empty", "binary", "cut", "foreign", "device", "triton", "source"],
+    ids=[
+        "empty",
+        "binary",
+        "cut",
+        "foreign",
+        "device",
+        "backend",
+        "huge",
+        "bool",
+        "triton",
+        "source",
+    ],
 )
 def test_a_table_that_is_not_ours_is_ignored_with_one_warning(user_file, text, reason):
     user_file.write_text(text, encoding="latin-1")
@@ -189,8 +204,15 @@ def test_tiles_of_a_table_are_for_gpus_only(user_file):
 def test_the_source_hash_names_files_that_exist_and_changes_with_them(monkeypatch, tmp_path):
     before = tuning.source_hash()
     tuning.source_hash.cache_clear()
-    monkeypatch.setattr(tuning, "SOURCES", tuning.SOURCES[:-1])
-    assert tuning.source_hash() != before
+    for name in tuning.SOURCES:
+        (tmp_path / name).write_bytes(Path(tuning.__file__).with_name(name).read_bytes())
+    monkeypatch.setattr(tuning, "__file__", str(tmp_path / "tuning.py"))
+    assert tuning.source_hash() == before
+    for name in tuning.SOURCES:
+        tuning.source_hash.cache_clear()
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"#")
+        assert tuning.source_hash() != before
+        before = tuning.source_hash()
     tuning.source_hash.cache_clear()
 
 
