@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .modules import SparseModule
+
 
 @torch.no_grad()
 def adapt_batchnorm(model: nn.Module, batches: Iterable[Any], samples: int) -> None:
@@ -58,6 +60,10 @@ def adapt_batchnorm(model: nn.Module, batches: Iterable[Any], samples: int) -> N
             norm.momentum = momentum
         for module, training in flags.items():
             module.training = training
+            # masks that are learned would otherwise stay those of evaluation
+            if isinstance(module, SparseModule):
+                for operand in module.operands.values():
+                    operand.train(training)
 
 
 def _run(model: nn.Module, batch: Any) -> int:
