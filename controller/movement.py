@@ -26,7 +26,7 @@ from .importance import ImportanceLoss, MovementOperand, kth_smallest, structure
 from .learned import ScoreWatch, read_scores, scored_operands, scores_state
 from .pruning import Scores
 from .schedule import Positive, Whole
-from .scheduler import CompressionScheduler
+from .scheduler import CompressionScheduler, _check_keys, _integer
 from .statistics import SparsityStatistics, Statistics
 from .structures import StructureGroup, resolve
 
@@ -362,16 +362,34 @@ class MovementSparsityController(BaseSparsityAlgoController):
         for key in ("threshold", "factor"):
             if type(state[key]) not in (int, float) or math.isnan(state[key]):
                 raise ValueError(f"load_state: {key} must be a number, got {state[key]!r}")
+        units = _read_units(state["structures"])
         importances = read_scores(state["importances"], self.sparsified_module_info)
         for operand, saved in zip(self._operands, importances, strict=True):
             operand.scores.copy_(saved)
         self.threshold = state["threshold"]
         self._importance_loss.factor = state["factor"]
-        self._kept_units = {name: (kept, n) for name, (kept, n) in state["structures"].items()}
+        self._kept_units = units
 
     def load_state(self, state: dict[str, dict[str, Any]]) -> None:
         super().load_state(state)
         self._take_frozen()
+
+
+def _read_units(structures: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return units kept and in all of each group, as a state has them."""
+    if not isinstance(structures, Mapping):
+        raise ValueError(f"load_state: structures must be a mapping, got {structures!r}")
+    found = {}
+    for name, units in structures.items():
+        match units:
+            case [int(kept), int(count)] if 0 <= kept <= count:
+                found[name] = kept, count
+            case _:
+                raise ValueError(
+                    f"load_state: structures of {name!r} must be the units kept and in all, "
+                    f"got {units!r}"
+                )
+    return found
 
 
 class MovementScheduler(CompressionScheduler):
@@ -470,7 +488,21 @@ class MovementScheduler(CompressionScheduler):
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
+        _check_keys(state, self.get_state())
+        start, configured = state["_init_importance_threshold"], self._config.steps_per_epoch
+        if start is not None and (type(start) not in (int, float) or not math.isfinite(start)):
+            raise ValueError(
+                "load_state: _init_importance_threshold must be a finite number or None, got "
+                f"{start!r}"
+            )
+        steps = configured
+        if state["_steps_per_epoch"] is not None:
+            steps = _integer(state, "_steps_per_epoch", least=1)
+            if configured not in (None, steps):
+                raise ValueError(
+                    f"load_state: _steps_per_epoch must be {configured} as configured, got {steps}"
+                )
+        steps_in_current_epoch = _integer(state, "_steps_in_current_epoch", least=0)
         super().load_state(state)
-        self._start = state["_init_importance_threshold"]
-        self._steps_per_epoch = state["_steps_per_epoch"]
-        self._steps_in_current_epoch = state["_steps_in_current_epoch"]
+        self._start, self._steps_per_epoch = start, steps
+        self._steps_in_current_epoch = steps_in_current_epoch

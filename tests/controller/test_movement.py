@@ -306,6 +306,34 @@ def test_a_resumed_run_is_bit_identical(steps, steps_per_epoch):
     assert torch.equal(model(batch(0)), twin(batch(0)))
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("algorithm_state", {"structures": None}, "structures must be a mapping, got None"),
+        ("algorithm_state", {"structures": {"a": 3}}, "structures of 'a' must be .*, got 3"),
+        ("algorithm_state", {"structures": {"a": [3, 2]}}, r"'a' must be .*, got \[3, 2\]"),
+        ("scheduler_state", {"_steps_per_epoch": 0}, "_steps_per_epoch must be .* 1, got 0"),
+        ("scheduler_state", {"_steps_per_epoch": 5}, "must be 4 as configured, got 5"),
+        ("scheduler_state", {"_steps_in_current_epoch": -1}, "_steps_in_current_epoch must be"),
+        ("scheduler_state", {"_init_importance_threshold": math.nan}, "or None, got nan"),
+    ],
+    ids=str,
+)
+def test_a_damaged_state_changes_nothing(part, change, message):
+    model, controller = build()
+    train(model, controller, range(7))
+    damaged = copy.deepcopy(controller.get_state())
+    damaged["movement_sparsity"][part] |= change
+    _, other = build()
+    before = other.scheduler.get_state()
+    with pytest.raises(ValueError, match=f"load_state: .*{message}"):
+        other.load_state(damaged)
+    assert other.scheduler.get_state() == before
+    assert other.threshold == -math.inf
+    assert not any(scores.any() for scores in other.parameters())
+    assert other.current_sparsity_level == 0
+
+
 def bert():
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
