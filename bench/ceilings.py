@@ -74,6 +74,7 @@ def _cache(device: torch.device, scale: float) -> float:
     # a third of the cache, so that it stays there whatever the addresses are
     numel = l2_bytes(device) // 3 // 4 // TILE * TILE
     data = torch.ones(numel, dtype=torch.int32, device=device)
-    passes = max(int(64 * scale), 1)
+    # so many that the sum at the end does not count
+    passes = max(int(512 * scale), 1)
     seconds = measure(lambda: read_repeatedly(data, passes), device, least=7).median
     return passes * data.numel() * 4 / seconds

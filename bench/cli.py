@@ -309,15 +309,16 @@ def profile(
     earlier = None if against is None else job.load_profile(against)
     job.claim(output, trace)
     with progress_bars(quiet=as_json) as progress:
-        record = job.profile(plan, progress, trace)
-    if output is not None:
-        job.save(record, output)
+        record = job.profile(plan, progress)
+    names = [] if output is None else job.save(record, output)
     if as_json:
         print(json.dumps(record, allow_nan=False))
     else:
-        show_profile(record, output)
+        show_profile(record, output, names)
         if earlier is not None:
             show_comparison(job.compare(record, earlier), earlier)
+    if trace is not None:
+        job.write_trace(trace, plan, record)
 
 
 @app.command()

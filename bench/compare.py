@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from ..kernels import tuning
 from ..kernels.pattern import Block, Unstructured
 from .files import write_atomic
 from .measure import in_turn
@@ -313,6 +314,11 @@ def draw(title: str, found: list[dict[str, Any]]) -> Table:
     return table(title, headings, lines)
 
 
+def place_of(device: torch.device) -> Place:
+    """Return what is measured on a device."""
+    return (GPU if device.type == "cuda" else CPU)._replace(device=str(device))
+
+
 def compare(
     place: Place, threads: int, *, rounds: int | None = None, only: str = ""
 ) -> dict[str, Any]:
@@ -325,6 +331,8 @@ def compare(
         only: the comparisons whose title has this text.
     """
     out = console()
+    # one warning about a table that is no good, here rather than in every process
+    tuning.table(place.kind)
     found: list[dict[str, Any]] = []
     for comparison in comparisons(place):
         if only not in comparison.title:
@@ -371,10 +379,18 @@ def main() -> None:
         folder = options.output or results_folder(device)
         if options.trial and options.output is None:
             parser.error("--trial needs --output: its figures are none")
+        if options.only and options.output is None:
+            parser.error("--only needs --output: the repository's results are of all the work")
+        if options.threads < 1:
+            parser.error(f"--threads must be at least 1, got {options.threads}")
+        titles = [comparison.title for comparison in comparisons(place_of(device))]
+        if not any(options.only in title for title in titles):
+            what = "; ".join(titles)
+            parser.error(f"--only must be part of a title, got {options.only!r}: {what}")
         claim_folder(folder)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    place = TRIAL if options.trial else GPU if device.type == "cuda" else CPU
+    place = TRIAL if options.trial else place_of(device)
     rounds = 2 if options.trial else None
     right = run(place, options.threads, folder, rounds=rounds, only=options.only)
     sys.exit(0 if right else 1)

@@ -400,6 +400,7 @@ def transformer_step(run: Run) -> None:
     case = Case(
         "transformer step", (Shape(tokens, run.size.width, run.size.hidden),), run.dtype, pattern,
         level, "magnitude", 0, 6 * tokens * kept, None, partial(_transformer, run, pattern, level),
+        6 * tokens * sum(s.inputs * s.outputs for s in weights),
     )  # fmt: skip
     for row in run.add(lambda: iter([case]), "transformer step"):
         if row.speedup is None:

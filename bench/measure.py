@@ -9,13 +9,16 @@ from __future__ import annotations
 import multiprocessing
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
-from .timing import Timing, Work
+from ..kernels import tuning
+from .timing import Timing, Work, on_gpu
 
 
 def in_turn(
@@ -31,7 +34,7 @@ def in_turn(
             reference, and returns the work.
         rounds: timed runs of each.
         threads: torch's threads in each process.
-        device: where the work is done; a GPU is waited for.
+        device: where the work is done; a GPU tells the times itself, see ``timing.py``.
 
     Returns:
         By name the times; or what went wrong, in set-up, check or run, of which there is no time.
@@ -46,7 +49,8 @@ def in_turn(
     try:
         for name, make in subjects.items():
             pipes[name], end = context.Pipe()
-            process = context.Process(target=_serve, args=(make, threads, gpu, end), daemon=True)
+            arguments = (make, threads, device if gpu else None, end)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             # else a process that dies is waited for for ever
             end.close()
@@ -85,15 +89,19 @@ def _ask(
     return answer
 
 
-def _serve(make: Callable[[], Work], threads: int, gpu: bool, pipe: Connection) -> None:
+def _serve(
+    make: Callable[[], Work], threads: int, gpu: torch.device | None, pipe: Connection
+) -> None:
     torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", message=tuning.IGNORED)
     try:
-        work = None
+        pipe.recv()
+        work = make()
+        run = partial(_run, work) if gpu is None else partial(_run_on_gpu, on_gpu([work], gpu))
+        pipe.send(run())
         while True:
             pipe.recv()
-            if work is None:
-                work = make()
-            pipe.send(_run_on_gpu(work) if gpu else _run(work))
+            pipe.send(run())
     except EOFError:
         return
     except BaseException as error:
@@ -111,15 +119,11 @@ def _run(work: Work) -> tuple[float, int | None]:
     return elapsed, None if before is None or peak is None else max(peak - before, 0)
 
 
-def _run_on_gpu(work: Work) -> tuple[float, int | None]:
+def _run_on_gpu(run: Callable[[int], list[Timing]]) -> tuple[float, int | None]:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    elapsed = time.perf_counter() - start
-    return elapsed, torch.cuda.max_memory_allocated() - before
+    (timing,) = run(1)
+    return timing.median, torch.cuda.max_memory_allocated() - before
 
 
 def _resident(field: str, *, reset: bool = False) -> int | None:

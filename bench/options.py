@@ -281,10 +281,12 @@ def find_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+    if name == "cpu":
+        return torch.device(name)
+    found = re.fullmatch(r"cuda(?::([0-9]{1,4}))?", name)
+    if found is None:
         raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+    if int(found[1] or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not there: {torch.cuda.device_count()} GPUs found")
     return torch.device(name)
 

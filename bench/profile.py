@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import statistics
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..kernels import tuning
 from ..kernels.block_sparse_linear import MIN_SIDE
 from ..kernels.launch import Backend, use_triton
 from ..kernels.pattern import NM, Block, Pattern, maximum_level
@@ -145,10 +147,8 @@ def groups(plan: Plan) -> list[Callable[[], Iterator[Case]]]:
     found: list[Callable[[], Iterator[Case]]] = []
     for shape, pattern, level in product(plan.shapes, plan.patterns, plan.levels):
         if isinstance(pattern, NM):
-            # n:m fixes the level, and divides the inputs
-            if level != one_level or any(
-                a % b for a, b in zip(shape.weight, pattern.group, strict=True)
-            ):
+            # n:m fixes the level
+            if level != one_level or not _divides(pattern, shape):
                 continue
             level = maximum_level(pattern)
             found.append(partial(_operand_group, plan, shape, pattern, level, plan.operations))
@@ -156,9 +156,11 @@ def groups(plan: Plan) -> list[Callable[[], Iterator[Case]]]:
         wanted = [o for o in plan.operations if level == one_level or o not in LEVEL_BOUND]
         found.append(partial(_operand_group, plan, shape, pattern, level, wanted))
     for pattern, level in product(plan.patterns, plan.levels):
-        if isinstance(pattern, NM):
-            continue
         wanted = [o for o in plan.operations if level == one_level or o == "training step"]
+        if isinstance(pattern, NM):
+            if level != one_level or not all(_divides(pattern, shape) for shape in plan.shapes):
+                continue
+            level = maximum_level(pattern)
         found.append(
             partial(
                 model_cases,
@@ -168,32 +170,48 @@ def groups(plan: Plan) -> list[Callable[[], Iterator[Case]]]:
     return found
 
 
+def _divides(pattern: NM, shape: Shape) -> bool:
+    return not any(a % b for a, b in zip(shape.weight, pattern.group, strict=True))
+
+
 def _operand_group(
     plan: Plan, shape: Shape, pattern: Pattern, level: float, operations: Sequence[str]
 ) -> Iterator[Case]:
     operands = Operands(shape, pattern, level, plan.mask, plan.dtype, plan.device, plan.backend)
-    yield from operand_cases(operands, operations)
+    try:
+        cases = list(operand_cases(operands, operations))
+    # no memory for a mask, or a kernel that cannot make it: the other groups are still measured
+    except Exception as error:
+        problem = error
+
+        def fail() -> Built:
+            raise problem
+
+        head = "set-up", (shape,), plan.dtype, pattern, level, plan.mask
+        cases = [Case(*head, bytes=0, flops=0, cache_bytes=None, build=fail)]
+    yield from cases
 
 
 Measured = list[tuple[Case, "Outcome"]]
 
 
-def profile(plan: Plan, progress: Progress, trace: Path | None = None) -> dict[str, Any]:
+def profile(plan: Plan, progress: Progress) -> dict[str, Any]:
     """Check and time everything in ``plan``.
 
     Args:
         plan: what and where. One pass takes place here, each of several in a process of its own:
             how fast it is depends on where its memory lies, too.
         progress: is told of every step.
-        trace: a file for torch's profiler, which looks at one more run of each operation.
 
     Returns:
         The record: where, ceilings, and a list of rows as dictionaries.
 
     Raises:
-        RuntimeError: the process of a pass died.
+        ValueError: there is nothing to measure, or a pass could not go on.
     """
     todo = len(groups(plan))
+    # one warning about a table that is no good, here rather than in every process
+    tuning.table(plan.device)
     passes: list[tuple[Measured, Ceilings]] = []
     for turn in range(plan.passes):
 
@@ -204,6 +222,13 @@ def profile(plan: Plan, progress: Progress, trace: Path | None = None) -> dict[s
         run = one_pass if plan.passes == 1 else in_a_process
         # what was right once is right again
         passes.append(run(plan, turn == 0, advance))
+    if len({len(measured) for measured, _ in passes}) > 1:
+        raise ValueError("profile: passes differ in what could be set up: is there enough memory?")
+    if not passes[0][0]:
+        raise ValueError(
+            "profile: nothing to measure, since no operation goes with these patterns and shapes: "
+            f"{', '.join(plan.operations)} with {', '.join(map(str, plan.patterns))}"
+        )
     # what the device can do is what it did at its best
     ceilings = highest([found for _, found in passes])
     rows = [
@@ -211,16 +236,13 @@ def profile(plan: Plan, progress: Progress, trace: Path | None = None) -> dict[s
         for same in zip(*(measured for measured, _ in passes), strict=True)
     ]
     paces = pass_paces([measured for measured, _ in passes])
-    record = environment(plan.device, plan.backend) | {
+    return environment(plan.device, plan.backend) | {
         "notes": [*notes(plan), *unrest(paces)],
         "ceilings": ceilings._asdict(),
         "overhead_s": overhead(plan.device),
         "pass_paces": paces,
         "rows": [asdict(row) for row in rows],
     }
-    if trace is not None:
-        write_trace(trace, plan, rows)
-    return record
 
 
 def one_pass(plan: Plan, check: bool, advance: Callable[[int], None]) -> tuple[Measured, Ceilings]:
@@ -260,16 +282,24 @@ def in_a_process(
         while not isinstance(message := pipe.recv(), tuple):
             advance(message)
     except EOFError:
-        raise RuntimeError("profile: the process of a pass died before it was done") from None
+        raise ValueError(
+            "profile: the process of a pass died before it was done: is there enough memory?"
+        ) from None
     finally:
         process.terminate()
         process.join()
+    if isinstance(message[0], str):
+        raise ValueError(f"profile: a pass could not go on: {message[0]}")
     return message
 
 
 def _serve_pass(plan: Plan, check: bool, threads: int, pipe: Connection) -> None:
     torch.set_num_threads(threads)
-    pipe.send(one_pass(plan, check, pipe.send))
+    warnings.filterwarnings("ignore", message=tuning.IGNORED)
+    try:
+        pipe.send(one_pass(plan, check, pipe.send))
+    except Exception as error:
+        pipe.send((_first_line(error),))
 
 
 def pass_paces(passes: Sequence[Measured]) -> list[float]:
@@ -340,10 +370,14 @@ def measure_case(
         return Outcome("skipped", str(error))
     # whatever a kernel does on a device that nobody has seen, the others are still measured
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return Outcome("failed", f"{type(error).__name__}: {lines[0]}")
+        return Outcome("failed", _first_line(error))
     timing, *dense = timings
     return Outcome("ok", "", timing, dense[0] if dense else None)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def to_row(case: Case, outcomes: Sequence[Outcome], ceilings: Ceilings) -> Row:
@@ -403,15 +437,9 @@ def rates(case: Case, seconds: float, ceilings: Ceilings, dense: Timing | None) 
             "dense_p80_s": dense.quantile(0.8),
             "speedup": dense.median / seconds,
         }
-        if case.flops:
-            found["efficiency"] = density(case) * dense.median / seconds
+        if case.dense_flops:
+            found["efficiency"] = case.flops / case.dense_flops * dense.median / seconds
     return found
-
-
-def density(case: Case) -> float:
-    """Return the fraction of the dense FLOPs that are counted."""
-    per_token = 3 if case.operation == "training step" else 1
-    return case.flops / sum(2 * per_token * s.tokens * s.inputs * s.outputs for s in case.shapes)
 
 
 class Moved(NamedTuple):
@@ -451,6 +479,8 @@ def load_profile(path: Path) -> dict[str, Any]:
     """
     record = load(path)
     columns = {field.name for field in fields(Row)}
+    if not {"device", "backend", "torch", "triton", "commit", "date"} <= {*record}:
+        raise ValueError(f"{path} must be a profile.json, which says where it was measured")
     rows = record.get("rows")
     if not (isinstance(rows, list) and all(isinstance(r, dict) and columns >= {*r} for r in rows)):
         raise ValueError(f"{path} must be a profile.json, which has rows of measurements")
@@ -478,29 +508,36 @@ def compare(record: Mapping[str, Any], earlier: Mapping[str, Any]) -> Comparison
     return Comparison(found, compared, statistics.median(paces) if paces else None)
 
 
-def write_trace(path: Path, plan: Plan, rows: Sequence[Row]) -> None:
-    """Write a trace of one more run of each operation, for chrome://tracing or Perfetto."""
+def write_trace(path: Path, plan: Plan, record: Mapping[str, Any]) -> None:
+    """Write a trace of one more run of each operation, for chrome://tracing or Perfetto.
+
+    It holds what set the operation up and warmed it, too; the run itself bears its name.
+
+    Raises:
+        ValueError: there is not enough memory.
+    """
     from torch.profiler import ProfilerActivity, record_function
     from torch.profiler import profile as watch
 
-    cases = [case for group in groups(plan) for case in group()]
-    runs = [
-        (row, case.build().run)
-        for row, case in zip(rows, cases, strict=True)
-        if row.status == "ok"
-    ]
-    for _, run in runs:
-        run()
     activities = [ProfilerActivity.CPU]
     if plan.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with watch(activities=activities, acc_events=True) as trace:
-        for row, run in runs:
-            with record_function(f"{row.operation} {row.shape} {row.pattern} {row.level}"):
+    rows = iter(record["rows"])
+    try:
+        with watch(activities=activities, acc_events=True) as trace:
+            for case in (case for group in groups(plan) for case in group()):
+                if next(rows)["status"] != "ok":
+                    continue
+                run = case.build().run
                 run()
-                if plan.device.type == "cuda":
-                    torch.cuda.synchronize(plan.device)
-    trace.export_chrome_trace(str(path))
+                shapes, pattern = spell_shapes(case.shapes), spell_pattern(case.pattern)
+                with record_function(f"{case.operation} {shapes} {pattern} {case.level}"):
+                    run()
+                    if plan.device.type == "cuda":
+                        torch.cuda.synchronize(plan.device)
+        trace.export_chrome_trace(str(path))
+    except torch.OutOfMemoryError:
+        raise ValueError(f"profile: not enough memory to trace to {path}") from None
 
 
 def notes(plan: Plan) -> list[str]:
@@ -513,6 +550,12 @@ def notes(plan: Plan) -> list[str]:
         )
     elif plan.device.type != "cuda":
         lines.append("Triton's interpreter: its times say nothing of a GPU")
+    for pattern, shape in product(plan.patterns, plan.shapes):
+        if isinstance(pattern, NM) and not _divides(pattern, shape):
+            lines.append(
+                f"{spell_pattern(pattern)} does not divide {shape}: not measured, nor is a "
+                "training step with it"
+            )
     if not any(isinstance(p, Block) and min(p.rows, p.cols) >= MIN_SIDE for p in plan.patterns):
         lines.append("no block of 16 or more a side: block-sparse products are not measured")
     return lines
@@ -531,8 +574,8 @@ def claim(output: Path | None, trace: Path | None) -> None:
             pass
 
 
-def save(record: dict[str, Any], folder: Path) -> None:
-    """Write a record and its pictures to ``folder``.
+def save(record: dict[str, Any], folder: Path) -> list[str]:
+    """Write a record and its pictures to ``folder``; return the files' names.
 
     Raises:
         OSError: a file cannot be written.
@@ -540,5 +583,8 @@ def save(record: dict[str, Any], folder: Path) -> None:
     write_atomic(folder / "profile.json", dump(record))
     write_atomic(folder / "profile.csv", to_csv([Row(**row) for row in record["rows"]], record))
     write_atomic(folder / "roofline.png", roofline(record))
+    names = ["profile.json", "profile.csv", "roofline.png"]
     if any(row["speedup"] for row in record["rows"]):
         write_atomic(folder / "speedup.png", speedups(record))
+        names.append("speedup.png")
+    return names

@@ -7,10 +7,12 @@ none is renamed or given another meaning.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -126,11 +128,15 @@ def command() -> str:
         name = f"python -m triton_sparsity.bench.{Path(name).stem}"
     # a folder of somebody's machine is nobody's business
     arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
-    return " ".join([name, *arguments])
+    return f"{name} {shlex.join(arguments)}".rstrip()
 
 
+@functools.cache
 def commit() -> str | None:
-    """Return the checkout's commit, ``-dirty`` behind it if files differ; None outside of one."""
+    """Return the checkout's commit, ``-dirty`` behind it if files differ; None outside of one.
+
+    As it was when first asked: what a job writes afterwards does not count.
+    """
     try:
         found = subprocess.run(
             [
@@ -206,7 +212,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def to_csv(rows: Sequence[Row], where: Mapping[str, Any]) -> bytes:
     """Return rows as CSV; each tells where it was measured, so that files can be joined."""
-    places = ("device", "torch", "triton", "commit", "date", "command")
+    places = ("device", "torch", "triton", "commit", "date", "command", "backend", "threads")
     buffer = io.StringIO()
     columns = [*(f.name for f in fields(Row)), *places]
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")

@@ -104,7 +104,9 @@ def profile_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table(None, headings, lines)
 
 
-def show_profile(record: Mapping[str, Any], folder: Path | None) -> None:
+def show_profile(
+    record: Mapping[str, Any], folder: Path | None, names: Sequence[str] = ()
+) -> None:
     """Print what ``profile`` found, and where its files are."""
     out = console()
     out.print(where(record))
@@ -119,7 +121,7 @@ def show_profile(record: Mapping[str, Any], folder: Path | None) -> None:
             f"{row['level']:g}: {row['detail']}"
         )
     if folder is not None:
-        out.print(f"{folder}: profile.json, profile.csv, roofline.png, speedup.png")
+        out.print(f"{folder}: {', '.join(names)}")
 
 
 def show_comparison(found: Comparison, earlier: Mapping[str, Any]) -> None:

@@ -97,6 +97,7 @@ class Case:
         bytes, flops: see above.
         cache_bytes: what the kernel's tiles read from the L2 cache; None where nobody counts it.
         build: sets it up.
+        dense_flops: of the same work without sparsity; 0 where there are none.
     """
 
     operation: str
@@ -109,6 +110,7 @@ class Case:
     flops: int
     cache_bytes: float | None
     build: Callable[[], Built]
+    dense_flops: int = 0
 
 
 def random_mask(grid: tuple[int, int], level: float, kind: str, seed: int = 0) -> Tensor:
@@ -456,7 +458,7 @@ def operand_cases(operands: Operands, operations: Sequence[str]) -> Iterator[Cas
             cache = flops / intensity(operation, tile, size)
         return Case(
             operation, (o.shape,), o.dtype, pattern, o.level, o.mask_kind, moved, flops, cache,
-            partial(build, o),
+            partial(build, o), product_flops(o.shape.tokens, prod(weight)) if flops else 0,
         )  # fmt: skip
 
     for operation in operations:
@@ -683,7 +685,8 @@ def model_cases(
                 pairs = list(zip(shapes, kept, strict=True))
                 moved = sum(step_bytes(s, k, size) for s, k in pairs)
                 flops = sum(3 * product_flops(s.tokens, k) for s, k in pairs)
+                whole = sum(3 * product_flops(s.tokens, s.inputs * s.outputs) for s in shapes)
                 yield Case(
                     operation, shapes, dtype, pattern, level, "magnitude", moved, flops, None,
-                    partial(_step, *arguments),
+                    partial(_step, *arguments), whole,
                 )  # fmt: skip

@@ -167,15 +167,27 @@ class LogitOperand(ScoredOperand):
         """Return this step's draw where it is kept, drawn by the step's first forward pass."""
         if torch.compiler.is_compiling() or not keeps_draws(self.scores):
             return None
-        key = (*self.draws.random.tolist(), *state_of(self.scores))
-        if self._drawn_at != key:
-            self._drawn = draw(self.scores, self.draws.random, self.stream, self._drawn)
-            self._drawn_at = key
+        number, key = self.draws.random.tolist(), state_of(self.scores)
+        if self._drawn_at != (number, key):
+            # within a step another forward pass may still wait for its backward pass
+            new_step = self._drawn_at is not None and self._drawn_at[0] != number
+            # a tensor made in inference mode could not be saved for a backward pass later
+            with torch.inference_mode(False):
+                self._drawn = draw(
+                    self.scores,
+                    self.draws.random,
+                    self.stream,
+                    self._drawn if new_step else None,
+                )
+            self._drawn_at = number, key
         return self._drawn
 
     def freeze(self, frozen: bool) -> None:
         super().freeze(frozen)
         self._drawn = self._drawn_at = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_drawn": None, "_drawn_at": None}
 
     def apply(self, weight: Tensor) -> Tensor:
         if not self.learning and not torch.compiler.is_compiling():

@@ -190,3 +190,27 @@ def test_results_name_no_path_of_a_machine():
     for path in RESULTS.glob("*/*.json"):
         assert "/root" not in path.read_text()
         assert json.loads(path.read_bytes())["schema"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "Mask"], "--only needs --output"),
+        (["--only", "nonsense", "--output", "{}"], "--only must be part of a title"),
+        (["--threads", "0", "--output", "{}"], "--threads must be at least 1, got 0"),
+        (["--device", "cuda:77", "--output", "{}"], "is not there"),
+    ],
+)
+def test_a_bad_option_of_the_comparison_is_told(tmp_path, capsys, monkeypatch, arguments, message):
+    words = [word.format(tmp_path) for word in arguments]
+    monkeypatch.setattr("sys.argv", ["compare", *words])
+    with pytest.raises(SystemExit) as caught:
+        compare.main()
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_numbered_gpu_is_the_one_that_is_measured():
+    assert compare.place_of(torch.device("cuda:1")).kind == torch.device("cuda:1")
+    assert compare.place_of(torch.device("cpu")) == compare.CPU

@@ -30,6 +30,9 @@ def test_a_trial_on_a_cpu_goes_through_every_stage(tmp_path, capsys):
     assert kinds == {
         (0.5, "random"), (0.5, "skewed"), (0.8, "random"), (0.8, "skewed"), (0.2, "random"),
     }  # fmt: skip
+    (step,) = (row for row in record["rows"] if row["operation"] == "transformer step")
+    # a fifth of the FLOPs is left
+    assert step["efficiency"] == pytest.approx(0.2 * step["speedup"], rel=0.02)
     for promise in (
         "self-check: ", "mask update block 128x128", "apply unstructured", "break-even sparsity",
         "training step of a transformer block", "Forward product, ours and theirs", "target",

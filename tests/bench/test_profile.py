@@ -1,6 +1,9 @@
 import csv
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from triton_sparsity.bench import profile as job
 from triton_sparsity.bench.ceilings import Ceilings, highest, measure_ceilings
 from triton_sparsity.bench.cli import main
 from triton_sparsity.bench.profile import rates
-from triton_sparsity.bench.record import Row, commit, dump, load
+from triton_sparsity.bench.record import Row, command, commit, dump, load
 from triton_sparsity.bench.shapes import Shape
 from triton_sparsity.bench.timing import Timing
 from triton_sparsity.bench.work import Case
@@ -113,7 +116,7 @@ def test_passes_take_place_in_processes_and_are_pooled():
 def test_a_process_that_dies_is_an_error(monkeypatch):
     monkeypatch.setattr(job, "_serve_pass", os._exit)
     plan = job.make_plan(**SMALL, passes=2)
-    with pytest.raises(RuntimeError, match="the process of a pass died"):
+    with pytest.raises(ValueError, match="the process of a pass died"):
         job.in_a_process(plan, True, lambda done: None)
 
 
@@ -162,6 +165,33 @@ def test_an_earlier_record_is_compared(tmp_path, capsys):
         f"{compared - applies} of {compared} times agree within their spread over passes" in text
     )
     assert text.count("0.00 of the earlier time: apply") == applies
+
+
+def test_a_set_up_that_fails_is_a_row_and_not_the_end(monkeypatch):
+    from triton_sparsity.bench import work
+
+    def fails(*_):
+        raise RuntimeError("no memory for that\nat all")
+
+    monkeypatch.setattr(work, "random_mask", fails)
+    plan = job.make_plan(**SMALL | {"operations": ["apply", "mask update"]}, passes=1)
+    first, second = job.profile(plan, lambda *_: None)["rows"]
+    assert (first["operation"], first["status"]) == ("set-up", "failed")
+    assert first["detail"] == "RuntimeError: no memory for that"
+    assert (second["operation"], second["status"]) == ("mask update", "ok")
+
+
+def test_what_a_pattern_does_not_divide_is_told_and_the_rest_is_measured():
+    small = SMALL | {"patterns": ["nm:2:4"], "operations": ["apply", "training step"]}
+    plan = job.make_plan(**small | {"shapes": "16x66x64,16x64x64"}, passes=1)
+    record = job.profile(plan, lambda *_: None)
+    assert {row["shape"] for row in record["rows"]} == {"16x64x64"}
+    assert any("nm:2:4 does not divide 16x66x64" in note for note in record["notes"])
+    rows = job.profile(job.make_plan(**small, passes=1), lambda *_: None)["rows"]
+    assert [(r["operation"], r["status"], r["level"]) for r in rows] == [
+        ("apply", "ok", 0.5),
+        ("training step", "ok", 0.5),
+    ]
 
 
 def test_the_highest_ceilings_count():
@@ -243,8 +273,9 @@ def test_the_columns_of_the_csv_last():
 def test_rates_follow_from_the_counts_and_ceilings():
     shape = Shape(10, 20, 30)
     case = Case(
-        "forward", (shape,), torch.float32, Block(16, 16), 0.5, "random", 4000, 6000, 1000.0, None
-    )
+        "forward", (shape,), torch.float32, Block(16, 16), 0.5, "random", 4000, 6000, 1000.0, None,
+        12000,
+    )  # fmt: skip
     ceilings = Ceilings(copy=1e6, cache=1e5, gemm={"float32": 2e6})
     found = rates(case, 0.02, ceilings, Timing((0.04,)))
     assert found["gb_per_s"] == pytest.approx(4000 / 0.02 / 1e9)
@@ -271,6 +302,7 @@ def test_rates_follow_from_the_counts_and_ceilings():
         (["--mask", "striped"], "mask must be 'random' or 'skewed', got 'striped'"),
         (["--dtype", "int8"], "dtype must be one of"),
         (["--device", "tpu"], "got 'tpu'"),
+        (["--device", "cpu:"], "got 'cpu:'"),
         (["--backend", "cudnn"], "got 'cudnn'"),
         (["--tokens", "0"], "tokens must be positive, got 0"),
         (["--budget", "-1"], "budget must be positive"),
@@ -288,6 +320,36 @@ def test_a_bad_option_is_one_line(capsys, arguments, message):
     assert captured.err.startswith("triton-sparsity: error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+def test_nothing_to_measure_is_an_error():
+    plan = job.make_plan(**SMALL | {"patterns": ["nm:2:4"], "operations": ["topology"]}, passes=1)
+    with pytest.raises(ValueError, match=r"nothing to measure.*: topology with 2:4"):
+        job.profile(plan, lambda *_: None)
+
+
+def test_a_record_that_tells_no_place_is_no_profile(tmp_path):
+    (tmp_path / "other.json").write_text('{"schema": 1, "rows": []}')
+    with pytest.raises(ValueError, match="which says where it was measured"):
+        job.load_profile(tmp_path / "other.json")
+
+
+def test_the_commit_is_that_of_the_checkout():
+    root = Path(job.__file__).parent.parent
+    found = subprocess.run(
+        ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    if found.returncode:
+        pytest.skip("not in a checkout")
+    short = commit().removesuffix("-dirty")
+    assert len(short) == 12
+    assert found.stdout.startswith(short)
+
+
+def test_a_command_can_be_typed_again(monkeypatch):
+    words = ["/a/bin/triton-sparsity", "x", "--only", "two words", "-o", "/a/b/c"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert command() == "triton-sparsity x --only 'two words' -o c"
 
 
 def test_a_record_is_one_line_an_entry_and_reads_back(tmp_path):

@@ -175,11 +175,37 @@ def test_a_cpu_draws_once_a_step(monkeypatch):
         optimizer.step()
         optimizer.zero_grad()
     assert not torch.equal(seen[0], seen[1])
-    # logits that change within a step are drawn from anew
-    model(batch(0))
+    # logits that change within a step are drawn from anew, and no pending backward pass suffers
+    first = model(batch(0)).sum()
+    optimizer.step()
+    second = model(batch(0)).sum()
+    (first + second).backward()
+    del calls[-weights:]
     assert len(calls) == weights * 4
     controller.freeze()
     assert all(i.operand._drawn is None for i in controller.sparsified_module_info)
+
+
+def test_another_optimisers_step_disturbs_no_pending_backward_pass():
+    model, controller = build()
+    other = nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    controller.scheduler.step()
+    fake = model(batch(0))
+    other(fake.detach()).mean().backward()
+    optimizer.step()
+    again = model(batch(0))
+    assert torch.equal(fake, again)
+    (other(fake).mean() + again.square().mean()).backward()
+
+
+def test_inference_mode_leaves_training_possible():
+    model, controller = build()
+    for _ in range(2):
+        controller.scheduler.step()
+        with torch.inference_mode():
+            model(batch(0))
+        model(batch(0)).sum().backward()
 
 
 def test_evaluation_reads_the_logits_as_they_are():
