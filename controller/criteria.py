@@ -161,6 +161,23 @@ def criterion(name: WeightImportance) -> Criterion:
             return random
 
 
+def check_gradients(
+    name: WeightImportance, infos: Sequence[SparseModuleInfo], importances: Sequence[Importance]
+) -> None:
+    """Refuse a pool whose gradients say nothing: of equals the masks would go by position.
+
+    Raises:
+        RuntimeError: the importance is 0 throughout.
+    """
+    if not torch.stack([found.values.any() for found in importances]).any():
+        raise RuntimeError(
+            f"{name}: |w g| is 0 throughout the pool of {infos[0].module_node_name!r}, "
+            f"{len(infos)} weights in all, so that nothing ranks their groups; run a backward "
+            "pass with finite gradients first, and call zero_grad() only after the scheduler's "
+            "step() or epoch_step()"
+        )
+
+
 def group_scores(infos: Sequence[SparseModuleInfo], importances: Sequence[Importance]) -> Scores:
     """Return the scores of the groups of several weights of one pattern."""
     operand = infos[0].operand
@@ -172,6 +189,6 @@ def group_scores(infos: Sequence[SparseModuleInfo], importances: Sequence[Import
     ]
     if all(found.scale is None for found in importances):
         return Scores(tensors, None)
-    one = torch.ones((), device=tensors[0].device)
+    one = torch.ones((), dtype=torch.float32, device=tensors[0].device)
     scales = [one if found.scale is None else found.scale for found in importances]
     return Scores(tensors, torch.stack(scales))

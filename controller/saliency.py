@@ -6,10 +6,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from .criteria import Evidence, WeightImportance, criterion, group_scores
+from .criteria import (
+    Evidence,
+    WeightImportance,
+    check_gradients,
+    criterion,
+    group_scores,
+)
 from .pruning import Scores
 
 if TYPE_CHECKING:
@@ -17,6 +24,7 @@ if TYPE_CHECKING:
 
 # Intel Neural Compressor's factor
 SALIENCY_DECAY = 0.9
+BY_GRADIENT = ("snip", "snip_momentum")
 
 
 class Saliency:
@@ -41,26 +49,37 @@ class Saliency:
         """Score every group of the weights given, which share one pattern.
 
         Raises:
-            RuntimeError: what the criterion needs has not been gathered.
+            RuntimeError: what the criterion needs has not been gathered, or is 0 throughout.
         """
         judge = criterion(self.importance)
-        return group_scores(infos, [judge(self._evidence(info)) for info in infos])
+        importances = [judge(self._evidence(info)) for info in infos]
+        if self.importance in BY_GRADIENT:
+            check_gradients(self.importance, infos, importances)
+        return group_scores(infos, importances)
 
     def observe(self) -> None:
-        """Take in the gradients of the step that has ended, where the criterion sums them."""
+        """Take in the gradients of the step that has ended, where the criterion sums them.
+
+        A step whose gradients overflowed, as with AMP, is left out: the optimiser skips it too.
+        """
         if self.importance != "snip_momentum":
             return
-        for info in self._infos:
-            gradient = info.weight.grad
-            if gradient is None:
-                continue
+        used = [
+            (info, gradient) for info in self._infos if (gradient := info.weight.grad) is not None
+        ]
+        if not used:
+            return
+        # stays on the device: a step must not wait for it
+        finite = torch.stack([gradient.isfinite().all() for _, gradient in used]).all()
+        for info, gradient in used:
             operand, name = info.operand, info.module_node_name
             weight = operand.matrix(info.weight.detach())
-            product = (weight.float() * operand.matrix(gradient).float()).abs()
-            if name in self._saliencies:
-                self._saliencies[name].mul_(SALIENCY_DECAY).add_(product)
-            else:
-                self._saliencies[name] = product
+            product = (weight.float() * operand.matrix(gradient.detach()).float()).abs()
+            before = self._saliencies.get(name)
+            if before is None:
+                before = torch.zeros_like(product)
+            after = SALIENCY_DECAY * before + product
+            self._saliencies[name] = after.where(finite, before)
 
     @contextmanager
     def calibration(self) -> Iterator[None]:
@@ -92,7 +111,7 @@ class Saliency:
         Where the next update looks at gradients, the weights' present ones are part of it.
         """
         gradients: dict[str, Tensor] = {}
-        if self.importance in ("snip", "snip_momentum"):
+        if self.importance in BY_GRADIENT:
             gradients = {
                 info.module_node_name: gradient.detach()
                 for info in self._infos

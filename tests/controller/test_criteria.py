@@ -100,6 +100,47 @@ def test_snip_momentum_sums_with_decay_over_the_steps():
     assert masks(controller)[0].tolist() == [[True, False]]
 
 
+def test_snip_momentum_leaves_out_a_step_whose_gradients_overflowed():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    controller = one_shot(model, "snip_momentum")
+
+    def step(value):
+        model[0].weight.grad = torch.full_like(model[0].weight, value)
+        # finite in every step, but not a step that the optimiser takes
+        model[1].weight.grad = torch.ones_like(model[1].weight)
+        controller.scheduler.step()
+
+    step(math.inf)
+    with pytest.raises(RuntimeError, match=r"snip_momentum: \|w g\| is 0 throughout .* finite"):
+        controller.set_sparsity_level(0.5)
+    step(2.0)
+    step(math.nan)
+    saliencies = controller.get_state()["magnitude_sparsity"]["algorithm_state"]["saliencies"]
+    assert torch.equal(saliencies["0"], 2 * model[0].weight.abs())
+    assert torch.equal(saliencies["1"], model[1].weight.abs())
+    controller.set_sparsity_level(0.5)
+    assert controller.compression_rate == 0.5
+
+
+@pytest.mark.parametrize("importance", ["snip", "snip_momentum"])
+def test_gradients_that_are_all_zero_are_refused_and_leave_the_masks(importance):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    controller = one_shot(model, importance)
+    model(torch.randn(3, 6)).sum().backward()
+    model.zero_grad(set_to_none=False)
+    controller.scheduler.step()
+    with pytest.raises(RuntimeError, match=rf"^{importance}: .* of '0', 2 weights .*zero_grad"):
+        controller.set_sparsity_level(0.5)
+    assert all(mask.all() for mask in masks(controller))
+    # a level at which nothing is pruned needs none
+    controller.set_sparsity_level(0.0)
+    # one gradient in the pool is enough
+    model[1].weight.grad[0, 0] = 1
+    controller.scheduler.step()
+    controller.set_sparsity_level(0.5)
+    assert controller.compression_rate == 0.5
+
+
 def test_wanda_measures_the_inputs_of_a_linear_layer_over_all_batches():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
