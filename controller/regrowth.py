@@ -224,7 +224,7 @@ class SETController(BaseSparsityAlgoController):
         returning = [(info, after & ~before) for info, before, after in found]
         grown = [(info, groups) for info, groups in returning if groups.any()]
         if grown:
-            optimizer = check_optimizer(self.name, self._optimizer)
+            optimizer = check_optimizer(self.name, self._optimizer, [info for info, _ in grown])
             for info, groups in grown:
                 info.operand.zero_(info.weight.detach(), groups)
                 state = optimizer.state.get(info.weight, {})
@@ -236,11 +236,13 @@ class SETController(BaseSparsityAlgoController):
             operand.set_(pack(after) if operand.packed else after, all_kept=bool(after.all()))
 
 
-def check_optimizer(algorithm: str, optimizer: Optimizer | None) -> Optimizer:
-    """Return ``optimizer``, if it is known how to begin a weight's state anew.
+def check_optimizer(
+    algorithm: str, optimizer: Optimizer | None, infos: Sequence[SparseModuleInfo] = ()
+) -> Optimizer:
+    """Return ``optimizer``, if it is known how to begin the state of these weights anew.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: there is none, or it lacks a weight that is trained.
         TypeError: it is another than those of ``OPTIMIZERS``; the message names it.
     """
     if optimizer is None:
@@ -254,6 +256,15 @@ def check_optimizer(algorithm: str, optimizer: Optimizer | None) -> Optimizer:
             f"{algorithm}: controller.optimizer must be one of {known}, whose state is known, got "
             f"{type(optimizer).__name__}"
         )
+    held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    for info in infos:
+        if info.weight.requires_grad and id(info.weight) not in held:
+            raise RuntimeError(
+                f"{algorithm}: controller.optimizer must hold the weight of "
+                f"{info.module_node_name!r}, because its state of what returns is to begin anew, "
+                f"got {type(optimizer).__name__} without it; put all sparse weights into one "
+                "optimiser"
+            )
     return optimizer
 
 

@@ -246,6 +246,27 @@ def test_growing_without_an_optimiser_is_refused_and_leaves_the_masks(config):
     assert isinstance(optimizer, OPTIMIZERS)
 
 
+@both
+def test_a_weight_that_the_optimiser_does_not_hold_is_named(config):
+    controller = build(config)
+    first, second = controller.sparsified_module_info
+    train(controller, range(4))
+    before = grids(controller)
+    controller.optimizer = torch.optim.AdamW([first.weight], lr=0.01)
+    with pytest.raises(RuntimeError, match=r"must hold the weight of '2', .*got AdamW without it"):
+        controller.scheduler.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, grids(controller), strict=True))
+    # its groups may be dropped, and another's may return
+    controller.set_sparsity_level(0.9, second)
+    controller.set_sparsity_level(0.5, first)
+    with pytest.raises(RuntimeError, match="must hold the weight of '2'"):
+        controller.set_sparsity_level(0.5)
+    # what is not trained has no state
+    second.weight.requires_grad_(False)
+    controller.set_sparsity_level(0.4)
+    assert controller.compression_rate == 0.4
+
+
 @pytest.mark.parametrize(
     ("step", "expected"), [(0, 0.3), (25, 0.15 * (1 + 0.5**0.5)), (50, 0.15), (100, 0), (500, 0)]
 )
