@@ -259,7 +259,10 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
         )
 
     def compression_stage(self) -> CompressionStage:
-        """FULLY once the masks reach the target to within a group, UNCOMPRESSED at none pruned."""
+        """FULLY once the masks reach the target to within a group, UNCOMPRESSED at none pruned.
+
+        Without a target any masks are where they shall be, once something is pruned.
+        """
         infos = self.sparsified_module_info
         pruned = sum(info.operand.pruned_groups() for info in infos)
         wanted = 0
@@ -268,7 +271,7 @@ class BaseSparsityAlgoController(PTCompressionAlgorithmController[Any], Sparsity
                 target = min(self._target_level, maximum_level(pool[0].operand.pattern))
                 wanted += round(target * sum(info.operand.groups for info in pool))
             wanted -= max(p.dropped if isinstance(p, NM) else 1 for p in self._patterns)
-        if pruned == 0 and wanted > 0:
+        if pruned == 0 and (wanted > 0 or self._target_level is None):
             return CompressionStage.UNCOMPRESSED
         if pruned >= wanted:
             return CompressionStage.FULLY_COMPRESSED

@@ -315,12 +315,12 @@ class MovementSparsityController(BaseSparsityAlgoController):
         super().set_sparsity_level(level, target_sparsified_module_info, run_batchnorm_adaptation)
 
     def compression_stage(self) -> CompressionStage:
-        """FULLY once frozen, which the scheduler does after the warm-up; else by the masks."""
+        """UNCOMPRESSED at none pruned, else FULLY once frozen, as after the warm-up."""
+        if not any(operand.pruned_groups() for operand in self._operands):
+            return CompressionStage.UNCOMPRESSED
         if self.frozen:
             return CompressionStage.FULLY_COMPRESSED
-        if any(operand.pruned_groups() for operand in self._operands):
-            return CompressionStage.PARTIALLY_COMPRESSED
-        return CompressionStage.UNCOMPRESSED
+        return CompressionStage.PARTIALLY_COMPRESSED
 
     def freeze(self, freeze: bool = True) -> None:
         """Keep the masks as they are, and let the loss be 0; or go on."""

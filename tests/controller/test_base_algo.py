@@ -93,6 +93,17 @@ def test_the_stage_looks_at_the_masks():
     assert controller.compression_stage() == partially
 
 
+@pytest.mark.parametrize("kind", [ts.MagnitudeSparsityConfig, ts.RBSparsityConfig])
+def test_without_a_schedule_too_nothing_pruned_is_uncompressed(kind):
+    config = kind(sparsity_level_setting_mode="local", schedule=None)
+    controller = ts.create_controller(nn.Linear(10, 10), config)
+    uncompressed, _, fully = ts.CompressionStage
+    assert controller.compression_stage() == uncompressed
+    controller.set_sparsity_level(0.8)
+    learned = kind is ts.RBSparsityConfig
+    assert controller.compression_stage() == (uncompressed if learned else fully)
+
+
 def test_compression_rate_reads_what_it_writes():
     _, controller = build()
     controller.compression_rate = 0.5

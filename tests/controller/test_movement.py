@@ -261,6 +261,12 @@ def test_masks_change_in_training_steps_alone_and_freeze_after_the_warm_up():
         controller.set_sparsity_level(0.5)
 
 
+def test_frozen_masks_that_prune_nothing_are_uncompressed():
+    _, controller = build()
+    controller.freeze()
+    assert controller.compression_stage() == ts.CompressionStage.UNCOMPRESSED
+
+
 def test_a_level_prunes_the_least_important():
     _, controller = build()
     with torch.no_grad():
