@@ -79,11 +79,12 @@ class MaskOperand:
         self._folded: tuple[tuple[Any, ...], Tensor] | None = None
         # on a CPU the masked weight from the forward pass to the backward one
         self._memory: Tensor | None = None
-        # where a linear may skip blocks: their lists, and which products do, on the host and as a
-        # tensor that a compiled graph reads
+        # where a linear may skip blocks: their lists, and which products do by their dtype, on the
+        # host and as tensors that a compiled graph reads
         self.topology: Topology | None = None
-        self.paths = Paths(False, False, False)
-        self._path_flags = as_tensor(self.paths)
+        self._paths: dict[torch.dtype, Paths] = {}
+        self._path_flags: dict[torch.dtype, Tensor] = {}
+        self._product_dtype = weight.dtype  # of the last product
         self.to(weight)
 
     @property
@@ -185,7 +186,7 @@ class MaskOperand:
                 self._words = word_mask(self.mask, self.pattern, self.shape, weight.dtype)
         else:
             self._words = None
-        self._dtype = weight.dtype
+        self._dtype = self._product_dtype = weight.dtype
         if self.topology is not None:
             self.serve_linear()
 
@@ -216,16 +217,29 @@ class MaskOperand:
 
     def _choose_paths(self, kept: int | None) -> None:
         assert isinstance(self.pattern, Block)
-        self.paths = choose(
-            int(self.mask.count_nonzero()) if kept is None else kept,
-            self.shape,
-            self.pattern,
-            self._dtype,
-            self.mask.device,
-            triton_runs=self._triton_runs,
-            dispatch=self.dispatch,
-        )
-        self._path_flags.copy_(as_tensor(self.paths))
+        kept = int(self.mask.count_nonzero()) if kept is None else kept
+        # autocast may multiply float32 weights in either of the others
+        for dtype in {self._dtype, *((torch.bfloat16, torch.float16) if self._casts else ())}:
+            self._paths[dtype] = paths = choose(
+                kept,
+                self.shape,
+                self.pattern,
+                dtype,
+                self.mask.device,
+                triton_runs=self._triton_runs,
+                dispatch=self.dispatch,
+            )
+            flags = as_tensor(paths)
+            self._path_flags.setdefault(dtype, flags).copy_(flags)
+
+    @property
+    def _casts(self) -> bool:
+        return self._dtype == torch.float32
+
+    @property
+    def paths(self) -> Paths:
+        """Which products skip pruned blocks, in the dtype of the last one."""
+        return self._paths.get(self._product_dtype, Paths(False, False, False))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x (W * M)^T + b``.
@@ -235,6 +249,12 @@ class MaskOperand:
         anew.
         """
         matrix = weight.T if self.transposed else weight
+        kind = weight.device.type
+        dtype = weight.dtype
+        if self._casts and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        if not torch.compiler.is_compiling():
+            self._product_dtype = dtype
         # tracing must not look at the paths: it would guard their values
         if self.topology is not None and (torch.compiler.is_compiling() or self._skips()):
             return block_sparse_linear(
@@ -243,7 +263,7 @@ class MaskOperand:
                 self.topology,
                 bias,
                 pattern=self.pattern,
-                paths=self._path_flags,
+                paths=self._path_flags[dtype],
                 dense_weight_grad=self.dense_weight_grad,
                 backend=self.backend,
             )

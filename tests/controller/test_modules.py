@@ -11,6 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 import triton_sparsity as ts
 from triton_sparsity.controller.modules import SparseModule
+from triton_sparsity.kernels import block_sparse_linear as product
+from triton_sparsity.kernels import dispatch
+from triton_sparsity.kernels.launch import INTERPRET
 
 
 class OwnForward(nn.Linear):
@@ -290,6 +293,31 @@ def test_tied_weights_have_one_mask_and_count_once():
     stripped = controller.strip()
     assert stripped[0].weight is stripped[1].weight
     assert (stripped[0].weight[~mask] == 0).all()
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter cannot be traced")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_takes_the_paths_of_its_own_dtype(compiled, monkeypatch):
+    sides, block, place = (512, 512), ts.Block(64, 64), torch.device("cpu")
+    for dtype, limit in ((torch.bfloat16, 0.0), (torch.float32, 1.0), (torch.float16, 1.0)):
+        kind = dispatch.kind_of(sides, block, dtype, place)
+        monkeypatch.setitem(dispatch.measured, kind, dispatch.BreakEven(limit, limit, limit))
+    model = nn.Linear(*sides)
+    config = ts.MagnitudeSparsityConfig(pattern=block, schedule=ts.PolynomialSchedule())
+    controller = ts.create_controller(model, config)
+    controller.set_sparsity_level(0.8)
+    (info,) = controller.sparsified_module_info
+    taken, run = [], product._paths
+    monkeypatch.setattr(product, "_paths", lambda *a: (taken.append(found := run(*a)), found)[1])
+    torch._dynamo.reset()
+    forward = torch.compile(model, backend="aot_eager") if compiled else model
+    for dtype, skips in ((torch.bfloat16, False), (None, True), (torch.float16, True)):
+        taken.clear()
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            forward(torch.randn(4, 512))
+        assert any(any(paths) for paths in taken) is skips
+        if not compiled:
+            assert info.operand.paths.forward is skips
 
 
 def test_autocast_runs_masked_weights_in_low_precision():

@@ -168,17 +168,17 @@ def test_linear_is_the_product_with_the_masked_weight(pattern, transposed, dispa
 
 def test_an_update_changes_the_paths_and_keeps_every_address():
     operand, weight = linear_operand(kept=0.1)
-    addresses = [t.data_ptr() for t in (*operand.topology, operand._path_flags)]
+    addresses = [t.data_ptr() for t in (*operand.topology, *operand._path_flags.values())]
     assert operand.paths == SPARSE
     x = torch.randn(3, 512)
     for kept, paths in ((0.9, DENSE), (0.1, SPARSE)):
         grid = torch.arange(operand.groups).view(operand.grid) < kept * operand.groups
         operand.set_(grid, all_kept=False)
         assert operand.paths == paths
-        assert operand._path_flags.tolist() == list(paths)
+        assert operand._path_flags[torch.float32].tolist() == list(paths)
         want = torch.nn.functional.linear(x, operand.binary_mask * weight)
         torch.testing.assert_close(operand.linear(x, weight, None), want, atol=1e-4, rtol=1e-4)
-    assert addresses == [t.data_ptr() for t in (*operand.topology, operand._path_flags)]
+    assert addresses == [t.data_ptr() for t in (*operand.topology, *operand._path_flags.values())]
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
