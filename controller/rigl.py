@@ -71,11 +71,16 @@ class RigLController(SETController):
         return super()._is_due(step) or (self._overdue and step < self.config.t_end)
 
     def _grow_scores(self, infos: Sequence[SparseModuleInfo], step: int) -> list[Tensor]:
-        gradients = [i.operand.matrix(self._gradients[i.module_node_name]) for i in infos]
-        if self._normed:
-            for gradient in gradients:
+        scores: list[Tensor] = []
+        # one by one: of a block pattern no more than one weight's copy is there at a time
+        for info in infos:
+            gradient = info.operand.matrix(self._gradients[info.module_node_name])
+            if self._normed:
+                # a copy: an update that is refused yet is made by the same gradients later
+                gradient = gradient.clone()
                 norm_(gradient)
-        return group_scores(infos, [Importance(gradient) for gradient in gradients]).tensors
+            scores += group_scores([info], [Importance(gradient)]).tensors
+        return scores
 
     def _regrowing(self) -> list[SparseModuleInfo]:
         # a weight that the step did not use has nothing to grow by
@@ -158,7 +163,7 @@ class RigLController(SETController):
             self._watch(False)
 
     def _own_state(self) -> dict[str, Any]:
-        gradients = {name: gradient.cpu() for name, gradient in self._gradients.items()}
+        gradients = {n: g.detach().to("cpu", copy=True) for n, g in self._gradients.items()}
         return super()._own_state() | {"overdue": self._overdue, "dense_gradients": gradients}
 
     def _load_own_state(self, state: Mapping[str, Any]) -> None:

@@ -106,19 +106,20 @@ class Saliency:
         self._input_norms = {name: (total / n).sqrt() for name, (total, n) in sums.items()}
 
     def get_state(self) -> dict[str, Any]:
-        """Return what has been gathered; tensors on the CPU.
+        """Return what has been gathered; copies on the CPU.
 
         Where the next update looks at gradients, the weights' present ones are part of it.
         """
         gradients: dict[str, Tensor] = {}
         if self.importance in BY_GRADIENT:
             gradients = {
-                info.module_node_name: gradient.detach()
+                info.module_node_name: gradient
                 for info in self._infos
                 if (gradient := info.weight.grad) is not None
             }
         return {
-            key: {name: tensor.cpu() for name, tensor in gathered.items()}
+            # copies: the next backward pass may add to a gradient in place
+            key: {name: tensor.detach().to("cpu", copy=True) for name, tensor in gathered.items()}
             for key, gathered in (
                 ("saliencies", self._saliencies),
                 ("input_norms", self._input_norms),
@@ -128,7 +129,9 @@ class Saliency:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over ``get_state``'s result; its gradients become the weights' ``.grad``.
+        """Take over ``get_state``'s result.
+
+        Where an update looks at gradients, the weights' ``.grad`` become its own: None too.
 
         Raises:
             ValueError: a key is unknown, or a tensor is of another model; nothing has changed.
@@ -141,8 +144,11 @@ class Saliency:
                 if name not in infos or not _fits(key, tensor, infos[name]):
                     raise ValueError(f"load_state: {key} of {name!r} must fit its weight")
         device = self._infos[0].weight.device
-        for name, gradient in state.get("gradients", {}).items():
-            infos[name].weight.grad = gradient.to(device, copy=True)
+        if self.importance in BY_GRADIENT:
+            gradients = state.get("gradients", {})
+            for name, info in infos.items():
+                gradient = gradients.get(name)
+                info.weight.grad = None if gradient is None else gradient.to(device, copy=True)
         self._saliencies, self._input_norms = (
             # a copy: a tensor of the caller's must not change with ours
             {name: tensor.to(device, copy=True) for name, tensor in state.get(key, {}).items()}

@@ -4,6 +4,7 @@ To join: a line in ``ALGORITHMS``, with what makes its configuration for a patte
 ``PATTERNS``; in ``DOES_NOT_FIT`` what does not go together.
 """
 
+import copy
 import io
 
 import pytest
@@ -133,16 +134,15 @@ class Run:
             loss.backward()
             self.optimizer.step()
 
+    def memory(self):
+        """All there is; the controller's state just as it gives it."""
+        state = self.model.state_dict(), self.optimizer.state_dict()
+        return *copy.deepcopy(state), self.controller.get_state(), torch.get_rng_state()
+
     def state(self):
         """All there is, as it comes back from a file."""
         file = io.BytesIO()
-        state = (
-            self.model.state_dict(),
-            self.optimizer.state_dict(),
-            self.controller.get_state(),
-            torch.get_rng_state(),
-        )
-        torch.save(state, file)
+        torch.save(self.memory(), file)
         file.seek(0)
         return torch.load(file, weights_only=True)
 
@@ -210,6 +210,15 @@ def test_it_trains_reports_saves_resumes_and_strips(algorithm, pattern):
         resumed.load(state)
         resumed.train(range(step + 1, STEPS))
         assert_same(resumed.state(), end)
+
+    # so does one that goes back to a state in memory, which training has not changed since
+    resumed = Run(algorithm, pattern)
+    resumed.train(range(9))
+    memory = resumed.memory()
+    resumed.train(range(9, STEPS))
+    resumed.load(memory)
+    resumed.train(range(9, STEPS))
+    assert_same(resumed.state(), end)
 
     # it strips
     x = run.batch(0)

@@ -260,6 +260,34 @@ def test_what_was_gathered_comes_back_with_the_state(importance):
         resumed.load_state(wrong)
 
 
+@pytest.mark.parametrize("importance", ["snip", "snip_momentum"])
+def test_going_back_to_a_state_in_memory_goes_back_to_its_gradients(importance):
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    controller = one_shot(model, importance)
+
+    def step():
+        controller.scheduler.step()
+        model.zero_grad(set_to_none=False)
+        model(torch.randn(4, 8)).square().sum().backward()
+
+    untouched = controller.get_state()
+    step()
+    gradient = model.weight.grad.clone()
+    state = controller.get_state()
+    for _ in range(5):
+        step()
+    controller.load_state(state)
+    assert torch.equal(model.weight.grad, gradient)
+    controller.scheduler.step()
+    controller.set_sparsity_level(0.5)
+    score = (model.weight * gradient).abs()
+    (mask,) = masks(controller)
+    assert score[~mask].max() < score[mask].min()
+    controller.load_state(untouched)
+    assert model.weight.grad is None
+
+
 def test_an_infinite_importance_is_not_blamed_on_the_weight():
     model = nn.Linear(4, 4)
     controller = one_shot(model, "snip")
