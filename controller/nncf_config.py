@@ -56,6 +56,7 @@ _SCHEDULE_KEYS = {
 _SHARED_PARAMS = ("pattern", "overrides")
 _SCOPE_KEYS = ("target_scopes", "ignored_scopes", "validate_scopes")
 _MULTIPLIER = "compression_lr_multiplier"
+_STRUCTURES = "sparse_structure_by_scopes"
 _SECTION_KEYS = (
     "algorithm",
     "sparsity_init",
@@ -146,6 +147,7 @@ def from_nncf(section: Mapping[str, Any]) -> Config:
         case "movement_sparsity":
             return _movement(section)
         case "const_sparsity":
+            _refuse_initial_level(section, "the masks are those of the zeros there are")
             _, given, spelled = _shared(section, ())
             return _build(ConstSparsityConfig, given, spelled)
         case "set":
@@ -174,13 +176,16 @@ def _rb(section: Mapping[str, Any]) -> RBSparsityConfig:
 
 
 def _movement(section: Mapping[str, Any]) -> MovementSparsityConfig:
-    shared = ("algorithm", "batchnorm_adaptation", *_SCOPE_KEYS, *_SHARED_PARAMS, _MULTIPLIER)
-    own = [name for name in MovementSparsityConfig.model_fields if name not in shared]
-    params, given, spelled = _shared(section, own)
+    _refuse_initial_level(section, "the importances and their threshold decide")
+    above = ("algorithm", "batchnorm_adaptation", *_SCOPE_KEYS, _MULTIPLIER, _STRUCTURES)
+    own = [name for name in MovementSparsityConfig.model_fields if name not in above]
+    inside = section.get("params")
+    if isinstance(inside, Mapping) and _STRUCTURES in inside:
+        raise ValueError(f"compression: {_STRUCTURES} must stand beside params, got it inside")
+    params, given, spelled = _shared(section, own, (_STRUCTURES,))
     given |= {key: params[key] for key in own if key in params}
     spelled |= {key: f"params.{key}" for key in own}
-    if _MULTIPLIER in section:
-        given[_MULTIPLIER] = section[_MULTIPLIER]
+    given |= {key: section[key] for key in (_MULTIPLIER, _STRUCTURES) if key in section}
     return _build(MovementSparsityConfig, given, spelled)
 
 
@@ -219,29 +224,33 @@ def _regrowth(section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str
     own = tuple(
         key for key in RegrowthConfig.model_fields if key not in AlgorithmConfig.model_fields
     )
+    _refuse_initial_level(section, "the level holds from the start, params.level")
     params, given, spelled = _shared(section, own)
-    if "sparsity_init" in section:
-        raise ValueError(
-            "compression: sparsity_init must be left out; the level holds from the start, "
-            f"params.level, got {section['sparsity_init']!r}"
-        )
     given |= {key: params[key] for key in own if key in params}
     return given, spelled | {key: f"params.{key}" for key in own}
 
 
+def _refuse_initial_level(section: Mapping[str, Any], why: str) -> None:
+    if "sparsity_init" in section:
+        raise ValueError(
+            f"compression: sparsity_init must be left out; {why}, got {section['sparsity_init']!r}"
+        )
+
+
 def _shared(
-    section: Mapping[str, Any], own_params: Sequence[str]
+    section: Mapping[str, Any], own_params: Sequence[str], own_keys: Sequence[str] = ()
 ) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, str]]:
     """Read what every algorithm's dictionary has.
 
     Args:
         section: the dictionary.
         own_params: keys of ``params`` that the algorithm knows beyond the shared ones.
+        own_keys: keys beside ``params``, likewise.
 
     Returns:
         ``params``; arguments for the configuration; how the dictionary spells each argument.
     """
-    _check_keys("compression", section, _SECTION_KEYS)
+    _check_keys("compression", section, (*_SECTION_KEYS, *own_keys))
     params = _subsection(section, "params", "compression", (*own_params, *_SHARED_PARAMS))
     initializer = _subsection(section, "initializer", "compression", ("batchnorm_adaptation",))
     given = {key: section[key] for key in _SCOPE_KEYS if key in section}

@@ -602,10 +602,10 @@ def test_nncfs_dictionary():
                 "warmup_end_epoch": 4,
                 "importance_regularization_factor": 0.05,
                 "enable_structured_masking": False,
-                "sparse_structure_by_scopes": [
-                    {"mode": "block", "sparse_factors": [32, 32], "target_scopes": "{re}.*"}
-                ],
             },
+            "sparse_structure_by_scopes": [
+                {"mode": "block", "sparse_factors": [32, 32], "target_scopes": "{re}.*"}
+            ],
             "compression_lr_multiplier": 0.5,
         },
     )
@@ -613,6 +613,15 @@ def test_nncfs_dictionary():
     assert controller.config.power == 3.0
     assert controller.config.compression_lr_multiplier == 0.5
     assert controller.sparsified_module_info[0].operand.factors == (32, 32)
+
+
+def test_nncfs_dictionary_has_the_structures_beside_the_params():
+    structures = structure("whole")
+    section = {"algorithm": "movement_sparsity", "params": WARM_UP}
+    with pytest.raises(ValueError, match=r"compression: sparse_structure_by_scopes\[0\].*'whole'"):
+        ts.create_controller(nn.Linear(4, 4), section | structures)
+    with pytest.raises(ValueError, match="sparse_structure_by_scopes must stand beside params"):
+        ts.create_controller(nn.Linear(4, 4), section | {"params": WARM_UP | structures})
 
 
 def test_compiled_training_follows_the_masks():
