@@ -177,15 +177,16 @@ def _rb(section: Mapping[str, Any]) -> RBSparsityConfig:
 
 def _movement(section: Mapping[str, Any]) -> MovementSparsityConfig:
     _refuse_initial_level(section, "the importances and their threshold decide")
-    above = ("algorithm", "batchnorm_adaptation", *_SCOPE_KEYS, _MULTIPLIER, _STRUCTURES)
-    own = [name for name in MovementSparsityConfig.model_fields if name not in above]
+    shared = ("algorithm", "batchnorm_adaptation", *_SCOPE_KEYS, *_SHARED_PARAMS)
+    beside = (_MULTIPLIER, _STRUCTURES)
+    own = [n for n in MovementSparsityConfig.model_fields if n not in (*shared, *beside)]
     inside = section.get("params")
     if isinstance(inside, Mapping) and _STRUCTURES in inside:
         raise ValueError(f"compression: {_STRUCTURES} must stand beside params, got it inside")
     params, given, spelled = _shared(section, own, (_STRUCTURES,))
     given |= {key: params[key] for key in own if key in params}
     spelled |= {key: f"params.{key}" for key in own}
-    given |= {key: section[key] for key in (_MULTIPLIER, _STRUCTURES) if key in section}
+    given |= {key: section[key] for key in beside if key in section}
     return _build(MovementSparsityConfig, given, spelled)
 
 
