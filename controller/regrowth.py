@@ -75,15 +75,23 @@ class SETConfig(RegrowthConfig):
 
 
 class RegrowthScheduler(CompressionScheduler):
-    """Has its controller begin every optimiser step; epochs mean nothing to it."""
+    """Has its controller begin every optimiser step; epochs mean nothing to it.
+
+    A step whose update is refused is not counted: the next call begins it again.
+    """
 
     def __init__(self, controller: SETController) -> None:
         super().__init__()
         self._controller = controller
 
     def step(self, next_step: int | None = None) -> None:
+        before = self._current_step
         super().step(next_step)
-        self._controller.begin_step()
+        try:
+            self._controller.begin_step()
+        except BaseException:
+            self._current_step = before
+            raise
 
 
 class SETController(BaseSparsityAlgoController):
@@ -126,13 +134,17 @@ class SETController(BaseSparsityAlgoController):
         return config.alpha / 2 * (1 + math.cos(math.pi * step / config.t_end))
 
     def begin_step(self) -> None:
-        super().begin_step()
         step = self._scheduler.current_step
-        if self._is_due(step) and not self.frozen:
+        due = self._is_due(step) and not self.frozen
+        if due and (growing := self._regrowing()):
+            # before the step's gradients are taken in: begun again, they would count twice
+            check_optimizer(self.name, self._optimizer, growing)
+        super().begin_step()
+        if due:
             self._regrow(step)
 
     def _is_due(self, step: int) -> bool:
-        return 0 < step < self.config.t_end and step % self.config.delta_t == 0
+        return step > 0 and step % self.config.delta_t == 0 and self.drop_fraction(step) > 0
 
     def _use_optimizer(self, optimizer: Optimizer | None) -> None:
         super()._use_optimizer(check_optimizer(self.name, optimizer))

@@ -247,6 +247,42 @@ def test_growing_without_an_optimiser_is_refused_and_leaves_the_masks(config):
 
 
 @both
+@patterns
+@pytest.mark.parametrize("missing", ["optimiser", "weight"])
+def test_a_refused_update_is_made_when_its_step_is_begun_again(config, pattern, missing):
+    def run(refused):
+        controller = build(
+            config, pattern=pattern, weight_importance="snip_momentum", initial_masks="random"
+        )
+        optimizer = controller.optimizer
+        before, moved = grids(controller), []
+
+        def look(step):
+            now = grids(controller)
+            if not all(torch.equal(a, b) for a, b in zip(before, now, strict=True)):
+                moved.append(step)
+                before[:] = now
+
+        train(controller, range(4), look)
+        if refused:
+            last = controller.sparsified_module_info[-1].weight
+            controller._optimizer = None
+            if missing == "weight":
+                rest = [p for p in controller.model.parameters() if p is not last]
+                controller.optimizer = torch.optim.AdamW(rest)
+            with pytest.raises(RuntimeError, match=r"controller.optimizer must"):
+                controller.scheduler.step()
+            assert controller.scheduler.current_step == 3
+            controller.optimizer = optimizer
+        train(controller, range(4, 13), look)
+        return moved, grids(controller)
+
+    moved, end = run(refused=True)
+    assert moved == [4, 8, 12]
+    assert all(torch.equal(a, b) for a, b in zip(end, run(refused=False)[1], strict=True))
+
+
+@both
 def test_a_weight_that_the_optimiser_does_not_hold_is_named(config):
     controller = build(config)
     first, second = controller.sparsified_module_info
