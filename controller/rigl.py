@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .base_algo import SparseModuleInfo
 from .criteria import Importance, group_scores
-from .regrowth import RegrowthConfig, SETController
+from .regrowth import RegrowthConfig, RegrowthScheduler, SETController
 
 
 class RigLConfig(RegrowthConfig):
@@ -63,9 +63,9 @@ class RigLController(SETController):
         super().__init__(target_model, sparsified_module_info, config, batchnorm_data)
 
     def begin_step(self) -> None:
-        due_next = self._is_due(self._scheduler.current_step + 1)
         super().begin_step()
-        self._watch((due_next or self._overdue) and not self.frozen)
+        self._gradients.clear()
+        self._watch_if_due_next()
 
     def _is_due(self, step: int) -> bool:
         return super()._is_due(step) or (self._overdue and step < self.config.t_end)
@@ -106,15 +106,17 @@ class RigLController(SETController):
         self._overdue = not all(bool(g.isfinite().all()) for g in self._gradients.values())
         if not self._overdue:
             super()._regrow(step)
-        self._gradients.clear()
+
+    def _watch_if_due_next(self) -> None:
+        # a stub, which has taken the scheduler's place, begins no step
+        scheduled = isinstance(self._scheduler, RegrowthScheduler) and not self.frozen
+        self._watch(scheduled and self._is_due(self._scheduler.current_step + 1))
 
     def _watch(self, watch: bool) -> None:
         """Let dense gradients through in this step, and keep them; or stop that."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if watch:
-            self._gradients.clear()
         for info in self.sparsified_module_info:
             info.operand.dense_weight_grad = watch and not info.operand.all_kept
             if info.operand.dense_weight_grad and info.weight.requires_grad:
@@ -162,6 +164,11 @@ class RigLController(SETController):
         if not do_copy:
             self._watch(False)
 
+    def load_state(self, state: dict[str, dict[str, Any]]) -> None:
+        super().load_state(state)
+        # the step may have its backward pass yet to come
+        self._watch_if_due_next()
+
     def _own_state(self) -> dict[str, Any]:
         gradients = {n: g.detach().to("cpu", copy=True) for n, g in self._gradients.items()}
         return super()._own_state() | {"overdue": self._overdue, "dense_gradients": gradients}
@@ -177,7 +184,6 @@ class RigLController(SETController):
                 raise ValueError(f"load_state: dense_gradients of {name!r} must fit its weight")
         rest = {k: v for k, v in state.items() if k not in ("overdue", "dense_gradients")}
         super()._load_own_state(rest)
-        self._watch(False)
         self._overdue = bool(state["overdue"])
         self._gradients = {
             name: gradient.to(infos[name].weight.device, copy=True)

@@ -150,6 +150,36 @@ def test_a_level_is_set_everywhere_or_nowhere():
     assert head.operand.pruned_groups() == 16
 
 
+def test_rigl_goes_on_from_a_refused_level_as_if_it_had_not_been_asked_for():
+    def run(refused):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 8)})
+        nn.init.zeros_(model["head"].weight[:2])
+        rigl = ts.RigLConfig(target_scopes=("body",), level=0.5, t_end=100, delta_t=4)
+        zeros = ts.ConstSparsityConfig(target_scopes=("head",))
+        controller = ts.create_controller(model, [rigl, zeros])
+        controller.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        mask, moved = controller.sparsified_module_info[0].operand.binary_mask, []
+        for step in range(10):
+            controller.scheduler.step()
+            now = controller.sparsified_module_info[0].operand.binary_mask
+            if not torch.equal(mask, now):
+                mask = now
+                moved.append(step)
+            if step == refused:
+                with pytest.raises(RuntimeError, match="masks of const_sparsity never change"):
+                    controller.set_sparsity_level(0.6)
+            controller.optimizer.zero_grad()
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+            (model["head"](model["body"](x).tanh()) - x).square().sum().backward()
+            controller.optimizer.step()
+        return moved, mask
+
+    moved, mask = run(refused=3)
+    assert moved == [4, 8]
+    assert torch.equal(mask, run(refused=None)[1])
+
+
 def test_strip_folds_the_masks_of_all():
     controller = build(MAGNITUDE, SET)
     controller.scheduler.epoch_step(2)
