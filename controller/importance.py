@@ -24,13 +24,13 @@ from ..kernels.pattern import MAX_BLOCK_SIDE, Block, Pattern, Unstructured
 from ..kernels.select import select
 from .learned import ScoredOperand
 from .loss import CompressionLoss
-from .modules import SparseModule
+from .modules import SparseModule, is_transposed
 from .scope import check_scopes, matches
 from .structures import StructureGroup, find_structures, units
+from .targets import Target, _weights_of
 
 if TYPE_CHECKING:
     from .movement import MovementSparsityConfig, SparseStructure
-    from .targets import Target
 
 QUANTILE = 98  # percent of a weight that may be pruned at most
 LAYER_FACTOR = 0.5
@@ -192,6 +192,33 @@ def _check_structures(
         )
 
 
+def _warn_about_dense(
+    model: nn.Module, targets: Sequence[Target], config: MovementSparsityConfig
+) -> None:
+    """Name the weights that ``target_scopes`` select though movement cannot mask them.
+
+    Without such scopes Conv1D alone is named, which anyone takes for a linear layer.
+    """
+    masked = {id(target.weight) for target in targets}
+    left_out = []
+    for parameter, users in _weights_of(model, config.target_scopes or ())[0].items():
+        names = [name for name, _, _ in users]
+        if config.target_scopes is None:
+            chosen = is_transposed(type(users[0][1]))
+        else:
+            chosen = any(matches(s, name) for s in config.target_scopes for name in names)
+        ignored = any(matches(s, name) for s in config.ignored_scopes for name in names)
+        if chosen and not ignored and parameter not in masked:
+            left_out.append(names[0])
+    if left_out:
+        warnings.warn(
+            "left dense, because movement_sparsity masks linear layers that store their weight as "
+            f"(out_features, in_features) alone: {left_out}; name them in ignored_scopes to "
+            "silence this",
+            stacklevel=6,
+        )
+
+
 def _axis(name: str, config: MovementSparsityConfig) -> int | None:
     structure = _structure(name, config)
     return None if structure is None else structure.axis
@@ -216,6 +243,7 @@ def movement_operands(
     Raises:
         ValueError: a structure does not divide its weight, or its scope matches nothing.
     """
+    _warn_about_dense(model, targets, config)
     structures = config.sparse_structure_by_scopes
     if config.validate_scopes:
         names = [target.name for target in targets]

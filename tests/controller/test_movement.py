@@ -587,6 +587,25 @@ def test_what_does_not_fit_the_model_leaves_it_as_it_was(options, message):
     assert len(list(model.parameters())) == 6
 
 
+def test_weights_that_are_asked_for_but_cannot_be_masked_are_named():
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(2, 4), nn.Embedding(3, 4))
+    config = ts.MovementSparsityConfig(**WARM_UP, target_scopes=("0", "2"))
+    with pytest.warns(UserWarning, match=r"left dense, because .* linear layers .*: \['0'\]"):
+        ts.create_controller(model, config).strip(do_copy=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for scopes in ({"target_scopes": ("*",), "ignored_scopes": ("0", "3")}, {}):
+            config = ts.MovementSparsityConfig(**WARM_UP, **scopes)
+            ts.create_controller(model, config).strip(do_copy=False)
+
+
+def test_a_conv1d_is_no_linear_layer_without_a_word():
+    utils = pytest.importorskip("transformers.pytorch_utils")
+    model = nn.Sequential(utils.Conv1D(8, 4), nn.Linear(8, 4))
+    with pytest.warns(UserWarning, match=r"left dense, .*\['0'\]"):
+        ts.create_controller(model, ts.MovementSparsityConfig(**WARM_UP))
+
+
 def test_a_warm_up_that_goes_down_warns():
     with pytest.warns(UserWarning, match="is not below final_importance_threshold"):
         ts.MovementSparsityConfig(**WARM_UP, init_importance_threshold=0.5)
