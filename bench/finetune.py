@@ -48,7 +48,7 @@ from .files import (
     sizes,
     write_atomic,
 )
-from .options import Options, checked, same_run, sparsity_config, with_defaults
+from .options import Options, checked, end_level, same_run, sparsity_config, with_defaults
 from .report import curves
 from .tasks import Task, cross_entropy, load_task
 
@@ -114,6 +114,7 @@ def finetune(
         KeyboardInterrupt: a signal asked to stop; the state is saved.
     """
     saved = load_state(folder) if resume else None
+    asked = options.level if saved is None else saved["options"]["level"]
     if saved is None:
         options = checked(options)
     else:
@@ -123,6 +124,9 @@ def finetune(
             return json.loads((folder / REPORT).read_text())
     task = load_task(options.task)
     options = with_defaults(options, task.recipe)
+    if options.algorithm == "const":
+        # without a level the zeros that are there are enough, whatever their number
+        options = replace(options, level=asked)
     for name in task.data if saved else ():
         before, now = saved["data"].get(name), task.data[name]
         if before != now:
@@ -271,11 +275,13 @@ def control(model: nn.Module, options: Options) -> BaseSparsityAlgoController:
         # it is what the next lines are for
         warnings.filterwarnings("ignore", "const_sparsity: no group")
         controller = create_controller(model, config, backend=backend, dispatch=dispatch)
-    if options.algorithm != "const" or controller.compression_rate > 0:
+    rate, level = controller.compression_rate, options.level
+    if options.algorithm != "const" or (rate > 0 if level is None else rate >= level):
         return controller
-    # no zeros there: those of one pruning, which then stay
+    # too few zeros there: those of one pruning, which then stay
     controller.strip(do_copy=False)
-    once = PolynomialSchedule(initial_level=options.level, target_level=options.level)
+    level = end_level(options)
+    once = PolynomialSchedule(initial_level=level, target_level=level)
     shared = config.model_dump(exclude={"algorithm"})
     magnitude = MagnitudeSparsityConfig(**shared, schedule=once, weight_importance="abs")
     create_controller(model, magnitude, backend=backend).strip(do_copy=False)

@@ -267,6 +267,30 @@ def test_const_keeps_the_zeros_of_a_sparse_checkpoint(tmp_path, uninterrupted):
     assert any((before[name] != after[name]).any() for name in names)
 
 
+def test_const_prunes_to_the_level_asked_for_unless_it_is_there(tmp_path, uninterrupted):
+    weights = safetensors.torch.load_file(uninterrupted / DENSE)
+    name = next(key for key in weights if key.startswith("layers") and key.endswith("weight"))
+    weights[name][:8, :8] = 0
+    safetensors.torch.save_file(weights, tmp_path / "one_zero")
+    levels = {}
+    for level in (0.7, None):
+        options = replace(
+            QUICK,
+            algorithm="const",
+            level=level,
+            dense_epochs=None,
+            checkpoint=str(tmp_path / "one_zero"),
+            epochs=1,
+        )
+        folder = tmp_path / str(level)
+        levels[level] = finetune(options, folder)["results"]["stripped"]["level"]
+        (folder / REPORT).unlink()
+        again = finetune(options, folder, resume=True)["results"]["stripped"]["level"]
+        assert again == levels[level]
+    assert levels[0.7] == pytest.approx(0.7, abs=1e-2)
+    assert 0 < levels[None] < 0.1
+
+
 def test_every_step_of_every_phase_has_a_batch_of_its_own(tmp_path, monkeypatch):
     streams = []
 
