@@ -295,6 +295,13 @@ class MovementSparsityController(BaseSparsityAlgoController):
             for group, units in zip(self._groups, kept, strict=True)
         }
 
+    def finish(self) -> None:
+        """Resolve heads and channels, freeze the masks, adapt BatchNorm if that is configured."""
+        self.resolve_structures()
+        self.freeze()
+        if self._batchnorm is not None:
+            self._adapt_batchnorm()
+
     def set_sparsity_level(
         self,
         level: float,
@@ -396,8 +403,9 @@ class MovementScheduler(CompressionScheduler):
     """Raises the threshold and the loss's factor through the warm-up, at every step.
 
     Before it the threshold is -inf and the factor 0; within it both follow ``v0 + (1 - (1 -
-    progress)^power) (v1 - v0)``; after it they are final, heads and channels are resolved, and the
-    masks are frozen. Steps of an epoch that are not configured are counted in the first.
+    progress)^power) (v1 - v0)``; after it they are final, heads and channels are resolved, the
+    masks are frozen, and BatchNorm is adapted to them where that is configured. Steps of an epoch
+    that are not configured are counted in the first.
 
     Args:
         controller: what is driven.
@@ -460,8 +468,7 @@ class MovementScheduler(CompressionScheduler):
             self.current_importance_threshold, self.current_importance_regularization_factor
         )
         if self.progress >= 1 and not controller.frozen:
-            controller.resolve_structures()
-            controller.freeze()
+            controller.finish()
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
         """Begin an epoch; see ``CompressionScheduler``.

@@ -59,3 +59,24 @@ def test_another_algorithms_adaptation_lets_learned_masks_go_on(config):
     controller = ts.create_controller(model, [learned, magnitude], batchnorm_data=batches())
     part = controller.controllers[config.algorithm]
     assert all(learning(part))
+
+
+def test_movement_adapts_once_to_the_masks_that_it_ends_with():
+    model = net()
+    controller = ts.create_controller(model, MOVEMENT, batchnorm_data=batches())
+    with torch.no_grad():
+        for scores in controller.parameters():
+            scores.normal_()
+    controller.scheduler.epoch_step()
+    for _ in range(4):
+        controller.scheduler.step()
+        assert model[1].num_batches_tracked == 0
+    controller.scheduler.step()
+    assert controller.frozen
+    assert model[0].operands["weight"].pruned_groups() > 0
+    with torch.no_grad():
+        want = torch.stack([model[0](batch).mean(0) for batch in batches()]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, want)
+    model[1].running_mean.zero_()
+    controller.scheduler.step()
+    assert not model[1].running_mean.any()
