@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
@@ -41,18 +41,18 @@ class RegrowthConfig(AlgorithmConfig):
     Args:
         level: fraction of the groups that is pruned, from the start on, in [0, 1).
         t_end: optimiser step from which the masks stay; 0: the first masks stay. About three
-            quarters of the training.
+            quarters of the training, and, unless it is 0 or 1, beyond the first update.
         distribution: ``"erk"``: Erdos-Renyi-Kernel, narrow weights keep more; ``"uniform"``: the
             same level everywhere. Counts are exact, within the limits of overrides.
         initial_masks: ``"random"``, or the groups of greatest ``"importance"``.
         weight_importance: by which groups are dropped; see ``criteria.py``.
         alpha: fraction of the kept groups that moves at first, in [0, 1]; it falls along a cosine
             to 0 at ``t_end``.
-        delta_t: optimiser steps between two updates.
+        delta_t: optimiser steps between two updates, and before the first.
         seed: of random masks and growth; the same on every rank.
 
     Raises:
-        ValueError: an argument is missing, unknown or out of its range.
+        ValueError: an argument is missing, unknown or out of its range, or no update would happen.
     """
 
     level: Level
@@ -63,6 +63,17 @@ class RegrowthConfig(AlgorithmConfig):
     alpha: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] = 0.3
     delta_t: Positive = 100
     seed: Whole = 0
+
+    @model_validator(mode="after")
+    def _check_updates(self) -> RegrowthConfig:
+        # no delta_t is below a t_end of 1, which says what 0 says
+        if 1 < self.t_end <= self.delta_t and self.alpha > 0:
+            raise ValueError(
+                f"delta_t must be less than t_end {self.t_end}, or no mask would ever move, got "
+                f"{self.delta_t}; a delta_t of a twentieth of t_end is common, and t_end=0 says "
+                "that the first masks stay"
+            )
+        return self
 
 
 class SETConfig(RegrowthConfig):

@@ -347,8 +347,8 @@ WITHOUT_NM = {
         "warmup_end_epoch": 2,
         "importance_regularization_factor": 0.1,
     },
-    ts.SETConfig: {"level": 0.5, "t_end": 10},
-    ts.RigLConfig: {"level": 0.5, "t_end": 10},
+    ts.SETConfig: {"level": 0.5, "t_end": 200},
+    ts.RigLConfig: {"level": 0.5, "t_end": 200},
 }
 
 

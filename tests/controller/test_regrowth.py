@@ -484,15 +484,29 @@ def test_bad_arguments_are_refused_by_name_and_value(config, arguments, message)
         ts.create_controller(nn.Linear(4, 4), section)
 
 
+@both
+def test_masks_that_would_never_move_are_refused(config):
+    for t_end, delta_t in ((75, 100), (100, 100), (2, 2)):
+        with pytest.raises(ValueError, match=f"delta_t must be less than t_end {t_end}, .*got"):
+            config(level=0.5, t_end=t_end, delta_t=delta_t)
+    controller = build(config, t_end=5, delta_t=4)
+    before = grids(controller)
+    train(controller, range(5))
+    assert not all(torch.equal(a, b) for a, b in zip(before, grids(controller), strict=True))
+    # asked for, or the fine-tuning's default after a single step
+    for options in ({"t_end": 0}, {"t_end": 75, "alpha": 0.0}, {"t_end": 1, "delta_t": 1}):
+        config(level=0.5, **options)
+
+
 def test_rigl_says_what_growth_there_is():
     with pytest.raises(ValueError, match=r"growth must be .*'normed_gradient', got 'random'"):
-        ts.RigLConfig(level=0.5, t_end=10, growth="random")
+        ts.RigLConfig(level=0.5, t_end=200, growth="random")
 
 
 @both
 def test_a_dictionary_says_what_the_configuration_says(config):
     name = config.model_fields["algorithm"].default
-    params = {"level": 0.75, "t_end": 10, "distribution": "uniform", "pattern": {"block": [2, 2]}}
+    params = {"level": 0.75, "t_end": 200, "distribution": "uniform", "pattern": {"block": [2, 2]}}
     controller = ts.create_controller(
         nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
         {"algorithm": name, "params": params, "ignored_scopes": ["1"]},
