@@ -93,9 +93,16 @@ class MovementOperand(ScoredOperand):
                 grid = grid.repeat_interleave(times, dim)
         return grid
 
-    def take(self, kept: Tensor, *, all_kept: bool) -> None:
-        """Take over which importances are kept."""
-        self.set_(self._compact(self.spread(kept).contiguous()), all_kept=all_kept)
+    def take(self, kept: Tensor, count: int | None) -> None:
+        """Take over which importances are kept.
+
+        Args:
+            kept: bool, of the scores' shape.
+            count: how many are True; None: not known, but not all.
+        """
+        groups = None if count is None else count * math.prod(self._repeats)
+        grid = self._compact(self.spread(kept).contiguous())
+        self.set_(grid, all_kept=count == kept.numel(), kept=groups)
 
     @property
     def most(self) -> int:

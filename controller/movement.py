@@ -255,7 +255,7 @@ class MovementSparsityController(BaseSparsityAlgoController):
     def update_masks(self, threshold: float, factor: float) -> None:
         """Keep the groups whose importance is above the threshold, or above a weight's cap.
 
-        Waits for the device once.
+        Waits for the device once; for each weight at its cap, in blocks to skip, once more.
 
         Args:
             threshold: of importance.
@@ -275,10 +275,10 @@ class MovementSparsityController(BaseSparsityAlgoController):
         kept = [operand.scores > threshold for operand in self._operands]
         counts = torch.stack([mask.count_nonzero() for mask in kept]).tolist()
         for operand, mask, count in zip(self._operands, kept, counts, strict=True):
-            pruned = mask.numel() - count
-            if pruned > operand.most:
-                mask = operand.scores > operand.cap()
-            operand.take(mask, all_kept=pruned == 0)
+            if mask.numel() - count > operand.most:
+                operand.take(operand.scores > operand.cap(), None)
+            else:
+                operand.take(mask, count)
 
     @torch.no_grad()
     def resolve_structures(self) -> None:

@@ -219,6 +219,24 @@ def test_the_cap_keeps_what_is_above_the_98_percent_quantile(factors, ties):
         assert torch.equal(controller.sparsified_module_info[0].operand.binary_mask, want)
 
 
+def test_masks_of_blocks_to_skip_are_not_counted_twice(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Linear(32, 96, bias=False)
+    # three groups of the mask an importance: no block that is skipped is 48 high
+    options = structure("block", sparse_factors=[48, 16])
+    controller = ts.create_controller(model, ts.MovementSparsityConfig(**(WARM_UP | options)))
+    operand = controller.sparsified_module_info[0].operand
+    assert operand.topology is not None
+    counts, choose = [], operand._choose_paths
+    monkeypatch.setattr(operand, "_choose_paths", lambda kept: counts.append(kept) or choose(kept))
+    with torch.no_grad():
+        model.weight_scores.copy_(torch.arange(4.0).view(2, 2))
+    for threshold in (-1.0, 0.5, 1.5):
+        controller.update_masks(threshold, 0.0)
+        assert counts.pop() == operand.kept_grid().sum()
+        assert operand.all_kept == (threshold == -1)
+
+
 def test_kth_smallest_of_signed_values():
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(50, generator=generator), torch.zeros(7), -torch.rand(3, 4)]
