@@ -190,13 +190,21 @@ def test_strip_folds_the_masks_of_all():
         assert torch.equal(layer.weight != 0, mask)
 
 
-def test_calibration_and_distribution_reach_the_algorithms_that_need_them():
+def test_distributed_reaches_every_algorithm(monkeypatch):
+    controller = build(MAGNITUDE, SET)
+    reached = []
+    for name, part in controller.controllers.items():
+        monkeypatch.setattr(part, "distributed", lambda name=name: reached.append(name))
+    controller.distributed()
+    assert reached == ["magnitude_sparsity", "set"]
+
+
+def test_calibration_reaches_the_algorithms_that_need_it():
     wanda = MAGNITUDE | {"params": {"weight_importance": "wanda"}}
     controller = ts.create_controller(net(), [wanda, SET])
     with controller.calibration():
         controller.model["body"](torch.randn(5, 8))
     controller.controllers["magnitude_sparsity"].set_sparsity_level(0.5)
-    assert controller.distributed() is None
     with pytest.raises(ValueError, match="no algorithm has an importance"):
         build(MAGNITUDE, SET).calibration()
 
