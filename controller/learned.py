@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 class ScoredOperand(MaskOperand):
     """A mask with trained scores.
 
+    Frozen, the scores take part in no graph: ``DistributedDataParallel`` needs
+    ``find_unused_parameters=True``.
+
     Args:
         weight, pattern, transposed, backend, dispatch: as ``MaskOperand``'s.
         shape: of the scores.

@@ -186,6 +186,8 @@ class MovementSparsityController(BaseSparsityAlgoController):
     needs ``optimizer.add_param_group({"params": controller.parameters()})``. They are no keys of
     the model's state dict; ``get_state()`` has them. ``loss`` must be added to the task's, and
     ``scheduler.step()`` called at the start of each optimiser step: there masks are updated.
+    ``DistributedDataParallel`` needs ``find_unused_parameters=True``, as frozen masks leave the
+    importances out of the graph.
 
     Args:
         target_model: the model, whose target modules are sparse already, by ``MovementOperand``.
