@@ -248,6 +248,7 @@ def _launch_product(
 ) -> Tensor:
     """Return ``x weight^T + bias`` over the blocks that ``tasks`` and ``index`` list."""
     x = _rows(x)
+    bias = None if bias is None else bias.contiguous()
     (M, K), N = x.shape, weight.shape[0]
     y = x.new_empty((M, N))
     if y.numel() == 0:

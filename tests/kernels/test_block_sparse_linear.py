@@ -187,6 +187,15 @@ def test_any_strides(view, operand):
     assert_all_agree(x, w, mask, b, pattern)
 
 
+@pytest.mark.parametrize("stride", [0, 2])
+@pytest.mark.parametrize("C", [80, 0])
+def test_a_bias_of_any_stride(C, stride):
+    x, w, mask, _, pattern = make(19, 96, C, 32, 16, dtype=torch.float16)
+    b = torch.randn(192, device=DEVICE).half()
+    b = (b[::2] if stride else b[:1].expand(96)).requires_grad_()
+    assert_all_agree(x, w, mask, b, pattern)
+
+
 @pytest.mark.parametrize(
     "loss",
     [
