@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .pattern import Block, grid_shape
+from .tiles import dot_precision
 from .topology import bundling
 from .tuning import break_even, shape_class
 
@@ -101,7 +102,8 @@ def built_in(
     if triton_runs:
         major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
         table = _HOPPER if major == 9 else _OTHER_GPU
-        if R * C < _GPU_ELEMENTS:
+        # exact float32 has no tensor cores, which the tables are about
+        if R * C < _GPU_ELEMENTS or dot_precision(dtype) == "ieee":
             return BreakEven(0, 0, 0)
         lone = rows if bundling(pattern, grid)[0] else cols
         return BreakEven(table[rows], table[cols], 0.9 * table[lone])
@@ -170,4 +172,4 @@ def as_tensor(paths: Paths) -> Tensor:
     """Return ``paths`` as a bool tensor ``(3,)`` on the CPU: a compiled graph keeps no guard on
     its values, so an update does not recompile it.
     """
-    return torch.tensor(paths)
+    return torch.tensor(paths, device="cpu")

@@ -13,7 +13,8 @@ def paths(density, side, triton_runs, shape=(2048, 2048), **options):
     pattern = side if isinstance(side, Block) else Block(side, side)
     blocks = -(-shape[0] // pattern.rows) * -(-shape[1] // pattern.cols)
     kept = round(density * blocks)
-    return choose(kept, shape, pattern, torch.float32, CPU, triton_runs=triton_runs, **options)
+    dtype = torch.bfloat16 if triton_runs else torch.float32
+    return choose(kept, shape, pattern, dtype, CPU, triton_runs=triton_runs, **options)
 
 
 @pytest.mark.parametrize("triton_runs", [True, False], ids=["triton", "torch"])
@@ -44,6 +45,22 @@ def test_16_bit_products_on_a_cpu_stay_dense():
         assert found == (False, False, False)
 
 
+def test_exact_float32_stays_dense_where_tensor_cores_do_the_rest(monkeypatch):
+    few = 1, (2048, 2048), Block(128, 128), torch.float32, CPU
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for setting, sparse in (("ieee", False), ("none", False), ("tf32", True)):
+            matmul.fp32_precision = setting
+            assert choose(*few, triton_runs=True) == Paths(sparse, sparse, sparse)
+            assert all(choose(*few, triton_runs=False))
+        matmul.fp32_precision = "ieee"
+        monkeypatch.setitem(dispatch.measured, kind_of(*few[1:]), BreakEven(0.5, 0.5, 0.5))
+        assert all(choose(*few, triton_runs=True)), "what was measured there is known"
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_a_choice_can_be_forced():
     assert paths(1.0, 16, False, dispatch="sparse") == (True, True, True)
     assert paths(0.0, 16, False, dispatch="dense") == (False, False, False)
@@ -68,7 +85,8 @@ def test_paths_read_well_and_go_into_a_tensor():
     assert str(Paths(True, True, True)) == "block-sparse"
     assert str(Paths(False, False, False)) == "dense"
     assert str(Paths(True, False, True)) == "forward, wgrad"
-    assert as_tensor(Paths(True, False, True)).tolist() == [True, False, True]
+    with torch.device("meta"):  # stands in for a GPU
+        assert as_tensor(Paths(True, False, True)).tolist() == [True, False, True]
 
 
 def test_a_weight_without_elements_has_a_choice():
