@@ -181,7 +181,7 @@ def resolve(
     new: dict[tuple[nn.Module, str], Tensor] = {}
     kept_units = []
     for group in groups:
-        keep = torch.zeros(group.count, dtype=torch.bool)
+        keep = torch.zeros(group.count, dtype=torch.bool, device="cpu")
         for member in group.members:
             alive = masks[member.module, member.weight].any(1 - member.dim)
             bias = masks.get((member.module, member.bias))

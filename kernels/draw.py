@@ -75,7 +75,7 @@ def _philox(random: Tensor, stream: int, shape: tuple[int, int] | torch.Size) ->
 
 
 def _uniform_on_cpu(random: Tensor, stream: int, shape: tuple[int, int] | torch.Size) -> Tensor:
-    out = torch.empty(shape)
+    out = torch.empty(shape, dtype=torch.float32, device="cpu")
     flat = out.view(-1).numpy()
     for run, first in enumerate(range(0, len(flat), RUN)):
         _fill(flat[first : first + RUN], random.tolist(), stream, run)
@@ -127,7 +127,7 @@ def draw(logits: Tensor, random: Tensor, stream: int, out: Tensor | None = None)
         float32: the sigmoid's derivative of each group, its sign bit set where the group is kept.
     """
     if out is None:
-        out = torch.empty(logits.shape)
+        out = torch.empty(logits.shape, dtype=torch.float32, device="cpu")
     else:
         torch.autograd.graph.increment_version(out)
     numbers = random.tolist()

@@ -337,6 +337,7 @@ def _launch(
             n = 1 << (len(entries) - 1).bit_length()
             table = torch.tensor(
                 [column + [2**62] * (n - len(entries)) for column in columns],
+                device="cpu",
                 pin_memory=value.is_cuda,
             ).to(value.device, non_blocking=True)
             meta = {"PACKED": packed, "LAYOUT": layout, "INDEX": index, "N": n}

@@ -400,6 +400,19 @@ def test_a_draw_can_be_shared(pattern, dtype):
         torch.autograd.grad(out, weight, grad)
 
 
+@pytest.mark.skipif(not drawing.keeps_draws(torch.empty(0, device=DEVICE)), reason="CPU only")
+def test_torchs_defaults_do_not_matter_to_draws():
+    logits, random = randn((33, 70), 2), random_state()
+    want = uniform(random, 5, logits.shape), drawing.draw(logits, random, 5)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):  # stands in for a GPU
+            got = uniform(random, 5, logits.shape), drawing.draw(logits, random, 5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.skipif(INTERPRET, reason="the interpreter cannot be traced")
 def test_compiled_code_draws_anew_without_recompiling():
     weight, logits, _ = make((16, 24), Unstructured())

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 import oracle
 from aot import ARCHITECTURES, assert_lean, compile_for
+from triton_sparsity.controller.structures import Member, StructureGroup, resolve
 from triton_sparsity.kernels import bits
 from triton_sparsity.kernels import mask as module
 from triton_sparsity.kernels.launch import HAS_TRITON, INTERPRET, tl
@@ -257,6 +258,25 @@ def test_weights_that_require_gradients_give_plain_masks():
     masks = make_mask(tensors, threshold_for(tensors, 9), packed=True)
     assert_equal(masks, want_masks(tensors, 9, True))
     assert not any(m.requires_grad for m in masks)
+
+
+@pytest.mark.skipif(not (INTERPRET or DEVICE == "cuda"), reason="Triton does not run here")
+def test_torchs_default_device_does_not_matter():
+    tensors = tied([(7, 13), (16, 64)])
+    value, keep_ties, _ = threshold_for(tensors, 300)
+    masks = [torch.empty_like(t, dtype=torch.bool) for t in tensors]
+    with torch.device("meta"):  # stands in for another device
+        module._launch(tensors, value, keep_ties, None, False, masks)
+    assert_equal(masks, want_masks(tensors, 300, packed=False))
+
+
+def test_torchs_default_device_does_not_matter_to_structures():
+    module, mask = torch.nn.Linear(2, 4), torch.tensor([[0, 0], [0, 1], [0, 0], [0, 0]]) > 0
+    group = StructureGroup("", "heads", 2, 2, (Member(module, "weight", "bias", 0),))
+    with torch.device("meta"):
+        masks, kept = resolve([group], {(module, "weight"): mask})
+    assert masks[module, "weight"].tolist() == [[True] * 2] * 2 + [[False] * 2] * 2
+    assert kept[0].tolist() == [True, False]
 
 
 def test_float64_takes_plain_torch():
