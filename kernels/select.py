@@ -74,7 +74,7 @@ def select_reference(tensors: Sequence[Tensor], k: int, scales: Tensor | None = 
     keys = torch.cat([t.detach().abs().float().flatten() for t in tensors])
     if scales is not None:
         keys *= scales.repeat_interleave(
-            torch.tensor([t.numel() for t in tensors]).to(scales.device)
+            torch.tensor([t.numel() for t in tensors], device=scales.device)
         )
     value = keys.sort().values[k - 1] if k else keys.new_tensor(-torch.inf)
     return Threshold(value, (keys <= value).sum() - k, (~keys.isfinite()).sum())
@@ -381,7 +381,7 @@ def _launches(tensors: Sequence[Tensor], step: int) -> list[_Launch]:
 
 
 def _upload(values: Sequence[int], device: torch.device) -> Tensor:
-    host = torch.tensor(values, dtype=torch.int64)
+    host = torch.tensor(values, dtype=torch.int64, device="cpu")
     # from memory that is not pinned, the copy would wait for the device
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
@@ -424,6 +424,7 @@ def _search_triton(
     # several copies of the bins, where many additions would meet at few addresses
     copies = 1 if total <= _SAMPLE else (1 << 20) // plan.bins
     flat = [t.contiguous().view(-1) if (f := _flat(t)) is None else f for t in tensors]
+    scales = None if scales is None else scales.contiguous()
     with on_device(tensors[0]):
         full = _launches(flat, 1)
         sample = _launches(flat, step) if step > 1 else full
@@ -465,7 +466,7 @@ def _threshold(
     k: int, kind: torch.dtype, pattern: Tensor, keep_ties: Tensor, nonfinite: Tensor
 ) -> Threshold:
     if k == 0:
-        value = torch.full((), -torch.inf, device=pattern.device)
+        value = torch.full((), -torch.inf, dtype=torch.float32, device=pattern.device)
         return Threshold(value, torch.zeros_like(keep_ties), nonfinite)
     bits = pattern.to(torch.int32 if kind == torch.float32 else torch.int16)
     return Threshold(bits.view(kind).float(), keep_ties, nonfinite)

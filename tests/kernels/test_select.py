@@ -1,5 +1,7 @@
 import threading
 import tracemalloc
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 import aot
 import oracle
+from triton_sparsity.controller.criteria import Importance, group_scores
 from triton_sparsity.kernels import select as module
 from triton_sparsity.kernels.launch import INTERPRET, tl
 from triton_sparsity.kernels.select import select, select_reference
@@ -47,6 +50,20 @@ def _watch_reads():
 
 
 READS = []
+
+
+@contextmanager
+def other_default(what):
+    """Give new tensors a type or a device that is not meant; meta stands in for a GPU."""
+    if isinstance(what, torch.device):
+        with what:
+            yield
+        return
+    torch.set_default_dtype(what)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture
@@ -306,6 +323,33 @@ def test_many_tensors_and_types_make_one_list(backend, monkeypatch):
     scales = torch.arange(50, device=DEVICE) / 20
     assert_selects(tensors, total // 2, backend=backend)
     assert_selects(tensors, total // 2, scales, backend=backend)
+
+
+@pytest.mark.parametrize("layout", ["every other", "expanded"])
+def test_scales_may_have_any_stride(layout, backend):
+    tensors = [randn(30, seed=i) for i in range(3)]
+    factors = torch.tensor([0.3, 100.0, 2.0, 0.0, 1.0], device=DEVICE)
+    scales = factors[::2] if layout == "every other" else factors[:1].expand(3)
+    assert_selects(tensors, 41, scales, backend=backend)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.device("meta")], ids=str)
+@pytest.mark.parametrize("k", [0, 99])
+def test_torchs_defaults_do_not_matter(k, default, backend):
+    x = randn(200)
+    with other_default(default):
+        threshold = select([x], k, backend=backend)
+        reference = select_reference([x], k, x.new_ones(1))
+    assert numbers(threshold) == numbers(reference) == want([x], k)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.device("meta")], ids=str)
+def test_torchs_defaults_do_not_matter_to_scales_of_one(default):
+    info = SimpleNamespace(operand=SimpleNamespace(packed=True))
+    scale = torch.tensor(1 / 3, device=DEVICE)
+    with other_default(default):
+        _, scales = group_scores([info] * 2, [Importance(scale), Importance(scale, scale)])
+    assert torch.equal(scales, torch.tensor([1, 1 / 3], device=DEVICE))
 
 
 def test_parameters_are_read_without_a_graph(backend):
