@@ -159,7 +159,8 @@ def _algorithms(record: Mapping[str, Any]) -> list[str]:
     lines = "\n".join(
         f"- {claim['subject']} {'is no worse' if claim['holds'] else 'IS WORSE'} than "
         f"{claim['other']}: {'worse' if claim['difference'] < 0 else 'better'} by "
-        f"{abs(claim['difference']):.4f}, standard error {claim['error']:.4f} of {len(seeds)} seeds."
+        f"{abs(claim['difference']):.4f}, standard error {claim['error']:.4f} of {len(seeds)} "
+        "seeds."
         for claim in record["claims"]
     )
     better = "higher" if record["higher_is_better"] else "lower"

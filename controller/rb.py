@@ -22,6 +22,7 @@ from ..kernels.draw import draw, keeps_draws
 from ..kernels.launch import Backend
 from ..kernels.learned_mask import sample_mask
 from ..kernels.pattern import Block, Pattern
+from .api import CompressionStage
 from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
 from .config import ScheduledConfig, ScheduleField
 from .learned import ScoredOperand, ScoreWatch, read_scores, scored_operands, scores_state
@@ -320,6 +321,11 @@ class SparseLoss(CompressionLoss):
         """Share of groups to keep, 1 - level; in ``local`` mode one a weight."""
         return list(self._targets) if self.local else self._targets[0]
 
+    @property
+    def densities(self) -> list[float]:
+        """Share of groups to keep, of all weights or of each."""
+        return list(self._targets)
+
     def set_target(self, density: float, info: SparseModuleInfo | None = None) -> None:
         """Set the target of all weights, or of one.
 
@@ -414,6 +420,8 @@ class RBSparsityController(BaseSparsityAlgoController):
     needs ``optimizer.add_param_group({"params": controller.parameters()})``. They are no keys of
     the model's state dict; ``get_state()`` has them. ``loss`` must be added to the task's, and
     ``scheduler.step()`` called at the start of each optimiser step: there masks are drawn anew.
+    ``DistributedDataParallel`` needs ``find_unused_parameters=True``, as frozen masks leave the
+    logits without a gradient.
 
     Args:
         target_model: the model, whose target modules are sparse already, by ``LogitOperand``.
@@ -512,6 +520,22 @@ class RBSparsityController(BaseSparsityAlgoController):
             operand.read_logits()  # pyright: ignore[reportAttributeAccessIssue]
         self._take_frozen()
 
+    def adapt_to_frozen(self) -> None:
+        """Adapt BatchNorm to the masks that stay, if that is configured."""
+        if self._batchnorm is not None:
+            self._adapt_batchnorm()
+
+    def compression_stage(self) -> CompressionStage:
+        stage = super().compression_stage()
+        if stage is CompressionStage.FULLY_COMPRESSED and self._sparse_loss.local:
+            for info, density in zip(
+                self.sparsified_module_info, self._sparse_loss.densities, strict=True
+            ):
+                operand = info.operand
+                if operand.pruned_groups() < round((1 - density) * operand.groups) - 1:
+                    return CompressionStage.PARTIALLY_COMPRESSED
+        return stage
+
     def _take_frozen(self) -> None:
         self._sparse_loss.disabled = self.frozen
         for operand in self._operands:
@@ -575,6 +599,8 @@ class SamplingScheduler(SparsityScheduler):
         # masks that the user froze before the schedule does
         if not self._sampler.frozen:
             super()._apply()
+            if self._sampler.frozen:
+                self._sampler.adapt_to_frozen()
 
     def step(self, next_step: int | None = None) -> None:
         super().step(next_step)

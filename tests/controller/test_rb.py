@@ -210,6 +210,36 @@ def test_inference_mode_leaves_training_possible():
         model(batch(0)).sum().backward()
 
 
+def test_the_local_stage_goes_by_each_weights_own_target():
+    model, controller = build(schedule=None, sparsity_level_setting_mode="local")
+    first, second = controller.sparsified_module_info
+    assert controller.compression_stage() is ts.CompressionStage.UNCOMPRESSED
+    controller.set_sparsity_level(0.5, first)
+    controller.set_sparsity_level(0.25, second)
+    assert controller.compression_stage() is ts.CompressionStage.UNCOMPRESSED
+    with torch.no_grad():
+        model[0].weight_scores[:16] = -1
+    assert controller.compression_stage() is ts.CompressionStage.PARTIALLY_COMPRESSED
+    with torch.no_grad():
+        model[2].weight_scores[:2] = -1
+    assert controller.compression_stage() is ts.CompressionStage.FULLY_COMPRESSED
+
+
+def test_batchnorm_is_adapted_once_the_schedule_freezes(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    schedule = ts.ExponentialSchedule(target_level=0.5, target_epoch=1, freeze_epoch=2)
+    config = ts.RBSparsityConfig(
+        schedule=schedule, seed=1, batchnorm_adaptation={"num_bn_adaptation_samples": 8}
+    )
+    calls = []
+    controller = ts.create_controller(model, config, batchnorm_data=[torch.randn(8, 4)])
+    monkeypatch.setattr(controller, "_adapt_batchnorm", lambda: calls.append(controller.frozen))
+    for _ in range(5):
+        controller.scheduler.epoch_step()
+        controller.scheduler.step()
+    assert calls == [True]
+
+
 def test_evaluation_reads_the_logits_as_they_are():
     model, controller = layer(LOGITS)
     model.eval()
