@@ -581,7 +581,8 @@ class RBSparsityController(BaseSparsityAlgoController):
         for operand, saved in zip(self._operands, logits, strict=True):
             operand.frozen = False
             operand.scores.copy_(saved)
-        self._draws.random.copy_(torch.tensor([state["seed"], state["draw"]]))
+        random = self._draws.random
+        random.copy_(torch.tensor([state["seed"], state["draw"]], device=random.device))
 
     def load_state(self, state: dict[str, dict[str, Any]]) -> None:
         super().load_state(state)

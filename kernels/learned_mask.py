@@ -99,7 +99,8 @@ def _sum_in_chunks(grad: Tensor, weight: Tensor, rows: int, cols: int) -> Tensor
     wide = torch.promote_types(weight.dtype, torch.float32)
     if rows == cols == 1:
         return (grad.to(wide) * weight).float()
-    sums = torch.empty((-(-R // rows), -(-C // cols)), device=weight.device)
+    grid = -(-R // rows), -(-C // cols)
+    sums = torch.empty(grid, dtype=torch.float32, device=weight.device)
     step = max(1, SUM_CHUNK // max(1, rows * C))
     for first in range(0, sums.shape[0], step):
         part = slice(first * rows, (first + step) * rows)
