@@ -66,7 +66,7 @@ def main() -> None:
         claim_folder(folder)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    moved = profiler_overhead(device)
+    moved = profiler_overhead(device, pairs=75)
     with progress_bars(quiet=False) as progress:
         record = profile.profile(plan, progress)
     record["notes"].append(f"the profiler moved the median of a known product by {moved:+.1%}")
