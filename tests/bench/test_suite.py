@@ -19,7 +19,7 @@ def test_the_suite_records_the_profile_and_the_comparison(tmp_path, monkeypatch,
     )
     monkeypatch.setattr(compare, "run", run)
     monkeypatch.setattr(profile, "make_plan", lambda **_: plan)
-    monkeypatch.setattr(suite, "profiler_overhead", lambda device: 0.004)
+    monkeypatch.setattr(suite, "profiler_overhead", lambda device, pairs: 0.004)
     monkeypatch.setattr(
         sys, "argv", ["suite", "--device", "cpu", "--threads", "1", "--output", str(tmp_path)]
     )
