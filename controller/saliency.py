@@ -10,13 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from .criteria import (
-    Evidence,
-    WeightImportance,
-    check_gradients,
-    criterion,
-    group_scores,
-)
+from .criteria import Evidence, WeightImportance, check_gradients, criterion, group_scores
 from .pruning import Scores
 
 if TYPE_CHECKING:
@@ -71,15 +65,17 @@ class Saliency:
             return
         # stays on the device: a step must not wait for it
         finite = torch.stack([gradient.isfinite().all() for _, gradient in used]).all()
+        decay = torch.full((), SALIENCY_DECAY, dtype=torch.float32, device=finite.device)
+        decay.masked_fill_(~finite, 1)
         for info, gradient in used:
             operand, name = info.operand, info.module_node_name
             weight = operand.matrix(info.weight.detach())
-            product = (weight.float() * operand.matrix(gradient.detach()).float()).abs()
-            before = self._saliencies.get(name)
-            if before is None:
-                before = torch.zeros_like(product)
-            after = SALIENCY_DECAY * before + product
-            self._saliencies[name] = after.where(finite, before)
+            product = (weight.float() * operand.matrix(gradient.detach()).float()).abs_()
+            product.masked_fill_(~finite, 0)
+            if name in self._saliencies:
+                self._saliencies[name].mul_(decay).add_(product)
+            else:
+                self._saliencies[name] = product
 
     @contextmanager
     def calibration(self) -> Iterator[None]:

@@ -555,15 +555,7 @@ _straight_grad_op = _operator("straight_through_backward", _straight_grad)
 
 
 @_sample_op.register_fake
-def _(
-    weight: Tensor,
-    logits: Tensor,
-    random: Tensor,
-    drawn: Tensor | None,
-    stream: int,
-    rows: int,
-    cols: int,
-):
+def _(weight: Tensor, logits: Tensor, random: Tensor, drawn: Tensor | None, *_: int):
     if drawn is not None or use_triton("sample_mask", "auto", weight):
         return torch.empty_like(weight), logits.new_empty(0)
     return torch.empty_like(weight), logits.new_empty(logits.shape)

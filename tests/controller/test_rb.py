@@ -206,8 +206,11 @@ def test_inference_mode_leaves_training_possible():
     for _ in range(2):
         controller.scheduler.step()
         with torch.inference_mode():
-            model(batch(0))
-        model(batch(0)).sum().backward()
+            shown = model(batch(0)).clone()
+        out = model(batch(0))
+        assert torch.equal(out, shown)
+        out.sum().backward()
+        assert model[0].weight_scores.grad.any()
 
 
 def test_the_local_stage_goes_by_each_weights_own_target():
