@@ -15,12 +15,13 @@ from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
 from .composite import CompositeController
 from .const import ConstSparsityConfig, ConstSparsityController
 from .importance import movement_operands, movement_targets
+from .logits import logit_operands
 from .magnitude import MagnitudeSparsityConfig, MagnitudeSparsityController
 from .modules import SparseModule, densify, sparsify
 from .movement import MovementSparsityConfig, MovementSparsityController
 from .nncf_config import Config, ConfigLike, parse_config
 from .operand import MaskOperand
-from .rb import RBSparsityConfig, RBSparsityController, logit_operands
+from .rb import RBSparsityConfig, RBSparsityController
 from .regrowth import SETConfig, SETController
 from .rigl import RigLConfig, RigLController
 from .targets import Target, find_targets

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import triton_sparsity as ts
-from triton_sparsity.controller import rb
+from triton_sparsity.controller import logits as logits_module
 from triton_sparsity.controller.learned import ScoreWatch
-from triton_sparsity.controller.rb import INITIAL_LOGIT
+from triton_sparsity.controller.logits import INITIAL_LOGIT
 from triton_sparsity.kernels.draw import draw, keeps_draws
 
 SCHEDULE = ts.ExponentialSchedule(target_level=0.6, target_epoch=2)
@@ -164,7 +164,7 @@ def test_a_mask_lasts_for_a_step():
 def test_a_cpu_draws_once_a_step(monkeypatch):
     model, controller = build()
     calls = []
-    monkeypatch.setattr(rb, "draw", lambda *a: (calls.append(1), draw(*a))[1])
+    monkeypatch.setattr(logits_module, "draw", lambda *a: (calls.append(1), draw(*a))[1])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     weights = len(controller.parameters())
     seen = []
