@@ -289,8 +289,9 @@ def profile(
     roofline.png and speedup.png.
     """
     from . import profile as job
+    from .drift import drift, load_profile
     from .report import progress_bars
-    from .tables import show_comparison, show_profile
+    from .tables import show_drift, show_profile
 
     plan = job.make_plan(
         shapes=shapes,
@@ -306,7 +307,7 @@ def profile(
         budget=budget,
         passes=passes,
     )
-    earlier = None if against is None else job.load_profile(against)
+    earlier = None if against is None else load_profile(against)
     job.claim(output, trace)
     with progress_bars(quiet=as_json) as progress:
         record = job.profile(plan, progress)
@@ -316,7 +317,7 @@ def profile(
     else:
         show_profile(record, output, names)
         if earlier is not None:
-            show_comparison(job.compare(record, earlier), earlier)
+            show_drift(drift(record, earlier), earlier)
     if trace is not None:
         job.write_trace(trace, plan, record)
 

@@ -11,12 +11,12 @@ import multiprocessing
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -28,7 +28,7 @@ from .ceilings import Ceilings, highest, measure_ceilings
 from .charts import roofline, speedups
 from .files import write_atomic
 from .options import find_device, parse_pattern, spell_pattern
-from .record import Row, claim_folder, dump, environment, load, times, to_csv
+from .record import Row, claim_folder, dump, environment, times, to_csv
 from .shapes import Shape, parse_shapes, spell_shapes
 from .timing import Timing, measure, measure_in_turn, pool, spread
 from .work import OPERATIONS, Built, Case, Operands, model_cases, operand_cases
@@ -440,72 +440,6 @@ def rates(case: Case, seconds: float, ceilings: Ceilings, dense: Timing | None) 
         if case.dense_flops:
             found["efficiency"] = case.flops / case.dense_flops * dense.median / seconds
     return found
-
-
-class Moved(NamedTuple):
-    """A time that two records give differently.
-
-    Attributes:
-        row: of the later record.
-        dense: whether it is the dense work's time, which no change of ours explains.
-        ratio: the later median over the earlier one.
-    """
-
-    row: Mapping[str, Any]
-    dense: bool
-    ratio: float
-
-
-class Comparison(NamedTuple):
-    """How two records of ``profile`` differ.
-
-    Attributes:
-        moved: times whose spreads over passes do not meet.
-        compared: how many times both records have.
-        pace: median ratio of dense work's times, the later over the earlier; None without any.
-    """
-
-    moved: list[Moved]
-    compared: int
-    pace: float | None
-
-
-def load_profile(path: Path) -> dict[str, Any]:
-    """Return an earlier record of ``profile``.
-
-    Raises:
-        ValueError: the file holds none.
-        OSError: it cannot be read.
-    """
-    record = load(path)
-    columns = {field.name for field in fields(Row)}
-    if not {"device", "backend", "torch", "triton", "commit", "date"} <= {*record}:
-        raise ValueError(f"{path} must be a profile.json, which says where it was measured")
-    rows = record.get("rows")
-    if not (isinstance(rows, list) and all(isinstance(r, dict) and columns >= {*r} for r in rows)):
-        raise ValueError(f"{path} must be a profile.json, which has rows of measurements")
-    return record
-
-
-def compare(record: Mapping[str, Any], earlier: Mapping[str, Any]) -> Comparison:
-    """Compare two records of ``profile``: two times agree if their spreads over passes meet."""
-    names = ("operation", "shape", "dtype", "pattern", "level", "mask", "status")
-    before = {tuple(row.get(name) for name in names): row for row in earlier["rows"]}
-    found, compared, paces = [], 0, []
-    for row in record["rows"]:
-        other = before.get(tuple(row[name] for name in names))
-        for dense, median, low, high in (
-            (False, "median_s", "low_s", "high_s"),
-            (True, "dense_s", "dense_low_s", "dense_high_s"),
-        ):
-            if other is None or row.get(low) is None or other.get(low) is None:
-                continue
-            compared += 1
-            if dense:
-                paces.append(row[median] / other[median])
-            if row[low] > other[high] or other[low] > row[high]:
-                found.append(Moved(row, dense, row[median] / other[median]))
-    return Comparison(found, compared, statistics.median(paces) if paces else None)
 
 
 def write_trace(path: Path, plan: Plan, record: Mapping[str, Any]) -> None:

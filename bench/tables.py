@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .profile import Comparison
+    from .drift import Drift
 
 
 def console() -> Console:
@@ -124,7 +124,7 @@ def show_profile(
         out.print(f"{folder}: {', '.join(names)}")
 
 
-def show_comparison(found: Comparison, earlier: Mapping[str, Any]) -> None:
+def show_drift(found: Drift, earlier: Mapping[str, Any]) -> None:
     """Print which times lie beyond the spread of an earlier record's."""
     out = console()
     moved, compared, pace = found

@@ -11,6 +11,7 @@ import torch
 from triton_sparsity.bench import profile as job
 from triton_sparsity.bench.ceilings import Ceilings, highest, measure_ceilings
 from triton_sparsity.bench.cli import main
+from triton_sparsity.bench.drift import drift, load_profile
 from triton_sparsity.bench.profile import rates
 from triton_sparsity.bench.record import Row, command, commit, dump, load
 from triton_sparsity.bench.shapes import Shape
@@ -206,14 +207,14 @@ def test_times_agree_if_their_ranges_meet():
     def record(median, low, high):
         return {"rows": [row | {"median_s": median, "low_s": low, "high_s": high}]}
 
-    assert job.compare(record(3, 2, 4), record(5, 4, 6)) == ([], 1, None)
-    ((found,), compared, _) = job.compare(record(3, 2, 4), record(6, 5, 7))
+    assert drift(record(3, 2, 4), record(5, 4, 6)) == ([], 1, None)
+    ((found,), compared, _) = drift(record(3, 2, 4), record(6, 5, 7))
     assert (found.ratio, found.dense, compared) == (0.5, False, 1)
-    ((found,), *_) = job.compare(record(6, 5, 7), record(3, 2, 4))
+    ((found,), *_) = drift(record(6, 5, 7), record(3, 2, 4))
     assert found.ratio == 2
     other = record(9, 9, 9)
     other["rows"][0]["level"] = 0.9
-    assert job.compare(record(3, 2, 4), other) == ([], 0, None)
+    assert drift(record(3, 2, 4), other) == ([], 0, None)
 
 
 def test_dense_work_tells_how_the_machine_moved():
@@ -232,7 +233,7 @@ def test_dense_work_tells_how_the_machine_moved():
     row |= {"level": 0.5, "mask": "", "median_s": 1, "low_s": 1, "high_s": 1}
     before = row | {"dense_s": 2, "dense_low_s": 1, "dense_high_s": 3}
     after = row | {"dense_s": 4, "dense_low_s": 3.5, "dense_high_s": 5}
-    found = job.compare({"rows": [after]}, {"rows": [before]})
+    found = drift({"rows": [after]}, {"rows": [before]})
     assert (found.compared, found.pace, found.moved[0].dense) == (2, 2, True)
 
 
@@ -331,7 +332,7 @@ def test_nothing_to_measure_is_an_error():
 def test_a_record_that_tells_no_place_is_no_profile(tmp_path):
     (tmp_path / "other.json").write_text('{"schema": 1, "rows": []}')
     with pytest.raises(ValueError, match="which says where it was measured"):
-        job.load_profile(tmp_path / "other.json")
+        load_profile(tmp_path / "other.json")
 
 
 def test_the_commit_is_that_of_the_checkout():
