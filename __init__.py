@@ -1,30 +1,34 @@
 """Fine-tune PyTorch models under sparse masks, with Triton kernels that make the sparsity pay."""
 
 # absolute: pytest imports this file once more under the checkout's folder name
-from triton_sparsity.controller.api import CompressionStage, StripFormat
-from triton_sparsity.controller.base_algo import BaseSparsityAlgoController, SparseModuleInfo
-from triton_sparsity.controller.composite import CompositeController
-from triton_sparsity.controller.config import BatchNormAdaptation, Override
-from triton_sparsity.controller.const import ConstSparsityConfig, ConstSparsityController
-from triton_sparsity.controller.create import create_controller
-from triton_sparsity.controller.magnitude import (
+from triton_sparsity.controller.algorithms.base import BaseSparsityAlgoController
+from triton_sparsity.controller.algorithms.composite import CompositeController
+from triton_sparsity.controller.algorithms.const import (
+    ConstSparsityConfig,
+    ConstSparsityController,
+)
+from triton_sparsity.controller.algorithms.magnitude import (
     MagnitudeSparsityConfig,
     MagnitudeSparsityController,
 )
-from triton_sparsity.controller.movement import (
+from triton_sparsity.controller.algorithms.movement.config import (
     MovementSparsityConfig,
-    MovementSparsityController,
     SparseStructure,
 )
-from triton_sparsity.controller.rb import RBSparsityConfig, RBSparsityController
-from triton_sparsity.controller.regrowth import SETConfig, SETController
-from triton_sparsity.controller.rigl import RigLConfig, RigLController
-from triton_sparsity.controller.schedule import (
+from triton_sparsity.controller.algorithms.movement.controller import MovementSparsityController
+from triton_sparsity.controller.algorithms.rb import RBSparsityConfig, RBSparsityController
+from triton_sparsity.controller.algorithms.rigl import RigLConfig, RigLController
+from triton_sparsity.controller.algorithms.set import SETConfig, SETController
+from triton_sparsity.controller.api import CompressionStage, StripFormat
+from triton_sparsity.controller.config.algorithm import BatchNormAdaptation, Override
+from triton_sparsity.controller.config.schedule import (
     AdaptiveSchedule,
     ExponentialSchedule,
     MultistepSchedule,
     PolynomialSchedule,
 )
+from triton_sparsity.controller.create import create_controller
+from triton_sparsity.controller.masks.weight import SparseModuleInfo
 from triton_sparsity.kernels.block_score import block_score
 from triton_sparsity.kernels.block_sparse_linear import block_sparse_linear
 from triton_sparsity.kernels.learned_mask import sample_mask, straight_through

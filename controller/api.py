@@ -1,8 +1,9 @@
-"""The enumerations of the controller's surface, with NNCF's names and values."""
+"""The enumerations of the controller's surface, with NNCF's names and values; its exceptions."""
 
 from __future__ import annotations
 
 from enum import IntEnum, StrEnum
+from typing import NamedTuple
 
 
 class CompressionStage(IntEnum):
@@ -31,3 +32,30 @@ class StripFormat(StrEnum):
     DQ = "dequantize"
     IN_PLACE = "in_place"
     SEMI_STRUCTURED = "semi_structured"
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong: with which field (empty: with the whole), where in it, and what."""
+
+    field: str
+    place: str
+    what: str
+
+
+class DeclarationError(ValueError):
+    """A declaration was refused; the message names each field and shows its value.
+
+    Args:
+        owner: the declaration's class name.
+        problems: what is wrong with it.
+    """
+
+    def __init__(self, owner: str, problems: list[Problem]) -> None:
+        super().__init__(owner, problems)
+        self.owner = owner
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return f"{self.owner}: " + "; ".join(
+            f"{field}{place} {what}".lstrip() for field, place, what in self.problems
+        )

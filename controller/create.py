@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
-from typing import Any, get_args
+from typing import Any
 
 from torch import nn
 
-from ..kernels.dispatch import Dispatch
+from ..kernels.dispatch import Dispatch, check_dispatch
 from ..kernels.launch import Backend
-from ..kernels.pattern import Unstructured
-from .base_algo import BaseSparsityAlgoController, SparseModuleInfo
-from .composite import CompositeController
-from .const import ConstSparsityConfig, ConstSparsityController
-from .importance import movement_operands, movement_targets
-from .logits import logit_operands
-from .magnitude import MagnitudeSparsityConfig, MagnitudeSparsityController
-from .modules import SparseModule, densify, sparsify
-from .movement import MovementSparsityConfig, MovementSparsityController
-from .nncf_config import Config, ConfigLike, parse_config
-from .operand import MaskOperand
-from .rb import RBSparsityConfig, RBSparsityController
-from .regrowth import SETConfig, SETController
-from .rigl import RigLConfig, RigLController
-from .targets import Target, find_targets
+from .algorithms.base import BaseSparsityAlgoController
+from .algorithms.composite import CompositeController
+from .algorithms.table import algorithm_of
+from .config.algorithm import AlgorithmConfig
+from .masks.guard import release_guards
+from .masks.learned import read_plain
+from .masks.linear import restore_class
+from .masks.targets import Target
+from .masks.weight import SparseModuleInfo, SparseWeight, restore_
+from .nncf import ConfigLike, parse_config
 
 
 def create_controller(
@@ -37,8 +31,10 @@ def create_controller(
 ) -> BaseSparsityAlgoController:
     """Put ``model`` under sparse masks, in place, and return what controls them.
 
-    Every parameter object and state-dict key stays; target modules become subclasses of their
-    classes. An optimiser may be made before or after.
+    The weights are zero where the masks prune, from now on and whatever trains or loads them.
+    Every parameter object and state-dict key stays. Linear layers that have blocks to skip become
+    subclasses of their classes, and modules whose masks are learned; all others keep class and
+    forward. An optimiser may be made before or after.
 
     Args:
         model: any module with floating-point weights on one device.
@@ -58,75 +54,48 @@ def create_controller(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     configs = parse_config(config)
-    if dispatch not in get_args(Dispatch):
-        raise ValueError(
-            f"create_controller: dispatch must be 'auto', 'sparse' or 'dense', got {dispatch!r}"
-        )
+    try:
+        check_dispatch(dispatch)
+    except ValueError as error:
+        raise ValueError(f"create_controller: {error}") from None
     if any(one.batchnorm_adaptation for one in configs) and batchnorm_data is None:
         raise ValueError("create_controller: batchnorm_adaptation needs batchnorm_data, got None")
-    targets = []
-    for one in configs:
-        found = find_targets(
-            model,
-            # movement has structures of any size, on linear layers alone, and checks them itself
-            pattern=Unstructured() if isinstance(one, MovementSparsityConfig) else one.pattern,
-            target_scopes=one.target_scopes,
-            ignored_scopes=one.ignored_scopes,
-            validate_scopes=one.validate_scopes,
-            overrides=one.overrides,
-        )
-        targets.append(
-            movement_targets(found) if isinstance(one, MovementSparsityConfig) else found
-        )
+    classes: list[Any] = [algorithm_of(one).controller for one in configs]
+    targets = [cls.find_targets(model, one) for cls, one in zip(classes, configs, strict=True)]
     _check_disjoint(targets, configs)
     infos = [
-        _infos(model, found, one, backend, dispatch)
-        for found, one in zip(targets, configs, strict=True)
+        list(map(_info, found, cls.make_weights(model, found, one, backend, dispatch)))
+        for cls, found, one in zip(classes, targets, configs, strict=True)
     ]
     try:
-        for target, info in zip(chain(*targets), chain(*infos), strict=True):
-            for module, parameter_name in target.users:
-                sparsify(module, {parameter_name: info.operand})
-        _cover_readers(model)
-        controllers = []
-        for one, members in zip(configs, infos, strict=True):
-            controllers.append(_controller(model, members, one, batchnorm_data))
-        return controllers[0] if len(configs) == 1 else CompositeController(model, controllers)
+        controllers = [
+            cls(model, members, one, batchnorm_data)
+            for cls, members, one in zip(classes, infos, configs, strict=True)
+        ]
     except BaseException:
-        for module in list(model.modules()):
-            if isinstance(module, SparseModule):
-                densify(module)
+        _undo([info for members in infos for info in members])
         raise
+    return controllers[0] if len(configs) == 1 else CompositeController(model, controllers)
 
 
-def _controller(
-    model: nn.Module,
-    infos: list[SparseModuleInfo],
-    config: Config,
-    batchnorm_data: Iterable[Any] | None,
-) -> BaseSparsityAlgoController:
-    """Return the algorithm that a configuration is of."""
-    match config:
-        case MagnitudeSparsityConfig():
-            return MagnitudeSparsityController(model, infos, config, batchnorm_data)
-        case RBSparsityConfig():
-            return RBSparsityController(model, infos, config, batchnorm_data)
-        case MovementSparsityConfig():
-            return MovementSparsityController(model, infos, config, batchnorm_data)
-        case ConstSparsityConfig():
-            return ConstSparsityController(model, infos, config, batchnorm_data)
-        case SETConfig():
-            return SETController(model, infos, config, batchnorm_data)
-        case RigLConfig():
-            return RigLController(model, infos, config, batchnorm_data)
+def _undo(infos: Sequence[SparseModuleInfo]) -> None:
+    """Take back what half a creation has done."""
+    release_guards(infos)
+    restore_([info.operand for info in infos])
+    for info in infos:
+        for module, _ in info.places:
+            restore_class(module)
+            read_plain(module)
 
 
-def _check_disjoint(targets: Sequence[Sequence[Target]], configs: Sequence[Config]) -> None:
+def _check_disjoint(
+    targets: Sequence[Sequence[Target]], configs: Sequence[AlgorithmConfig]
+) -> None:
     """Refuse a weight that two algorithms would mask."""
     takers: dict[int, str] = {}
     for place, (found, config) in enumerate(zip(targets, configs, strict=True)):
         for target in found:
-            taker = f"{config.algorithm} (number {place + 1})"
+            taker = f"{algorithm_of(config).name} (number {place + 1})"
             if (other := takers.setdefault(id(target.weight), taker)) != taker:
                 raise ValueError(
                     f"create_controller: {target.name!r} must be masked by one algorithm, got "
@@ -134,34 +103,7 @@ def _check_disjoint(targets: Sequence[Sequence[Target]], configs: Sequence[Confi
                 )
 
 
-def _infos(
-    model: nn.Module,
-    targets: Sequence[Target],
-    config: Config,
-    backend: Backend,
-    dispatch: Dispatch,
-) -> list[SparseModuleInfo]:
-    """Give each target a mask, of the kind that the algorithm needs."""
-    match config:
-        case RBSparsityConfig():
-            operands = logit_operands(targets, config, backend, dispatch)
-        case MovementSparsityConfig():
-            operands = movement_operands(model, targets, config, backend, dispatch)
-        case _:
-            operands = [
-                MaskOperand(
-                    target.weight,
-                    target.pattern,
-                    transposed=target.transposed,
-                    backend=backend,
-                    dispatch=dispatch,
-                )
-                for target in targets
-            ]
-    return [_info(target, operand) for target, operand in zip(targets, operands, strict=True)]
-
-
-def _info(target: Target, operand: MaskOperand) -> SparseModuleInfo:
+def _info(target: Target, operand: SparseWeight) -> SparseModuleInfo:
     return SparseModuleInfo(
         module_node_name=target.name,
         module=target.users[0][0],
@@ -169,16 +111,5 @@ def _info(target: Target, operand: MaskOperand) -> SparseModuleInfo:
         parameter_name=target.users[0][1],
         minimum_level=target.minimum_level,
         maximum_level=target.maximum_level,
+        users=target.users,
     )
-
-
-def _cover_readers(model: nn.Module) -> None:
-    """Make the modules sparse that read a child's weight without calling the child."""
-    for module in list(model.modules()):
-        attends = isinstance(module, nn.MultiheadAttention)
-        if attends and isinstance(module.out_proj, SparseModule):
-            sparsify(module, {})
-    for module in list(model.modules()):
-        fuses = isinstance(module, nn.TransformerEncoderLayer)
-        if fuses and any(isinstance(child, SparseModule) for child in module.modules()):
-            sparsify(module, {})

@@ -1,0 +1,618 @@
+"""The base of every sparsity algorithm: the interface of NNCF's controllers.
+
+An algorithm that prunes the lowest scores overrides ``group_scores`` and no more: pools, exact
+counts and limits are in ``selection/thresholds.py``; schedule, state, stage, statistics and strip
+are here. An algorithm whose masks come about in another way overrides ``_find_masks``; one with a
+state beyond its masks ``_own_state`` and ``_read_own_state``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from os import PathLike
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ...kernels.dispatch import Dispatch
+from ...kernels.launch import Backend
+from ...kernels.pattern import NM, Pattern, maximum_level
+from ..api import CompressionStage, StripFormat
+from ..config.algorithm import AlgorithmConfig, BatchNormAdaptation, Pool
+from ..config.schedule import Schedule
+from ..masks.export import export_onnx
+from ..masks.guard import Guard
+from ..masks.linear import skip_blocks
+from ..masks.state import masks_state, read_masks, with_names_of
+from ..masks.statistics import SparsityStatistics, Statistics, summarise
+from ..masks.strip import strip_masks
+from ..masks.targets import Target, find_targets
+from ..masks.weight import SparseModuleInfo, SparseWeight, dense_weights
+from ..selection.scorer import Scorer
+from ..selection.thresholds import (
+    Scores,
+    apply_prunings,
+    check_finite,
+    check_reachable,
+    find_prunings,
+    pools,
+)
+from .batchnorm import adapt_batchnorm
+from .loss import CompressionLoss, ZeroCompressionLoss
+from .scheduler import CompressionScheduler, SparsityScheduler, StubScheduler
+
+STATE_VERSION = 2
+NEARLY_ALL = 0.99  # a weight pruned beyond this is named, unless the whole pool is
+
+# what has been found and is yet to be done
+Change = Callable[[], None]
+
+
+class BaseSparsityAlgoController:
+    """Base of the sparsity algorithms' controllers.
+
+    Args:
+        target_model: the model. Its linears that have blocks to skip change their class.
+        sparsified_module_info: one entry a masked weight.
+    """
+
+    name: ClassVar[str]
+    # whether masks follow from scores that are trained
+    learns: ClassVar[bool] = False
+
+    def __init__(
+        self, target_model: nn.Module, sparsified_module_info: Sequence[SparseModuleInfo]
+    ) -> None:
+        self._model = target_model
+        self.sparsified_module_info = list(sparsified_module_info)
+        self.frozen = False
+        self._guards = self._guarded(target_model)
+        device = self.sparsified_module_info[0].weight.device
+        self._loss: CompressionLoss = ZeroCompressionLoss(device)
+        self._scheduler: CompressionScheduler = CompressionScheduler(self._guard.begin_step)
+        self._target_level: float | None = None
+        self._pool: Pool = "global"
+        self._keeps_values = False
+        self._thresholds: dict[str, Tensor] = {}
+        self._config: AlgorithmConfig | None = None
+        self._scorer: Scorer | None = None
+        self._optimizer: Optimizer | None = None
+        self._batchnorm: BatchNormAdaptation | None = None
+        self._batchnorm_data: Iterable[Any] | None = None
+        self._nearly_empty: set[str] = set()
+
+    @classmethod
+    def find_targets(cls, model: nn.Module, config: AlgorithmConfig) -> list[Target]:
+        """List the weights of ``model`` that a configuration of this algorithm selects."""
+        return find_targets(
+            model,
+            pattern=config.pattern,
+            targets=config.targets,
+            target_scopes=config.target_scopes,
+            ignored_scopes=config.ignored_scopes,
+            validate_scopes=config.validate_scopes,
+            overrides=config.overrides,
+        )
+
+    @classmethod
+    def make_weights(
+        cls,
+        model: nn.Module,
+        targets: Sequence[Target],
+        config: AlgorithmConfig,
+        backend: Backend,
+        dispatch: Dispatch,
+    ) -> list[SparseWeight]:
+        """Give each target a mask that keeps everything, of the kind that the algorithm needs."""
+        return [
+            SparseWeight(
+                *target.users[0],
+                target.name,
+                target.pattern,
+                transposed=target.transposed,
+                experts=target.experts,
+                backend=backend,
+                dispatch=dispatch,
+            )
+            for target in targets
+        ]
+
+    def _guarded(self, model: nn.Module) -> list[Guard]:
+        """Have somebody keep the zeros; let linears skip blocks that are zero."""
+        for info in self.sparsified_module_info:
+            for module, name in info.places:
+                skip_blocks(info.operand, module, name)
+        return [Guard(model, self.sparsified_module_info)]
+
+    @property
+    def _guard(self) -> Guard:
+        return self._guards[0]
+
+    def group_scores(self, infos: Sequence[SparseModuleInfo]) -> Scores:
+        """Score every group of the weights given. All of them share one pattern."""
+        raise NotImplementedError(f"{type(self).__name__} must override group_scores()")
+
+    def _configure(
+        self, config: AlgorithmConfig, batchnorm_data: Iterable[Any] | None = None
+    ) -> None:
+        """Take over what every algorithm's configuration has."""
+        self._config = config
+        self._batchnorm = config.batchnorm_adaptation
+        self._batchnorm_data = batchnorm_data
+
+    def _keep_values(self, keep: bool) -> None:
+        """Keep pruned values, so that groups may return with them, until the masks are frozen."""
+        self._keeps_values = keep
+        for info in self.sparsified_module_info:
+            info.operand.keeps_values = keep and not self.frozen
+            if not info.operand.keeps_values and self._guard.began:
+                info.operand.values = None
+
+    def _follow(self, schedule: Schedule | None, initial_level: float) -> None:
+        """Take up a schedule, if there is one, and set the initial level."""
+        if schedule is None:
+            self._scheduler = StubScheduler(self._guard.begin_step)
+        else:
+            self._scheduler = SparsityScheduler(self, schedule)
+            self._target_level = self._scheduler.target_level
+            check_reachable("schedule: target_level", self._target_level, self._patterns)
+        self.set_sparsity_level(initial_level)
+        if initial_level > 0 and self._batchnorm is not None:
+            self._adapt_batchnorm()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that was passed in."""
+        return self._model
+
+    @property
+    def loss(self) -> CompressionLoss:
+        """The term to add to the task's loss: ``loss = task_loss + controller.loss()``."""
+        return self._loss
+
+    @property
+    def scheduler(self) -> CompressionScheduler:
+        """To be stepped at the start of each optimiser step and of each epoch."""
+        return self._scheduler
+
+    def disable_scheduler(self) -> None:
+        """Replace the scheduler by one that changes nothing. Masks stay as they are."""
+        self._scheduler = StubScheduler(self._guard.begin_step)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """List what the algorithm trains of its own; an optimiser must be given it.
+
+        They are parameters of the model too, so that an optimiser made from these after the
+        controller has them.
+        """
+        return []
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimiser of the weights. It need not be told: every one is seen at its steps. Told
+        before its first, one that was at work before the controller forgets what it remembers of
+        pruned elements at each update, not at the step after it.
+        """
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer | None) -> None:
+        self._use_optimizer(optimizer)
+
+    def _use_optimizer(self, optimizer: Optimizer | None) -> None:
+        self._optimizer = optimizer
+        if isinstance(optimizer, Optimizer):
+            self._guard.know(optimizer)
+
+    @property
+    def current_sparsity_level(self) -> float:
+        """The scheduled level where there is a schedule, else the level that the masks have."""
+        if isinstance(self._scheduler, SparsityScheduler):
+            return self._scheduler.current_sparsity_level
+        return self.mask_level()
+
+    def mask_level(self) -> float:
+        """Return pruned groups over all groups of the target weights. Waits for the device."""
+        infos = self.sparsified_module_info
+        pruned = sum(info.operand.pruned_groups() for info in infos)
+        return pruned / sum(info.operand.groups for info in infos)
+
+    def freeze(self, freeze: bool = True) -> None:
+        """Stop updating the masks, or go on. Frozen, pruned values are let go."""
+        self.frozen = freeze
+        self._keep_values(self._keeps_values)
+
+    def calibration(self) -> AbstractContextManager[None]:
+        """Measure the inputs of the target modules while the context is open.
+
+        ``with controller.calibration(): model(x)``, over some batches, is what the importance
+        ``"wanda"`` needs. Each context starts anew; it may be opened again as training goes on.
+
+        Raises:
+            ValueError: the importance is another; a module's inputs cannot be measured.
+        """
+        if self._scorer is None:
+            raise ValueError(f"calibration: {self.name} has no importance that needs one")
+        return self._scorer.calibration()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True if the importance looks at the inputs."""
+        return self._scorer is not None and self._scorer.importance == "wanda"
+
+    def begin_step(self) -> None:
+        """Look at what the step that has ended left; the scheduler calls it at each ``step()``."""
+        self._guard.begin_step()
+        if self._scorer is not None and not self.frozen:
+            self._scorer.observe()
+
+    @torch.no_grad()
+    def set_sparsity_level(
+        self,
+        level: float,
+        target_sparsified_module_info: SparseModuleInfo | None = None,
+        run_batchnorm_adaptation: bool = False,
+    ) -> None:
+        """Prune exactly ``round(level * groups)`` groups: those of the lowest scores.
+
+        Frozen masks stay as they are. Whatever is refused leaves every mask as it was.
+
+        N:M can express levels up to 1 - n/m, which count elements. At level s of a pool of N:M
+        weights exactly ``round(s / (1 - n/m) * tuples)`` tuples are pruned to n of m: those that
+        lose the least, by the sum of what they lose. Beside weights that can go further an N:M
+        weight stays at 1 - n/m.
+
+        Args:
+            level: fraction of groups to prune, in [0, 1).
+            target_sparsified_module_info: prune this weight only; None: every target weight, in
+                the configured pools, within each weight's limits.
+            run_batchnorm_adaptation: re-estimate BatchNorm statistics afterwards.
+
+        Warns:
+            UserWarning: a weight is pruned to nothing, or nearly, where others are spared;
+                somebody else had written pruned elements.
+
+        Raises:
+            ValueError: the level is outside [0, 1) or beyond what limits and patterns allow; a
+                weight holds NaN or Inf; the entry is another controller's; there is no BatchNorm
+                adaptation configured.
+            RuntimeError: the model has been stripped; masks are learned and frozen.
+        """
+        infos = self._check_level(level, target_sparsified_module_info, run_batchnorm_adaptation)
+        if self.frozen:
+            return
+        with self._changing(infos):
+            self._find_masks(infos, float(level))()
+        self._warn_about_empty(infos, level)
+        if run_batchnorm_adaptation:
+            self._adapt_batchnorm()
+
+    def _check_level(
+        self, level: float, target: SparseModuleInfo | None, run_batchnorm_adaptation: bool
+    ) -> list[SparseModuleInfo]:
+        """Return the weights that a level is set of; see ``set_sparsity_level``."""
+        if not (isinstance(level, (int, float)) and 0 <= level < 1):
+            raise ValueError(f"set_sparsity_level: level must be in [0, 1), got {level!r}")
+        if run_batchnorm_adaptation and self._batchnorm is None:
+            raise ValueError(
+                "set_sparsity_level: run_batchnorm_adaptation needs batchnorm_adaptation in the "
+                "configuration"
+            )
+        infos = self._resolve(target)
+        if self.learns and self.frozen:
+            raise RuntimeError(
+                "set_sparsity_level: masks are frozen and their loss is disabled; freeze(False) "
+                "goes on"
+            )
+        check_reachable(
+            "set_sparsity_level: level", level, [info.operand.pattern for info in infos]
+        )
+        return infos
+
+    @contextmanager
+    def _changing(self, infos: Sequence[SparseModuleInfo]) -> Iterator[None]:
+        """Let weights be dense while their masks change; leave them zero where the new ones prune.
+
+        Before training begins all that is pruned is kept: a state that is loaded then has other
+        masks than those of creation.
+        """
+        weights = [info.operand for info in infos]
+        with dense_weights(weights, keep=None if self._guard.began else True):
+            yield
+        self._guard.masks_changed(weights)
+
+    def _find_masks(self, infos: list[SparseModuleInfo], level: float) -> Change:
+        """Find the masks of a level: those that prune the groups of lowest score.
+
+        Returns:
+            What writes them. Whatever is refused is refused before.
+        """
+        prunings = [
+            pruning
+            for members in pools(infos, self._pool)
+            for pruning in find_prunings(
+                members,
+                level,
+                self.group_scores,
+                # a weight that is set by itself is asked for outright
+                limits=len(infos) > 1,
+            )
+        ]
+        check_finite(prunings)
+
+        def write() -> None:
+            apply_prunings(prunings)
+            for pruning in prunings:
+                for info in pruning.infos:
+                    if pruning.threshold is None:
+                        self._thresholds.pop(info.module_node_name, None)
+                    else:
+                        self._thresholds[info.module_node_name] = pruning.threshold.value
+
+        return write
+
+    def _warn_about_empty(self, infos: Sequence[SparseModuleInfo], level: float) -> None:
+        """Name weights that are pruned to nothing, or nearly, while others are spared."""
+        found = []
+        for info in infos:
+            operand, name = info.operand, info.module_node_name
+            if operand.kept is None or operand.all_kept:
+                continue
+            share = 1 - operand.kept / operand.groups
+            if operand.kept == 0 or (share > NEARLY_ALL and level <= NEARLY_ALL):
+                if name not in self._nearly_empty:
+                    found.append(f"{name} ({operand.kept} of {operand.groups} groups kept)")
+                self._nearly_empty.add(name)
+        if found and len(infos) > 1:
+            warnings.warn(
+                f"at level {level:g} these weights are pruned to nothing, or nearly: "
+                f"{', '.join(found)}; pool='weight' prunes each weight alike, an override's "
+                "maximum_level or ignored_scopes spares them",
+                stacklevel=4,
+            )
+
+    @property
+    def _patterns(self) -> list[Pattern]:
+        return [info.operand.pattern for info in self.sparsified_module_info]
+
+    def _resolve(self, target: SparseModuleInfo | None) -> list[SparseModuleInfo]:
+        if any(guard.released for guard in self._guards):
+            raise RuntimeError(
+                "set_sparsity_level: the model has been stripped; create a new controller for it"
+            )
+        if target is None:
+            return self.sparsified_module_info
+        if not any(info is target for info in self.sparsified_module_info):
+            raise ValueError(
+                "set_sparsity_level: target_sparsified_module_info must be an entry of this "
+                f"controller's sparsified_module_info, got {target!r}"
+            )
+        return [target]
+
+    def _adapt_batchnorm(self) -> None:
+        assert self._batchnorm is not None
+        assert self._batchnorm_data is not None
+        adapt_batchnorm(
+            self._model, self._batchnorm_data, self._batchnorm.num_bn_adaptation_samples
+        )
+
+    def compression_stage(self) -> CompressionStage:
+        """FULLY once the masks reach the target to within a group, UNCOMPRESSED at none pruned.
+
+        Without a target any masks are where they shall be, once something is pruned.
+        """
+        infos = self.sparsified_module_info
+        pruned = sum(info.operand.pruned_groups() for info in infos)
+        wanted = 0
+        if self._target_level is not None:
+            members = pools(infos, self._pool)
+            for pool in members:
+                target = min(self._target_level, maximum_level(pool[0].operand.pattern))
+                wanted += round(target * sum(info.operand.groups for info in pool))
+            wanted -= max(p.dropped if isinstance(p, NM) else 1 for p in self._patterns)
+        if pruned == 0 and (wanted > 0 or self._target_level is None):
+            return CompressionStage.UNCOMPRESSED
+        if pruned >= wanted:
+            return CompressionStage.FULLY_COMPRESSED
+        return CompressionStage.PARTIALLY_COMPRESSED
+
+    @property
+    def compression_rate(self) -> float:
+        """Fraction of the target weights' groups that is pruned; may be set."""
+        return self.mask_level()
+
+    @compression_rate.setter
+    def compression_rate(self, compression_rate: float) -> None:
+        if self.learns:
+            self.set_sparsity_level(compression_rate)
+            return
+        frozen = self.frozen
+        self.frozen = False
+        try:
+            self.set_sparsity_level(compression_rate)
+            frozen = True
+        finally:
+            self.frozen = frozen
+
+    @property
+    def maximal_compression_rate(self) -> float:
+        """Upper bound of ``compression_rate``."""
+        return 1.0
+
+    def statistics(self, quickly_collected_only: bool = False) -> Statistics:
+        """Return the statistics under the algorithm's name; ``to_str()`` draws the tables.
+
+        Args:
+            quickly_collected_only: there is nothing slow to leave out.
+        """
+        scheduler = self._scheduler
+        level = (
+            scheduler.current_sparsity_level if isinstance(scheduler, SparsityScheduler) else None
+        )
+        model = summarise(self._model, self.sparsified_module_info, self._thresholds)
+        return Statistics(**{self.name: SparsityStatistics(model, level)})
+
+    def builder_state(self) -> dict[str, Any]:
+        """Return the configuration as plain values."""
+        return {} if self._config is None else self._config.model_dump(mode="json")
+
+    def get_compression_state(self) -> dict[str, Any]:
+        """Return ``{"builder_state": {name: configuration}, "ctrl_state": get_state()}``."""
+        return {"builder_state": {self.name: self.builder_state()}, "ctrl_state": self.get_state()}
+
+    def _own_state(self) -> dict[str, Any]:
+        """Return what the algorithm has beyond masks, schedule and loss: values and tensors."""
+        return {} if self._scorer is None else self._scorer.get_state()
+
+    def _read_own_state(self, state: Mapping[str, Any]) -> Change:
+        """Check ``_own_state``'s result; return what takes it over."""
+        if self._scorer is not None:
+            return self._scorer.read_state(state)
+        if state:
+            raise ValueError(
+                f"load_state: {self.name} has no state of its own, got {', '.join(state)}"
+            )
+        return lambda: None
+
+    def get_state(self) -> dict[str, dict[str, Any]]:
+        """Return the whole state under the algorithm's name, on the CPU: masks, packed; pruned
+        values; schedule, loss, and what else the next update needs.
+        """
+        state = {
+            "version": STATE_VERSION,
+            "loss_state": self._loss.get_state(),
+            "scheduler_state": self._scheduler.get_state(),
+            "compression_stage": int(self.compression_stage()),
+            "frozen": self.frozen,
+            "weights": masks_state(self.sparsified_module_info),
+        }
+        own = self._own_state()
+        return {self.name: state | ({"algorithm_state": own} if own else {})}
+
+    def load_state(self, state: dict[str, dict[str, Any]]) -> None:
+        """Go on from ``get_state()``'s result, bit for bit, once the model's own state is loaded.
+
+        The two may be loaded in either order. A state that was made on a wrapper of the model
+        loads on the model, and the other way round.
+
+        Raises:
+            ValueError: the state is of another model, algorithm or version, or damaged; nothing
+                has changed then.
+        """
+        self._read_state(state)()
+
+    def _read_state(self, state: Mapping[str, Mapping[str, Any]]) -> Change:
+        """Check a state as a whole; return what takes it over."""
+        if set(state) != {self.name}:
+            raise ValueError(
+                f"load_state: state must be of {self.name!r}, got one of {sorted(state)}"
+            )
+        infos = self.sparsified_module_info
+        own = state[self.name]
+        if own.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"load_state: version must be {STATE_VERSION}, got {own.get('version')!r}"
+            )
+        own = with_names_of(infos, own)
+        found = read_masks(own["weights"], infos)
+        take_own = self._read_own_state(own.get("algorithm_state", {}))
+        # these check and take over in one: they are put back if what follows is refused
+        before = self._scheduler.get_state(), self._loss.get_state()
+        try:
+            self._scheduler.load_state(own["scheduler_state"])
+            self._loss.load_state(own["loss_state"])
+        finally:
+            self._scheduler.load_state(before[0])
+            self._loss.load_state(before[1])
+
+        def take() -> None:
+            self._scheduler.load_state(own["scheduler_state"])
+            self._loss.load_state(own["loss_state"])
+            self.frozen = bool(own["frozen"])
+            self._keep_values(self._keeps_values)
+            take_own()
+            with self._changing(infos):
+                for info, (grid, _) in zip(infos, found, strict=True):
+                    info.operand.set_grid(grid)
+            for info, (_, values) in zip(infos, found, strict=True):
+                if values is not None:
+                    info.operand.values = values
+
+        return take
+
+    # the names that torch's own stateful objects have
+    state_dict = get_state
+    load_state_dict = load_state
+
+    def strip_model(
+        self,
+        model: nn.Module,
+        do_copy: bool = False,
+        strip_format: StripFormat = StripFormat.NATIVE,
+    ) -> nn.Module:
+        """Return ``model`` without masks: its original classes, pruned weights exactly zero.
+
+        Args:
+            model: the controlled model, a wrapper of it, or a copy, such as an average of weights.
+            do_copy: leave ``model`` as it is and strip a deep copy.
+            strip_format: a mask has one folded form, plain weights with zeros, so that NNCF's
+                formats agree. ``SEMI_STRUCTURED`` also turns the weights of linear modules under
+                2:4, in half precision on a GPU of compute capability 8.0 or later, into PyTorch's
+                semi-structured tensors, for inference.
+
+        Returns:
+            The model with its original classes, no hook and no further key; its outputs equal the
+            controlled model's.
+
+        Warns:
+            UserWarning: a copy's zeros are not those of the masks, with the number of elements
+                that changed; somebody else had written pruned elements.
+
+        Raises:
+            ValueError: ``strip_format`` is no ``StripFormat``; ``model`` holds no such weights, or
+                is stripped already; a weight under 2:4 cannot be packed, or there is none. Nothing
+                has changed then.
+        """
+        strip_format = StripFormat(strip_format)
+        return strip_masks(model, self._guards, do_copy=do_copy, strip_format=strip_format)
+
+    def strip(
+        self, do_copy: bool = True, strip_format: StripFormat = StripFormat.NATIVE
+    ) -> nn.Module:
+        """``strip_model`` of the controlled model; by default of a copy: training can go on."""
+        return self.strip_model(self._model, do_copy, strip_format)
+
+    def prepare_for_export(self) -> None:
+        """Strip the controlled model in place."""
+        self._model = self.strip_model(self._model)
+
+    def export_model(
+        self,
+        save_path: str | PathLike[str],
+        save_format: str | None = None,
+        input_names: list[str] | None = None,
+        output_names: list[str] | None = None,
+        model_args: tuple[Any, ...] | None = None,
+    ) -> None:
+        """Write the stripped model as ONNX. The controlled model stays as it is.
+
+        Args:
+            save_path: the file to write.
+            save_format: ``"onnx"`` or ``"onnx_<opset>"``; None: ``"onnx"``.
+            input_names, output_names: names for the graph's inputs and outputs.
+            model_args: example inputs, positional, with a dictionary of keyword arguments last:
+                ``(x, {})``, ``(x, {"mask": m})``.
+
+        Raises:
+            ValueError: ``save_format`` or ``model_args`` is not of these forms.
+        """
+        export_onnx(
+            self.strip(do_copy=True), save_path, save_format, input_names, output_names, model_args
+        )
+
+    def distributed(self) -> None:
+        """Make ranks agree. Masks that follow from the weights alone agree already."""

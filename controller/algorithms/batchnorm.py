@@ -1,0 +1,70 @@
+"""Re-estimate BatchNorm statistics after masks have changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@torch.no_grad()
+def adapt_batchnorm(model: nn.Module, batches: Iterable[Any], samples: int) -> None:
+    """Replace the running statistics of every BatchNorm by the average over ``batches``.
+
+    All else runs in evaluation mode, so that dropout and the like stay out. Training flags and
+    momenta are put back; a failing forward puts the old statistics back too.
+
+    Args:
+        model: run as ``model(batch)``; of a tuple or list, only the first item; a dictionary as
+            keywords.
+        batches: what ``model`` takes, already on its device; the first dimension counts samples.
+        samples: stop once this many have been seen.
+
+    Raises:
+        ValueError: ``batches`` is empty.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms or samples == 0:
+        return
+    flags = {module: module.training for module in model.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    before = {norm: {k: v.clone() for k, v in norm.named_buffers(recurse=False)} for norm in norms}
+    model.eval()
+    for norm in norms:
+        norm.train()
+        # None averages over all batches; running statistics would remember the dense model
+        norm.momentum = None
+        norm.reset_running_stats()
+    seen = 0
+    try:
+        for batch in batches:
+            seen += _run(model, batch)
+            if seen >= samples:
+                break
+        if seen == 0:
+            raise ValueError(
+                "batchnorm_adaptation: the data must yield at least one batch, got none"
+            )
+    except BaseException:
+        for norm, buffers in before.items():
+            for name, value in buffers.items():
+                getattr(norm, name).copy_(value)
+        raise
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        for module, training in flags.items():
+            module.training = training
+
+
+def _run(model: nn.Module, batch: Any) -> int:
+    """Run one batch and return how many samples it holds."""
+    if isinstance(batch, dict):
+        model(**batch)
+        return len(next(iter(batch.values())))
+    inputs: Tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
+    model(inputs)
+    return len(inputs)

@@ -1,0 +1,172 @@
+"""What algorithms share whose masks follow from trained scores: rb and movement.
+
+The scores are parameters of the modules, ``<weight>_scores``, and so of the model: an optimiser
+made from ``model.parameters()`` after the controller trains them, one made before needs
+``optimizer.add_param_group({"params": controller.parameters()})``. They are no keys of the model's
+state dict; ``get_state()`` has them. ``loss`` must be added to the task's, and ``scheduler.step()``
+called at the start of each optimiser step. ``DistributedDataParallel`` needs
+``find_unused_parameters=True``, as frozen masks leave the scores without a gradient.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..masks.guard import Guard
+from ..masks.learned import LearnedWeight, learned_weights, read_masked
+from ..masks.module import MaskedModule
+from .base import BaseSparsityAlgoController, Change
+from .loss import CompressionLoss
+
+PATIENCE = 20  # steps; a gradient scaler may skip the first few
+SAMPLE = 256  # scores of each weight that are compared
+
+
+class LearnedLoss(CompressionLoss):
+    """The term by which an algorithm pulls its scores.
+
+    Args:
+        weights: whose scores.
+    """
+
+    def __init__(self, weights: Sequence[LearnedWeight]) -> None:
+        super().__init__()
+        self.disabled = False
+        # whether a backward pass has come through it since this was last set to False
+        self.was_added = False
+        self._weights = list(weights)
+
+    @abstractmethod
+    def trained(self) -> Tensor | None:
+        """Return the term; None where it is 0."""
+
+    @property
+    def is_live(self) -> bool:
+        """True where training without the term would not be what the algorithm is."""
+        return not self.disabled
+
+    def calculate(self) -> Tensor:
+        """Return the term; 0 once masks are frozen.
+
+        Raises:
+            RuntimeError: the model has been stripped.
+        """
+        if not isinstance(self._weights[0].module, MaskedModule):
+            raise RuntimeError("loss: the model has been stripped; its masks cannot be trained")
+        term = self.trained()
+        if term is None:
+            return torch.zeros((), device=self._weights[0].scores.device)
+        if term.requires_grad:
+            term.register_hook(self._note)
+        return term
+
+    def _note(self, _: Tensor) -> None:
+        self.was_added = True
+
+
+class LearnedController(BaseSparsityAlgoController):
+    """Base of the two: freezes scores and loss together, and tells when nothing trains them."""
+
+    learns = True
+    _loss: LearnedLoss
+
+    def _guarded(self, model: nn.Module) -> list[Guard]:
+        self._weights = learned_weights(self.sparsified_module_info)
+        members: dict[nn.Module, dict[str, LearnedWeight]] = {}
+        for info, weight in zip(self.sparsified_module_info, self._weights, strict=True):
+            for module, name in info.places:
+                members.setdefault(module, {})[name] = weight
+        for module, weights in members.items():
+            read_masked(module, weights)
+        self._versions: list[int] = []
+        self._samples: list[Tensor] = []
+        self._idle = 0
+        self._steps = 0
+        return [Guard(model, self.sparsified_module_info)]
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [weight.scores for weight in self._weights]
+
+    def freeze(self, freeze: bool = True) -> None:
+        """Keep the masks of evaluation as they are, in training too, and let the loss be 0; or go
+        on. Frozen, pruned weights are zero: what they were is gone.
+        """
+        for weight in self._weights:
+            weight.settle()
+        super().freeze(freeze)
+        self._take_frozen()
+
+    def _take_frozen(self) -> None:
+        self._loss.disabled = self.frozen
+        for weight in self._weights:
+            weight.freeze(self.frozen)
+        self._guard.masks_changed(self._weights)
+
+    def _read_state(self, state: Mapping[str, Mapping[str, Any]]) -> Change:
+        take_state = super()._read_state(state)
+
+        def take() -> None:
+            for weight in self._weights:
+                weight.freeze(False)
+            take_state()
+            self._take_frozen()
+
+        return take
+
+    def begin_step(self) -> None:
+        super().begin_step()
+        self._steps += 1
+        if self._scores_are_idle() and not self.frozen and self._model.training:
+            warnings.warn(
+                f"{self.name}: no optimiser has changed the trained scores in {PATIENCE} steps; "
+                "one made before the controller needs "
+                "optimizer.add_param_group({'params': controller.parameters()})",
+                stacklevel=4,
+            )
+
+    def check_epoch(self) -> None:
+        """Look at the epoch that ends: its steps must have trained every score, and by the loss.
+
+        Raises:
+            RuntimeError: some scores had no gradient, or nobody added the loss.
+        """
+        steps, self._steps = self._steps, 0
+        untrained = [weight.name for weight in self._weights if not weight.has_learned]
+        trains = self._guard.optimizer_steps > 0 or len(untrained) < len(self._weights)
+        added, self._loss.was_added = self._loss.was_added, False
+        self._guard.optimizer_steps = 0
+        for weight in self._weights:
+            weight.has_learned = False
+        if steps == 0 or self.frozen or not trains:
+            return
+        if untrained:
+            raise RuntimeError(
+                f"{self.name}: the scores of {untrained} had no gradient in {steps} steps, an "
+                "epoch, so that their masks are not learned; the loss must depend on these "
+                "weights as their modules have them, else list them in ignored_scopes"
+            )
+        if self._loss.is_live and not added:
+            raise RuntimeError(
+                f"{self.name}: controller.loss() was not part of the loss in {steps} steps, an "
+                f"epoch, so that nothing pulls the scores of {self._weights[0].name!r} and "
+                f"{len(self._weights) - 1} more; train on task_loss + controller.loss()"
+            )
+
+    def _scores_are_idle(self) -> bool:
+        """Count a step; True once, when ``PATIENCE`` steps have changed nothing."""
+        versions = [weight.scores._version for weight in self._weights]
+        if versions != self._versions:
+            self._versions, self._samples, self._idle = versions, self._sample(), 0
+            return False
+        self._idle += 1
+        # fused optimisers leave no trace in the versions
+        return self._idle == PATIENCE and all(map(torch.equal, self._samples, self._sample()))
+
+    def _sample(self) -> list[Tensor]:
+        return [weight.scores.detach().flatten()[:SAMPLE].clone() for weight in self._weights]

@@ -1,0 +1,342 @@
+"""Logits: what rb sparsity trains, and draws masks from.
+
+Of a weight each group has one; ``rb.py`` says when masks are drawn, and which level the loss pulls
+to.
+
+Reading order: one weight's -> those of all -> what they are pulled by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.dispatch import Dispatch
+from ...kernels.draw import draw, keeps_draws
+from ...kernels.launch import Backend
+from ...kernels.learned_mask import sample_mask
+from ...kernels.pattern import Block, Pattern, grid_shape
+from ..masks.learned import LearnedWeight, learned_weights
+from ..masks.targets import Target
+from ..masks.weight import SparseModuleInfo, SparseWeight
+from .learned import LearnedLoss
+
+INITIAL_LOGIT = 4.59512  # logit(0.99)
+TOLERANCE = 0.05  # NNCF's p: a miss of the target by so much of the groups costs 1
+
+
+class Draws:
+    """What the operands of one controller draw their masks from.
+
+    Attributes:
+        random: int64 ``(2,)``: the seed and the number of the draw.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.random = torch.tensor([seed, 0], device=device)
+
+
+class LogitWeight(LearnedWeight):
+    """A weight whose mask is drawn from logits, one a group.
+
+    It is drawn once an optimiser step: forward passes of one step, be they of several
+    micro-batches, of a module used twice or of activation checkpointing, agree.
+
+    Args:
+        module, parameter_name, name, pattern, transposed, experts, backend, dispatch, multiplier:
+            as ``LearnedWeight``'s.
+        draws: shared by the weights of one controller.
+        stream: this weight's number.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameter_name: str,
+        name: str,
+        pattern: Pattern,
+        draws: Draws,
+        stream: int,
+        *,
+        multiplier: float | None = None,
+        transposed: bool = False,
+        experts: bool = False,
+        backend: Backend = "auto",
+        dispatch: Dispatch = "auto",
+    ) -> None:
+        self.draws = draws
+        self.stream = stream
+        self._read_at: tuple[Any, ...] | None = None
+        self._drawn: Tensor | None = None
+        self._drawn_at: tuple[Any, ...] | None = None
+        weight = module._parameters[parameter_name]
+        assert weight is not None
+        rows, cols = (
+            weight.flatten(0, -2).T
+            if transposed
+            else weight.flatten(0, 1)
+            if experts
+            else weight.flatten(1)
+        ).shape
+        down, across = grid_shape(pattern, (rows, cols))
+        super().__init__(
+            module,
+            parameter_name,
+            name,
+            pattern,
+            # as the weight is stored, so that both are read along their rows
+            shape=(across, down) if transposed else (down, across),
+            initial=INITIAL_LOGIT,
+            multiplier=multiplier,
+            transposed=transposed,
+            experts=experts,
+            backend=backend,
+            dispatch=dispatch,
+        )
+
+    def _move(self, weight: Tensor) -> None:
+        super()._move(weight)
+        if self.draws.random.device != weight.device:
+            self.draws.random = self.draws.random.to(weight.device)
+
+    def learned(self, weight: Tensor) -> Tensor:
+        pattern = self.pattern
+        if self.transposed and isinstance(pattern, Block):
+            pattern = Block(pattern.cols, pattern.rows)
+        stored = self.matrix(weight)
+        masked = sample_mask(
+            stored.T if self.transposed else stored,
+            self.trained_scores(),
+            self.draws.random,
+            pattern,
+            stream=self.stream,
+            drawn=self._draw(),
+            backend=self.backend,
+        )
+        return masked.reshape(weight.shape)
+
+    def _draw(self) -> Tensor | None:
+        """Return this step's draw where it is kept, drawn by the step's first forward pass."""
+        if torch.compiler.is_compiling() or not keeps_draws(self.scores):
+            return None
+        number, key = self.draws.random.tolist(), self.scores_state()
+        if self._drawn_at != (number, key):
+            # within a step another forward pass may still wait for its backward pass
+            new_step = self._drawn_at is not None and self._drawn_at[0] != number
+            # a tensor made in inference mode could not be saved for a backward pass later
+            with torch.inference_mode(False):
+                self._drawn = draw(
+                    self.scores,
+                    self.draws.random,
+                    self.stream,
+                    self._drawn if new_step else None,
+                )
+            self._drawn_at = number, key
+        return self._drawn
+
+    def freeze(self, frozen: bool) -> None:
+        super().freeze(frozen)
+        self._drawn = self._drawn_at = None
+
+    def settle(self) -> None:
+        """Let the mask be that of evaluation, s > 0, if logits have changed. Frozen, it stays.
+
+        Compiled code cannot look: it reads the mask as it is.
+        """
+        if self.frozen or torch.compiler.is_compiling():
+            return
+        key = self.scores_state()
+        if self._read_at != key:
+            kept = self.scores.detach() > 0
+            self.set_grid((kept.T if self.transposed else kept).contiguous())
+            self._read_at = key
+
+    @property
+    def binary_mask(self) -> Tensor:
+        """Bool tensor of the weight's shape, True = kept. A copy; assigning turns signs of s."""
+        self.settle()
+        return SparseWeight.binary_mask.fget(self)  # pyright: ignore[reportOptionalCall]
+
+    @binary_mask.setter
+    def binary_mask(self, mask: Tensor) -> None:
+        SparseWeight.binary_mask.fset(self, mask)  # pyright: ignore[reportOptionalCall]
+        kept = SparseWeight.kept_grid(self)
+        with torch.no_grad():
+            kept = kept.T if self.transposed else kept
+            logits = torch.where(kept, INITIAL_LOGIT, -INITIAL_LOGIT)
+            self.scores.copy_(torch.where((self.scores > 0) == kept, self.scores, logits))
+        self._read_at = self.scores_state()
+
+    def kept_grid(self) -> Tensor:
+        self.settle()
+        return super().kept_grid()
+
+    def pruned_groups(self) -> int:
+        self.settle()
+        return super().pruned_groups()
+
+    def pruned_elements(self) -> int:
+        self.settle()
+        return super().pruned_elements()
+
+
+def logit_weights(
+    targets: Sequence[Target],
+    *,
+    seed: int | None,
+    multiplier: float | None,
+    backend: Backend,
+    dispatch: Dispatch,
+) -> list[SparseWeight]:
+    """Return each target under logits; they draw from one seed, each in a stream of its own."""
+    # torch's seed may have 64 bits
+    draws = Draws(torch.initial_seed() % 2**63 if seed is None else seed, targets[0].weight.device)
+    return [
+        LogitWeight(
+            *target.users[0],
+            target.name,
+            target.pattern,
+            draws,
+            stream,
+            multiplier=multiplier,
+            transposed=target.transposed,
+            experts=target.experts,
+            backend=backend,
+            dispatch=dispatch,
+        )
+        for stream, target in enumerate(targets)
+    ]
+
+
+class _KeptGroups(torch.autograd.Function):
+    """Count s > 0 in each tensor; the gradient is that of sigmoid(s)."""
+
+    @staticmethod
+    def forward(ctx: Any, *logits: Tensor) -> Tensor:
+        ctx.save_for_backward(*logits)
+        return torch.stack([(s > 0).count_nonzero() for s in logits]).double()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            _sigmoid_slope(s).mul_(grad)
+            for grad, s in zip(grads[0].float(), ctx.saved_tensors, strict=True)
+        )
+
+
+def _sigmoid_slope(s: Tensor) -> Tensor:
+    """Return the derivative of the sigmoid, in the memory of the sigmoid."""
+    p = torch.sigmoid(s)
+    return p.addcmul_(p, p, value=-1)
+
+
+class SparseLoss(LearnedLoss):
+    """Pulls the share of groups kept to a target.
+
+    With N groups, of which kept have s > 0: ``((kept / N - target) / p)^2`` with one target for
+    all weights, else ``(-sum_l |kept_l / N_l - target_l| / p)^2``; the comparison is
+    straight-through, so that a logit's gradient is that of sigmoid(s).
+
+    Args:
+        infos: the weights, whose operands hold the logits.
+        local: a target for each of them.
+        p: how far off the target costs 1.
+    """
+
+    def __init__(
+        self, infos: Sequence[SparseModuleInfo], *, local: bool = False, p: float = TOLERANCE
+    ) -> None:
+        super().__init__(learned_weights(infos))
+        self.local = local
+        self.p = p
+        self._infos = list(infos)
+        self._targets: list[float] = [1.0] * (len(infos) if local else 1)
+
+    @property
+    def target(self) -> float | list[float]:
+        """Share of groups to keep, 1 - level; in ``local`` mode one a weight."""
+        return list(self._targets) if self.local else self._targets[0]
+
+    @property
+    def densities(self) -> list[float]:
+        """Share of groups to keep, of all weights or of each."""
+        return list(self._targets)
+
+    def set_target(self, density: float, info: SparseModuleInfo | None = None) -> None:
+        """Set the target of all weights, or of one.
+
+        Args:
+            density: share of groups to keep, in [0, 1].
+            info: one of the weights, in ``local`` mode.
+
+        Raises:
+            ValueError: the density is outside [0, 1], or one target is for all weights.
+        """
+        if not 0 <= density <= 1:
+            raise ValueError(f"set_target: density must be in [0, 1], got {density!r}")
+        self.check_target(info)
+        if info is None:
+            self._targets = [density] * len(self._targets)
+        else:
+            self._targets[next(i for i, own in enumerate(self._infos) if own is info)] = density
+
+    def check_target(self, info: SparseModuleInfo | None) -> None:
+        """Refuse a target of one weight where one target is for all.
+
+        Raises:
+            ValueError: as said.
+        """
+        if info is not None and not self.local:
+            raise ValueError(
+                "set_sparsity_level: target_sparsified_module_info must be None with "
+                "sparsity_level_setting_mode 'global', where one loss is for all weights, got "
+                f"{info.module_node_name!r}"
+            )
+
+    def trained(self) -> Tensor | None:
+        """Return the loss; None once masks are frozen.
+
+        Raises:
+            RuntimeError: a mask alone is frozen.
+        """
+        operands = learned_weights(self._infos)
+        if self.disabled:
+            return None
+        for info, operand in zip(self._infos, operands, strict=True):
+            if operand.frozen:
+                raise RuntimeError(
+                    f"loss: the mask of {info.module_node_name!r} is frozen, so that no loss can "
+                    "move it; freeze all masks by controller.freeze(), or none"
+                )
+        kept = _KeptGroups.apply(*[operand.trained_scores() for operand in operands])
+        device = kept.device
+        sizes = [operand.groups for operand in operands]
+        if self.local:
+            rates = kept / torch.tensor(sizes, device=device)
+            targets = torch.tensor(self._targets, dtype=torch.float64, device=device)
+            miss = -(rates - targets).abs().sum()
+        else:
+            miss = kept.sum() / sum(sizes) - self._targets[0]
+        return (miss / self.p).square().float()
+
+    def get_state(self) -> dict[str, Any]:
+        return {"targets": list(self._targets)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over the targets.
+
+        Raises:
+            ValueError: there are more or fewer, or one is outside [0, 1].
+        """
+        targets = state.get("targets", ()) if set(state) == {"targets"} else ()
+        if len(targets) != len(self._targets) or not all(
+            type(target) in (int, float) and 0 <= target <= 1 for target in targets
+        ):
+            raise ValueError(
+                f"load_state: the loss's state must hold {len(self._targets)} targets in [0, 1], "
+                f"got {dict(state)!r}"
+            )
+        self._targets = list(targets)

@@ -1,0 +1,111 @@
+"""Magnitude sparsity, NNCF's ``magnitude_sparsity``: the least important weights are pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, StrictBool, model_validator
+from torch import nn
+
+from ...kernels.pattern import Block, maximum_level
+from ..config.algorithm import Pool, ScheduledConfig, ScheduleField
+from ..config.schedule import PolynomialSchedule, Whole
+from ..masks.weight import SparseModuleInfo
+from ..selection.criteria import WeightImportance
+from ..selection.scorer import Scorer
+from ..selection.thresholds import Scores, is_reachable
+from .base import BaseSparsityAlgoController
+
+
+def _default_schedule(data: dict[str, Any]) -> PolynomialSchedule | None:
+    local = data.get("sparsity_level_setting_mode") == "local"
+    return None if local else PolynomialSchedule()
+
+
+def _default_pool(data: dict[str, Any]) -> Pool:
+    return "weight" if isinstance(data.get("pattern"), Block) else "global"
+
+
+class MagnitudeSparsityConfig(ScheduledConfig):
+    """Prune the groups of smallest magnitude, or of least importance by another criterion.
+
+    For example ``MagnitudeSparsityConfig(pattern=Block(32, 32),
+    schedule=PolynomialSchedule(target_level=0.8, target_epoch=3))``. Pattern, scopes, overrides
+    and BatchNorm adaptation are ``AlgorithmConfig``'s.
+
+    Args:
+        algorithm: its name, fixed.
+        sparsity_level_setting_mode: ``"global"``: a schedule sets the level of all target weights
+            as one pool; ``"local"``: no schedule, levels are set weight by weight through the
+            controller.
+        schedule: which level holds when, the initial one included; by default
+            ``PolynomialSchedule()``. None in ``local`` mode.
+        sparsity_init: in ``local`` mode the level before any is set, in [0, 1).
+        weight_importance: ``"abs"``: |w|; ``"normed_abs"``: |w| / ||w||_2, the norm of its tensor;
+            ``"snip"``, ``"snip_momentum"``, ``"wanda"``, ``"random"``: see ``criteria.py``.
+        pool: ``"global"``: all weights of one pattern are compared with one another; ``"weight"``:
+            each weight is pruned to the level by itself. By default ``"weight"`` for blocks, whose
+            means differ so little within a weight that a common threshold takes whole weights,
+            else ``"global"``.
+        keep_pruned_values: keep what is pruned until the masks are frozen, so that a group may
+            return with the value that it had; costs ``level`` x the weights' bytes for blocks, and
+            once the weights' for other patterns. False: a returning group starts at zero.
+        seed: of ``"random"``, which ranks the groups alike at every update.
+
+    Raises:
+        ValueError: an argument is unknown or out of its range, or two do not go together.
+    """
+
+    takes_nm = True
+
+    algorithm: Literal["magnitude_sparsity"] = "magnitude_sparsity"
+    schedule: ScheduleField = Field(default_factory=_default_schedule)
+    weight_importance: WeightImportance = "normed_abs"
+    pool: Pool = Field(default_factory=_default_pool)
+    keep_pruned_values: StrictBool = True
+    seed: Whole = 0
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> MagnitudeSparsityConfig:
+        target = self.initial_level if self.schedule is None else self.schedule.target_level
+        if not is_reachable(target, [self.pattern]):
+            raise ValueError(
+                f"target_level must be at most 1 - n/m = {maximum_level(self.pattern):g} with "
+                f"pattern {self.pattern}, got {target!r}"
+            )
+        return self
+
+
+class MagnitudeSparsityController(BaseSparsityAlgoController):
+    """Prunes by |w| or another criterion; masks are always found anew, with pruned values put
+    back, so that a group may return. (Under SNIP it does not: a pruned group has no gradient.)
+
+    Args:
+        target_model: the model.
+        sparsified_module_info: one entry a masked weight.
+        config: what to prune, when, by which importance.
+        batchnorm_data: batches for ``config.batchnorm_adaptation``.
+    """
+
+    name = "magnitude_sparsity"
+
+    def __init__(
+        self,
+        target_model: nn.Module,
+        sparsified_module_info: Sequence[SparseModuleInfo],
+        config: MagnitudeSparsityConfig,
+        batchnorm_data: Iterable[Any] | None = None,
+    ) -> None:
+        super().__init__(target_model, sparsified_module_info)
+        self.config = config
+        self._configure(config, batchnorm_data)
+        infos = self.sparsified_module_info
+        self._scorer = self._criterion = Scorer(infos, config.weight_importance, config.seed)
+        self._pool = config.pool
+        self._keep_values(config.keep_pruned_values)
+        self._follow(config.schedule, config.initial_level)
+
+    def group_scores(self, infos: Sequence[SparseModuleInfo]) -> Scores:
+        """The criterion's importance; a block's is the mean over its elements."""
+        return self._criterion.scores(infos)

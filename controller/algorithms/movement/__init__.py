@@ -1,0 +1,1 @@
+"""Movement sparsity: learned importances, a rising threshold, whole heads and channels."""

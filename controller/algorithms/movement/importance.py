@@ -1,0 +1,331 @@
+"""Importances: what movement sparsity trains, and masks by.
+
+Of a weight or bias each group has one; ``movement.py`` says when the masks follow them, and to
+which threshold.
+
+Reading order: one weight's -> which weights -> what they are pulled by.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ....kernels.dispatch import Dispatch
+from ....kernels.launch import Backend
+from ....kernels.learned_mask import straight_through
+from ....kernels.pattern import MAX_BLOCK_SIDE, Block, Pattern, Unstructured
+from ....kernels.select import select
+from ...config.scope import check_scopes, matches
+from ...masks.learned import LearnedWeight
+from ...masks.targets import Target, weights_of
+from ...masks.weight import SparseWeight
+from ..learned import LearnedLoss
+from .config import MovementSparsityConfig, SparseStructure
+from .structures import StructureGroup, find_structures, units
+
+QUANTILE = 98  # percent of a weight that may be pruned at most
+LAYER_FACTOR = 0.5
+
+
+class MovementWeight(LearnedWeight):
+    """A mask by importance, of a weight (a matrix) or a bias (a vector).
+
+    Args:
+        module, parameter_name, name, backend, dispatch, multiplier: as ``LearnedWeight``'s.
+        factors: rows and columns of what has one importance; a bias's rows are 1.
+        tile: rows and columns that a mask can tell apart, divisors of ``factors``.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameter_name: str,
+        name: str,
+        factors: tuple[int, int],
+        tile: tuple[int, int],
+        *,
+        multiplier: float | None = None,
+        backend: Backend = "auto",
+        dispatch: Dispatch = "auto",
+    ) -> None:
+        self.factors = factors
+        self._repeats = factors[0] // tile[0], factors[1] // tile[1]
+        pattern: Pattern = Unstructured() if tile == (1, 1) else Block(*tile)
+        weight = module._parameters[parameter_name]
+        assert weight is not None
+        rows, cols = weight.shape if weight.ndim == 2 else (1, len(weight))
+        grid = rows // factors[0], cols // factors[1]
+        super().__init__(
+            module,
+            parameter_name,
+            name,
+            pattern,
+            shape=grid[1:] if weight.ndim == 1 else grid,
+            initial=0.0,
+            multiplier=multiplier,
+            backend=backend,
+            dispatch=dispatch,
+        )
+
+    @property
+    def learning(self) -> bool:
+        return super().learning and torch.is_grad_enabled()
+
+    def learned(self, weight: Tensor) -> Tensor:
+        scores = self.spread(self.trained_scores())
+        matrix = self.matrix(weight)
+        masked = straight_through(
+            matrix, scores, self.mask_for(matrix), self.pattern, backend=self.backend
+        )
+        return masked.reshape(weight.shape)
+
+    def spread(self, scores: Tensor) -> Tensor:
+        """Repeat one value an importance for the groups of the mask."""
+        grid = scores[None] if scores.ndim == 1 else scores
+        for dim, times in enumerate(self._repeats):
+            if times > 1:
+                grid = grid.repeat_interleave(times, dim)
+        return grid
+
+    def take(self, kept: Tensor, count: int) -> None:
+        """Take over which importances are kept.
+
+        Args:
+            kept: bool, of the scores' shape.
+            count: how many are True.
+        """
+        grid = self.spread(kept).contiguous()
+        self.set_(self._compact(grid), count * math.prod(self._repeats))
+
+    @property
+    def most(self) -> int:
+        """How many importances may be pruned: not more than reach the quantile's place."""
+        size, share = self.weight_shape.numel(), math.prod(self.factors)
+        return (QUANTILE * (size - 1) // 100 + 1) // share
+
+    def cap(self) -> Tensor:
+        """Return the largest threshold, the importance at place 0.98 (n - 1) of n elements.
+
+        ``torch.quantile`` interpolates to the next one: nothing lies between, so that the mask is
+        the same.
+        """
+        share = math.prod(self.factors)
+        place = QUANTILE * (self.weight_shape.numel() - 1) // 100 // share
+        return kth_smallest([self.scores.detach()], place + 1, self.backend)
+
+
+def kth_smallest(tensors: Sequence[Tensor], k: int, backend: Backend) -> Tensor:
+    """Return the k-th smallest of signed values; one of the two magnitudes is 0, or both are."""
+    size = sum(tensor.numel() for tensor in tensors)
+    above = select([tensor.clamp(min=0) for tensor in tensors], k, backend=backend)
+    below = select(
+        [tensor.neg().clamp(min=0) for tensor in tensors], size - k + 1, backend=backend
+    )
+    return above.value - below.value
+
+
+def movement_targets(targets: Sequence[Target]) -> list[Target]:
+    """Return the linear layers among ``targets``, each weight followed by its bias.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = []
+    for target in targets:
+        module, name = target.users[0]
+        if not isinstance(module, (nn.Linear, nn.MultiheadAttention)):
+            continue
+        found.append(target)
+        bias = "in_proj_bias" if name == "in_proj_weight" else "bias"
+        if name in ("weight", "in_proj_weight") and getattr(module, bias, None) is not None:
+            path = target.name if name == "weight" else target.name.removesuffix(name)[:-1]
+            path = "" if path == name else path
+            found.append(
+                replace(target, name=f"{path}.{bias}" if path else bias, users=((module, bias),))
+            )
+    if not found:
+        raise ValueError(
+            "create_controller: movement_sparsity masks linear layers, and none is left, got "
+            f"{[target.name for target in targets]}"
+        )
+    return found
+
+
+def structure_groups(
+    model: nn.Module, names: Mapping[tuple[nn.Module, str], str], config: MovementSparsityConfig
+) -> tuple[list[StructureGroup], list[StructureGroup]]:
+    """Find the heads and channels that masks can be resolved to, and those that they cannot.
+
+    Args:
+        model: the model.
+        names: of the masked weights, by module and parameter name.
+        config: a structure along one dimension rules out units along the other.
+    """
+    found, left_out = [], []
+    for group in find_structures(model):
+        fits = all(
+            (member.module, member.weight) in names
+            and _axis(names[member.module, member.weight], config) in (None, member.dim)
+            for member in group.members
+        )
+        (found if fits else left_out).append(group)
+    return found, left_out
+
+
+def _check_structures(
+    found: Sequence[StructureGroup],
+    left_out: Sequence[StructureGroup],
+    config: MovementSparsityConfig,
+) -> None:
+    if config.enable_structured_masking and not found:
+        raise ValueError(
+            "create_controller: enable_structured_masking needs attention or feed-forward blocks "
+            "whose linear layers are all masked, along the dimension of their heads or channels, "
+            "found none"
+        )
+    if left_out and config.enable_structured_masking is not False:
+        groups = [f"{group.name or 'the model'} ({group.kind})" for group in left_out]
+        warnings.warn(
+            "no structured masking, because not all linear layers are masked, or along other "
+            f"dimensions: {groups}; enable_structured_masking=False silences this",
+            stacklevel=6,
+        )
+
+
+def _warn_about_dense(
+    model: nn.Module, targets: Sequence[Target], config: MovementSparsityConfig
+) -> None:
+    """Name the weights that ``target_scopes`` select though movement cannot mask them.
+
+    Without such scopes Conv1D alone is named, which anyone takes for a linear layer.
+    """
+    masked = {id(target.weight) for target in targets}
+    left_out = []
+    for candidate in weights_of(model):
+        if config.target_scopes is None:
+            chosen = candidate.is_conv1d
+        else:
+            chosen = candidate.matches(config.target_scopes)
+        ignored = candidate.matches(config.ignored_scopes)
+        if chosen and not ignored and id(candidate.weight) not in masked:
+            left_out.append(candidate.names[0])
+    if left_out:
+        warnings.warn(
+            "left dense, because movement_sparsity masks linear layers that store their weight as "
+            f"(out_features, in_features) alone: {left_out}; name them in ignored_scopes to "
+            "silence this",
+            stacklevel=6,
+        )
+
+
+def _axis(name: str, config: MovementSparsityConfig) -> int | None:
+    structure = _structure(name, config)
+    return None if structure is None else structure.axis
+
+
+def _structure(name: str, config: MovementSparsityConfig) -> SparseStructure | None:
+    for structure in config.sparse_structure_by_scopes:
+        if any(matches(scope, name) for scope in structure.target_scopes):
+            return structure
+    return None
+
+
+def movement_weights(
+    model: nn.Module,
+    targets: Sequence[Target],
+    config: MovementSparsityConfig,
+    backend: Backend,
+    dispatch: Dispatch,
+) -> list[SparseWeight]:
+    """Return each target under importances.
+
+    Raises:
+        ValueError: a structure does not divide its weight, or its scope matches nothing.
+    """
+    _warn_about_dense(model, targets, config)
+    structures = config.sparse_structure_by_scopes
+    if config.validate_scopes:
+        names = [target.name for target in targets]
+        scopes = [scope for structure in structures for scope in structure.target_scopes]
+        check_scopes(scopes, names, "sparse_structure_by_scopes")
+    named = {user: target.name for target in targets for user in target.users}
+    groups, left_out = structure_groups(model, named, config)
+    _check_structures(groups, left_out, config)
+    sides = {} if config.enable_structured_masking is False else units(groups)
+    weights = {target.users[0][0]: target for target in targets if target.weight.ndim == 2}
+    made: list[SparseWeight] = []
+    for target in targets:
+        owner = target if target.weight.ndim == 2 else weights[target.users[0][0]]
+        factors = _factors(owner, config)
+        unit = sides.get(owner.users[0], (0, 0))
+        tile = _tile(factors[0], unit[0]), _tile(factors[1], unit[1])
+        if owner is not target:
+            factors, tile = (1, factors[0]), (1, tile[0])
+        made.append(
+            MovementWeight(
+                *target.users[0],
+                target.name,
+                factors,
+                tile,
+                multiplier=config.compression_lr_multiplier,
+                backend=backend,
+                dispatch=dispatch,
+            )
+        )
+    return made
+
+
+def _tile(factor: int, unit: int) -> int:
+    """Return the longest side of a block that divides both; a unit of 0 does not matter."""
+    common = math.gcd(factor, unit)
+    return min(common & -common, MAX_BLOCK_SIDE)
+
+
+def _factors(target: Target, config: MovementSparsityConfig) -> tuple[int, int]:
+    shape = target.weight.shape
+    structure = _structure(target.name, config)
+    if structure is None:
+        factors = config.pattern.rows, config.pattern.cols
+    else:
+        factors = structure.factors((shape[0], shape[1]))
+    if shape[0] % factors[0] or shape[1] % factors[1]:
+        raise ValueError(
+            f"create_controller: sparse_factors {list(factors)} must divide the weight of "
+            f"{target.name!r}, got {list(shape)}"
+        )
+    return factors
+
+
+class ImportanceLoss(LearnedLoss):
+    """Pulls importances down: the mean over layers of ``(mean sigmoid(S) * r * c + mean
+    sigmoid(S_bias) * r) * 0.5 * factor``, with r x c elements an importance.
+
+    Args:
+        layers: the weights of each layer: its own, and its bias if that is masked.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[MovementWeight]]) -> None:
+        super().__init__([weight for layer in layers for weight in layer])
+        self.factor = 0.0
+        self._layers = layers
+
+    @property
+    def is_live(self) -> bool:
+        return super().is_live and self.factor > 0
+
+    def trained(self) -> Tensor | None:
+        """Return the loss; None before the warm-up and once masks are frozen."""
+        if self.disabled or self.factor == 0:
+            return None
+        means = [
+            torch.sigmoid(weight.trained_scores()).mean() * math.prod(weight.factors)
+            for layer in self._layers
+            for weight in layer
+        ]
+        return torch.stack(means).sum() * (LAYER_FACTOR * self.factor / len(self._layers))

@@ -1,0 +1,265 @@
+"""Regularisation-based sparsity, NNCF's ``rb_sparsity``: which groups stay is learned.
+
+Each group has a logit s, the log-odds of being kept. In training masks are drawn at random; the
+logits learn from the task's gradient and from a loss that pulls the number kept to the scheduled
+one (after Louizos et al., https://arxiv.org/abs/1712.01312). In evaluation, and once frozen, a
+group is kept where s > 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from ...kernels.dispatch import Dispatch
+from ...kernels.launch import Backend
+from ..api import CompressionStage
+from ..config.algorithm import AlgorithmConfig, ScheduledConfig, ScheduleField
+from ..config.schedule import ExponentialSchedule, Schedule
+from ..masks.learned import read_scores, scores_state
+from ..masks.statistics import SparsityStatistics, Statistics
+from ..masks.targets import Target
+from ..masks.weight import SparseModuleInfo, SparseWeight
+from .base import Change
+from .learned import LearnedController
+from .logits import Draws, SparseLoss, logit_weights
+from .scheduler import SparsityScheduler, StubScheduler
+
+
+def _default_schedule(data: dict[str, Any]) -> ExponentialSchedule | None:
+    local = data.get("sparsity_level_setting_mode") == "local"
+    return None if local else ExponentialSchedule()
+
+
+class RBSparsityConfig(ScheduledConfig):
+    """Learn which groups stay.
+
+    For example ``RBSparsityConfig(pattern=Block(32, 32),
+    schedule=ExponentialSchedule(target_level=0.8, target_epoch=3))``. Pattern, scopes, overrides
+    (of patterns) and BatchNorm adaptation are ``AlgorithmConfig``'s.
+
+    Args:
+        algorithm: its name, fixed.
+        sparsity_level_setting_mode: ``"global"``: a schedule sets the level that the loss pulls
+            all target weights together to; ``"local"``: no schedule, and each weight is pulled to
+            a level of its own, set through the controller.
+        schedule: which level holds when, the initial one included; by default
+            ``ExponentialSchedule()``. None in ``local`` mode.
+        sparsity_init: in ``local`` mode the level before any is set, in [0, 1).
+        compression_lr_multiplier: a factor of the logits' gradients, not negative; None: 1.
+        seed: of the draws, from 0 to 2^63 - 1; None: torch's (``torch.initial_seed()``).
+
+    Raises:
+        ValueError: an argument is unknown or out of its range, or two do not go together.
+    """
+
+    algorithm: Literal["rb_sparsity"] = "rb_sparsity"
+    schedule: ScheduleField = Field(default_factory=_default_schedule)
+    compression_lr_multiplier: (
+        Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] | None
+    ) = None
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = None
+
+    @model_validator(mode="after")
+    def _check_overrides_set_no_level(self) -> RBSparsityConfig:
+        for override in self.overrides:
+            if override.minimum_level > 0 or override.maximum_level < 1:
+                raise ValueError(
+                    "overrides must set no minimum_level or maximum_level, as levels are learned, "
+                    f"got {override!r}; sparsity_level_setting_mode 'local' gives each weight its "
+                    "own"
+                )
+        return self
+
+
+@dataclass(frozen=True)
+class RBSparsityStatistics(SparsityStatistics):
+    """Statistics of ``rb_sparsity``, read off the logits as they are.
+
+    Attributes:
+        mean_sparse_prob: mean probability of a group to be pruned.
+    """
+
+    mean_sparse_prob: float
+
+    def to_str(self) -> str:
+        return f"{super().to_str()}\n\nMean probability to be pruned: {self.mean_sparse_prob:.4f}"
+
+
+class RBSparsityController(LearnedController):
+    """Controls masks that are drawn from trained logits, anew at each ``scheduler.step()``.
+
+    Args:
+        target_model: the model.
+        sparsified_module_info: one entry a masked weight, a ``LogitWeight``.
+        config: what to prune, and when.
+        batchnorm_data: batches for ``config.batchnorm_adaptation``.
+    """
+
+    name = "rb_sparsity"
+
+    @classmethod
+    def make_weights(
+        cls,
+        model: nn.Module,
+        targets: Sequence[Target],
+        config: AlgorithmConfig,
+        backend: Backend,
+        dispatch: Dispatch,
+    ) -> list[SparseWeight]:
+        assert isinstance(config, RBSparsityConfig)
+        return logit_weights(
+            targets,
+            seed=config.seed,
+            multiplier=config.compression_lr_multiplier,
+            backend=backend,
+            dispatch=dispatch,
+        )
+
+    def __init__(
+        self,
+        target_model: nn.Module,
+        sparsified_module_info: Sequence[SparseModuleInfo],
+        config: RBSparsityConfig,
+        batchnorm_data: Iterable[Any] | None = None,
+    ) -> None:
+        super().__init__(target_model, sparsified_module_info)
+        self.config = config
+        self._configure(config, batchnorm_data)
+        self._draws: Draws = self._weights[0].draws  # pyright: ignore[reportAttributeAccessIssue]
+        self._sparse_loss = SparseLoss(
+            self.sparsified_module_info, local=config.sparsity_level_setting_mode == "local"
+        )
+        self._loss = self._sparse_loss
+        if config.schedule is None:
+            self._scheduler = SamplingStub(self)
+        else:
+            self._scheduler = SamplingScheduler(self, config.schedule)
+            self._target_level = config.schedule.target_level
+        self.set_sparsity_level(config.initial_level)
+
+    def draw_masks(self) -> None:
+        """Draw new masks for the coming optimiser step."""
+        self._draws.random[1] += 1
+
+    def disable_scheduler(self) -> None:
+        self._scheduler = SamplingStub(self)
+
+    def _find_masks(self, infos: list[SparseModuleInfo], level: float) -> Change:
+        """Set the level that the loss pulls to; training takes the masks there."""
+        targets = [None] if infos is self.sparsified_module_info else infos
+        for info in targets:
+            self._sparse_loss.check_target(info)
+
+        def write() -> None:
+            for info in targets:
+                self._sparse_loss.set_target(1 - level, info)
+
+        return write
+
+    def adapt_to_frozen(self) -> None:
+        """Adapt BatchNorm to the masks that stay, if that is configured."""
+        if self._batchnorm is not None:
+            self._adapt_batchnorm()
+
+    def compression_stage(self) -> CompressionStage:
+        stage = super().compression_stage()
+        if stage is CompressionStage.FULLY_COMPRESSED and self._sparse_loss.local:
+            for info, density in zip(
+                self.sparsified_module_info, self._sparse_loss.densities, strict=True
+            ):
+                operand = info.operand
+                if operand.pruned_groups() < round((1 - density) * operand.groups) - 1:
+                    return CompressionStage.PARTIALLY_COMPRESSED
+        return stage
+
+    def distributed(self) -> None:
+        """Let all ranks draw what the first of them draws.
+
+        Raises:
+            RuntimeError: ``torch.distributed`` has no process group.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise RuntimeError(
+                "distributed: torch.distributed must have a process group; call "
+                "init_process_group() first"
+            )
+        torch.distributed.broadcast(self._draws.random, src=0)
+
+    def statistics(self, quickly_collected_only: bool = False) -> Statistics:
+        found: SparsityStatistics = getattr(super().statistics(), self.name)
+        with torch.no_grad():
+            kept = sum(op.scores.sigmoid().sum(dtype=torch.float64) for op in self._weights)
+        mean = 1 - float(kept) / sum(operand.groups for operand in self._weights)
+        own = RBSparsityStatistics(found.model_statistics, found.target_sparsity_level, mean)
+        return Statistics(**{self.name: own})
+
+    def _own_state(self) -> dict[str, Any]:
+        seed, draw = self._draws.random.tolist()
+        return {"seed": seed, "draw": draw, "logits": scores_state(self.sparsified_module_info)}
+
+    def _read_own_state(self, state: Mapping[str, Any]) -> Change:
+        if set(state) != {"seed", "draw", "logits"}:
+            raise ValueError(
+                f"load_state: algorithm_state must have seed, draw and logits, got {sorted(state)}"
+            )
+        for key, end in (("seed", 2**63), ("draw", 2**32)):
+            if type(state[key]) is not int or not 0 <= state[key] < end:
+                raise ValueError(
+                    f"load_state: {key} must be an integer from 0, got {state[key]!r}"
+                )
+        logits = read_scores(state["logits"], self.sparsified_module_info)
+
+        @torch.no_grad()
+        def take() -> None:
+            for weight, saved in zip(self._weights, logits, strict=True):
+                weight.scores.copy_(saved)
+            random = self._draws.random
+            random.copy_(torch.tensor([state["seed"], state["draw"]], device=random.device))
+
+        return take
+
+
+class SamplingScheduler(SparsityScheduler):
+    """Has the controller draw masks at each step, and look at each epoch that ends, besides
+    following the schedule.
+    """
+
+    def __init__(self, controller: RBSparsityController, schedule: Schedule) -> None:
+        super().__init__(controller, schedule)
+        self._sampler = controller
+
+    def _apply(self) -> None:
+        # masks that the user froze before the schedule does
+        if not self._sampler.frozen:
+            super()._apply()
+            if self._sampler.frozen:
+                self._sampler.adapt_to_frozen()
+
+    def step(self, next_step: int | None = None) -> None:
+        super().step(next_step)
+        self._sampler.draw_masks()
+
+    def epoch_step(self, next_epoch: int | None = None) -> None:
+        self._sampler.check_epoch()
+        super().epoch_step(next_epoch)
+
+
+class SamplingStub(StubScheduler):
+    """Changes no level; has the controller draw masks at each step."""
+
+    def __init__(self, controller: RBSparsityController) -> None:
+        super().__init__(controller.begin_step)
+        self._sampler = controller
+
+    def step(self, next_step: int | None = None) -> None:
+        super().step(next_step)
+        self._sampler.draw_masks()
+
+    def epoch_step(self, next_epoch: int | None = None) -> None:
+        self._sampler.check_epoch()

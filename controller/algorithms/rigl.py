@@ -1,0 +1,201 @@
+"""RigL: SET that grows where the gradient is greatest.
+
+As published it grows where |g| is. In a linear layer whole rows and columns have a large |g|:
+outputs that the loss is sensitive to, inputs that are large. Growth then heaps up there (measured
+on a transformer: two thirds of a layer's in a tenth of its rows) and does worse than growth at
+random. An optimiser such as Adam, which divides by the gradient's size, sees no such difference;
+so by default g is divided here by the root mean square of its row, then of its column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..masks.weight import SparseModuleInfo
+from ..selection.criteria import Importance, scores_by_group
+from .base import Change
+from .set import RegrowthConfig, RegrowthScheduler, SETController
+
+
+class RigLConfig(RegrowthConfig):
+    """Drop by magnitude, grow by gradient: Evci et al., https://arxiv.org/abs/1911.11134.
+
+    For example ``RigLConfig(level=0.8, t_end=7500)``; ``RegrowthConfig`` has the other arguments.
+
+    Args:
+        growth: ``"gradient"``: grow where |g| is greatest, as published; ``"normed_gradient"``:
+            where it is greatest against its row's and its column's.
+    """
+
+    algorithm: Literal["rigl"] = "rigl"
+    growth: Literal["gradient", "normed_gradient"] = "normed_gradient"
+
+
+class RigLController(SETController):
+    """SET that grows where the gradient is greatest.
+
+    In the step before an update, and in no other, pruned groups get a gradient: it is kept aside
+    as it arrives, before ``weight.grad`` is made zero there, so that neither the optimiser nor a
+    clipped norm sees it. An update whose gradients overflowed, as with AMP, or were not asked for,
+    because steps were skipped, waits for the next step.
+
+    Ranks that see different data agree on the masks once ``distributed()`` was called.
+    """
+
+    name = "rigl"
+
+    def __init__(
+        self,
+        target_model: nn.Module,
+        sparsified_module_info: Sequence[SparseModuleInfo],
+        config: RigLConfig,
+        batchnorm_data: Iterable[Any] | None = None,
+    ) -> None:
+        self._normed = config.growth == "normed_gradient"
+        self._gradients: dict[str, Tensor] = {}
+        self._watching = False
+        self._overdue = False
+        self._reduces = False
+        super().__init__(target_model, sparsified_module_info, config, batchnorm_data)
+
+    def update(self, step: int) -> None:
+        super().update(step)
+        self._gradients.clear()
+        self._watch_if_due_next()
+
+    def _is_due(self, step: int) -> bool:
+        return super()._is_due(step) or (self._overdue and step < self.config.t_end)
+
+    def _grow_scores(self, infos: Sequence[SparseModuleInfo], step: int) -> list[Tensor]:
+        scores: list[Tensor] = []
+        # one by one: of a block pattern no more than one weight's copy is there at a time
+        for info in infos:
+            gradient = info.operand.matrix(self._gradients[info.module_node_name])
+            if self._normed:
+                # a copy: an update that is refused yet is made by the same gradients later
+                gradient = gradient.clone()
+                norm_(gradient)
+            scores += scores_by_group([info], [Importance(gradient)]).tensors
+        return scores
+
+    def _regrowing(self) -> list[SparseModuleInfo]:
+        # a weight that the step did not use has nothing to grow by
+        return [i for i in super()._regrowing() if i.module_node_name in self._gradients]
+
+    def _regrow(self, step: int) -> None:
+        if not self._gradients and super()._regrowing():
+            if self._watching:
+                raise RuntimeError(
+                    f"rigl: the update of step {step} needs the gradients of the step before, and "
+                    "there was no backward pass between the scheduler's two calls of step()"
+                )
+            # the step before was not known to be one: unfrozen since, or steps were skipped
+            self._overdue = True
+            return
+        if self._reduces:
+            # in the same order on every rank, also where this one has not used a weight
+            for info in super()._regrowing():
+                gradient = self._gradients.setdefault(
+                    info.module_node_name, torch.zeros_like(info.weight)
+                )
+                torch.distributed.all_reduce(gradient)
+        self._overdue = not all(bool(g.isfinite().all()) for g in self._gradients.values())
+        if not self._overdue:
+            super()._regrow(step)
+
+    def _watch_if_due_next(self) -> None:
+        # a stub, which has taken the scheduler's place, begins no step
+        scheduled = isinstance(self._scheduler, RegrowthScheduler) and not self.frozen
+        self._watch(scheduled and self._is_due(self._scheduler.current_step + 1))
+
+    def _watch(self, watch: bool) -> None:
+        """Keep the dense gradients of this step; or stop that."""
+        self._watching = watch
+        for info in self.sparsified_module_info:
+            weight = info.operand
+            wanted = watch and not weight.all_kept and info.weight.requires_grad
+            weight.dense_gradient_taker = self._taker(info) if wanted else None
+            if weight.product is not None and weight.product.dense_weight_grad != wanted:
+                weight.product.dense_weight_grad = wanted
+                weight.product.flag()
+
+    def _taker(self, info: SparseModuleInfo) -> Callable[[Tensor], None]:
+        name, weight = info.module_node_name, info.operand
+
+        @torch.no_grad()
+        def take(gradient: Tensor) -> None:
+            dense = gradient.clone()
+            if name in self._gradients:
+                # a further micro-batch: of kept elements the gradient is the sum of all already
+                pruned = self._gradients[name]
+                dense += pruned.masked_fill_(weight.binary_mask, 0)
+            self._gradients[name] = dense
+
+        return take
+
+    def distributed(self) -> None:
+        """Let ranks add up the gradients by which they grow, over the default process group.
+
+        Raises:
+            RuntimeError: there is no process group.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise RuntimeError("distributed: torch.distributed must be initialised first")
+        self._reduces = True
+
+    def freeze(self, freeze: bool = True) -> None:
+        super().freeze(freeze)
+        if freeze:
+            self._watch(False)
+
+    def disable_scheduler(self) -> None:
+        super().disable_scheduler()
+        self._watch(False)
+
+    def _read_state(self, state: Mapping[str, Mapping[str, Any]]) -> Change:
+        take_state = super()._read_state(state)
+
+        def take() -> None:
+            take_state()
+            # the step may have its backward pass yet to come
+            self._watch_if_due_next()
+
+        return take
+
+    def _own_state(self) -> dict[str, Any]:
+        gradients = {n: g.detach().to("cpu", copy=True) for n, g in self._gradients.items()}
+        return super()._own_state() | {"overdue": self._overdue, "dense_gradients": gradients}
+
+    def _read_own_state(self, state: Mapping[str, Any]) -> Change:
+        missing = {"overdue", "dense_gradients"} - set(state)
+        if missing:
+            raise ValueError(f"load_state: algorithm_state lacks {sorted(missing)}")
+        infos = {info.module_node_name: info for info in self.sparsified_module_info}
+        gradients = dict(state["dense_gradients"])
+        for name, gradient in gradients.items():
+            if name not in infos or gradient.shape != infos[name].weight.shape:
+                raise ValueError(f"load_state: dense_gradients of {name!r} must fit its weight")
+        rest = {k: v for k, v in state.items() if k not in ("overdue", "dense_gradients")}
+        take_rest = super()._read_own_state(rest)
+
+        def take() -> None:
+            take_rest()
+            self._overdue = bool(state["overdue"])
+            self._gradients = {
+                name: gradient.to(infos[name].weight.device, copy=True)
+                for name, gradient in gradients.items()
+            }
+
+        return take
+
+
+def norm_(gradient: Tensor) -> None:
+    """Divide a matrix by the root mean square of each row, then of each column, in place."""
+    for dim in (1, 0):
+        size = torch.linalg.vector_norm(gradient, dim=dim, keepdim=True, dtype=torch.float64)
+        size *= gradient.shape[dim] ** -0.5
+        gradient.div_(size.masked_fill_(size == 0, 1))

@@ -1,0 +1,259 @@
+"""Dynamic sparse training, SET: the level stays, the masks move.
+
+Every ``delta_t`` steps each weight drops a fraction of its kept groups, those of least importance,
+and grows as many others: at random here, by gradient in ``rigl.py``. What returns starts at zero,
+with moments of zero: both were cleared when it was pruned.
+
+Reading order: configurations, controller, what it is made of.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ...kernels.launch import Backend
+from ...kernels.mask import make_mask
+from ...kernels.select import select
+from ..config.algorithm import AlgorithmConfig
+from ..config.schedule import Level, Positive, Whole
+from ..masks.names import canonical
+from ..masks.weight import SparseModuleInfo
+from ..selection.allocation import distribute, erdos_renyi
+from ..selection.criteria import WeightImportance, random_numbers
+from ..selection.scorer import Scorer
+from ..selection.thresholds import pools
+from .base import BaseSparsityAlgoController, Change
+from .scheduler import CompressionScheduler
+
+
+class RegrowthConfig(AlgorithmConfig):
+    """What SET and RigL are given. Pattern, scopes and overrides are ``AlgorithmConfig``'s.
+
+    Args:
+        level: fraction of the groups that is pruned, from the start on, in [0, 1).
+        t_end: optimiser step from which the masks stay; 0: the first masks stay. About three
+            quarters of the training, and, unless it is 0 or 1, beyond the first update.
+        distribution: ``"erk"``: Erdos-Renyi-Kernel, narrow weights keep more; ``"uniform"``: the
+            same level everywhere. Counts are exact, within the limits of overrides.
+        initial_masks: ``"random"``, or the groups of greatest ``"importance"``.
+        weight_importance: by which groups are dropped; see ``criteria.py``.
+        alpha: fraction of the kept groups that moves at first, in [0, 1]; it falls along a cosine
+            to 0 at ``t_end``.
+        delta_t: optimiser steps between two updates, and before the first.
+        seed: of random masks and growth; the same on every rank.
+
+    Raises:
+        ValueError: an argument is missing, unknown or out of its range, or no update would happen.
+    """
+
+    sets_levels_by = "the level holds from the start, params.level"
+
+    level: Level
+    t_end: Whole
+    distribution: Literal["erk", "uniform"] = "erk"
+    initial_masks: Literal["random", "importance"] = "random"
+    weight_importance: WeightImportance = "abs"
+    alpha: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] = 0.3
+    delta_t: Positive = 100
+    seed: Whole = 0
+
+    @model_validator(mode="after")
+    def _check_updates(self) -> RegrowthConfig:
+        # no delta_t is below a t_end of 1, which says what 0 says
+        if 1 < self.t_end <= self.delta_t and self.alpha > 0:
+            raise ValueError(
+                f"delta_t must be less than t_end {self.t_end}, or no mask would ever move, got "
+                f"{self.delta_t}; a delta_t of a twentieth of t_end is common, and t_end=0 says "
+                "that the first masks stay"
+            )
+        return self
+
+
+class SETConfig(RegrowthConfig):
+    """Drop by magnitude, grow at random: Mocanu et al., https://arxiv.org/abs/1707.04780.
+
+    For example ``SETConfig(level=0.8, t_end=7500)``; ``RegrowthConfig`` has the arguments.
+    """
+
+    algorithm: Literal["set"] = "set"
+
+
+class RegrowthScheduler(CompressionScheduler):
+    """Has its controller begin every optimiser step; epochs mean nothing to it.
+
+    A step whose update is refused is not counted: the next call begins it again.
+    """
+
+    def __init__(self, controller: SETController) -> None:
+        super().__init__(controller.begin_step)
+        self._controller = controller
+
+    def step(self, next_step: int | None = None) -> None:
+        before = self._current_step
+        super().step(next_step)
+        try:
+            self._controller.update(self._current_step)
+        except BaseException:
+            self._current_step = before
+            raise
+
+
+class SETController(BaseSparsityAlgoController):
+    """Moves a fraction of the kept groups every ``delta_t`` steps; every weight's count stays.
+
+    Args:
+        target_model: the model.
+        sparsified_module_info: one entry a masked weight.
+        config: how sparse, and how masks move.
+        batchnorm_data: batches for ``config.batchnorm_adaptation``.
+    """
+
+    name = "set"
+
+    def __init__(
+        self,
+        target_model: nn.Module,
+        sparsified_module_info: Sequence[SparseModuleInfo],
+        config: RegrowthConfig,
+        batchnorm_data: Iterable[Any] | None = None,
+    ) -> None:
+        super().__init__(target_model, sparsified_module_info)
+        self.config = config
+        self._configure(config, batchnorm_data)
+        infos = self.sparsified_module_info
+        self._scorer = self._criterion = Scorer(infos, config.weight_importance, config.seed)
+        self._scheduler = RegrowthScheduler(self)
+        self._target_level = config.level
+        self.set_sparsity_level(config.level)
+        if self._batchnorm is not None:
+            self._adapt_batchnorm()
+
+    def drop_fraction(self, step: int) -> float:
+        """Return alpha / 2 (1 + cos(pi step / t_end)), and 0 from ``t_end`` on."""
+        config = self.config
+        if step >= config.t_end:
+            return 0.0
+        return config.alpha / 2 * (1 + math.cos(math.pi * step / config.t_end))
+
+    def update(self, step: int) -> None:
+        """Move groups, if that is due at the beginning of ``step``."""
+        if self._is_due(step) and not self.frozen:
+            self._regrow(step)
+
+    def _is_due(self, step: int) -> bool:
+        return step > 0 and step % self.config.delta_t == 0 and self.drop_fraction(step) > 0
+
+    def _drop_scores(self, infos: Sequence[SparseModuleInfo]) -> list[Tensor]:
+        """Return grids, of weights of one pattern: the groups of lowest score are dropped."""
+        return self._criterion.scores(infos).tensors
+
+    def _grow_scores(self, infos: Sequence[SparseModuleInfo], step: int) -> list[Tensor]:
+        """Return grids, of weights of one pattern: the groups of highest score are grown."""
+        return [self._random_grid(info, step) for info in infos]
+
+    def _regrowing(self) -> list[SparseModuleInfo]:
+        """Return the weights that have something to grow."""
+        return [info for info in self.sparsified_module_info if not info.operand.all_kept]
+
+    @torch.no_grad()
+    def _regrow(self, step: int) -> None:
+        """Drop and grow; a refused update has changed nothing."""
+        fraction = self.drop_fraction(step)
+        growing = self._regrowing()
+        found: list[tuple[SparseModuleInfo, Tensor]] = []
+        with self._changing(growing):
+            for infos in pools(growing):
+                scores = zip(
+                    infos, self._drop_scores(infos), self._grow_scores(infos, step), strict=True
+                )
+                for info, drop, grow in scores:
+                    before, kept = info.operand.kept_grid(), info.operand.kept
+                    moving = int(fraction * kept)
+                    after = _highest(info, drop, kept - moving, among=before)
+                    after |= _highest(info, grow, moving, among=~after)
+                    found.append((info, after))
+            for info, after in found:
+                info.operand.set_grid(after)
+
+    def _find_masks(self, infos: list[SparseModuleInfo], level: float) -> Change:
+        """Distribute the level; drop the least important, or grow at random, to reach it.
+
+        The first masks, of a model with none, are those of the configuration.
+        """
+        first = all(info.operand.all_kept for info in self.sparsified_module_info)
+        at_random = first and self.config.initial_masks == "random"
+        found: list[tuple[SparseModuleInfo, Tensor]] = []
+        for pool in pools(infos):
+            counts = self._counts(pool, level)
+            drop = [self._random_grid(info, 0) for info in pool]
+            shrinking = any(n < i.operand.kept for i, n in zip(pool, counts, strict=True))
+            if shrinking and not at_random:
+                drop = self._drop_scores(pool)
+            for info, count, score in zip(pool, counts, drop, strict=True):
+                before, kept = info.operand.kept_grid(), info.operand.kept
+                after = _highest(info, score, min(kept, count), among=before)
+                if count > kept:
+                    grow = self._random_grid(info, max(self._scheduler.current_step, 0))
+                    after |= _highest(info, grow, count - kept, among=~after)
+                found.append((info, after))
+
+        def write() -> None:
+            for info, after in found:
+                info.operand.set_grid(after)
+
+        return write
+
+    def _counts(self, pool: list[SparseModuleInfo], level: float) -> list[int]:
+        """Return how many groups each weight of a pool keeps."""
+        groups = [info.operand.groups for info in pool]
+        densities = [1.0] * len(pool)
+        if self.config.distribution == "erk":
+            densities = [erdos_renyi(info.weight.shape) for info in pool]
+        least, most = [0] * len(pool), groups
+        if len(pool) > 1:
+            limits = [(i.minimum_level, i.maximum_level, i.operand.groups) for i in pool]
+            least = [n - round(high * n) for _, high, n in limits]
+            most = [max(n - round(low * n), n - round(high * n)) for low, high, n in limits]
+        total = sum(groups) - round(level * sum(groups))
+        # each limit was rounded by itself: together they may miss the total by a group a weight
+        if sum(least) - len(pool) < total < sum(most) + len(pool):
+            total = min(max(total, sum(least)), sum(most))
+        if not sum(least) <= total <= sum(most):
+            raise ValueError(
+                f"set_sparsity_level: level {level} cannot be reached within the limits of "
+                f"overrides: {total} of {sum(groups)} groups to keep, between {sum(least)} and "
+                f"{sum(most)} allowed"
+            )
+        return distribute(total, groups, densities, least, most)
+
+    def _random_grid(self, info: SparseModuleInfo, step: int) -> Tensor:
+        name = zlib.crc32(canonical(info.module_node_name).encode())
+        numbers = random_numbers(info.operand.grid, self.config.seed, step, name)
+        return numbers.to(info.weight.device)
+
+
+def _highest(info: SparseModuleInfo, scores: Tensor, count: int, *, among: Tensor) -> Tensor:
+    """Return a bool grid: the ``count`` groups of highest |score| among some, the first of equals.
+
+    Raises:
+        ValueError: a score is NaN or Inf.
+    """
+    backend: Backend = info.operand.backend
+    candidates = scores[among][None]
+    threshold = select([candidates], candidates.numel() - count, backend=backend)
+    if threshold.nonfinite:
+        raise ValueError(
+            f"set_sparsity_level: the importance of {info.module_node_name!r} holds NaN or Inf; "
+            "masks are left as they were"
+        )
+    (chosen,) = make_mask([candidates], threshold, packed=False, backend=backend)
+    grid = torch.zeros_like(among)
+    grid[among] = chosen[0]
+    return grid

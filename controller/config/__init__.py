@@ -1,0 +1,1 @@
+"""Declarations: what a user writes, validated at construction; no tensor in sight."""

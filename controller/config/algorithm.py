@@ -1,0 +1,257 @@
+"""What every algorithm's configuration shares: pattern, scopes, overrides, BatchNorm adaptation.
+
+Each algorithm's own configuration is a subclass beside its controller; ``nncf_config.py``
+translates NNCF's dictionary into one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    StrictBool,
+    field_validator,
+    model_validator,
+)
+
+from ...kernels.pattern import NM, Block, Pattern, Unstructured
+from .declaration import Declaration
+from .schedule import (
+    AdaptiveSchedule,
+    ExponentialSchedule,
+    Level,
+    MultistepSchedule,
+    PolynomialSchedule,
+    Schedule,
+    Whole,
+)
+from .scope import check_scope
+
+SCHEDULES = {
+    "polynomial": PolynomialSchedule,
+    "exponential": ExponentialSchedule,
+    "multistep": MultistepSchedule,
+    "adaptive": AdaptiveSchedule,
+}
+
+
+def parse_pattern(pattern: object) -> Pattern:
+    """Return the pattern that ``pattern`` is or spells.
+
+    Args:
+        pattern: a pattern, ``"unstructured"``, ``{"block": [rows, cols]}``, ``{"nm": [n, m]}`` or
+            ``{"nm": [2, 4], "transposable": True}``.
+
+    Raises:
+        ValueError: it is none of these, or ``Block`` or ``NM`` refuse its numbers.
+    """
+    match pattern:
+        case Unstructured() | Block() | NM():
+            return pattern
+        case "unstructured":
+            return Unstructured()
+        case {"block": [rows, cols], **rest} if not rest:
+            return Block(rows, cols)
+        case {"nm": [n, m], **rest} if not rest.keys() - {"transposable"}:
+            return NM(n, m, **rest)
+    raise ValueError(
+        "must be Unstructured(), Block(rows, cols), NM(n, m), 'unstructured', "
+        "{'block': [rows, cols]}, {'nm': [n, m]} or {'nm': [2, 4], 'transposable': True}, "
+        f"got {pattern!r}"
+    )
+
+
+def _spell_pattern(pattern: Pattern) -> str | dict[str, Any]:
+    match pattern:
+        case Unstructured():
+            return "unstructured"
+        case Block(rows, cols):
+            return {"block": [rows, cols]}
+        case NM(n, m, transposable):
+            return {"nm": [n, m]} | ({"transposable": True} if transposable else {})
+
+
+def _scope(scope: str) -> str:
+    check_scope(scope)
+    return scope
+
+
+def listed(scopes: Any) -> Any:
+    """Let one scope, or JSON's list, stand for a tuple; what else it is, is left to be refused."""
+    match scopes:
+        case str():
+            return (scopes,)
+        case list():
+            return tuple(scopes)
+    return scopes
+
+
+def _known_schedule(schedule: object) -> object:
+    known = isinstance(schedule, Mapping) and str(schedule.get("kind")) in SCHEDULES
+    if schedule is None or isinstance(schedule, Schedule) or known:
+        return schedule
+    raise ValueError(
+        f"must be a schedule such as PolynomialSchedule(target_level=0.8), got {schedule!r}"
+    )
+
+
+# what is compared with what: all weights of one pattern, or each weight's groups with one another
+Pool = Literal["global", "weight"]
+
+PatternField = Annotated[Pattern, PlainValidator(parse_pattern), PlainSerializer(_spell_pattern)]
+Scope = Annotated[str, Field(strict=True), AfterValidator(_scope)]
+Scopes = Annotated[tuple[Scope, ...], BeforeValidator(listed), Field(strict=True)]
+# the field `schedule` of an algorithm that follows one; None is for the algorithm to judge
+ScheduleField = Annotated[
+    Annotated[Schedule, Field(discriminator="kind")] | None, BeforeValidator(_known_schedule)
+]
+
+
+class BatchNormAdaptation(Declaration):
+    """Re-estimate the running statistics of BatchNorm layers after the first masks are set.
+
+    Args:
+        num_bn_adaptation_samples: inputs to run through the model, rounded up to whole batches; 0
+            runs none.
+
+    Raises:
+        ValueError: an argument is unknown or out of its range.
+    """
+
+    num_bn_adaptation_samples: Whole = 2000
+
+
+class Override(Declaration):
+    """What holds for some weights alone. Of several overrides that match a weight the first holds.
+
+    Args:
+        scope: which weights: module path, glob or ``{re}`` expression.
+        pattern: their pattern; None: the configuration's.
+        minimum_level: each of them is pruned at least this far, in [0, 1).
+        maximum_level: each of them is pruned at most this far, in [0, 1].
+
+    Raises:
+        ValueError: an argument is unknown or out of its range, or the limits cross.
+    """
+
+    scope: Scope
+    pattern: PatternField | None = None
+    minimum_level: Level = 0.0
+    maximum_level: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] = 1.0
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> Override:
+        if self.minimum_level > self.maximum_level:
+            raise ValueError(
+                f"minimum_level must be at most maximum_level {self.maximum_level}, "
+                f"got {self.minimum_level}"
+            )
+        return self
+
+
+class AlgorithmConfig(Declaration):
+    """Base of the algorithms' configurations.
+
+    Args:
+        pattern: what is pruned together. Under ``NM`` a level counts elements, and a schedule may
+            go up to 1 - n/m; ``NM`` in an override stays there where the schedule goes on.
+        targets: ``"linear"``: the linear layers, attention and experts included, of the
+            transformer blocks, if there are any; ``"all"``: embeddings, convolutions and heads
+            too; None: what ``target_scopes`` names, else ``"linear"`` for a model with transformer
+            blocks and ``"all"`` for any other. See ``masks/targets.py``.
+        target_scopes: the modules to take; None takes all. See ``scope.py`` for what a scope is.
+        ignored_scopes: the modules to leave out, even if they are targets.
+        validate_scopes: whether a scope that matches nothing is an error.
+        overrides: patterns and limits of single weights.
+        batchnorm_adaptation: None runs none.
+
+    Raises:
+        ValueError: an argument is unknown or out of its range, or two do not go together.
+    """
+
+    # whether masks are chosen within tuples; else an element or a block has a fate of its own
+    takes_nm: ClassVar[bool] = False
+    # what decides, where no initial level is given
+    sets_levels_by: ClassVar[str] = "the algorithm has no initial level"
+
+    pattern: PatternField = Unstructured()
+    targets: Literal["linear", "all"] | None = None
+    target_scopes: Scopes | None = None
+    ignored_scopes: Scopes = ()
+    validate_scopes: StrictBool = True
+    overrides: Annotated[tuple[Override, ...], BeforeValidator(listed), Field(strict=True)] = ()
+    batchnorm_adaptation: BatchNormAdaptation | None = None
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: PatternField) -> Pattern:
+        return cls._fitting(pattern)
+
+    @field_validator("overrides")
+    @classmethod
+    def _check_overrides(cls, overrides: tuple[Override, ...]) -> tuple[Override, ...]:
+        for override in overrides:
+            if override.pattern is not None:
+                cls._fitting(override.pattern)
+        return overrides
+
+    @classmethod
+    def _fitting(cls, pattern: Pattern) -> Pattern:
+        if isinstance(pattern, NM) and not cls.takes_nm:
+            raise ValueError(f"must be Unstructured() or Block(rows, cols), got {pattern!r}")
+        return pattern
+
+    @field_validator("target_scopes")
+    @classmethod
+    def _check_target_scopes(cls, scopes: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if scopes == ():
+            raise ValueError("must be None or name a scope, got ()")
+        return scopes
+
+
+class ScheduledConfig(AlgorithmConfig):
+    """Base of the configurations of what follows a schedule, or has levels set weight by weight.
+
+    Args:
+        sparsity_level_setting_mode: ``"global"``: by a schedule; ``"local"``: through the
+            controller, without one.
+        schedule: which level holds when, the initial one included. None in ``local`` mode.
+        sparsity_init: in ``local`` mode the level before any is set, in [0, 1).
+
+    Raises:
+        ValueError: an argument is unknown or out of its range, or two do not go together.
+    """
+
+    sparsity_level_setting_mode: Literal["global", "local"] = "global"
+    schedule: ScheduleField = None
+    sparsity_init: Level = 0.0
+
+    @property
+    def initial_level(self) -> float:
+        """The level before the first epoch."""
+        return self.sparsity_init if self.schedule is None else self.schedule.initial_level
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> ScheduledConfig:
+        if self.sparsity_level_setting_mode == "local":
+            if self.schedule is not None:
+                raise ValueError(
+                    "schedule must be None with sparsity_level_setting_mode 'local', where levels "
+                    f"are set weight by weight, got {self.schedule!r}"
+                )
+        elif self.schedule is None:
+            raise ValueError(
+                "schedule must be given with sparsity_level_setting_mode 'global', got None"
+            )
+        elif self.sparsity_init:
+            raise ValueError(
+                "sparsity_init must be left out with a schedule, which has its own initial_level, "
+                f"got {self.sparsity_init!r}"
+            )
+        return self

@@ -1,0 +1,54 @@
+"""What the objects that a user writes share: frozen, no unknown field, errors in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..api import DeclarationError, Problem
+
+
+class Declaration(BaseModel):
+    """Base of schedules and configurations."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    def __init__(self, /, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            problems = [
+                _problem(details, type(self))
+                for details in error.errors()
+                # it only repeats that a field on which this default depends was refused
+                if details["type"] != "default_factory_not_called"
+            ]
+            raise DeclarationError(type(self).__name__, problems) from None
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """Return ``" (did you mean 'x' or 'y'?)"`` for the nearest of ``known``, or nothing."""
+    near = difflib.get_close_matches(str(word), list(known))
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+
+
+def _problem(details: Any, owner: type[BaseModel]) -> Problem:
+    """Turn one of pydantic's error details into a field and ``must be ..., got ...``."""
+    # names past the first are pydantic's union branches: inner declarations name their own fields
+    field = str(details["loc"][0]) if details["loc"] else ""
+    place = "".join(f"[{at}]" for at in details["loc"][1:] if isinstance(at, int))
+    match details["type"]:
+        case "extra_forbidden":
+            known = owner.model_fields
+            what = f"is no field{did_you_mean(field, known)}; the fields are {', '.join(known)}"
+        case "missing":
+            what = "must be given"
+        case "value_error":
+            what = str(details["ctx"]["error"])
+        case _:
+            must_be = details["msg"].replace("Input should be", "must be")
+            what = f"{must_be}, got {details['input']!r}"
+    return Problem(field, place, what)

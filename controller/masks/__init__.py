@@ -1,0 +1,1 @@
+"""One weight's mask: form, counts, state, statistics; the zeros in its parameter; targets; strip."""

@@ -1,0 +1,313 @@
+"""Masks that follow from scores which are trained along with the weights.
+
+While masks are learned the weight is dense, and the module's attribute reads masked: whoever
+computes with ``child.weight`` sees the mask, and the scores are in the graph. Once the masks are
+frozen the weight holds the zeros, as any sparse weight.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.dispatch import Dispatch
+from ...kernels.launch import Backend
+from ...kernels.pattern import Pattern
+from .linear import restore_class, skip_blocks
+from .module import MaskedModule, become
+from .weight import SparseModuleInfo, SparseWeight, take_values
+
+_WEIGHTS = "_learned_weights"
+
+
+class LearnedWeight(SparseWeight):
+    """A weight whose mask has trained scores.
+
+    Frozen, the scores take part in no graph: ``DistributedDataParallel`` needs
+    ``find_unused_parameters=True``.
+
+    Args:
+        module, parameter_name, name, pattern, transposed, experts, backend, dispatch: as
+            ``SparseWeight``'s.
+        shape: of the scores.
+        initial: what they all start from.
+        multiplier: ``compression_lr_multiplier``, a factor of the scores' gradients; None: 1.
+    """
+
+    scores: nn.Parameter
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameter_name: str,
+        name: str,
+        pattern: Pattern,
+        *,
+        shape: tuple[int, ...],
+        initial: float,
+        multiplier: float | None,
+        transposed: bool = False,
+        experts: bool = False,
+        backend: Backend = "auto",
+        dispatch: Dispatch = "auto",
+    ) -> None:
+        self.frozen = False
+        super().__init__(
+            module,
+            parameter_name,
+            name,
+            pattern,
+            transposed=transposed,
+            experts=experts,
+            backend=backend,
+            dispatch=dispatch,
+        )
+        self.multiplier = multiplier
+        scores = torch.full(shape, initial, dtype=torch.float32, device=self.weight.device)
+        self.scores = nn.Parameter(scores)  # pyright: ignore[reportIncompatibleVariableOverride]
+        # fused optimisers rewrite a parameter without a trace in its version
+        self.optimizer_steps = 0
+        # whether a backward pass has reached the scores since this was last set to False
+        self.has_learned = False
+        self.scores.register_post_accumulate_grad_hook(self._note_gradient)
+        self._folded: tuple[tuple[Any, ...], weakref.ref[nn.Parameter]] | None = None
+
+    def _note_gradient(self, _: Tensor) -> None:
+        self.has_learned = True
+
+    @property
+    def holds_zeros(self) -> bool:
+        return self.frozen
+
+    @property
+    def learning(self) -> bool:
+        """True where a forward pass goes by the scores, not by the mask as it is stored."""
+        return self.module.training and not self.frozen
+
+    @abstractmethod
+    def learned(self, weight: Tensor) -> Tensor:
+        """Return the masked weight, with a gradient to the scores."""
+
+    def evaluated(self, weight: Tensor) -> Tensor:
+        """Return the weight under the mask of evaluation, differentiable."""
+        self.settle()
+        if self.all_kept:
+            return weight
+        return torch.where(self.binary_mask, weight, 0)
+
+    def read(self) -> Tensor:
+        """Return what the module's attribute is: the masked weight, or once frozen the weight."""
+        weight = self.weight
+        if self.frozen:
+            return weight
+        if weight.device != self.scores.device or weight.dtype != self._dtype:
+            self.follow()
+        return self.learned(weight) if self.learning else self.evaluated(weight)
+
+    def _move(self, weight: Tensor) -> None:
+        super()._move(weight)
+        # still None while the base class is made
+        scores: nn.Parameter | None = self.scores
+        if scores is None or scores.device == weight.device:
+            return
+        scores.data = scores.data.to(weight.device)
+        if scores.grad is not None:
+            scores.grad.data = scores.grad.data.to(weight.device)
+
+    def freeze(self, frozen: bool) -> None:
+        """Let the stored mask stay, and the weight be zero where it prunes; or go on."""
+        self.frozen = frozen
+        if frozen:
+            # an optimiser leaves alone what has no gradient, its momentum notwithstanding
+            self.scores.grad = None
+            take_values([self])
+            skip_blocks(self, self.module, self.parameter_name)
+        else:
+            restore_class(self.module)
+
+    def trained_scores(self) -> Tensor:
+        """Return the scores as the forward pass and the loss read them."""
+        if self.multiplier is None:
+            return self.scores
+        return _ScaledGradient.apply(self.scores, self.multiplier)
+
+    def scores_state(self) -> tuple[Any, ...]:
+        """Return what differs once the scores may have other values."""
+        return self.scores.data_ptr(), self.scores._version, self.optimizer_steps
+
+    @torch.no_grad()
+    def folded(self) -> nn.Parameter:
+        """Return the weight under the mask of evaluation as a parameter of its own, for a copy.
+
+        Modules that share a weight share this too, as long as somebody holds it.
+        """
+        key = self.weight.data_ptr(), self.weight._version, *self.scores_state()
+        found = self._folded[1]() if self._folded and self._folded[0] == key else None
+        if found is None:
+            value = self.evaluated(self.weight.detach()).clone()
+            found = nn.Parameter(value, requires_grad=self.weight.requires_grad)
+            self._folded = key, weakref.ref(found)
+        return found
+
+
+class LearnedModule(MaskedModule):
+    """A module some of whose weights read masked. Its forward is its own class's.
+
+    Scores are parameters of the module, ``<weight>_scores``, but no keys of its state dict.
+    """
+
+    _learned_weights: dict[str, LearnedWeight]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # scores follow to the device; their dtype stays: a 16-bit one could not take a small step
+        with self._without_scores():
+            super()._apply(fn, recurse)
+        for weight in self._learned_weights.values():
+            weight.follow()
+        return self
+
+    @contextmanager
+    def _without_scores(self) -> Iterator[None]:
+        """Part with the score parameters for as long as the context is open."""
+        names = [_scores_name(name) for name in self._learned_weights]
+        held = {name: self._parameters.pop(name) for name in names}
+        try:
+            yield
+        finally:
+            self._parameters.update(held)
+
+    # parameters to optimisers and distributed wrappers, scores are no part of the model's state
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._without_scores():
+            super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._without_scores():
+            super()._load_from_state_dict(*args, **kwargs)
+
+    # The mask of evaluation is folded into the weight of a copy. The scores stay parameters of it,
+    # or an average of parameters would pair wrong ones.
+    def _state_of_copy(self) -> dict[str, Any]:
+        state = super()._state_of_copy()
+        weights: dict[str, LearnedWeight] = state.pop(_WEIGHTS)
+        folded = {name: weight.folded() for name, weight in weights.items()}
+        return state | {"_parameters": dict(state["_parameters"]) | folded}
+
+
+class _LearnedRNN(LearnedModule):
+    """Recurrent layers read their weights from a flat list."""
+
+    _flat_weights: list[Tensor]
+    _flat_weights_names: list[str]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        dense = self._flat_weights
+        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._flat_weights = dense
+
+
+def read_masked(module: nn.Module, weights: Mapping[str, LearnedWeight]) -> None:
+    """Let attributes of ``module`` read masked, in place; its weights' scores become parameters."""
+    module.__dict__[_WEIGHTS] = dict(weights)
+    become(module, _class_of(type(module), tuple(weights)))
+    for name, weight in weights.items():
+        module.register_parameter(_scores_name(name), weight.scores)
+
+
+def read_plain(module: nn.Module) -> None:
+    """Give a module its class back; its weights are left as they are."""
+    if isinstance(module, LearnedModule):
+        for name in module.__dict__.pop(_WEIGHTS):
+            module._parameters.pop(_scores_name(name), None)
+        become(module, type(module).dense_class)
+
+
+def drop_scores(module: nn.Module, parameter_name: str) -> None:
+    """Take the scores out of a copy of a learned module."""
+    module._parameters.pop(_scores_name(parameter_name), None)
+
+
+def score_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """List the trained scores in ``model``, each once."""
+    found = [
+        weight.scores
+        for module in model.modules()
+        if isinstance(module, LearnedModule)
+        for weight in module._learned_weights.values()
+    ]
+    return list(dict.fromkeys(found))
+
+
+@cache
+def _class_of(dense: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    base = _LearnedRNN if issubclass(dense, nn.RNNBase) else LearnedModule
+    # a property comes before a registered parameter; assigning one still registers it
+    attributes: dict[str, Any] = {name: property(_reader(name)) for name in names}
+    return type(f"Learned{dense.__name__}", (base, dense), attributes | {"dense_class": dense})
+
+
+def _reader(name: str) -> Callable[[LearnedModule], Tensor]:
+    def read(module: LearnedModule) -> Tensor:
+        return module._learned_weights[name].read()
+
+    return read
+
+
+def _scores_name(parameter: str) -> str:
+    return f"{parameter}_scores"
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The identity; the gradient is multiplied. No hook, which copies and pickles would lose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+def learned_weights(infos: Sequence[SparseModuleInfo]) -> list[LearnedWeight]:
+    """Return the operands of ``infos``, which all have scores."""
+    weights = [info.operand for info in infos]
+    assert all(isinstance(weight, LearnedWeight) for weight in weights)
+    return weights  # pyright: ignore[reportReturnType]
+
+
+def scores_state(infos: Sequence[SparseModuleInfo]) -> dict[str, Tensor]:
+    """Return each weight's scores by name, on the CPU."""
+    return {
+        info.module_node_name: weight.scores.detach().cpu().clone()
+        for info, weight in zip(infos, learned_weights(infos), strict=True)
+    }
+
+
+def read_scores(state: Mapping[str, Any], infos: Sequence[SparseModuleInfo]) -> list[Tensor]:
+    """Return ``scores_state``'s tensors in the order of ``infos``.
+
+    Raises:
+        ValueError: the state is of another model or structure, or damaged.
+    """
+    if not isinstance(state, Mapping) or set(state) != {i.module_node_name for i in infos}:
+        raise ValueError("load_state: the scores are of another model")
+    for info, weight in zip(infos, learned_weights(infos), strict=True):
+        name, saved = info.module_node_name, state[info.module_node_name]
+        want = weight.scores
+        if not isinstance(saved, Tensor) or (saved.shape, saved.dtype) != (want.shape, want.dtype):
+            raise ValueError(
+                f"load_state: scores of {name!r} must be {want.dtype} {tuple(want.shape)}"
+            )
+    return [state[info.module_node_name] for info in infos]

@@ -1,0 +1,112 @@
+"""Linear layers that skip pruned blocks: the one kind of module whose class a mask changes.
+
+``skip_blocks`` turns a linear into a subclass of its own class, in place: parameters, hooks,
+state-dict keys and ``isinstance`` stay as they were. ``restore_class`` turns it back. A copy or a
+pickle is of the original class: the zeros are in the weight.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .module import MaskedModule, become
+from .weight import SparseWeight
+
+_OWN = ("_sparse_weight", "_sparse_adapter")
+
+
+class BlockSparseLinear(MaskedModule):
+    """A linear whose products leave out pruned blocks."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    _sparse_weight: SparseWeight
+    # what PEFT put around the layer, and the adapters that it had merged when last looked at
+    _sparse_adapter: tuple[weakref.ref[nn.Module], tuple[str, ...]] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        sparse: SparseWeight | None = getattr(self, "_sparse_weight", None)
+        if sparse is None:
+            # somebody has kept this method, and the layer has been given its class back
+            return type(self).forward(self, input)
+        if self._sparse_adapter is not None and not torch.compiler.is_compiling():
+            self._look_at_adapter()
+        return sparse.linear(input, self.weight, self.bias)
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        # an edit of `weight.data` cannot be noticed: before an evaluation the blocks are looked at
+        if not mode and self._sparse_weight.holds_zeros:
+            self._sparse_weight.check_blocks()
+        return self
+
+    def _look_at_adapter(self) -> None:
+        """Look at the blocks when PEFT has merged or unmerged, which leaves no other trace."""
+        assert self._sparse_adapter is not None
+        reference, seen = self._sparse_adapter
+        parent: Any = reference()
+        merged = () if parent is None else tuple(parent.merged_adapters)
+        if merged != seen:
+            self.__dict__["_sparse_adapter"] = reference, merged
+            self._sparse_weight.check_blocks()
+
+    def _state_of_copy(self) -> dict[str, Any]:
+        return {k: v for k, v in super()._state_of_copy().items() if k not in _OWN}
+
+
+def conv1d_of(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """Return Hugging Face's Conv1D, if ``kind`` is one. By name: transformers may be missing."""
+    for base in kind.__mro__:
+        if base.__name__ == "Conv1D" and base.__module__.startswith("transformers."):
+            return base
+    return None
+
+
+def skip_blocks(weight: SparseWeight, module: nn.Module, parameter_name: str) -> None:
+    """Let a module skip the pruned blocks of its weight, if it is a linear that has such.
+
+    A linear whose forward is its own knows best what it does with its weight, and so does one
+    whose forward was wrapped before. Attention reads its output projection's weight, and never
+    calls it.
+    """
+    dense = type(module)
+    kind = conv1d_of(dense) or nn.Linear
+    multiplies = issubclass(dense, kind) and dense.forward is kind.forward
+    if (
+        not multiplies
+        or isinstance(module, NonDynamicallyQuantizableLinear)
+        or "forward" in module.__dict__
+        or parameter_name != "weight"
+    ):
+        return
+    if weight.product is None:
+        weight.serve_product()
+    if weight.product is not None:
+        module.__dict__["_sparse_weight"] = weight
+        become(module, _class_of(dense))
+
+
+def restore_class(module: nn.Module) -> None:
+    """Give a module the class back that it had before ``skip_blocks``; its weight stays."""
+    if isinstance(module, BlockSparseLinear):
+        module._sparse_weight.product = None
+        for name in _OWN:
+            module.__dict__.pop(name, None)
+        become(module, type(module).dense_class)
+
+
+@cache
+def _class_of(dense: type[nn.Module]) -> type[nn.Module]:
+    return type(f"BlockSparse{dense.__name__}", (BlockSparseLinear, dense), {"dense_class": dense})
+
+
+def note_adapter(parent: nn.Module, child: nn.Module) -> None:
+    """Remember that PEFT has put ``parent`` around a layer: it may merge into the weight."""
+    if isinstance(child, BlockSparseLinear) and hasattr(parent, "merged_adapters"):
+        child.__dict__["_sparse_adapter"] = weakref.ref(parent), ()

@@ -1,0 +1,38 @@
+"""Modules whose class a mask has changed, in place: a copy or a pickle is of the class before."""
+
+from __future__ import annotations
+
+import copyreg
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class MaskedModule(nn.Module):
+    """Base of the classes that take a module's place. Each is a subclass of the module's own.
+
+    Parameters, hooks, state-dict keys and ``isinstance`` stay as they were.
+    """
+
+    dense_class: ClassVar[type[nn.Module]]
+
+    def _state_of_copy(self) -> dict[str, Any]:
+        """Return the attributes that a module of the original class has."""
+        return dict(self.__getstate__())  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    # such classes are made at run time, where pickle cannot find them by name; nor need it
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return copyreg.__newobj__, (original_class(type(self)),), self._state_of_copy()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def original_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a module had before any mask."""
+    while issubclass(kind, MaskedModule):
+        kind = kind.dense_class
+    return kind
+
+
+def become(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Give a module another class, in place."""
+    # the checker takes an instance's class for fixed
+    object.__setattr__(module, "__class__", kind)

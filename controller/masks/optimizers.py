@@ -1,0 +1,73 @@
+"""Which optimisers leave a pruned element at zero by themselves, and what they remember of it.
+
+An elementwise optimiser computes an element's step from the element, its gradient and its own
+moments. All are zero where a mask prunes, once the moments have been cleared after an update of
+the masks, and then the step is zero too, with momentum and weight decay as without: nothing needs
+to be done at a step. Of any other optimiser, and of a subclass that may do otherwise, the weight
+is cleared after each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.optim import (
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    SparseAdam,
+)
+
+ELEMENTWISE = (
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    RAdam,
+    RMSprop,
+    SparseAdam,
+)
+
+# what torch's optimisers, Muon and most others call the moments that they keep of each element;
+# no square preconditioner of another optimiser goes by such a name
+MOMENTS = (
+    "momentum_buffer",
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_inf",
+    "square_avg",
+    "grad_avg",
+    "acc_delta",
+)
+
+
+def keeps_zeros(optimizer: Optimizer) -> bool:
+    """Tell whether an element stays zero whose gradient and moments are zero."""
+    return type(optimizer) in ELEMENTWISE
+
+
+def moments(optimizer: Optimizer, weight: nn.Parameter) -> Iterator[Tensor]:
+    """Yield what ``optimizer`` remembers of each element of ``weight``: tensors of its shape."""
+    state = optimizer.state.get(weight, {})
+    for name in MOMENTS:
+        moment = state.get(name)
+        if isinstance(moment, Tensor) and moment.shape == weight.shape:
+            yield moment
+
+
+def parameters_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    """Yield what ``optimizer`` steps."""
+    for group in optimizer.param_groups:
+        yield from group["params"]

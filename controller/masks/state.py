@@ -1,0 +1,110 @@
+"""Masks and pruned values as plain state, checked before anything takes them over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ...kernels.mask import pack, unpack
+from .names import match
+from .weight import SparseModuleInfo, SparseWeight
+
+
+def masks_state(infos: Sequence[SparseModuleInfo]) -> dict[str, dict[str, Any]]:
+    """Return shape, pattern, packed mask and pruned values of each weight by name; on the CPU.
+
+    A mask has one bit a group, its rows padded to bytes. Values are those of the pruned elements,
+    block by block, in row-major order; of fine patterns a tensor of the weight's matrix, zero
+    where it is kept; None where none are retained.
+    """
+    return {
+        info.module_node_name: {
+            "shape": list(info.operand.weight_shape),
+            "pattern": str(info.operand.pattern),
+            "mask": pack(info.operand.kept_grid()).cpu(),
+            "values": None if (v := info.operand.values) is None else v.to("cpu", copy=True),
+        }
+        for info in infos
+    }
+
+
+def with_names_of(infos: Sequence[SparseModuleInfo], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a controller's state with the weights called as they are here.
+
+    A state that was made on a wrapper of the model (``module.`` before each name) becomes one of
+    the model, and the other way round.
+
+    Raises:
+        ValueError: the state is of another model.
+    """
+    weights = state.get("weights")
+    names = [info.module_node_name for info in infos]
+    found = match(names, weights) if isinstance(weights, Mapping) else None
+    if found is None or len(found) != len(weights or ()):
+        there = set(weights) if isinstance(weights, Mapping) else set()
+        raise ValueError(
+            "load_state: state is of another model; "
+            f"without a mask there: {sorted(set(names) - there)}, "
+            f"unknown here: {sorted(there - set(names))}"
+        )
+    return _renamed(state, {there: here for here, there in found.items()})
+
+
+def _renamed(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        names.get(key, key): _renamed(value, names) if isinstance(value, Mapping) else value
+        for key, value in state.items()
+    }
+
+
+def read_masks(
+    weights: Mapping[str, Mapping[str, Any]], infos: Sequence[SparseModuleInfo]
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Return ``masks_state``'s masks as bool grids of one element a group, and its pruned values.
+
+    On the weights' devices; values are copies, in the weights' dtype.
+
+    Raises:
+        ValueError: the state is of another pattern, or damaged.
+    """
+    found = []
+    for info in infos:
+        name, operand = info.module_node_name, info.operand
+        saved = weights[name]
+        for key, here in (
+            ("shape", list(operand.weight_shape)),
+            ("pattern", str(operand.pattern)),
+        ):
+            if saved.get(key) != here:
+                raise ValueError(
+                    f"load_state: {key} of {name!r} must be {here}, got {saved.get(key)}"
+                )
+        down, across = operand.grid
+        mask, shape = saved.get("mask"), (down, -(-across // 8))
+        if not isinstance(mask, Tensor) or mask.shape != shape or mask.element_size() != 1:
+            raise ValueError(f"load_state: mask of {name!r} must be packed bits, uint8 {shape}")
+        grid = unpack(mask.to(operand.mask.device), across)
+        if not operand.fits(grid):
+            raise ValueError(
+                f"load_state: mask of {name!r} must be {operand.pattern}, got another"
+            )
+        found.append((grid, _read_values(saved.get("values"), grid, operand)))
+    return found
+
+
+def _read_values(values: Any, grid: Tensor, weight: SparseWeight) -> Tensor | None:
+    if values is None:
+        return None
+    shape = weight.shape
+    if not weight.packed:
+        rows, cols = weight.pattern.rows, weight.pattern.cols
+        kept = grid.repeat_interleave(rows, 0)[: shape[0]]
+        kept = kept.repeat_interleave(cols, 1)[:, : shape[1]]
+        shape = (int(kept.numel() - kept.sum()),)
+    if not isinstance(values, Tensor) or values.shape != shape or not values.is_floating_point():
+        raise ValueError(
+            f"load_state: values of {weight.name!r} must be the pruned elements, float {shape}"
+        )
+    return values.to(weight.mask.device, weight.weight.dtype, copy=True)

@@ -1,0 +1,150 @@
+"""What there is to say of a sparse model, as data and as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from .learned import score_parameters
+from .weight import SparseModuleInfo
+
+
+@dataclass(frozen=True)
+class SparsifiedLayerSummary:
+    """One masked weight.
+
+    Attributes:
+        name: as in ``SparseModuleInfo``.
+        weight_shape: its shape.
+        pattern: the shape of a group.
+        groups, pruned_groups: how many there are; under N:M of elements.
+        pruned_elements: weight elements that are masked out.
+        weight_percentage: share of this weight in the model's parameters, in percent.
+        threshold: the score at or below which groups are pruned; None before the first mask.
+        path: which matrix products skip pruned blocks: ``"block-sparse"``, ``"dense"``, or the
+            names of some.
+    """
+
+    name: str
+    weight_shape: tuple[int, ...]
+    pattern: str
+    groups: int
+    pruned_groups: int
+    pruned_elements: int
+    weight_percentage: float
+    threshold: float | None
+    path: str
+
+    @property
+    def sparsity_level(self) -> float:
+        """Fraction of the groups that is pruned."""
+        return self.pruned_groups / self.groups
+
+
+@dataclass(frozen=True)
+class SparsifiedModelStatistics:
+    """The whole model.
+
+    Attributes:
+        sparsity_level: masked-out elements over all parameters of the model.
+        sparsity_level_for_layers: pruned groups over all groups of the masked weights.
+        sparsified_layers_summary: one entry a masked weight.
+    """
+
+    sparsity_level: float
+    sparsity_level_for_layers: float
+    sparsified_layers_summary: tuple[SparsifiedLayerSummary, ...]
+
+
+@dataclass(frozen=True)
+class SparsityStatistics:
+    """One algorithm's statistics.
+
+    Attributes:
+        model_statistics: what the masks are.
+        target_sparsity_level: what the schedule asks for at present; None without a schedule.
+    """
+
+    model_statistics: SparsifiedModelStatistics
+    target_sparsity_level: float | None
+
+    def to_str(self) -> str:
+        """Draw the tables: the model's figures, then one line a layer."""
+        model = self.model_statistics
+        figures = [
+            ("Sparsity level of the whole model", f"{model.sparsity_level:.4f}"),
+            ("Sparsity level of all sparsified layers", f"{model.sparsity_level_for_layers:.4f}"),
+        ]
+        if self.target_sparsity_level is not None:
+            figures.append(("Scheduled level", f"{self.target_sparsity_level:.4f}"))
+        layers = [
+            (
+                layer.name,
+                "x".join(map(str, layer.weight_shape)),
+                layer.pattern,
+                f"{layer.sparsity_level:.4f}",
+                f"{layer.weight_percentage:.2f}",
+                "" if layer.threshold is None else f"{layer.threshold:.6g}",
+                layer.path,
+            )
+            for layer in model.sparsified_layers_summary
+        ]
+        headers = ("Layer", "Weight", "Pattern", "Level", "% of parameters", "Threshold", "Path")
+        return (
+            tabulate(figures, disable_numparse=True)
+            + "\n\n"
+            + tabulate(layers, headers, disable_numparse=True)
+        )
+
+
+class Statistics(SimpleNamespace):
+    """One field an algorithm, ``statistics.magnitude_sparsity`` for instance."""
+
+    def to_str(self) -> str:
+        """Draw the tables of every algorithm."""
+        return "\n\n".join(f"{name}\n{part.to_str()}" for name, part in vars(self).items())
+
+
+def collect_layers(
+    infos: Sequence[SparseModuleInfo], thresholds: Mapping[str, Tensor], parameters: int
+) -> tuple[SparsifiedLayerSummary, ...]:
+    """Count each weight's groups. Synchronises with the device.
+
+    Args:
+        infos: the masked weights.
+        thresholds: scalar tensor of the last threshold by name.
+        parameters: elements of all parameters of the model.
+    """
+    return tuple(
+        SparsifiedLayerSummary(
+            name=(name := info.module_node_name),
+            weight_shape=tuple(info.operand.weight_shape),
+            pattern=str(info.operand.pattern),
+            groups=info.operand.groups,
+            pruned_groups=info.operand.pruned_groups(),
+            pruned_elements=info.operand.pruned_elements(),
+            weight_percentage=100 * info.operand.weight_shape.numel() / parameters,
+            threshold=float(thresholds[name]) if name in thresholds else None,
+            path=info.operand.path,
+        )
+        for info in infos
+    )
+
+
+def summarise(
+    model: nn.Module, infos: Sequence[SparseModuleInfo], thresholds: Mapping[str, Tensor]
+) -> SparsifiedModelStatistics:
+    """Put the layers' figures together."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters -= sum(scores.numel() for scores in score_parameters(model))
+    layers = collect_layers(infos, thresholds, parameters)
+    return SparsifiedModelStatistics(
+        sparsity_level=sum(layer.pruned_elements for layer in layers) / parameters,
+        sparsity_level_for_layers=sum(layer.pruned_groups for layer in layers)
+        / sum(layer.groups for layer in layers),
+        sparsified_layers_summary=layers,
+    )

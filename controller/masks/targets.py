@@ -1,0 +1,329 @@
+"""Which weights of a model are masked, and under which pattern and limits.
+
+The rule. Without ``target_scopes``, a model with transformer blocks has the linear layers in them
+masked, attention and experts included; what is outside (embeddings, position tables, poolers,
+heads) stays dense, because a large table is pruned almost whole by any criterion that compares
+weights, and costs little in a step. Any other model has all its weights masked. ``targets`` says
+``"linear"`` or ``"all"`` outright. What ``target_scopes`` names is taken, whatever it is.
+
+Adapters, and weights that are zero throughout when the controller is made, are left out unless a
+scope names them: they are at their start, not unimportant.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.pattern import NM, Pattern
+from ..config.algorithm import Override
+from ..config.scope import check_scopes, matches
+from .guard import is_guarded
+from .kinds import (
+    adapters,
+    holds_experts,
+    is_known,
+    is_linear,
+    is_transposed,
+    may_be_weights,
+    transformer_blocks,
+)
+from .linear import conv1d_of
+
+_log = logging.getLogger("triton_sparsity")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight to mask.
+
+    Attributes:
+        name: dotted path of the module; with the parameter's name behind it where that is not
+            ``weight``.
+        users: every (module, parameter name) that holds this very parameter; the first is the
+            owner.
+        transposed: stored as (in, out).
+        experts: one matrix an expert.
+        pattern, minimum_level, maximum_level: what holds for this weight.
+    """
+
+    name: str
+    users: tuple[tuple[nn.Module, str], ...]
+    transposed: bool
+    experts: bool
+    pattern: Pattern
+    minimum_level: float
+    maximum_level: float
+
+    @property
+    def weight(self) -> Tensor:
+        module, name = self.users[0]
+        return module._parameters[name]  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A parameter that may be masked, under all the names that it has."""
+
+    users: tuple[tuple[str, nn.Module, str], ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _, _ in self.users]
+
+    @property
+    def weight(self) -> Tensor:
+        _, module, name = self.users[0]
+        return module._parameters[name]  # pyright: ignore[reportReturnType]
+
+    @property
+    def is_conv1d(self) -> bool:
+        return conv1d_of(type(self.users[0][1])) is not None
+
+    def has(self, kind: Callable[[nn.Module, str, Tensor], bool]) -> bool:
+        """Tell whether the parameter is of a kind in any of its modules."""
+        return any(kind(module, name, self.weight) for _, module, name in self.users)
+
+    def matches(self, scopes: Sequence[str] | None) -> bool:
+        return any(matches(scope, name) for scope in scopes or () for name in self.names)
+
+
+def find_targets(
+    model: nn.Module,
+    *,
+    pattern: Pattern,
+    targets: str | None = None,
+    target_scopes: Sequence[str] | None = None,
+    ignored_scopes: Sequence[str] = (),
+    validate_scopes: bool = True,
+    overrides: Sequence[Override] = (),
+) -> list[Target]:
+    """List the weights of ``model`` that rule and scopes select, in module order, each once.
+
+    A weight is a floating-point parameter of at least two dimensions of a linear, convolution,
+    embedding, attention, recurrent or experts module, or any such parameter that a target scope
+    names itself. A tied parameter is left dense when any of its names is ignored.
+
+    Logs:
+        one line: how many weights, which share of the parameters, what is left dense and why.
+
+    Warns:
+        UserWarning: parameters that look like weights but cannot be covered; frozen ones that are.
+
+    Raises:
+        ValueError: a scope matches nothing; no weight is left; a block is larger than its weight;
+            N:M, or a block of experts, does not divide its weight; a weight is on the meta device,
+            sharded or not initialised; another controller has it under a mask.
+        TypeError: a target is integer or complex.
+    """
+    candidates = weights_of(model)
+    if validate_scopes:
+        names = [name for candidate in candidates for name in candidate.names]
+        known = [*names, *(path for path, _ in model.named_modules())]
+        check_scopes(target_scopes or (), known, "target_scopes")
+        check_scopes(ignored_scopes, known, "ignored_scopes")
+        check_scopes([o.scope for o in overrides], names, "overrides")
+    found, left = _select(model, candidates, targets, target_scopes, ignored_scopes)
+    chosen = [_target(candidate, pattern, overrides) for candidate in found]
+    for target in chosen:
+        _check_weight(target)
+    if not chosen:
+        raise ValueError(
+            f"create_controller: no weight to sparsify is left, of {len(candidates)} in the "
+            f"model; targets={targets!r}, target_scopes={target_scopes!r}, "
+            f"ignored_scopes={ignored_scopes!r}; left dense: {_in_words(left) or 'none by rule'}"
+        )
+    devices = {str(t.weight.device) for t in chosen}
+    if len(devices) > 1:
+        raise ValueError(
+            f"create_controller: the weights must be on one device, got {sorted(devices)}"
+        )
+    _tell(model, chosen, left)
+    return chosen
+
+
+def weights_of(model: nn.Module) -> list[Candidate]:
+    """List what may be weights, each parameter once, in module order."""
+    found: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for path, module in model.named_modules():
+        for parameter_name, parameter in may_be_weights(module):
+            name = parameter_name if not path else f"{path}.{parameter_name}"
+            name = path if path and parameter_name == "weight" else name
+            found.setdefault(id(parameter), []).append((name, module, parameter_name))
+    return [Candidate(tuple(users)) for users in found.values()]
+
+
+# why a weight is left dense
+_RULE = "outside the transformer blocks, or no linear layer (targets='all' takes them)"
+_ADAPTER = "adapters"
+_ZERO = "zero throughout"
+_UNKNOWN = "of modules that are not known to read weights"
+
+
+def _select(
+    model: nn.Module,
+    candidates: Sequence[Candidate],
+    targets: str | None,
+    target_scopes: Sequence[str] | None,
+    ignored_scopes: Sequence[str],
+) -> tuple[list[Candidate], dict[str, list[str]]]:
+    """Return what is masked, and the names of what is left dense without being asked, by reason."""
+    blocks = transformer_blocks(model)
+    beside = adapters(model)
+    only_linear = targets == "linear" or (targets is None and not target_scopes and bool(blocks))
+    chosen: list[Candidate] = []
+    left: dict[str, list[str]] = {}
+    for candidate in candidates:
+        if candidate.matches(ignored_scopes):
+            continue
+        if target_scopes is not None and not candidate.matches(target_scopes):
+            continue
+        known = candidate.has(is_known) or any(n in (target_scopes or ()) for n in candidate.names)
+        linear = candidate.has(is_linear)
+        inside = not blocks or any(_is_below(n, blocks) for n in candidate.names)
+        if any(_is_adapter(n, beside, target_scopes or ()) for n in candidate.names):
+            reason = _ADAPTER
+        elif only_linear and not (inside and (linear or not known)):
+            reason = _RULE
+        elif not known:
+            reason = _UNKNOWN
+        else:
+            chosen.append(candidate)
+            continue
+        left.setdefault(reason, []).append(candidate.names[0])
+    if target_scopes is None and chosen:
+        for candidate, nonzero in zip(chosen, _nonzero(chosen), strict=True):
+            if not nonzero:
+                left.setdefault(_ZERO, []).append(candidate.names[0])
+        chosen = [c for c in chosen if c.names[0] not in left.get(_ZERO, ())]
+    return chosen, left
+
+
+def _nonzero(candidates: Sequence[Candidate]) -> list[bool]:
+    """Tell of each weight whether an element differs from zero; waits for each device once."""
+    found: dict[int, bool] = {}
+    by_device: dict[torch.device, list[int]] = {}
+    for i, candidate in enumerate(candidates):
+        by_device.setdefault(candidate.weight.device, []).append(i)
+    for device, places in by_device.items():
+        if device.type == "meta":  # refused later, by name
+            found |= dict.fromkeys(places, True)
+            continue
+        # a sum of magnitudes would overflow; NaN is not zero
+        flags = torch.stack([candidates[i].weight.detach().any() for i in places]).tolist()
+        found |= dict(zip(places, flags, strict=True))
+    return [found[i] for i in range(len(candidates))]
+
+
+def _is_below(name: str, paths: Sequence[str]) -> bool:
+    return any(name == path or name.startswith(f"{path}.") for path in paths)
+
+
+def _is_adapter(name: str, beside: dict[str, str], target_scopes: Sequence[str]) -> bool:
+    """Tell whether PEFT holds a weight beside a layer, and no scope names it more than the layer."""
+    for path, holder in beside.items():
+        if _is_below(name, [path]):
+            return not any(matches(s, name) and not matches(s, holder) for s in target_scopes)
+    return False
+
+
+def _target(candidate: Candidate, pattern: Pattern, overrides: Sequence[Override]) -> Target:
+    override = next((o for o in overrides if candidate.matches([o.scope])), None)
+    _, module, _ = candidate.users[0]
+    return Target(
+        name=candidate.names[0],
+        users=tuple((module, name) for _, module, name in candidate.users),
+        transposed=is_transposed(module, candidate.weight),
+        experts=holds_experts(module, candidate.weight),
+        pattern=override.pattern if override and override.pattern else pattern,
+        minimum_level=override.minimum_level if override else 0.0,
+        maximum_level=override.maximum_level if override else 1.0,
+    )
+
+
+def _check_weight(target: Target) -> None:
+    weight = target.weight
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"create_controller: {target.name!r} must have a floating-point weight, "
+            f"got {weight.dtype}; list it in ignored_scopes"
+        )
+    if weight.device.type == "meta":
+        raise ValueError(
+            f"create_controller: {target.name!r} is on the meta device; load its weights first"
+        )
+    if type(weight).__name__ == "DTensor":
+        raise ValueError(
+            f"create_controller: {target.name!r} is sharded (DTensor), which masks do not cover "
+            "yet; create the controller before the model is sharded"
+        )
+    for module, name in target.users:
+        if is_guarded(module, name):
+            raise ValueError(
+                f"create_controller: {target.name!r} is under the masks of another controller; "
+                "strip the model first, or put all algorithms into one configuration"
+            )
+    *lead, rows, cols = (
+        weight.shape if weight.ndim > 2 and target.experts else (0, *_matrix(target))
+    )
+    if target.experts and target.transposed:
+        rows, cols = cols, rows
+    if isinstance(target.pattern, NM) or (target.experts and max(_sides(target.pattern)) > 1):
+        for side, length, step in zip(
+            ("out", "in"), (rows, cols), _sides(target.pattern), strict=True
+        ):
+            if length % step:
+                raise ValueError(
+                    f"create_controller: {side}_features of {target.name!r} must be divisible by "
+                    f"{step} for {target.pattern}, got {length}; list it in ignored_scopes or "
+                    "give it a pattern in overrides"
+                )
+    if target.pattern.rows > rows or target.pattern.cols > cols:
+        raise ValueError(
+            f"create_controller: {target.pattern} is larger than the weight of {target.name!r}, "
+            f"{(rows, cols)}; list it in ignored_scopes or give it a pattern in overrides"
+        )
+
+
+def _matrix(target: Target) -> tuple[int, int]:
+    weight = target.weight
+    rows, cols = (weight.T if target.transposed else weight.flatten(1)).shape
+    return rows, cols
+
+
+def _sides(pattern: Pattern) -> tuple[int, int]:
+    return pattern.group if isinstance(pattern, NM) else (pattern.rows, pattern.cols)
+
+
+def _tell(model: nn.Module, targets: Sequence[Target], left: dict[str, list[str]]) -> None:
+    total = sum(parameter.numel() for parameter in model.parameters())
+    share = sum(target.weight.numel() for target in targets) / total
+    by_rule = {reason: names for reason, names in left.items() if reason != _UNKNOWN}
+    line = f"{len(targets)} weights under masks, {share:.1%} of the parameters"
+    line += f"; left dense: {_in_words(by_rule)}" if by_rule else ""
+    # what is left dense without being asked is worth a line on a console that shows no more
+    _log.log(logging.WARNING if by_rule else logging.INFO, line)
+    if unknown := left.get(_UNKNOWN):
+        warnings.warn(
+            f"left dense, because their modules are not known to read weights: {unknown}; "
+            "name them in target_scopes to mask them, or in ignored_scopes to silence this",
+            stacklevel=5,
+        )
+    frozen = [t.name for t in targets if not t.weight.requires_grad]
+    if frozen:
+        warnings.warn(
+            f"masking parameters that are frozen (requires_grad=False): {frozen}", stacklevel=5
+        )
+
+
+def _in_words(left: dict[str, list[str]]) -> str:
+    parts = []
+    for reason, names in left.items():
+        named = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        parts.append(f"{len(names)} {reason}: {named}")
+    return "; ".join(parts)

@@ -1,0 +1,567 @@
+"""The sparse weight: a mask, the zeros it puts into its parameter, and the values it took out.
+
+Correctness lives in the data: wherever the mask prunes, the parameter is exactly zero, so that
+whoever reads it needs to know nothing of masks. ``guard.py`` keeps it so while others train, load
+and convert the model. Weights are looked up through their modules at every use: wrappers replace
+parameter objects.
+
+What the zeros cost, in bytes beside the weight: the mask, one bit a group (one byte a block); the
+pruned values, ``level`` x the weight for blocks and once the weight for fine patterns, while masks
+may still change; on a CPU under a fine pattern the mask once more, as wide as the weight, which
+clears a gradient in place at the speed of memory (under blocks it is ``1 / rows`` of that).
+
+Reading order: one weight -> entries of a controller -> several weights at once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...kernels.dispatch import Dispatch
+from ...kernels.launch import Backend, use_triton
+from ...kernels.mask import expand_mask, pack, unpack, word_mask
+from ...kernels.masked_weight import apply_mask_, count_leaks
+from ...kernels.pattern import NM, Block, Pattern, grid_shape
+from ...kernels.retained import put_back_, take_pruned
+from ...kernels.semi_structured import nm_fits
+from .product import BlockProduct, has_blocks_to_skip
+
+
+class SparseWeight:
+    """One parameter and which of its groups are kept. Called the operand of its module.
+
+    The tensors are no buffers: distributed wrappers would broadcast them at every forward. The
+    mask is rewritten in place, so that compiled and captured graphs see an update.
+
+    Args:
+        module: the owner of the weight.
+        parameter_name: what it calls it.
+        name: the weight's name in messages.
+        pattern: the shape of a group.
+        transposed: the weight is stored ``(in_features, out_features)``, as Hugging Face's Conv1D,
+            or ``(experts, in_features, out_features)``.
+        experts: the weight is that many matrices.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        dispatch: ``"auto"``, ``"sparse"`` or ``"dense"``, see ``BlockProduct``.
+    """
+
+    # trained with the weight, where the mask follows from such
+    scores: nn.Parameter | None = None
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameter_name: str,
+        name: str,
+        pattern: Pattern,
+        *,
+        transposed: bool = False,
+        experts: bool = False,
+        backend: Backend = "auto",
+        dispatch: Dispatch = "auto",
+    ) -> None:
+        self.module = module
+        self.parameter_name = parameter_name
+        self.name = name
+        self.pattern = pattern
+        self.transposed = transposed
+        self.experts = experts
+        self.backend: Backend = backend
+        self.dispatch: Dispatch = dispatch
+        weight = self.weight.detach()
+        self.weight_shape = weight.shape
+        rows, cols = self.matrix(weight).shape
+        self.shape: tuple[int, int] = (rows, cols)
+        everything = torch.ones(self.grid, dtype=torch.bool, device=weight.device)
+        self.mask = self._compact(everything)
+        # number of kept groups, known on the host: what has nothing pruned needs no care
+        self.kept = self.groups
+        # whether pruned values are kept until the masks freeze, and those that are
+        self.keeps_values = False
+        self.values: Tensor | None = None
+        self.product: BlockProduct | None = None
+        # the algorithm takes the gradient of pruned elements before it becomes zero
+        self.dense_gradient_taker: Callable[[Tensor], None] | None = None
+        self._dtype = weight.dtype
+        self._words: Tensor | None = None
+        self._as_left: tuple[Any, ...] = ()
+        self._move(weight)
+
+    # the parameter
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter, as its module has it now.
+
+        Raises:
+            RuntimeError: it is a parameter of its module no longer.
+        """
+        found = self.module._parameters.get(self.parameter_name)
+        if found is None:
+            raise RuntimeError(
+                f"the weight of {self.name!r} must stay a parameter of its module, got a "
+                f"{type(self.module).__name__} without it (a parametrization, quantisation or "
+                "deletion took its place); strip the model before, or create the controller after"
+            )
+        return found
+
+    def follow(self) -> nn.Parameter:
+        """Return the parameter; the mask has moved to its device and dtype.
+
+        Raises:
+            ValueError: it has another shape, or is no float of 16, 32 or 64 bits.
+        """
+        weight = self.weight
+        self.check_fits(weight)
+        if weight.device != self.mask.device or weight.dtype != self._dtype:
+            self._move(weight)
+        return weight
+
+    def check_fits(self, weight: Tensor) -> None:
+        """Refuse a weight that the mask cannot be of.
+
+        Raises:
+            ValueError: as ``follow``.
+        """
+        wide = weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        if weight.shape != self.weight_shape or not wide:
+            raise ValueError(
+                f"the weight of {self.name!r} must keep the shape {tuple(self.weight_shape)} and "
+                f"be a float of 16, 32 or 64 bits, got {weight.dtype} {tuple(weight.shape)}; its "
+                "mask is of the old weight: strip the model before it is resized, replaced or "
+                "quantised, and then call create_controller again"
+            )
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the weight's shape as a matrix (out, in): a view where strides allow.
+
+        A convolution's is ``(out, rest)``. Experts lie below one another, or, where they are
+        stored (in, out), side by side: no group reaches from one into the next.
+        """
+        if tensor.ndim == 1:
+            return tensor[None]
+        if self.transposed:
+            return tensor.flatten(0, -2).T
+        return tensor.flatten(0, 1) if self.experts else tensor.flatten(1)
+
+    def like_weight(self, matrix: Tensor) -> Tensor:
+        """Return a matrix (out, in) in the weight's shape."""
+        return (matrix.T if self.transposed else matrix).reshape(self.weight_shape)
+
+    def _move(self, weight: Tensor) -> None:
+        if self.mask.device != weight.device:
+            self.mask = self.mask.to(weight.device)
+        if self.values is not None:
+            self.values = self.values.to(weight.device, weight.dtype)
+        on_cpu = weight.is_cpu and not use_triton("apply_mask_", self.backend, weight)
+        if not on_cpu:
+            self._words = None
+        elif self._words is None or self._dtype != weight.dtype:
+            self._words = word_mask(self.mask, self.pattern, self.shape, weight.dtype)
+        self._dtype = weight.dtype
+        if self.product is not None:
+            self.serve_product()
+
+    # the mask
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Groups down and across; under N:M elements, since a pruned group keeps some of its."""
+        return grid_shape(self.pattern, self.shape)
+
+    @property
+    def groups(self) -> int:
+        """Number of what a level counts: groups, or elements under N:M."""
+        down, across = self.grid
+        return down * across
+
+    @property
+    def choices(self) -> int:
+        """Number of groups that are chosen among: as ``groups``, but under N:M its tuples."""
+        if isinstance(self.pattern, NM):
+            tall, wide = self.pattern.group
+            return self.groups // (tall * wide)
+        return self.groups
+
+    @property
+    def packed(self) -> bool:
+        """True where the mask holds one bit an element, False where one bool a block."""
+        return not isinstance(self.pattern, Block)
+
+    @property
+    def holds_zeros(self) -> bool:
+        """True where the parameter is zero wherever the mask prunes: not while masks are learned."""
+        return True
+
+    def settle(self) -> None:
+        """Bring the stored mask in line with what it follows from, where it is learned."""
+
+    @property
+    def binary_mask(self) -> Tensor:
+        """Bool tensor of the weight's shape, True = kept. A copy: assign to change the mask."""
+        return self.like_weight(expand_mask(self.mask, self.pattern, self.shape))
+
+    @binary_mask.setter
+    def binary_mask(self, mask: Tensor) -> None:
+        grid = self._grid_of(mask)
+        with dense_weights([self]):
+            self.set_grid(grid)
+
+    def _grid_of(self, mask: Tensor) -> Tensor:
+        """Return the bool grid of a mask of the weight's shape.
+
+        Raises:
+            ValueError: it has another shape, differs within a group, or keeps too many of one.
+        """
+        if mask.shape != self.weight_shape:
+            raise ValueError(
+                f"binary_mask: must have the shape {tuple(self.weight_shape)} of {self.name!r}, "
+                f"got {tuple(mask.shape)}"
+            )
+        kept = self.matrix(mask.to(self.mask.device) != 0)
+        grid = kept[:: self.pattern.rows, :: self.pattern.cols].contiguous()
+        if not torch.equal(expand_mask(self._compact(grid), self.pattern, self.shape), kept):
+            raise ValueError(
+                f"binary_mask: must be constant within every {self.pattern} group of "
+                f"{self.name!r}, got one that is not"
+            )
+        if not self.fits(grid):
+            raise ValueError(
+                f"binary_mask: must keep no more of any group of {self.name!r} than "
+                f"{self.pattern}, got one that does"
+            )
+        return grid
+
+    def fits(self, grid: Tensor) -> bool:
+        """Tell whether the pattern allows ``grid``: N:M's groups keep n of m at most, or all."""
+        return not isinstance(self.pattern, NM) or nm_fits(grid, self.pattern)
+
+    def kept_grid(self) -> Tensor:
+        """Return the mask as a bool tensor of one element a group."""
+        return unpack(self.mask, self.shape[1]) if self.packed else self.mask
+
+    @property
+    def all_kept(self) -> bool:
+        """True where nothing is pruned."""
+        return self.kept == self.groups
+
+    def pruned_groups(self) -> int:
+        """Return how many of ``groups`` are pruned."""
+        return self.groups - self.kept
+
+    def pruned_elements(self) -> int:
+        """Count the pruned weight elements. Synchronises with the device."""
+        if self.all_kept:
+            return 0
+        pruned = ~self.kept_grid()
+        if self.packed:
+            return int(pruned.sum())
+        heights, widths = (
+            torch.arange(0, side, step, device=pruned.device).neg().add(side).clamp(max=step)
+            for side, step in zip(self.shape, (self.pattern.rows, self.pattern.cols), strict=True)
+        )
+        return int((pruned * heights[:, None] * widths).sum())
+
+    def set_grid(self, grid: Tensor) -> None:
+        """Take over a bool grid, in place. The parameter is the caller's to bring in line."""
+        self.set_(self._compact(grid), int(grid.sum()))
+
+    def set_(self, mask: Tensor | None, kept: int) -> None:
+        """Take over a compact mask, in place. The parameter is the caller's to bring in line.
+
+        Args:
+            mask: as ``self.mask``; None where ``self.mask`` itself has just been written.
+            kept: number of kept groups.
+        """
+        if mask is not None:
+            self.mask.copy_(mask)
+        self.kept = kept
+        if self._words is not None:
+            word_mask(self.mask, self.pattern, self.shape, self._dtype, out=self._words)
+        if self.product is not None:
+            self.product.update(self.mask, kept)
+
+    def mask_for(self, tensor: Tensor) -> Tensor:
+        """Return the form of the mask in which ``tensor`` is masked fastest."""
+        fits = self._words is not None and self._words.element_size() == tensor.element_size()
+        return self._words if fits and tensor.is_cpu else self.mask  # pyright: ignore[reportReturnType]
+
+    def full_mask(self) -> Tensor:
+        """Return a compact mask that keeps everything."""
+        return self._compact(torch.ones(self.grid, dtype=torch.bool, device=self.mask.device))
+
+    def _compact(self, grid: Tensor) -> Tensor:
+        return pack(grid) if self.packed else grid
+
+    # the product of a linear
+
+    def serve_product(self) -> None:
+        """Prepare ``linear`` to skip pruned blocks, if the pattern has blocks to skip."""
+        self.product = None
+        if has_blocks_to_skip(self.pattern, self.weight, self.dispatch):
+            assert isinstance(self.pattern, Block)
+            self.product = BlockProduct(
+                self.mask,
+                self.kept,
+                self.pattern,
+                self.shape,
+                self._dtype,
+                backend=self.backend,
+                dispatch=self.dispatch,
+            )
+
+    @property
+    def path(self) -> str:
+        """Which products skip pruned blocks, in words."""
+        if self.product is None:
+            return "dense"
+        if self.product.unsafe:
+            return "dense (pruned blocks were written)"
+        return str(self.product.paths)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``x W^T + b``, without the pruned blocks where that is faster.
+
+        A weight other than the one that was left here, such as a caller's of
+        ``torch.func.functional_call``, is multiplied as it is. So is one whose pruned blocks
+        somebody has written.
+        """
+        matrix = weight.T if self.transposed else weight
+        product = self.product
+        if product is None:
+            return functional.linear(x, matrix, bias)
+        # tracing must not look at the paths: it would guard their values
+        if torch.compiler.is_compiling():
+            return product(x, matrix, bias)
+        if weight.device != self.mask.device or weight.dtype != self._dtype:
+            if weight is not self.weight:
+                return functional.linear(x, matrix, bias)
+            self.follow()
+            return self.linear(x, weight, bias)
+        if not product.skips(weight.device.type):
+            return functional.linear(x, matrix, bias)
+        if not self.is_as_left(weight):
+            if weight is not self.module._parameters.get(self.parameter_name):
+                return functional.linear(x, matrix, bias)
+            self.check_blocks()
+        return functional.linear(x, matrix, bias) if product.unsafe else product(x, matrix, bias)
+
+    def check_blocks(self) -> None:
+        """Look once whether pruned blocks are zero; while they are not, products are dense."""
+        product = self.product
+        if product is None or self.all_kept:
+            return
+        written = int(leaks([self])[0])
+        if written and not product.unsafe:
+            warnings.warn(
+                f"{written} pruned elements of {self.name!r} have been written (an adapter "
+                "merged, an average), so its products are dense until they are zero again",
+                stacklevel=2,
+            )
+        if product.unsafe != bool(written):
+            product.unsafe = bool(written)
+            product.flag()
+        self.leave()
+
+    # what others do to the parameter
+
+    def leave(self) -> None:
+        """Note the state of the parameter, so that a later write can be noticed."""
+        self._as_left = _state_of(self.weight)
+
+    def is_as_left(self, weight: Tensor) -> bool:
+        """Tell that nobody has been seen to write. Edits of ``weight.data`` escape."""
+        return self._as_left == _state_of(weight)
+
+
+def _state_of(weight: Tensor) -> tuple[Any, ...]:
+    version = 0 if weight.is_inference() else weight._version
+    return id(weight), weight.data_ptr(), version, weight.requires_grad
+
+
+@dataclass(frozen=True)
+class SparseModuleInfo:
+    """One masked weight.
+
+    Attributes:
+        module_node_name: dotted path of the module; with the parameter's name behind it where that
+            is not ``weight``.
+        module: the module that owns the weight.
+        operand: its mask; ``operand.binary_mask`` is a bool tensor of the weight's shape, True =
+            kept.
+        parameter_name: the weight's name in ``module``.
+        minimum_level, maximum_level: limits of this weight's level inside a pool.
+        users: every (module, parameter name) that holds the parameter, if it is tied.
+    """
+
+    module_node_name: str
+    module: nn.Module
+    operand: SparseWeight
+    parameter_name: str = "weight"
+    minimum_level: float = 0.0
+    maximum_level: float = 1.0
+    users: tuple[tuple[nn.Module, str], ...] = ()
+
+    @property
+    def places(self) -> tuple[tuple[nn.Module, str], ...]:
+        """Every module, with its name for it, that holds this very parameter."""
+        return self.users or ((self.module, self.parameter_name),)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter: zero wherever the mask prunes, but while masks are learned."""
+        return self.operand.weight
+
+
+@torch.no_grad()
+def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
+    """Set what the masks prune to zero, in place: in one launch for all of one pattern and width.
+
+    Args:
+        weights: whose masks.
+        tensors: one each, of its weight's shape: the weight, its gradient, an optimiser's state.
+    """
+    pairs = [(w, t) for w, t in zip(weights, tensors, strict=True) if not w.all_kept]
+    for pattern, backend, members in _alike(pairs):
+        matrices = [weight.matrix(tensor) for weight, tensor in members]
+        masks = [weight.mask_for(tensor) for weight, tensor in members]
+        apply_mask_(matrices, masks, pattern, backend=backend)
+        for (weight, tensor), matrix in zip(members, matrices, strict=True):
+            # a convolution's whose channels lie last is no view
+            if matrix.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+                tensor.copy_(weight.like_weight(matrix))
+
+
+@torch.no_grad()
+def leaks(weights: Sequence[SparseWeight], tensors: Sequence[Tensor] | None = None) -> list[int]:
+    """Count what is not zero though it is pruned. Waits for the device once.
+
+    Args:
+        weights: whose masks.
+        tensors: one each, of its weight's shape; None: the weights themselves.
+    """
+    tensors = [weight.weight for weight in weights] if tensors is None else tensors
+    counts = [0] * len(weights)
+    places = [i for i, weight in enumerate(weights) if not weight.all_kept]
+    found: list[Tensor] = []
+    order: list[int] = []
+    pairs = [(weights[i], (i, tensors[i].detach())) for i in places]
+    for pattern, backend, members in _alike(pairs):
+        matrices = [weight.matrix(tensor) for weight, (_, tensor) in members]
+        masks = [weight.mask_for(tensor) for weight, (_, tensor) in members]
+        found.append(count_leaks(matrices, masks, pattern, backend=backend))
+        order += [i for _, (i, _) in members]
+    if found:
+        for i, count in zip(order, torch.cat(found).tolist(), strict=True):
+            counts[i] = count
+    return counts
+
+
+def _alike(
+    pairs: Sequence[tuple[SparseWeight, Any]],
+) -> Iterator[tuple[Pattern, Backend, list[tuple[SparseWeight, Any]]]]:
+    """Part pairs by what one launch has in common."""
+    found: dict[tuple[Pattern, Backend], list[tuple[SparseWeight, Any]]] = {}
+    for weight, other in pairs:
+        found.setdefault((weight.pattern, weight.backend), []).append((weight, other))
+    for (pattern, backend), members in found.items():
+        yield pattern, backend, members
+
+
+def drop_foreign(weights: Sequence[SparseWeight], when: str) -> None:
+    """Make parameters zero again where somebody has written what is pruned, and say how much.
+
+    Warns:
+        UserWarning: with the number of elements and the weights.
+    """
+    guarded = [weight for weight in weights if weight.holds_zeros and not weight.all_kept]
+    for weight in guarded:
+        weight.follow()
+    written = {w.name: (w, n) for w, n in zip(guarded, leaks(guarded), strict=True) if n}
+    if written:
+        clear_([w for w, _ in written.values()], [w.weight for w, _ in written.values()])
+        total = sum(count for _, count in written.values())
+        warnings.warn(
+            f"{when}: {total} pruned elements had been written by somebody else and are zero "
+            f"again, in {', '.join(map(repr, written))}",
+            stacklevel=3,
+        )
+    for weight in guarded:
+        _settle(weight)
+
+
+@contextmanager
+def dense_weights(weights: Sequence[SparseWeight], *, keep: bool | None = None) -> Iterator[None]:
+    """Put pruned values back for as long as the context is open, and take them out by the masks
+    that there are then. A context that ends in an error has changed nothing.
+
+    In place, weight by weight: beside the values nothing as large as a weight is allocated.
+
+    Args:
+        weights: whose masks may change.
+        keep: keep what is taken out; None: where the weight itself ``keeps_values``.
+    """
+    drop_foreign(weights, "set_sparsity_level")
+    restore_(weights)
+    try:
+        yield
+    finally:
+        take_values(weights, keep=keep)
+
+
+@torch.no_grad()
+def restore_(weights: Sequence[SparseWeight]) -> None:
+    """Put pruned values back, where they are kept, in place."""
+    for weight in weights:
+        if weight.values is not None:
+            matrix = weight.matrix(weight.weight)
+            put_back_(matrix, weight.values, weight.mask_for(matrix), weight.pattern)
+            _copy_back(weight, matrix)
+            weight.values = None
+
+
+@torch.no_grad()
+def take_values(weights: Sequence[SparseWeight], *, keep: bool | None = None) -> None:
+    """Make parameters zero where their masks prune; what was there is kept where that is asked.
+
+    Args:
+        weights: whose parameters are dense, but for what ``values`` holds already.
+        keep: keep the values; None: where the weight itself ``keeps_values``.
+    """
+    cleared = []
+    for weight in weights:
+        parameter = weight.follow()
+        weight.values = None
+        if not weight.holds_zeros or weight.all_kept:
+            continue
+        if weight.keeps_values if keep is None else keep:
+            matrix = weight.matrix(parameter)
+            weight.values = take_pruned(matrix, weight.mask_for(matrix), weight.pattern)
+            _copy_back(weight, matrix)
+        else:
+            cleared.append(weight)
+    clear_(cleared, [weight.weight for weight in cleared])
+    for weight in weights:
+        _settle(weight)
+
+
+def _settle(weight: SparseWeight) -> None:
+    """Note that the pruned elements are zero."""
+    if weight.product is not None and weight.product.unsafe:
+        weight.product.unsafe = False
+        weight.product.flag()
+    weight.leave()
+
+
+def _copy_back(weight: SparseWeight, matrix: Tensor) -> None:
+    parameter = weight.weight
+    if matrix.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+        parameter.copy_(weight.like_weight(matrix))

@@ -1,0 +1,282 @@
+"""NNCF's ``compression`` dictionary, translated into configurations.
+
+Reading order: the entry point, one translation an algorithm, what they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from .algorithms.table import ALGORITHMS
+from .config.algorithm import (
+    SCHEDULES,
+    AlgorithmConfig,
+    BatchNormAdaptation,
+    ScheduledConfig,
+    listed,
+)
+from .config.declaration import Declaration, DeclarationError, did_you_mean
+from .config.schedule import Schedule
+
+_Declaration = TypeVar("_Declaration", bound=Declaration)
+
+ConfigLike = AlgorithmConfig | Mapping[str, Any] | Sequence[AlgorithmConfig | Mapping[str, Any]]
+
+# NNCF's keys in `params`, and the schedules' fields that they are
+_SCHEDULE_KEYS = {
+    "sparsity_target": "target_level",
+    "sparsity_target_epoch": "target_epoch",
+    "sparsity_freeze_epoch": "freeze_epoch",
+    "power": "power",
+    "concave": "concave",
+    "update_per_optimizer_step": "update_per_optimizer_step",
+    "steps_per_epoch": "steps_per_epoch",
+    "multistep_steps": "steps",
+    "multistep_sparsity_levels": "levels",
+    "step": "step",
+    "eps": "eps",
+    "patience": "patience",
+}
+_SHARED_PARAMS = ("pattern", "targets", "overrides")
+_SCOPE_KEYS = ("target_scopes", "ignored_scopes", "validate_scopes")
+_MULTIPLIER = "compression_lr_multiplier"
+# fields that stand beside `params`
+_BESIDE = (_MULTIPLIER, "sparse_structure_by_scopes")
+# fields that are read from several keys
+_LEVELS = ("algorithm", "schedule", "sparsity_init")
+_SECTION_KEYS = (
+    "algorithm",
+    "sparsity_init",
+    *_SCOPE_KEYS,
+    "params",
+    "initializer",
+    _MULTIPLIER,
+)
+# what an NNCF configuration holds beside `compression`
+_NNCF_KEYS = (
+    "compression",
+    "target_scopes",
+    "ignored_scopes",
+    "input_info",
+    "target_device",
+    "accuracy_aware_training",
+    _MULTIPLIER,
+    "disable_shape_matching",
+    "log_dir",
+)
+
+
+def parse_config(config: ConfigLike) -> list[AlgorithmConfig]:
+    """Return the configuration of each algorithm that ``config`` is or spells.
+
+    Args:
+        config: a configuration, NNCF's ``compression`` dictionary, a list of these, or a whole
+            NNCF configuration with the key ``compression``. Of what stands beside that key, scopes
+            and ``compression_lr_multiplier`` alone bear on sparsity; they count as in NNCF:
+            ignored scopes add up, target ones there replace the section's, whose own multiplier
+            holds.
+
+    Raises:
+        TypeError: ``config`` is none of these.
+        ValueError: an algorithm, key or value is not known, see ``from_nncf``.
+    """
+    match config:
+        case AlgorithmConfig():
+            return [config]
+        case Mapping() if "compression" in config:
+            _check_keys("config", config, _NNCF_KEYS)
+            sections = config["compression"]
+            sections = [sections] if isinstance(sections, Mapping) else sections
+            if isinstance(sections, list) and all(isinstance(s, Mapping) for s in sections):
+                sections = [_with_outer_scopes(section, config) for section in sections]
+            return parse_config(sections)
+        case Mapping():
+            return [from_nncf(config)]
+        case [_, *_] if all(isinstance(part, (AlgorithmConfig, Mapping)) for part in config):
+            return [one for part in config for one in parse_config(part)]
+    raise TypeError(
+        "config must be a configuration such as MagnitudeSparsityConfig, NNCF's compression "
+        f"dictionary, or a list of these, got {config!r}"
+    )
+
+
+def _with_outer_scopes(section: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    section = dict(section)
+    if "target_scopes" in config:
+        section["target_scopes"] = config["target_scopes"]
+    if _MULTIPLIER in config:
+        section.setdefault(_MULTIPLIER, config[_MULTIPLIER])
+    ignored = [listed(part.get("ignored_scopes", ())) for part in (config, section)]
+    # what is no list of scopes is left for the configuration to refuse
+    wrong = [scopes for scopes in ignored if not isinstance(scopes, tuple)]
+    section["ignored_scopes"] = wrong[0] if wrong else sum(ignored, ())
+    return section
+
+
+def from_nncf(section: Mapping[str, Any]) -> AlgorithmConfig:
+    """Translate one of NNCF's ``compression`` dictionaries, and our additions to it.
+
+    Beyond NNCF ``params`` takes ``pattern`` (``"unstructured"``, ``{"block": [64, 64]}``,
+    ``{"nm": [2, 4]}``), ``overrides`` (a list of dictionaries with ``Override``'s fields) and, for
+    the adaptive schedule, ``step`` and ``eps``. As in NNCF a key that the chosen schedule has no
+    use for, and ``compression_lr_multiplier`` where the algorithm has no parameters that it could
+    scale, are let be.
+
+    Raises:
+        ValueError: an algorithm, key or value is not known; the message names it as it is written
+            in the dictionary.
+    """
+    algorithm = section.get("algorithm")
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
+        raise ValueError(
+            f"compression: algorithm must be one of {', '.join(map(repr, ALGORITHMS))}, "
+            f"got {algorithm!r}"
+        )
+    config = ALGORITHMS[algorithm].config
+    fields = [name for name in config.model_fields if name not in AlgorithmConfig.model_fields]
+    beside = [name for name in _BESIDE if name in fields]
+    own = [name for name in fields if name not in (*_LEVELS, *beside)]
+    inside = section.get("params")
+    if isinstance(inside, Mapping) and (wrong := [name for name in beside if name in inside]):
+        raise ValueError(f"compression: {wrong[0]} must stand beside params, got it inside")
+    if issubclass(config, ScheduledConfig):
+        given, spelled = _with_levels(section, own, beside, config)
+    else:
+        if "sparsity_init" in section:
+            raise ValueError(
+                f"compression: sparsity_init must be left out; {config.sets_levels_by}, got "
+                f"{section['sparsity_init']!r}"
+            )
+        params, given, spelled = _shared(section, own, beside)
+        given |= {key: params[key] for key in own if key in params}
+        spelled |= {key: f"params.{key}" for key in own}
+    given |= {key: section[key] for key in beside if key in section}
+    return _build(config, given, spelled)
+
+
+def _with_levels(
+    section: Mapping[str, Any],
+    own: Sequence[str],
+    beside: Sequence[str],
+    config: type[ScheduledConfig],
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read what an algorithm has that is given levels, by a schedule or weight by weight.
+
+    Args:
+        section: the dictionary.
+        own: keys of ``params`` that are fields of the configuration.
+        beside: keys beside ``params`` that are.
+        config: the configuration's class.
+
+    Returns:
+        Arguments for the configuration; how the dictionary spells each argument.
+    """
+    params, given, spelled = _shared(section, ("schedule", *own, *_SCHEDULE_KEYS), beside)
+    given |= {key: params[key] for key in own if key in params}
+    spelled |= {key: f"params.{key}" for key in own}
+    if params.get("sparsity_level_setting_mode") == "local":
+        scheduled = [key for key in ("schedule", *_SCHEDULE_KEYS) if key in params]
+        if scheduled:
+            raise ValueError(
+                f"compression: params.{scheduled[0]} must be left out with "
+                "sparsity_level_setting_mode 'local', which has no schedule, got "
+                f"{params[scheduled[0]]!r}"
+            )
+        if "sparsity_init" in section:
+            given["sparsity_init"] = section["sparsity_init"]
+    else:
+        default = config.model_fields["schedule"].get_default(
+            call_default_factory=True, validated_data={}
+        )
+        given["schedule"] = _nncf_schedule(section, params, default=default.kind)
+    return given, spelled
+
+
+def _shared(
+    section: Mapping[str, Any], own_params: Sequence[str], own_keys: Sequence[str] = ()
+) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, str]]:
+    """Read what every algorithm's dictionary has.
+
+    Args:
+        section: the dictionary.
+        own_params: keys of ``params`` that the algorithm knows beyond the shared ones.
+        own_keys: keys beside ``params``, likewise.
+
+    Returns:
+        ``params``; arguments for the configuration; how the dictionary spells each argument.
+    """
+    _check_keys("compression", section, (*_SECTION_KEYS, *own_keys))
+    params = _subsection(section, "params", "compression", (*own_params, *_SHARED_PARAMS))
+    initializer = _subsection(section, "initializer", "compression", ("batchnorm_adaptation",))
+    given = {key: section[key] for key in _SCOPE_KEYS if key in section}
+    given |= {key: params[key] for key in _SHARED_PARAMS if key in params}
+    if "batchnorm_adaptation" in initializer:
+        adaptation = _subsection(
+            initializer,
+            "batchnorm_adaptation",
+            "compression.initializer",
+            tuple(BatchNormAdaptation.model_fields),
+        )
+        given["batchnorm_adaptation"] = _build(
+            BatchNormAdaptation,
+            adaptation,
+            {key: f"initializer.batchnorm_adaptation.{key}" for key in adaptation},
+        )
+    return params, given, {key: f"params.{key}" for key in _SHARED_PARAMS}
+
+
+def _nncf_schedule(
+    section: Mapping[str, Any], params: Mapping[str, Any], *, default: str
+) -> Schedule:
+    kind = params.get("schedule", default)
+    if not isinstance(kind, str) or kind not in SCHEDULES:
+        raise ValueError(
+            f"compression: params.schedule must be one of {', '.join(map(repr, SCHEDULES))}, "
+            f"got {kind!r}"
+        )
+    schedule = SCHEDULES[kind]
+    keys = {
+        field: key
+        for key, field in _SCHEDULE_KEYS.items()
+        if key in params and field in schedule.model_fields
+    }
+    given = {field: params[key] for field, key in keys.items()}
+    spelled = {field: f"params.{key}" for field, key in keys.items()}
+    if "sparsity_init" in section:
+        given["initial_level"] = section["sparsity_init"]
+        spelled["initial_level"] = "sparsity_init"
+    return _build(schedule, given, spelled)
+
+
+def _build(
+    declaration: type[_Declaration], given: Mapping[str, Any], spelled: Mapping[str, str]
+) -> _Declaration:
+    """Make a declaration; report what is wrong with a field under its key in the dictionary."""
+    try:
+        return declaration(**given)
+    except DeclarationError as error:
+        problems = (
+            f"{spelled.get(field, field)}{place} {what}".lstrip()
+            for field, place, what in error.problems
+        )
+        raise ValueError(f"compression: {'; '.join(problems)}") from None
+
+
+def _subsection(
+    section: Mapping[str, Any], name: str, where: str, known: Sequence[str]
+) -> Mapping[str, Any]:
+    found = section.get(name, {})
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{where}: {name} must be a dictionary, got {found!r}")
+    _check_keys(f"{where}.{name}", found, known)
+    return found
+
+
+def _check_keys(where: str, section: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in section:
+        if key not in known:
+            raise ValueError(
+                f"{where}: unknown key {key!r}{did_you_mean(key, known)}; the keys are "
+                f"{', '.join(known)}"
+            )

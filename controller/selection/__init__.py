@@ -1,0 +1,1 @@
+"""What is pruned: criteria and their evidence, pools, allocation over weights, thresholds."""

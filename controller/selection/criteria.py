@@ -1,0 +1,197 @@
+"""Criteria: how important each element of a weight is. Functions of one signature.
+
+A criterion sees the ``Evidence`` on one weight and returns its ``Importance``; the score of a
+block is the mean over its elements. The pool decides what is compared with what: all target
+weights, or one weight. Wanda's own comparison is within each output row; see ``wanda``.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...kernels.block_score import block_score
+from ..masks.names import canonical
+from ..masks.weight import SparseModuleInfo
+from .thresholds import Scores
+
+WeightImportance = Literal["abs", "normed_abs", "snip", "snip_momentum", "wanda", "random"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a criterion may look at. All matrices are the weight's, (out, in).
+
+    Attributes:
+        name: the weight's, for messages, and to tell random numbers of several weights apart.
+        weight: matrix.
+        grid: groups down and across.
+        gradient: matrix, of the last backward pass; None if there was none.
+        momentum: float32 matrix, the decaying sum of |w g| over the steps; None before the first.
+        input_norm: float32, root mean square of each input: (in,), or a matrix where rows have
+            inputs of their own; None before a calibration.
+        seed: of random numbers, several integers.
+    """
+
+    name: str
+    weight: Tensor
+    grid: tuple[int, int]
+    gradient: Tensor | None = None
+    momentum: Tensor | None = None
+    input_norm: Tensor | None = None
+    seed: tuple[int, ...] = (0,)
+
+
+class Importance(NamedTuple):
+    """How important the elements are: ``|values| * scale``.
+
+    Attributes:
+        values: matrix of the weight's shape; the weight itself where that will do, so that no copy
+            is made.
+        scale: float32 scalar, or None for 1.
+        per_group: ``values`` has one element a group.
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+    per_group: bool = False
+
+
+Criterion = Callable[[Evidence], Importance]
+
+
+def magnitude(evidence: Evidence) -> Importance:
+    """|w|."""
+    return Importance(evidence.weight)
+
+
+def normed_magnitude(evidence: Evidence) -> Importance:
+    """|w| / ||w||_2, the norm of the whole tensor (NNCF's ``normed_abs``); of zeros, 0."""
+    weight = evidence.weight
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(weight, dtype=wide).float()
+    # an all-zero weight has importance 0, whatever it is divided by
+    return Importance(weight, norm.where(norm > 0, 1).reciprocal())
+
+
+def snip(evidence: Evidence) -> Importance:
+    """|w g|, what the loss changes by, to first order, without the weight.
+
+    Lee et al., https://arxiv.org/abs/1810.02340; g is of the last backward pass.
+
+    Raises:
+        RuntimeError: there is no gradient.
+    """
+    if evidence.gradient is None:
+        raise RuntimeError(
+            f"snip: the weight of {evidence.name!r} has no gradient; run a backward pass first, "
+            "and call zero_grad() only after the scheduler's step() or epoch_step()"
+        )
+    return Importance(evidence.weight.float() * evidence.gradient.float())
+
+
+def snip_momentum(evidence: Evidence) -> Importance:
+    """The decaying sum of |w g| over the steps, ``MOMENTUM_DECAY`` a step.
+
+    Intel Neural Compressor's ``snip_momentum``.
+
+    Raises:
+        RuntimeError: no gradient has been seen.
+    """
+    if evidence.momentum is None:
+        raise RuntimeError(
+            f"snip_momentum: the weight of {evidence.name!r} has seen no gradient; call the "
+            "scheduler's step() at every optimiser step, and zero_grad() only after it"
+        )
+    return Importance(evidence.momentum)
+
+
+def wanda(evidence: Evidence) -> Importance:
+    """|w| times the size of its input: Sun et al., https://arxiv.org/abs/2306.11695.
+
+    The size is the root mean square over the calibration's tokens: the paper's ||x||_2 but for a
+    factor that one weight has in common, so that layers which saw other numbers of tokens compare.
+
+    The paper prunes the same fraction of each output row. Here the pool is compared: one weight in
+    ``local`` mode, all target weights else, where layers of larger activations keep more.
+
+    Raises:
+        RuntimeError: the inputs have not been calibrated.
+    """
+    if evidence.input_norm is None:
+        raise RuntimeError(
+            f"wanda: no input of {evidence.name!r} has been seen; run the model on calibration "
+            "data inside `with controller.calibration():` first"
+        )
+    return Importance(evidence.weight.float() * evidence.input_norm)
+
+
+def random(evidence: Evidence) -> Importance:
+    """Uniform in [0, 1) for each group: a function of seed and name, the same on every rank."""
+    numbers = random_numbers(
+        evidence.grid, *evidence.seed, zlib.crc32(canonical(evidence.name).encode())
+    )
+    return Importance(numbers.to(evidence.weight.device), per_group=True)
+
+
+def random_numbers(shape: tuple[int, int], *seed: int) -> Tensor:
+    """Return float32 numbers in [0, 1), on the CPU: a pure function of shape and seed."""
+    return torch.from_numpy(np.random.default_rng(seed).random(shape, np.float32))
+
+
+def criterion(name: WeightImportance) -> Criterion:
+    """Return the criterion that a configuration names."""
+    match name:
+        case "abs":
+            return magnitude
+        case "normed_abs":
+            return normed_magnitude
+        case "snip":
+            return snip
+        case "snip_momentum":
+            return snip_momentum
+        case "wanda":
+            return wanda
+        case "random":
+            return random
+
+
+def check_gradients(
+    name: WeightImportance, infos: Sequence[SparseModuleInfo], importances: Sequence[Importance]
+) -> None:
+    """Refuse a pool whose gradients say nothing: of equals the masks would go by position.
+
+    Raises:
+        RuntimeError: the importance is 0 throughout.
+    """
+    if not torch.stack([found.values.any() for found in importances]).any():
+        raise RuntimeError(
+            f"{name}: |w g| is 0 throughout the pool of {infos[0].module_node_name!r}, "
+            f"{len(infos)} weights in all, so that nothing ranks their groups; run a backward "
+            "pass with finite gradients first, and call zero_grad() only after the scheduler's "
+            "step() or epoch_step()"
+        )
+
+
+def scores_by_group(
+    infos: Sequence[SparseModuleInfo], importances: Sequence[Importance]
+) -> Scores:
+    """Return the scores of the groups of several weights of one pattern."""
+    operand = infos[0].operand
+    tensors = [
+        found.values
+        if operand.packed or found.per_group
+        else block_score(found.values, operand.pattern, backend=operand.backend)
+        for found in importances
+    ]
+    if all(found.scale is None for found in importances):
+        return Scores(tensors, None)
+    one = torch.ones((), dtype=torch.float32, device=tensors[0].device)
+    scales = [one if found.scale is None else found.scale for found in importances]
+    return Scores(tensors, torch.stack(scales))

@@ -1,0 +1,224 @@
+"""Scores by a criterion, and the evidence it needs, gathered in training and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+
+from ..masks.weight import SparseModuleInfo
+from .criteria import Evidence, WeightImportance, check_gradients, criterion, scores_by_group
+from .thresholds import Scores
+
+# Intel Neural Compressor's factor
+MOMENTUM_DECAY = 0.9
+BY_GRADIENT = ("snip", "snip_momentum")
+
+
+class Scorer:
+    """Scores by a criterion, and what has been gathered for it so far.
+
+    Args:
+        infos: the weights.
+        importance: the criterion's name.
+        seed: of random numbers.
+    """
+
+    def __init__(
+        self, infos: Sequence[SparseModuleInfo], importance: WeightImportance, seed: int
+    ) -> None:
+        self.importance: WeightImportance = importance
+        self._infos = list(infos)
+        self._seed = seed
+        self._momenta: dict[str, Tensor] = {}
+        self._input_norms: dict[str, Tensor] = {}
+
+    def scores(self, infos: Sequence[SparseModuleInfo]) -> Scores:
+        """Score every group of the weights given, which share one pattern.
+
+        Raises:
+            RuntimeError: what the criterion needs has not been gathered, or is 0 throughout.
+        """
+        importance_of = criterion(self.importance)
+        importances = [importance_of(self._evidence(info)) for info in infos]
+        if self.importance in BY_GRADIENT:
+            check_gradients(self.importance, infos, importances)
+        return scores_by_group(infos, importances)
+
+    def observe(self) -> None:
+        """Take in the gradients of the step that has ended, where the criterion sums them.
+
+        A step whose gradients overflowed, as with AMP, is left out: the optimiser skips it too.
+        """
+        if self.importance != "snip_momentum":
+            return
+        used = [
+            (info, gradient) for info in self._infos if (gradient := info.weight.grad) is not None
+        ]
+        if not used:
+            return
+        # stays on the device: a step must not wait for it
+        finite = torch.stack([gradient.isfinite().all() for _, gradient in used]).all()
+        decay = torch.full((), MOMENTUM_DECAY, dtype=torch.float32, device=finite.device)
+        decay.masked_fill_(~finite, 1)
+        for info, gradient in used:
+            operand, name = info.operand, info.module_node_name
+            weight = operand.matrix(info.weight.detach())
+            product = (weight.float() * operand.matrix(gradient.detach()).float()).abs_()
+            product.masked_fill_(~finite, 0)
+            if name in self._momenta:
+                self._momenta[name].mul_(decay).add_(product)
+            else:
+                self._momenta[name] = product
+
+    @contextmanager
+    def calibration(self) -> Iterator[None]:
+        """Measure the inputs that the weights' modules get while the context is open.
+
+        Raises:
+            ValueError: the criterion has no use for it; a module's inputs cannot be measured.
+        """
+        if self.importance != "wanda":
+            raise ValueError(
+                "calibration: weight_importance must be 'wanda', which alone looks at the inputs, "
+                f"got {self.importance!r}"
+            )
+        sums: dict[str, tuple[Tensor, int]] = {}
+        handles = []
+        try:
+            for info in self._infos:
+                hook = _measure(info, sums)
+                handles.append(info.module.register_forward_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._input_norms = {name: (total / n).sqrt() for name, (total, n) in sums.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        """Return what has been gathered; copies on the CPU.
+
+        Where the next update looks at gradients, the weights' present ones are part of it.
+        """
+        gradients: dict[str, Tensor] = {}
+        if self.importance in BY_GRADIENT:
+            gradients = {
+                info.module_node_name: gradient
+                for info in self._infos
+                if (gradient := info.weight.grad) is not None
+            }
+        return {
+            # copies: the next backward pass may add to a gradient in place
+            key: {name: tensor.detach().to("cpu", copy=True) for name, tensor in gathered.items()}
+            for key, gathered in (
+                ("momenta", self._momenta),
+                ("input_norms", self._input_norms),
+                ("gradients", gradients),
+            )
+            if gathered
+        }
+
+    def read_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Check ``get_state``'s result; return what takes it over.
+
+        Where an update looks at gradients, the weights' ``.grad`` become its own: None too.
+
+        Raises:
+            ValueError: a key is unknown, or a tensor is of another model.
+        """
+        infos = {info.module_node_name: info for info in self._infos}
+        for key, gathered in state.items():
+            if key not in ("momenta", "input_norms", "gradients"):
+                raise ValueError(f"load_state: algorithm_state has the unknown key {key!r}")
+            for name, tensor in gathered.items():
+                if name not in infos or not _fits(key, tensor, infos[name]):
+                    raise ValueError(f"load_state: {key} of {name!r} must fit its weight")
+
+        def take() -> None:
+            device = self._infos[0].weight.device
+            if self.importance in BY_GRADIENT:
+                gradients = state.get("gradients", {})
+                for name, info in infos.items():
+                    gradient = gradients.get(name)
+                    info.weight.grad = None if gradient is None else gradient.to(device, copy=True)
+            self._momenta, self._input_norms = (
+                # a copy: a tensor of the caller's must not change with ours
+                {name: tensor.to(device, copy=True) for name, tensor in state.get(key, {}).items()}
+                for key in ("momenta", "input_norms")
+            )
+
+        return take
+
+    def _evidence(self, info: SparseModuleInfo) -> Evidence:
+        operand, name = info.operand, info.module_node_name
+        gradient = info.weight.grad
+        return Evidence(
+            name=name,
+            weight=operand.matrix(info.weight.detach()),
+            grid=operand.grid,
+            gradient=None if gradient is None else operand.matrix(gradient),
+            momentum=self._momenta.get(name),
+            input_norm=self._input_norms.get(name),
+            seed=(self._seed,),
+        )
+
+
+def _fits(key: str, tensor: Tensor, info: SparseModuleInfo) -> bool:
+    rows, cols = info.operand.shape
+    match key:
+        case "gradients":
+            return tensor.shape == info.weight.shape and tensor.dtype == info.weight.dtype
+        case "momenta":
+            return tensor.shape == (rows, cols)
+    return tensor.shape in ((cols,), (rows, cols))
+
+
+def _measure(
+    info: SparseModuleInfo, sums: dict[str, tuple[Tensor, int]]
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+    """Return a forward hook that adds up squared inputs a column of the weight's matrix."""
+    name, module = info.module_node_name, info.module
+    convolves = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    plain = convolves and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    if not (isinstance(module, nn.Linear) or info.operand.transposed or plain):
+        raise ValueError(
+            f"calibration: the inputs of {name!r}, a {type(module).__name__}, cannot be measured; "
+            "they must be those of a linear layer or of a convolution padded with zeros; list it "
+            "in ignored_scopes"
+        )
+
+    def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = args[0] if args else next(iter(kwargs.values()))
+        x = given.detach().float()
+        if x.numel() == 0:  # an expert that no token has gone to
+            return
+        if convolves:
+            total, count = _convolution_inputs(module, x, output)
+        else:
+            rows = x.reshape(-1, x.shape[-1])
+            total, count = rows.square().sum(0), len(rows)
+        if name in sums:
+            total, count = sums[name][0] + total, sums[name][1] + count
+        sums[name] = total, count
+
+    return add
+
+
+def _convolution_inputs(module: Any, x: Tensor, output: Tensor) -> tuple[Tensor, int]:
+    """Sum the squares that each kernel element meets: the weight gradient for squares and ones."""
+    gradient = {3: conv1d_weight, 4: conv2d_weight, 5: conv3d_weight}[module.weight.ndim]
+    if x.ndim < module.weight.ndim:  # without a batch
+        x, output = x[None], output[None]
+    groups, spatial = module.groups, output.shape[2:]
+    ones = x.new_ones((len(x), groups, *spatial))
+    shape = (groups, *module.weight.shape[1:])
+    total = gradient(
+        x.square(), shape, ones, module.stride, module.padding, module.dilation, groups
+    ).flatten(1)
+    # the rows of a group share its inputs
+    rows = total.repeat_interleave(module.out_channels // groups, 0) if groups > 1 else total[0]
+    return rows, len(x) * spatial.numel()

@@ -1,0 +1,232 @@
+"""From scores to masks: pools of weights, their exact counts within limits, thresholds, masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...kernels.mask import make_mask, unpack
+from ...kernels.pattern import NM, Pattern, Unstructured, maximum_level
+from ...kernels.select import Threshold, select
+from ...kernels.semi_structured import nm_mask, nm_score
+from ..config.algorithm import Pool
+from ..masks.weight import SparseModuleInfo, SparseWeight
+from .allocation import allocate
+
+
+class Scores(NamedTuple):
+    """Importance of the groups of several weights.
+
+    Attributes:
+        tensors: one matrix a weight, of a block pattern's grid, or of the weight itself where
+            every element is a group: its magnitude is the score, and no copy is made. Under N:M
+            the weight's too: its elements compete inside their tuple.
+        scales: float32 factor of each tensor, or None.
+    """
+
+    tensors: list[Tensor]
+    scales: Tensor | None
+
+
+class Pruning(NamedTuple):
+    """A threshold found and not yet applied.
+
+    Under N:M the scores are those of tuples, and ``elements`` has those of their elements. Where
+    nothing or every tuple is pruned there is no threshold, and ``masks`` are found.
+    ``nonfinite`` counts the scores that are NaN or Inf, on the device.
+    """
+
+    infos: list[SparseModuleInfo]
+    scores: Scores
+    threshold: Threshold | None
+    nonfinite: Tensor
+    elements: list[Tensor]
+    masks: list[Tensor]
+
+
+ScoresOf = Callable[[Sequence[SparseModuleInfo]], Scores]
+
+
+def pools(
+    infos: Sequence[SparseModuleInfo], pool: Pool = "global"
+) -> list[list[SparseModuleInfo]]:
+    """Part the weights: each by itself, or by pattern, since in a mixed pool an element would count
+    as much as a block.
+    """
+    if pool == "weight":
+        return [[info] for info in infos]
+    found: dict[Pattern, list[SparseModuleInfo]] = {}
+    for info in infos:
+        found.setdefault(info.operand.pattern, []).append(info)
+    return list(found.values())
+
+
+def is_reachable(level: float, patterns: Sequence[Pattern]) -> bool:
+    """Tell whether any of the patterns can express ``level``: N:M goes up to 1 - n/m."""
+    most = max(map(maximum_level, patterns))
+    # 2/3 is not 1 - 1/3 in floating point
+    return level <= most or math.isclose(level, most, rel_tol=1e-9)
+
+
+def check_reachable(what: str, level: float, patterns: Sequence[Pattern]) -> None:
+    """Refuse a level that no weight can reach, naming ``what`` it is."""
+    if not is_reachable(level, patterns):
+        pattern = max(patterns, key=maximum_level)
+        raise ValueError(
+            f"{what} must be at most 1 - n/m = {maximum_level(pattern):g} under the pattern "
+            f"{pattern}, got {level!r}"
+        )
+
+
+def find_prunings(
+    infos: list[SparseModuleInfo], level: float, scores: ScoresOf, *, limits: bool
+) -> list[Pruning]:
+    """Find the thresholds of one pool; several where limits hold some weights apart.
+
+    Args:
+        infos: the weights, of one pattern.
+        level: ``round(level * groups)`` groups are pruned; of N:M tuples that share of what it
+            can prune.
+        scores: scores every group of the weights given.
+        limits: each weight keeps within its own; a total that misses them by rounding alone is
+            taken to the nearest they allow.
+
+    Raises:
+        ValueError: the level is beyond what the limits allow. Whether scores are finite is for
+            ``check_finite`` to say.
+    """
+    groups = [info.operand.choices for info in infos]
+    most = maximum_level(infos[0].operand.pattern)
+    share = min(level / most, 1.0)
+    total = round(share * sum(groups))
+    if not limits or all(i.minimum_level <= 0 and i.maximum_level >= 1 for i in infos):
+        return [_threshold(infos, total, scores)]
+    # a schedule passes levels below a weight's minimum on its way up
+    least = [min(info.minimum_level / most, share) for info in infos]
+    minimum = [round(part * n) for part, n in zip(least, groups, strict=True)]
+    greatest = [min(info.maximum_level / most, 1.0) for info in infos]
+    maximum = [round(part * n) for part, n in zip(greatest, groups, strict=True)]
+    minimum = [min(low, high) for low, high in zip(minimum, maximum, strict=True)]
+    # each limit was rounded by itself: together they may miss the total by a group a weight
+    if sum(minimum) - len(infos) < total < sum(maximum) + len(infos):
+        total = min(max(total, sum(minimum)), sum(maximum))
+    if not sum(minimum) <= total <= sum(maximum):
+        raise ValueError(
+            f"set_sparsity_level: level {level} cannot be reached within the limits of "
+            f"overrides: {total} of {sum(groups)} groups to prune, between {sum(minimum)} "
+            f"and {sum(maximum)} allowed"
+        )
+
+    def natural(members: list[int], k: int) -> list[int]:
+        pruning = _threshold([infos[i] for i in members], k, scores)
+        check_finite([pruning])
+        if pruning.threshold is None:
+            return [groups[i] if k else 0 for i in members]
+        masks = _masks_of(pruning)
+        return [
+            groups[i] - _kept(mask, infos[i].operand)
+            for i, mask in zip(members, masks, strict=True)
+        ]
+
+    fixed, free, left = allocate(total, minimum, maximum, natural)
+    prunings = [_threshold([infos[i]], count, scores) for i, count in fixed.items()]
+    if free:
+        prunings.append(_threshold([infos[i] for i in free], left, scores))
+    return prunings
+
+
+def check_finite(prunings: Sequence[Pruning]) -> None:
+    """Refuse thresholds of scores that hold NaN or Inf, in one wait for the device.
+
+    Raises:
+        ValueError: one does; the message names the weight.
+    """
+    if prunings and torch.stack([p.nonfinite for p in prunings]).any():
+        for pruning in prunings:
+            for info, tensor in zip(pruning.infos, pruning.scores.tensors, strict=True):
+                if not torch.isfinite(tensor).all():
+                    what = "importance" if torch.isfinite(info.weight).all() else "weight"
+                    raise ValueError(
+                        f"set_sparsity_level: the {what} of {info.module_node_name!r} holds NaN "
+                        "or Inf; masks are left as they were"
+                    )
+
+
+def apply_prunings(prunings: Sequence[Pruning]) -> None:
+    """Write the masks, in place. The parameters are the caller's to bring in line."""
+    for pruning in prunings:
+        masks = [info.operand.mask for info in pruning.infos]
+        pattern = pruning.infos[0].operand.pattern
+        if pruning.threshold is None:
+            for mask, found in zip(masks, pruning.masks, strict=True):
+                mask.copy_(found)
+        elif isinstance(pattern, NM):
+            backend = pruning.infos[0].operand.backend
+            tuples = zip(pruning.elements, _masks_of(pruning), masks, strict=True)
+            for elements, whole, mask in tuples:
+                nm_mask(elements, pattern, whole=whole, out=mask, backend=backend)
+        else:
+            _masks_of(pruning, out=masks)
+    infos = [info for pruning in prunings for info in pruning.infos]
+    for info, kept in zip(infos, kept_groups(infos), strict=True):
+        info.operand.set_(None, kept)
+
+
+def kept_groups(infos: Sequence[SparseModuleInfo]) -> list[int]:
+    """Count the groups that each mask keeps, all in one wait for the device."""
+    counts = []
+    for operand in (info.operand for info in infos):
+        mask = operand.mask
+        if operand.packed:
+            bits = torch.tensor(_BITS_OF_BYTES, dtype=torch.int64, device=mask.device)
+            counts.append(torch.bincount(mask.flatten(), minlength=256) @ bits)
+        else:
+            counts.append(mask.count_nonzero())
+    return torch.stack(counts).tolist()
+
+
+_BITS_OF_BYTES = [byte.bit_count() for byte in range(256)]
+
+
+def _threshold(infos: list[SparseModuleInfo], pruned: int, scores: ScoresOf) -> Pruning:
+    operands = [info.operand for info in infos]
+    pattern, backend = operands[0].pattern, operands[0].backend
+    if not pruned:
+        # a criterion need not have its evidence, and no weight is read
+        masks = [operand.full_mask() for operand in operands]
+        fine = torch.zeros((), dtype=torch.int64, device=masks[0].device)
+        return Pruning(infos, Scores([], None), None, fine, [], masks)
+    found = scores(infos)
+    elements = found.tensors
+    if isinstance(pattern, NM):
+        if pruned == sum(operand.choices for operand in operands):
+            ends = [nm_mask(tensor, pattern, backend=backend) for tensor in elements]
+            nonfinite = torch.stack([end.nonfinite for end in ends]).sum()
+            return Pruning(infos, found, None, nonfinite, elements, [end.mask for end in ends])
+        tuples = [nm_score(tensor, pattern, backend=backend) for tensor in elements]
+        found = Scores(tuples, found.scales)
+    threshold = select(found.tensors, pruned, scales=found.scales, backend=backend)
+    return Pruning(infos, found, threshold, threshold.nonfinite, elements, [])
+
+
+def _masks_of(pruning: Pruning, out: list[Tensor] | None = None) -> list[Tensor]:
+    """Return which of the scores' groups are kept: packed if unstructured, else bool."""
+    assert pruning.threshold is not None
+    operand = pruning.infos[0].operand
+    return make_mask(
+        pruning.scores.tensors,
+        pruning.threshold,
+        scales=pruning.scores.scales,
+        packed=isinstance(operand.pattern, Unstructured),
+        out=out,
+        backend=operand.backend,
+    )
+
+
+def _kept(mask: Tensor, operand: SparseWeight) -> int:
+    packed = isinstance(operand.pattern, Unstructured)
+    return int((unpack(mask, operand.shape[1]) if packed else mask).sum())
