@@ -17,6 +17,7 @@ from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_t
 from .pattern import Block, Pattern, grid_shape
 
 CHUNK = 2**18  # elements that plain torch handles at a time, so that its temporaries stay in cache
+GPU_CHUNK = 2**24  # on a GPU, where every chunk costs launches
 TILE = 4096  # elements that a program packs or unpacks, twice as many where they lie in one run
 PIECE = 1024  # longest part of a row in a tile of several rows
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by a weight element's bytes
@@ -28,16 +29,22 @@ def packed_shape(shape: Sequence[int]) -> tuple[int, int]:
     return shape[0], -(-shape[1] // 8)
 
 
-def chunks(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Cut a matrix into parts of at most ``CHUNK`` packed bits, in row-major order."""
-    width = max(8, min(CHUNK, -(-shape[1] // 8) * 8))
-    height = CHUNK // width
+def chunks(shape: Sequence[int], size: int | None = None) -> Iterator[tuple[slice, slice]]:
+    """Cut a matrix into parts of at most ``size`` (``CHUNK``) packed bits, in row-major order."""
+    size = size or CHUNK
+    width = max(8, min(size, -(-shape[1] // 8) * 8))
+    height = size // width
     for row in range(0, shape[0], height):
         for col in range(0, shape[1], width):
             yield (
                 slice(row, min(row + height, shape[0])),
                 slice(col, min(col + width, shape[1])),
             )
+
+
+def chunk_of(device: torch.device) -> int:
+    """Return how many elements are handled at a time where masks are only looked up."""
+    return CHUNK if device.type == "cpu" else GPU_CHUNK
 
 
 def chunk_size(shape: Sequence[int]) -> int:
@@ -87,7 +94,7 @@ def pack_reference(mask: Tensor) -> Tensor:
 
 def _look_up(packed: Tensor, table: Tensor, out: Tensor) -> None:
     """Write for every byte of ``packed`` its row of ``table``, (256, 8), as wide as ``out`` is."""
-    for chunk in chunks(out.shape):
+    for chunk in chunks(out.shape, chunk_of(out.device)):
         target = out[chunk]
         index = packed[bytes_of(chunk)].to(torch.int32).flatten()
         if target.is_contiguous() and target.shape[1] % 8 == 0:
@@ -103,7 +110,7 @@ def _bits_of_bytes(device: torch.device) -> Tensor:
 
 
 def unpack_reference(packed: Tensor, cols: int) -> Tensor:
-    """Define the semantics: plain PyTorch, any device; 12 bytes x CHUNK / 8 of scratch."""
+    """Define the semantics: plain PyTorch, any device; 12 bytes of scratch for 8 bits of a chunk."""
     out = packed.new_empty((packed.shape[0], cols), dtype=torch.bool)
     _look_up(packed, _bits_of_bytes(packed.device), out)
     return out

@@ -246,10 +246,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _takes_operator(
-    operation: str, weight: Tensor, mask: Tensor, pattern: Pattern, backend: Backend
-) -> bool:
-    """Validate the arguments; tell whether the operator runs, or the reference in its stead."""
+def check_mask(operation: str, weight: Tensor, mask: Tensor, pattern: Pattern) -> None:
+    """Refuse what is no weight, or no mask of it, compact or words.
+
+    Raises:
+        TypeError, ValueError: as ``apply_mask``.
+    """
     width = WORDS.get(weight.element_size()) if weight.is_floating_point() else None
     if width is None:
         raise TypeError(
@@ -279,8 +281,15 @@ def _takes_operator(
         raise ValueError(
             f"{operation}: mask must be on the weight's device {weight.device}, got {mask.device}"
         )
+
+
+def _takes_operator(
+    operation: str, weight: Tensor, mask: Tensor, pattern: Pattern, backend: Backend
+) -> bool:
+    """Validate the arguments; tell whether the operator runs, or the reference in its stead."""
+    check_mask(operation, weight, mask, pattern)
     triton_possible = use_triton(operation, backend, weight)
-    if mask.dtype == width:
+    if mask.dtype in WORDS.values():
         if backend == "triton":
             raise ValueError(
                 f"{operation}: mask must be compact with backend='triton', got {mask.dtype} words"

@@ -1,0 +1,143 @@
+"""Retained values: what a weight had where it is pruned, kept apart from it, bit for bit.
+
+A pruned weight holds +0 behind its mask, so the values that a returning group shall have again
+lie elsewhere. Of blocks that is one flat tensor with the pruned elements and nothing else, so
+``level`` times the weight's bytes. Of fine patterns it is a tensor like the weight, zero where
+kept: positions would cost as much as the zeros, and putting back is then one OR.
+
+Plain torch on any device; bits are moved, whichever floats they make up.
+
+Cost, blocks: the pruned elements, read and written once each way, in two launches (taking: three)
+a region of equal blocks, of which a matrix has one, or up to four if its sides are no multiples of
+a block's. The positions of the pruned blocks are found anew, which waits for the device once a
+region. Fine patterns: three passes over the weight to take, one to put back; a packed mask is
+unpacked a chunk at a time, some ten launches for every 2^24 elements.
+
+Reading order: blocks -> fine patterns -> public functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .bits import WORDS, bytes_of, chunk_of, chunks, word_mask
+from .grid import regions, view_blocks
+from .masked_weight import check_mask
+from .pattern import Block, Pattern
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(WORDS[tensor.element_size()])
+
+
+def _pruned_blocks(
+    bits: Tensor, mask: Tensor, pattern: Block
+) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    """Yield for each region its blocks, ``(down, across, rows, cols)``, and the pruned ones."""
+    kept = mask if mask.dtype == torch.bool else mask[:, :: pattern.cols] != 0
+    for region in regions(bits.shape, pattern.rows, pattern.cols):
+        blocks = view_blocks(bits[region.elements], region.rows, region.cols).transpose(1, 2)
+        down, across = kept[region.blocks].logical_not().nonzero().unbind(1)
+        yield blocks, (down, across)
+
+
+def _take_blocks(bits: Tensor, mask: Tensor, pattern: Block) -> Tensor:
+    found = list(_pruned_blocks(bits, mask, pattern))
+    sizes = [len(at[0]) * blocks[0, 0].numel() for blocks, at in found]
+    values = bits.new_empty(sum(sizes))
+    for (blocks, at), part in zip(found, values.split(sizes) if sizes else (), strict=True):
+        # into place: as blocks[at] the values would exist twice
+        out = part.view(len(at[0]), *blocks.shape[2:])
+        torch.ops.aten.index.Tensor_out(blocks, [*at], out=out)
+        blocks[at] = 0
+    return values
+
+
+def _put_back_blocks(bits: Tensor, values: Tensor, mask: Tensor, pattern: Block) -> None:
+    found = list(_pruned_blocks(bits, mask, pattern))
+    sizes = [len(at[0]) * blocks[0, 0].numel() for blocks, at in found]
+    if values.shape != (sum(sizes),):
+        raise ValueError(
+            f"put_back_: values must have shape {(sum(sizes),)}, one for each pruned element, "
+            f"got {tuple(values.shape)}"
+        )
+    for (blocks, at), part in zip(found, values.split(sizes) if sizes else (), strict=True):
+        blocks[at] = part.view(len(at[0]), *blocks.shape[2:])
+
+
+def _take_elements(bits: Tensor, mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor:
+    values = torch.empty_like(bits)
+    if mask.dtype in WORDS.values():
+        parts = [(bits, values, mask)]
+    else:
+        parts = (
+            (here, values[at], word_mask(mask[bytes_of(at)], pattern, here.shape, dtype))
+            for at in chunks(bits.shape, chunk_of(bits.device))
+            for here in (bits[at],)
+        )
+    for source, target, words in parts:
+        torch.bitwise_and(source, words, out=target)  # the kept values
+        target ^= source  # the pruned ones
+        source ^= target
+    return values
+
+
+@torch.no_grad()
+def take_pruned(weight: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
+    """Take the pruned values out of ``weight``, in place: exact +0 stays behind.
+
+    Args:
+        weight: float of 16, 32 or 64 bits, shape ``(R, C)``, any strides.
+        mask: on the weight's device, compact or words, as for ``apply_mask``.
+        pattern: the pattern that the mask belongs to.
+
+    Returns:
+        The values, of the weight's dtype. For ``Block`` one dimension, as long as there are
+        pruned elements: the blocks that are whole first, then those at the right edge, at the
+        bottom edge, and in the corner; each of these in row-major order, and in each block its
+        elements too. For other patterns the weight's shape, with zero bits where kept.
+
+    Raises:
+        TypeError, ValueError: as ``apply_mask``.
+    """
+    check_mask("take_pruned", weight, mask, pattern)
+    if isinstance(pattern, Block):
+        values = _take_blocks(_bits(weight), mask, pattern)
+    else:
+        values = _take_elements(_bits(weight), mask, pattern, weight.dtype)
+    return values.view(weight.dtype)
+
+
+@torch.no_grad()
+def put_back_(weight: Tensor, values: Tensor, mask: Tensor, pattern: Pattern) -> None:
+    """Undo ``take_pruned``, in place and bit for bit; kept elements stay as they are.
+
+    Args:
+        weight: float of 16, 32 or 64 bits, shape ``(R, C)``, any strides. For other patterns
+            than ``Block`` its pruned elements must be +0, as ``apply_mask_`` leaves them: the
+            values are ORed to them.
+        values: what ``take_pruned`` returned for this mask, contiguous for ``Block``.
+        mask: the same mask, compact or words.
+        pattern: the pattern that the mask belongs to.
+
+    Raises:
+        TypeError: ``values`` has another dtype than ``weight``; or as ``apply_mask``.
+        ValueError: ``values`` has another shape or device; or as ``apply_mask``.
+    """
+    check_mask("put_back_", weight, mask, pattern)
+    if values.dtype != weight.dtype:
+        raise TypeError(f"put_back_: values must be {weight.dtype}, got {values.dtype}")
+    if values.device != weight.device:
+        raise ValueError(f"put_back_: values must be on {weight.device}, got {values.device}")
+    if isinstance(pattern, Block):
+        _put_back_blocks(_bits(weight), _bits(values), mask, pattern)
+    elif values.shape == weight.shape:
+        bits = _bits(weight)
+        bits |= _bits(values)
+    else:
+        raise ValueError(
+            f"put_back_: values must have shape {tuple(weight.shape)}, got {tuple(values.shape)}"
+        )
