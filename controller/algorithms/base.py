@@ -149,8 +149,6 @@ class BaseSparsityAlgoController:
         self._keeps_values = keep
         for info in self.sparsified_module_info:
             info.operand.keeps_values = keep and not self.frozen
-            if not info.operand.keeps_values and self._guard.began:
-                info.operand.values = None
 
     def _follow(self, schedule: Schedule | None, initial_level: float) -> None:
         """Take up a schedule, if there is one, and set the initial level."""
@@ -225,6 +223,8 @@ class BaseSparsityAlgoController:
         """Stop updating the masks, or go on. Frozen, pruned values are let go."""
         self.frozen = freeze
         self._keep_values(self._keeps_values)
+        if self._guard.began:
+            self._guard.begin_training()
 
     def calibration(self) -> AbstractContextManager[None]:
         """Measure the inputs of the target modules while the context is open.
@@ -360,7 +360,7 @@ class BaseSparsityAlgoController:
         found = []
         for info in infos:
             operand, name = info.operand, info.module_node_name
-            if operand.kept is None or operand.all_kept:
+            if operand.all_kept or len(operand.weight_shape) == 1:
                 continue
             share = 1 - operand.kept / operand.groups
             if operand.kept == 0 or (share > NEARLY_ALL and level <= NEARLY_ALL):
@@ -517,6 +517,9 @@ class BaseSparsityAlgoController:
             raise ValueError(
                 f"load_state: version must be {STATE_VERSION}, got {own.get('version')!r}"
             )
+        lacking = {"weights", "frozen", "scheduler_state", "loss_state"} - set(own)
+        if lacking:
+            raise ValueError(f"load_state: state lacks {sorted(lacking)}")
         own = with_names_of(infos, own)
         found = read_masks(own["weights"], infos)
         take_own = self._read_own_state(own.get("algorithm_state", {}))

@@ -81,13 +81,10 @@ class ConstSparsityController(BaseSparsityAlgoController):
     def freeze(self, freeze: bool = True) -> None:
         """The masks are frozen, whatever is asked for."""
 
-    def set_sparsity_level(
-        self,
-        level: float,
-        target_sparsified_module_info: SparseModuleInfo | None = None,
-        run_batchnorm_adaptation: bool = False,
-    ) -> None:
-        """Refuse: the masks never change.
+    def _check_level(
+        self, level: float, target: SparseModuleInfo | None, run_batchnorm_adaptation: bool
+    ) -> list[SparseModuleInfo]:
+        """Refuse any level: the masks never change.
 
         Raises:
             RuntimeError: always.

@@ -3,8 +3,8 @@
 The scores are parameters of the modules, ``<weight>_scores``, and so of the model: an optimiser
 made from ``model.parameters()`` after the controller trains them, one made before needs
 ``optimizer.add_param_group({"params": controller.parameters()})``. They are no keys of the model's
-state dict; ``get_state()`` has them. ``loss`` must be added to the task's, and ``scheduler.step()``
-called at the start of each optimiser step. ``DistributedDataParallel`` needs
+state dict; ``get_state()`` has them. ``loss`` must be added to the task's, and
+``scheduler.step()`` called at the start of each optimiser step. ``DistributedDataParallel`` needs
 ``find_unused_parameters=True``, as frozen masks leave the scores without a gradient.
 """
 
@@ -74,7 +74,7 @@ class LearnedController(BaseSparsityAlgoController):
     """Base of the two: freezes scores and loss together, and tells when nothing trains them."""
 
     learns = True
-    _loss: LearnedLoss
+    _loss: LearnedLoss  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def _guarded(self, model: nn.Module) -> list[Guard]:
         self._weights = learned_weights(self.sparsified_module_info)

@@ -23,7 +23,7 @@ class Algorithm(NamedTuple):
 
     Attributes:
         short: its name on a command line.
-        config: its configuration; ``config.algorithm`` is its full name, NNCF's where there is one.
+        config: its configuration, whose ``algorithm`` is the full name, NNCF's where it has one.
         controller: made of model, masked weights, configuration and BatchNorm data.
     """
 

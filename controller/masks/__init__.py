@@ -1,1 +1,1 @@
-"""One weight's mask: form, counts, state, statistics; the zeros in its parameter; targets; strip."""
+"""The sparse weight: its mask, its zeros, who keeps them; targets, state, statistics, strip."""

@@ -127,7 +127,7 @@ class Guard:
         """Let go of pruned values that nothing will ask for any more: no state is loaded now."""
         self.began = True
         for weight in self.weights:
-            if weight.values is not None and not weight.keeps_values:
+            if not weight.keeps_values:
                 weight.values = None
 
     # what torch tells
@@ -244,7 +244,8 @@ class Guard:
             held.remove()
         hook = _AfterAccumulation(self, weight)
         handle = parameter.register_post_accumulate_grad_hook(hook)
-        parameter._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)
+        hooks: Any = parameter._post_accumulate_grad_hooks
+        hooks.move_to_end(handle.id, last=False)
         self._gradient_hooks[weight] = handle
 
 
@@ -306,7 +307,7 @@ class _AfterLoad(_ModuleHook):
 
 
 def _hooks_of_torch(guard: Guard) -> list[RemovableHandle]:
-    """Hang a guard on what torch calls for every optimiser and module, until one of both is gone."""
+    """Hang a guard on what torch calls for every optimiser and module, until either is gone."""
     reference = weakref.ref(guard)
 
     def tell(method: Callable[..., None]) -> Callable[..., None]:

@@ -68,7 +68,7 @@ def holds_experts(module: nn.Module, parameter: Tensor) -> bool:
 
 
 def is_transposed(module: nn.Module, parameter: Tensor) -> bool:
-    """Tell whether a weight is stored ``(in_features, out_features)``, alone or for each expert."""
+    """Tell whether a weight, or each expert's, is stored ``(in_features, out_features)``."""
     if not holds_experts(module, parameter):
         return conv1d_of(type(module)) is not None
     # what Hugging Face's grouped products go by
@@ -111,8 +111,7 @@ def adapters(model: nn.Module) -> dict[str, str]:
     for path, module in model.named_modules():
         names = {base.__name__ for base in type(module).__mro__}
         if "BaseTunerLayer" in names:
-            inside = [name for name in (*module._modules, *module._parameters)]
-            inside = [name for name in inside if name != "base_layer"]
+            inside = {*module._modules, *module._parameters} - {"base_layer"}
         elif "AuxiliaryTrainingWrapper" in names:
             inside = list(module._modules)
         else:

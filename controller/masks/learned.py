@@ -217,7 +217,7 @@ class _LearnedRNN(LearnedModule):
 
 
 def read_masked(module: nn.Module, weights: Mapping[str, LearnedWeight]) -> None:
-    """Let attributes of ``module`` read masked, in place; its weights' scores become parameters."""
+    """Let attributes of ``module`` read masked, in place; scores become its parameters."""
     module.__dict__[_WEIGHTS] = dict(weights)
     become(module, _class_of(type(module), tuple(weights)))
     for name, weight in weights.items():
@@ -250,7 +250,7 @@ def score_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 @cache
 def _class_of(dense: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    base = _LearnedRNN if issubclass(dense, nn.RNNBase) else LearnedModule
+    base: type[nn.Module] = _LearnedRNN if issubclass(dense, nn.RNNBase) else LearnedModule
     # a property comes before a registered parameter; assigning one still registers it
     attributes: dict[str, Any] = {name: property(_reader(name)) for name in names}
     return type(f"Learned{dense.__name__}", (base, dense), attributes | {"dense_class": dense})

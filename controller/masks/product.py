@@ -1,4 +1,4 @@
-"""The product of a linear layer that skips pruned blocks: their lists, and which products use them."""
+"""The product of a linear layer that skips pruned blocks: lists of blocks, choice of paths."""
 
 from __future__ import annotations
 

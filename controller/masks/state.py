@@ -24,10 +24,16 @@ def masks_state(infos: Sequence[SparseModuleInfo]) -> dict[str, dict[str, Any]]:
             "shape": list(info.operand.weight_shape),
             "pattern": str(info.operand.pattern),
             "mask": pack(info.operand.kept_grid()).cpu(),
-            "values": None if (v := info.operand.values) is None else v.to("cpu", copy=True),
+            "values": _retained(info.operand),
         }
         for info in infos
     }
+
+
+def _retained(weight: SparseWeight) -> Tensor | None:
+    """Return a copy of the values that are kept for good, not until training begins."""
+    values = weight.values if weight.keeps_values else None
+    return None if values is None else values.to("cpu", copy=True)
 
 
 def with_names_of(infos: Sequence[SparseModuleInfo], state: Mapping[str, Any]) -> dict[str, Any]:

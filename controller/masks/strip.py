@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +49,9 @@ def strip_masks(
     if controlled:
         drop_foreign(weights, "strip_model")
     if do_copy:
-        memo: dict[int, object] = {}
+        memo: dict[int, Any] = {}
         model = copy.deepcopy(model, memo)
-        places = [(memo[id(m)], name, w) for m, name, w in places]  # pyright: ignore[reportAssignmentType]
+        places = [(memo[id(module)], name, weight) for module, name, weight in places]
     elif controlled:
         for guard in guards:
             guard.release()
@@ -84,7 +85,7 @@ def _places_in(model: nn.Module, guards: Sequence[Guard]) -> list[User]:
         missing = [n for n in names.values() if canonical(n) not in there][:3]
         raise ValueError(
             f"strip_model: model must be the controlled model, a copy of it or a wrapper, got a "
-            f"{type(model).__name__} without, for instance, {', '.join(missing) or 'one such part'}"
+            f"{type(model).__name__} without {', '.join(missing) or 'one such part'}"
         )
     places = []
     for user, name in names.items():

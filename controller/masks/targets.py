@@ -172,7 +172,7 @@ def _select(
     target_scopes: Sequence[str] | None,
     ignored_scopes: Sequence[str],
 ) -> tuple[list[Candidate], dict[str, list[str]]]:
-    """Return what is masked, and the names of what is left dense without being asked, by reason."""
+    """Return what is masked, and by reason the names of what is left dense without being asked."""
     blocks = transformer_blocks(model)
     beside = adapters(model)
     only_linear = targets == "linear" or (targets is None and not target_scopes and bool(blocks))
@@ -225,7 +225,7 @@ def _is_below(name: str, paths: Sequence[str]) -> bool:
 
 
 def _is_adapter(name: str, beside: dict[str, str], target_scopes: Sequence[str]) -> bool:
-    """Tell whether PEFT holds a weight beside a layer, and no scope names it more than the layer."""
+    """Tell whether PEFT holds a weight beside a layer, and no scope names it alone."""
     for path, holder in beside.items():
         if _is_below(name, [path]):
             return not any(matches(s, name) and not matches(s, holder) for s in target_scopes)
@@ -268,9 +268,7 @@ def _check_weight(target: Target) -> None:
                 f"create_controller: {target.name!r} is under the masks of another controller; "
                 "strip the model first, or put all algorithms into one configuration"
             )
-    *lead, rows, cols = (
-        weight.shape if weight.ndim > 2 and target.experts else (0, *_matrix(target))
-    )
+    rows, cols = weight.shape[1:] if target.experts else _matrix(target)
     if target.experts and target.transposed:
         rows, cols = cols, rows
     if isinstance(target.pattern, NM) or (target.experts and max(_sides(target.pattern)) > 1):

@@ -198,7 +198,7 @@ class SparseWeight:
 
     @property
     def holds_zeros(self) -> bool:
-        """True where the parameter is zero wherever the mask prunes: not while masks are learned."""
+        """True where the parameter is zero wherever the mask prunes: not while it is learned."""
         return True
 
     def settle(self) -> None:

@@ -54,8 +54,8 @@ ScoresOf = Callable[[Sequence[SparseModuleInfo]], Scores]
 def pools(
     infos: Sequence[SparseModuleInfo], pool: Pool = "global"
 ) -> list[list[SparseModuleInfo]]:
-    """Part the weights: each by itself, or by pattern, since in a mixed pool an element would count
-    as much as a block.
+    """Part the weights: each by itself, or by pattern, since in a mixed pool an element would
+    count as much as a block.
     """
     if pool == "weight":
         return [[info] for info in infos]

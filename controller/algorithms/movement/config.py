@@ -1,4 +1,4 @@
-"""What movement sparsity is given: when the threshold rises, to where, and what has an importance."""
+"""What movement sparsity is given: when the threshold rises, and what has an importance."""
 
 from __future__ import annotations
 

@@ -80,6 +80,7 @@ class MovementSparsityController(LearnedController):
     """
 
     name = "movement_sparsity"
+    _weights: list[MovementWeight]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @classmethod
     def find_targets(cls, model: nn.Module, config: AlgorithmConfig) -> list[Target]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import triton_sparsity as ts
-from triton_sparsity.controller.operand import MaskOperand
+from triton_sparsity.controller.masks.weight import MaskOperand
 from triton_sparsity.kernels.dispatch import Paths
 
 PATTERNS = [ts.Unstructured(), ts.Block(4, 4), ts.Block(1, 8)]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triton_sparsity.controller.allocation import allocate, distribute, erdos_renyi
+from triton_sparsity.controller.selection.allocation import allocate, distribute, erdos_renyi
 
 
 def counts_below(scores, members, k):

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import triton_sparsity as ts
 from triton_sparsity.controller import logits as logits_module
-from triton_sparsity.controller.learned import ScoreWatch
-from triton_sparsity.controller.logits import INITIAL_LOGIT
+from triton_sparsity.controller.masks.learned import ScoreWatch
+from triton_sparsity.controller.algorithms.logits import INITIAL_LOGIT
 from triton_sparsity.kernels.draw import draw, keeps_draws
 
 SCHEDULE = ts.ExponentialSchedule(target_level=0.6, target_epoch=2)
@@ -112,7 +112,7 @@ def test_logits_count_groups_in_a_mixed_pool():
     controller.set_sparsity_level(0.0)
     # 4 blocks of 4 + 16 groups are dropped
     assert controller.loss().item() == pytest.approx((0.2 / 0.05) ** 2, rel=1e-5)
-    assert controller.measured_sparsity_level() == 0.2
+    assert controller.mask_level() == 0.2
 
 
 def test_logits_start_at_99_percent_and_are_parameters_but_no_state():
@@ -137,7 +137,7 @@ def test_training_reaches_the_level(pattern):
     model, controller = build(pattern=pattern)
     train(model, controller, range(60))
     groups = sum(info.operand.groups for info in controller.sparsified_module_info)
-    assert controller.measured_sparsity_level() == pytest.approx(0.6, abs=max(0.02, 1.1 / groups))
+    assert controller.mask_level() == pytest.approx(0.6, abs=max(0.02, 1.1 / groups))
     assert controller.current_sparsity_level == pytest.approx(0.6)
 
 

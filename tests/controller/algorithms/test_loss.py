@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from triton_sparsity.controller.api import CompressionStage, StripFormat
-from triton_sparsity.controller.loss import CompressionLoss, ZeroCompressionLoss
+from triton_sparsity.controller.algorithms.loss import CompressionLoss, ZeroCompressionLoss
 
 UNCOMPRESSED, PARTIALLY, FULLY = CompressionStage
 

@@ -169,6 +169,8 @@ def assert_same(a, b, path="state"):
         assert a == b, path
 
 
+# Wanda in one pool takes the last layer, whose inputs are small
+@pytest.mark.filterwarnings("ignore:at level 0.75 these weights are pruned to nothing")
 @pytest.mark.parametrize(("algorithm", "pattern"), CASES, ids=str)
 def test_it_trains_reports_saves_resumes_and_strips(algorithm, pattern):
     run = Run(algorithm, pattern)

@@ -3,13 +3,13 @@ import math
 
 import pytest
 
-from triton_sparsity.controller.schedule import (
+from triton_sparsity.controller.config.schedule import (
     AdaptiveSchedule,
     ExponentialSchedule,
     MultistepSchedule,
     PolynomialSchedule,
 )
-from triton_sparsity.controller.scheduler import (
+from triton_sparsity.controller.algorithms.scheduler import (
     CompressionScheduler,
     SparsityScheduler,
     StubScheduler,
@@ -54,7 +54,7 @@ class Controller:
     def begin_step(self):
         pass
 
-    def measured_sparsity_level(self):
+    def mask_level(self):
         return self.level - self.lag
 
 

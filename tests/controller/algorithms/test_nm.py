@@ -10,7 +10,7 @@ from torch import nn
 
 import oracle
 import triton_sparsity as ts
-from triton_sparsity.controller.operand import MaskOperand
+from triton_sparsity.controller.masks.weight import MaskOperand
 
 TRANSPOSABLE = ts.NM(2, 4, transposable=True)
 PATTERNS = [ts.NM(2, 4), ts.NM(1, 4), ts.NM(2, 3), ts.NM(5, 12), ts.NM(16, 24), TRANSPOSABLE]
@@ -77,7 +77,7 @@ def test_at_every_level_the_tuples_that_lose_the_least_are_pruned(pattern, dtype
             assert np.array_equal(got.numpy(), mask)
         zeros = sum(int((~mask).sum()) for mask in want)
         assert sum(pruned(controller)) == zeros
-        assert controller.measured_sparsity_level() == zeros / 768
+        assert controller.mask_level() == zeros / 768
     assert [i.operand.mask.data_ptr() for i in controller.sparsified_module_info] == addresses
 
 
@@ -99,7 +99,7 @@ def test_a_schedule_ends_at_full_n_m(pattern):
     levels, stages = [], []
     for _ in range(6):
         controller.scheduler.epoch_step()
-        levels.append(controller.measured_sparsity_level())
+        levels.append(controller.mask_level())
         stages.append(controller.compression_stage())
     most = controller.scheduler.target_level
     assert levels == pytest.approx([0, most / 4, most / 2, 3 * most / 4, most, most], abs=0.03)

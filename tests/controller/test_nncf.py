@@ -1,6 +1,6 @@
 import pytest
 
-from triton_sparsity.controller.nncf_config import from_nncf
+from triton_sparsity.controller.nncf import from_nncf
 
 
 @pytest.mark.parametrize("algorithm", ["movement_sparsity", "const_sparsity", "set", "rigl"])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import triton_sparsity as ts
-from triton_sparsity.controller.loss import CompressionLoss
+from triton_sparsity.controller.algorithms.loss import CompressionLoss
 
 MAGNITUDE = {
     "algorithm": "magnitude_sparsity",
@@ -207,12 +207,3 @@ def test_calibration_reaches_the_algorithms_that_need_it():
     controller.controllers["magnitude_sparsity"].set_sparsity_level(0.5)
     with pytest.raises(ValueError, match="no algorithm has an importance"):
         build(MAGNITUDE, SET).calibration()
-
-
-def test_an_optimiser_that_is_unknown_to_one_is_refused():
-    class Homemade(torch.optim.Optimizer):
-        pass
-
-    controller = build(MAGNITUDE, SET)
-    with pytest.raises(TypeError, match="Homemade"):
-        controller.optimizer = Homemade(controller.model.parameters(), {})

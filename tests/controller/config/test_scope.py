@@ -1,6 +1,6 @@
 import pytest
 
-from triton_sparsity.controller.scope import check_scope, check_scopes, matches
+from triton_sparsity.controller.config.scope import check_scope, check_scopes, matches
 
 NAMES = ["encoder.layers.0.fc1", "encoder.layers.0.fc2", "encoder.layers.10.fc1", "head"]
 

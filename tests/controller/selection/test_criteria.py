@@ -9,7 +9,7 @@ from torch import nn
 
 import triton_sparsity as ts
 from triton_sparsity.controller import criteria
-from triton_sparsity.controller.criteria import Evidence
+from triton_sparsity.controller.selection.criteria import Evidence
 
 ONE_SHOT = ts.PolynomialSchedule(target_level=0.5, target_epoch=0, freeze_epoch=0)
 EVIDENCE = Evidence(
@@ -252,7 +252,7 @@ def test_what_was_gathered_comes_back_with_the_state(importance):
         c.scheduler.step()
         c.scheduler.epoch_step()
     assert torch.equal(masks(controller)[0], masks(resumed)[0])
-    assert resumed.measured_sparsity_level() == 0.5
+    assert resumed.mask_level() == 0.5
     wrong = controller.get_state()
     gathered = wrong["magnitude_sparsity"]["algorithm_state"]
     gathered[next(iter(gathered))]["weight"] = torch.zeros(3)

@@ -5,10 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triton_sparsity.controller.config import BatchNormAdaptation, Override, parse_pattern
-from triton_sparsity.controller.magnitude import MagnitudeSparsityConfig
-from triton_sparsity.controller.nncf_config import from_nncf, parse_config
-from triton_sparsity.controller.schedule import (
+from triton_sparsity.controller.config.algorithm import (
+    BatchNormAdaptation,
+    Override,
+    parse_pattern,
+)
+from triton_sparsity.controller.algorithms.magnitude import MagnitudeSparsityConfig
+from triton_sparsity.controller.nncf import from_nncf, parse_config
+from triton_sparsity.controller.config.schedule import (
     AdaptiveSchedule,
     ExponentialSchedule,
     MultistepSchedule,

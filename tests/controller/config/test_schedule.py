@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triton_sparsity.controller.schedule import (
+from triton_sparsity.controller.config.schedule import (
     AdaptiveSchedule,
     AdaptiveState,
     ExponentialSchedule,
