@@ -110,7 +110,7 @@ def _bits_of_bytes(device: torch.device) -> Tensor:
 
 
 def unpack_reference(packed: Tensor, cols: int) -> Tensor:
-    """Define the semantics: plain PyTorch, any device; 12 bytes of scratch for 8 bits of a chunk."""
+    """Define the semantics: plain PyTorch, any device; 12 bytes of scratch a byte of a chunk."""
     out = packed.new_empty((packed.shape[0], cols), dtype=torch.bool)
     _look_up(packed, _bits_of_bytes(packed.device), out)
     return out

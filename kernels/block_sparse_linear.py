@@ -4,8 +4,9 @@ W is an ordinary dense parameter, never copied or re-packed, in either memory la
 pass and the input gradient, ``dX = dY (W * M)``, are one kernel: the same product with the roles
 of rows and columns exchanged, and the transposed lists of ``topology.py``. The weight gradient is
 ``block_sparse_wgrad.py``; the plain-torch way, ``block_sparse_torch.py``; tiles, ``tiles.py``.
-Products that are faster dense (``dispatch.py``) are those of ``masked_linear.py``. The three are
-one another's derivatives, so there are gradients of any order.
+A product that is faster dense (``dispatch.py``) is an ordinary dense one, which masks nothing: it
+reads the weight as it is, whose pruned blocks the caller keeps zero. The three are one another's
+derivatives, so there are gradients of any order.
 
 **Tiles.** An output tile is BLOCK_M tokens by one block's rows; its reduction walks the kept
 columns. A step reads BLOCK_M + BLOCK_N elements a column for BLOCK_M * BLOCK_N multiplications, an
@@ -50,13 +51,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from . import block_sparse_torch, masked_linear
+from . import block_sparse_torch
 from .block_sparse_wgrad import launch_wgrad
-from .dispatch import Paths, choose
+from .dispatch import Paths
 from .launch import Backend, autocast, index_type, on_device, tl, triton, use_triton
-from .masked_weight import apply_mask_
 from .pattern import Block, Pattern, grid_shape
 from .tiles import (
     Tile,
@@ -303,23 +304,8 @@ def _tuned(direction: str, weight: Tensor, rows: int, cols: int) -> Tile | None:
     return tuned_tile(direction, shape, Block(rows, cols), weight.dtype, weight.device)
 
 
-def _paths(
-    paths: Tensor | None, weight: Tensor, kept: Tensor, rows: int, cols: int, triton_runs: bool
-) -> Paths:
-    if paths is not None:
-        return Paths(*paths.tolist())
-    if triton_runs:
-        # how many blocks are kept only the device knows
-        return Paths(True, True, True)
-    shape = weight.shape[0], weight.shape[1]
-    return choose(
-        int(kept.count_nonzero()), shape, Block(rows, cols), weight.dtype, weight.device,
-        triton_runs=triton_runs,
-    )  # fmt: skip
-
-
-def _backend(triton_runs: bool) -> Backend:
-    return "triton" if triton_runs else "torch"
+def _paths(paths: Tensor | None) -> Paths:
+    return Paths(True, True, True) if paths is None else Paths(*paths.tolist())
 
 
 @torch.library.custom_op("triton_sparsity::block_sparse_linear", mutates_args=())
@@ -331,14 +317,11 @@ def _op(
     paths: Tensor | None,
     rows: int,
     cols: int,
-    dense_weight_grad: bool,
     triton_runs: bool,
 ) -> Tensor:
+    if not _paths(paths).forward:
+        return functional.linear(x, weight, bias)
     topology = Topology(*lists)
-    if not _paths(paths, weight, topology.kept, rows, cols, triton_runs).forward:
-        return masked_linear.forward(
-            x, weight, bias, topology.kept, rows, cols, _backend(triton_runs)
-        )
     if not triton_runs:
         return block_sparse_torch.forward(x, weight, bias, topology, rows, cols)
     tuned = _tuned("forward", weight, rows, cols)
@@ -357,9 +340,9 @@ def _dgrad_op(
     cols: int,
     triton_runs: bool,
 ) -> Tensor:
+    if not _paths(paths).dgrad:
+        return grad @ weight
     topology = Topology(*lists)
-    if not _paths(paths, weight, topology.kept, rows, cols, triton_runs).dgrad:
-        return masked_linear.dgrad(grad, weight, topology.kept, rows, cols, _backend(triton_runs))
     if not triton_runs:
         return block_sparse_torch.dgrad(grad, weight, topology, rows, cols)
     tuned = _tuned("dgrad", weight, rows, cols)
@@ -383,10 +366,8 @@ def _wgrad_op(
     out = torch.empty_like(weight)
     if x.shape[0] == 0:
         out.zero_()
-    elif not _paths(paths, weight, topology.kept, rows, cols, triton_runs).wgrad:
+    elif not _paths(paths).wgrad:
         torch.mm(grad.T, x, out=out)
-        if not masked_linear.keeps_all(topology.kept):
-            apply_mask_(out, topology.kept, Block(rows, cols), backend=_backend(triton_runs))
     elif not triton_runs:
         block_sparse_torch.wgrad(grad, x, topology, rows, cols, out)
     elif out.numel():
@@ -395,7 +376,7 @@ def _wgrad_op(
 
 
 @_op.register_fake
-def _(x, weight, bias, lists, paths, rows, cols, dense_weight_grad, triton_runs) -> Tensor:
+def _(x, weight, bias, lists, paths, rows, cols, triton_runs) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
@@ -416,18 +397,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, paths, *lists = ctx.saved_tensors
-    rows, cols, dense_weight_grad, triton_runs = ctx.options
     wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     grad_x = grad_weight = grad_bias = None
     if wants_x:
-        grad_x = _dgrad_op(grad, weight, lists, paths, rows, cols, triton_runs)
-    if wants_weight and dense_weight_grad:
-        grad_weight = grad.T @ x
-    elif wants_weight:
-        grad_weight = _wgrad_op(grad, x, weight, lists, paths, rows, cols, triton_runs)
+        grad_x = _dgrad_op(grad, weight, lists, paths, *ctx.options)
+    if wants_weight:
+        grad_weight = _wgrad_op(grad, x, weight, lists, paths, *ctx.options)
     if wants_bias:
-        grad_bias = masked_linear.bias_grad(grad)
-    return grad_x, grad_weight, grad_bias, [None] * len(lists), *[None] * 5
+        # over the tokens, in float32 at least
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        grad_bias = grad.sum(0, dtype=wide).to(grad.dtype)
+    return grad_x, grad_weight, grad_bias, [None] * len(lists), *[None] * 4
 
 
 def _setup_dgrad_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -437,13 +417,12 @@ def _setup_dgrad_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 
 def _dgrad_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     tokens, weight, paths, *lists = ctx.saved_tensors
-    rows, cols, triton_runs = ctx.options
     wants_tokens, wants_weight = ctx.needs_input_grad[:2]
     grad_tokens = grad_weight = None
     if wants_tokens:
-        grad_tokens = _op(grad, weight, None, lists, paths, rows, cols, False, triton_runs)
+        grad_tokens = _op(grad, weight, None, lists, paths, *ctx.options)
     if wants_weight:
-        grad_weight = _wgrad_op(tokens, grad, weight, lists, paths, rows, cols, triton_runs)
+        grad_weight = _wgrad_op(tokens, grad, weight, lists, paths, *ctx.options)
     return grad_tokens, grad_weight, [None] * len(lists), *[None] * 4
 
 
@@ -454,13 +433,15 @@ def _setup_wgrad_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 
 def _wgrad_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     tokens, x, paths, *lists = ctx.saved_tensors
-    rows, cols, triton_runs = ctx.options
     wants_tokens, wants_x = ctx.needs_input_grad[:2]
     grad_tokens = grad_x = None
+    # here the incoming gradient is the weight, and nobody promised that it is zero where pruned:
+    # it counts where the product that it belongs to was computed
+    paths = None if paths is None else paths[2:].expand(3)
     if wants_tokens:
-        grad_tokens = _op(x, grad, None, lists, paths, rows, cols, False, triton_runs)
+        grad_tokens = _op(x, grad, None, lists, paths, *ctx.options)
     if wants_x:
-        grad_x = _dgrad_op(tokens, grad, lists, paths, rows, cols, triton_runs)
+        grad_x = _dgrad_op(tokens, grad, lists, paths, *ctx.options)
     return grad_tokens, grad_x, None, [None] * len(lists), *[None] * 4
 
 
@@ -564,29 +545,28 @@ def block_sparse_linear(
     *,
     pattern: Pattern,
     paths: Tensor | None = None,
-    dense_weight_grad: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
     """Multiply ``x`` by the kept blocks of ``weight``: ``x (W * M)^T + b``.
 
     Sums are in float32 (float64 for float64) and rounded once. float32 operands are multiplied in
     TF32 on a GPU if ``torch.backends.cuda.matmul.fp32_precision`` says so, exactly otherwise. Two
-    runs give the same bits. Pruned blocks are not multiplied by zero but left out: a NaN in them
-    goes nowhere. Under autocast, floats are cast as for ``torch.nn.functional.linear``.
+    runs give the same bits. Pruned blocks that are skipped are left out, not multiplied by zero: a
+    NaN in them goes nowhere. Autocast casts floats as for ``torch.nn.functional.linear``.
 
     Args:
         x: activations, shape ``(..., C)``, any strides.
-        weight: float of 16, 32 or 64 bits, shape ``(R, C)``, any strides.
+        weight: float of 16, 32 or 64 bits, shape ``(R, C)``, any strides. Where ``paths`` asks for
+            a dense output or input gradient its pruned blocks must be zero; nothing checks that.
         topology: the lists of ``block_topology``; or a bool mask ``(ceil(R / rows), ceil(C /
             cols))``, True = kept, from which they are built in every call.
         bias: shape ``(R,)``.
         pattern: ``Block`` of 16 to 256 a side, rectangular too.
         paths: bool ``(3,)`` on the CPU, see ``dispatch.Paths``: which of the output, the input
-            gradient and the weight gradient skip pruned blocks; the others are dense products
-            with the masked weight. None: all of them on a GPU, which alone knows how many blocks
-            are kept; those that are faster so on a CPU.
-        dense_weight_grad: give pruned weights their gradient too, as growing algorithms ask;
-            otherwise it is exactly zero there, and not computed.
+            gradient and the weight gradient skip pruned blocks. The others are ordinary dense
+            products: output and input gradient read the weight as it is, and the weight gradient
+            comes whole, pruned blocks included, which the caller clears or, to grow them, reads.
+            A weight gradient that skips them is exactly zero there. None: all three skip.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -609,15 +589,6 @@ def block_sparse_linear(
     if isinstance(topology, Tensor):
         topology = block_topology(topology, pattern, backend=backend)
     flat = x[None] if x.ndim == 1 else x.flatten(0, -2)
-    y = _op(
-        flat,
-        weight,
-        bias,
-        list(topology),
-        paths,
-        pattern.rows,
-        pattern.cols,
-        dense_weight_grad,
-        triton_runs,
-    )
+    sides = pattern.rows, pattern.cols
+    y = _op(flat, weight, bias, list(topology), paths, *sides, triton_runs)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -5,8 +5,7 @@ blocks are long, kept blocks that lie side by side are one product of views, add
 line has so far: nothing is copied, but each run of blocks costs a call. Where they are short, the
 activations of a line's kept blocks are gathered side by side, for one product a line. Either way
 an activation that is read serves as many weights as the line is wide, so there is a density, the
-higher the wider the line, above which a dense product with the masked weight is the faster one:
-``dispatch.py`` knows it.
+higher the wider the line, above which a dense product is the faster one: ``dispatch.py`` knows it.
 
 Reading order: lines -> by runs -> gathered -> the three products.
 """

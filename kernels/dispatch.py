@@ -2,8 +2,9 @@
 
 A product with density d of its blocks kept takes ``d / e`` of the dense product's time, where e
 depends on the block, the device and the direction; so below a density, its break-even, it is the
-faster one. Both give the same result within rounding. The choice needs the number of kept blocks
-on the host, once an update of the mask.
+faster one. The dense product reads the weight as it is; so where its pruned blocks are zero, both
+give the same result within rounding, but for a dense weight gradient, which is whole. The choice
+needs the number of kept blocks on the host, once an update of the mask.
 
 Reading order: what is chosen -> the tables -> the choice.
 """
@@ -24,7 +25,11 @@ Dispatch = Literal["auto", "sparse", "dense"]
 
 
 class Paths(NamedTuple):
-    """Which products skip pruned blocks; the others are dense ones with the masked weight."""
+    """Which products skip pruned blocks; the others are dense, and mask nothing.
+
+    A dense ``forward`` or ``dgrad`` needs a weight whose pruned blocks are zero; a dense ``wgrad``
+    gives them their gradient too.
+    """
 
     forward: bool
     dgrad: bool

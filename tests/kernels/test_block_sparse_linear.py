@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import oracle
 from triton_sparsity.kernels import block_sparse_linear as linear_module
 from triton_sparsity.kernels import block_sparse_wgrad as wgrad_module
 from triton_sparsity.kernels import tiles
@@ -15,6 +16,7 @@ from triton_sparsity.kernels.block_sparse_linear import (
 from triton_sparsity.kernels.dispatch import Paths, as_tensor
 from triton_sparsity.kernels.launch import INTERPRET, tl
 from triton_sparsity.kernels.mask import expand_mask
+from triton_sparsity.kernels.masked_weight import apply_mask
 from triton_sparsity.kernels.pattern import Block, Unstructured, grid_shape
 from triton_sparsity.kernels.topology import Topology, block_topology
 
@@ -61,6 +63,17 @@ def make(tokens, R, C, rows, cols, dtype=torch.float32, kind="some", bias=True, 
         w = w.detach().T.contiguous().T.requires_grad_()
     pattern = Block(rows, cols)
     return x, w, random_mask(grid_shape(pattern, (R, C)), kind), b, pattern
+
+
+def pruned_elements(mask, pattern, weight):
+    return ~torch.from_numpy(
+        oracle.expand(mask.cpu().numpy(), pattern.rows, pattern.cols, weight.shape)
+    ).to(DEVICE)
+
+
+def filled(weight, where, value):
+    """Return ``weight``, laid out as it is, with ``value`` in some places."""
+    return weight.detach().masked_fill(where, value).requires_grad_()
 
 
 def doubled(tensor):
@@ -218,26 +231,15 @@ def test_gradients_of_any_layout(loss):
 @pytest.mark.parametrize("case", CASES[1:5], ids=str)
 def test_pruned_weights_are_never_read_and_their_gradient_is_zero(case):
     x, w, mask, b, pattern = make(*case, dtype=torch.float16)
-    keep = mask.repeat_interleave(pattern.rows, 0).repeat_interleave(pattern.cols, 1)
-    keep = keep[: w.shape[0], : w.shape[1]]
-    poisoned = w.detach().masked_fill(~keep, float("nan")).requires_grad_()
+    pruned = pruned_elements(mask, pattern, w)
+    poisoned = filled(w, pruned, torch.nan)
     grad = torch.randn(x.shape[0], w.shape[0], device=DEVICE).half()
     want = run(block_sparse_linear, x, w, mask, b, pattern, grad)
     with poisoned_memory():
         got = run(block_sparse_linear, x, poisoned, mask, b, pattern, grad)
     assert all(map(torch.equal, got, want))
-    assert not got[2][~keep].any()
-    assert not torch.signbit(got[2][~keep]).any()
-
-
-def test_a_dense_weight_gradient_is_dense():
-    x, w, mask, b, pattern = make(37, 96, 80, 32, 16, dtype=torch.float16)
-    grad = torch.randn(37, 96, device=DEVICE)
-    sparse = run(block_sparse_linear, x, w, mask, b, pattern, grad)
-    dense = run(block_sparse_linear, x, w, mask, b, pattern, grad, dense_weight_grad=True)
-    torch.testing.assert_close(dense[2], grad.half().T @ x)
-    for i in (0, 1, 3):
-        assert torch.equal(sparse[i], dense[i])
+    assert not got[2][pruned].any()
+    assert not torch.signbit(got[2][pruned]).any()
 
 
 @pytest.mark.parametrize("wanted", range(3), ids=["x", "weight", "bias"])
@@ -403,47 +405,85 @@ PATHS = [
 
 @pytest.mark.parametrize("paths", PATHS, ids=str)
 @pytest.mark.parametrize("case", CASES[::2], ids=str)
-def test_every_path_gives_the_same(paths, case):
-    args = make(*case, by_k=case[0] == 37)
+def test_every_path_gives_the_same_where_pruned_blocks_are_zero(paths, case):
+    x, w, mask, b, pattern = make(*case, by_k=case[0] == 37)
+    pruned = pruned_elements(mask, pattern, w)
+    w = filled(w, pruned, 0)
+    grad = torch.randn(case[0], case[1], device=DEVICE)
+    given = x, w, mask, b, pattern, grad
+    wide = doubled(x), doubled(w), mask, doubled(b), pattern, grad.double()
     with poisoned_memory():
-        actual = assert_all_agree(*args, paths=as_tensor(paths))
-    pruned = ~args[2].repeat_interleave(case[3], 0).repeat_interleave(case[4], 1)
-    assert not actual[2][pruned[: case[1], : case[2]]].any()
+        actual = run(block_sparse_linear, *given, paths=as_tensor(paths))
+    eager = run(block_sparse_linear_reference, *given)
+    exact = run(block_sparse_linear_reference, *wide)
+    assert actual[2].stride() == w.stride()
+    if paths.wgrad:
+        assert not actual[2][pruned].any()
+    else:
+        # whole: a plain product's
+        for found in (eager, exact):
+            found[2].copy_(grad.to(found[2].dtype).T @ x.detach().to(found[2].dtype))
+    for one in zip(actual, eager, exact, strict=True):
+        assert_as_good_as_eager(*one)
 
 
-@pytest.mark.parametrize("paths", PATHS, ids=str)
-def test_paths_are_taken(paths, monkeypatch):
-    taken = []
+@pytest.mark.parametrize("paths", [None, *PATHS], ids=str)
+@pytest.mark.parametrize("kind", ["some", "empty lines"])
+def test_dense_products_read_the_weight_as_it_is_and_sparse_ones_skip(paths, kind):
+    x, w, mask, b, pattern = make(37, 128, 64, 32, 32, kind=kind)
+    pruned = pruned_elements(mask, pattern, w)
+    flags = None if paths is None else as_tensor(paths)
+    y, grad_x, grad_w, _ = run(
+        block_sparse_linear, x, filled(w, pruned, torch.nan), mask, b, pattern,
+        torch.ones(37, 128, device=DEVICE), paths=flags,
+    )  # fmt: skip
+    skips = paths or Paths(True, True, True)
+    assert torch.equal(y.isnan().all(0), pruned.any(1) & (not skips.forward))
+    assert torch.equal(grad_x.isnan().all(0), pruned.any(0) & (not skips.dgrad))
+    assert not grad_w.isnan().any()
+    assert grad_w[pruned].any() != skips.wgrad
 
-    def spy(module, name):
-        function = getattr(module, name)
 
-        def spied(*args, **options):
-            taken.append(name)
-            return function(*args, **options)
-
-        monkeypatch.setattr(module, name, spied)
-
-    for name in ("forward", "dgrad"):
-        spy(linear_module.masked_linear, name)
-    spy(linear_module, "apply_mask_")
-    args = make(37, 128, 64, 32, 32)
-    run(block_sparse_linear, *args, torch.ones(37, 128, device=DEVICE), paths=as_tensor(paths))
-    names = ("forward", "dgrad", "apply_mask_")
-    assert taken == [name for name, sparse in zip(names, paths, strict=True) if not sparse]
+@pytest.mark.parametrize("paths", [None, *PATHS], ids=str)
+def test_nothing_but_the_operands_waits_for_the_backward_pass(paths):
+    x, w, mask, b, pattern = make(37, 128, 64, 32, 32)
+    topology = block_topology(mask, pattern)
+    saved = []
+    flags = None if paths is None else as_tensor(paths)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        block_sparse_linear(x, w, topology, b, pattern=pattern, paths=flags)
+    known = [x, w, *topology] + ([] if flags is None else [flags])
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in known}
 
 
 @not_interpreted
-def test_gradcheck():
+@pytest.mark.parametrize("paths", [None, *PATHS], ids=str)
+def test_gradients_of_any_order(paths):
     x, w, mask, b, pattern = make(3, 33, 20, 16, 16, dtype=torch.float64)
 
     def function(x, w, b):
-        paths = as_tensor(Paths(True, True, True))
-        return block_sparse_linear(x, w, mask, b, pattern=pattern, paths=paths, backend="torch")
+        # masked, so that pruned blocks are zero, and what is whole of their gradient goes nowhere
+        w = apply_mask(w, mask, pattern)
+        flags = None if paths is None else as_tensor(paths)
+        return block_sparse_linear(x, w, mask, b, pattern=pattern, paths=flags, backend="torch")
 
     # one column of the Jacobian, not all: 33 x 20 inputs
     torch.autograd.gradcheck(function, (x, w, b), fast_mode=True)
     torch.autograd.gradgradcheck(function, (x, w, b), fast_mode=True)
+
+
+@not_interpreted
+def test_a_whole_weight_gradient_has_a_whole_derivative():
+    x, w, mask, _, pattern = make(3, 33, 20, 16, 16, dtype=torch.float64)
+    w = filled(w, pruned_elements(mask, pattern, w), 0)
+    paths = as_tensor(Paths(True, True, False))
+
+    def weight_grad(x, incoming):
+        y = block_sparse_linear(x, w, mask, pattern=pattern, paths=paths, backend="torch")
+        return torch.autograd.grad(y, w, incoming, create_graph=True)[0]
+
+    incoming = torch.randn(3, 33, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(weight_grad, (x, incoming), fast_mode=True)
 
 
 @pytest.mark.parametrize("by_k", [False, True], ids=["row-major", "column-major"])
@@ -454,7 +494,7 @@ def test_opcheck(by_k, paths):
     ops, check = torch.ops.triton_sparsity, torch.library.opcheck
     grad = torch.randn(5, 40, device=DEVICE, requires_grad=True)
     rest = lists, None if paths is None else as_tensor(paths), pattern.rows, pattern.cols
-    check(ops.block_sparse_linear.default, (x, w, b, *rest, False, TRITON))
+    check(ops.block_sparse_linear.default, (x, w, b, *rest, TRITON))
     check(ops.block_sparse_linear_dgrad.default, (grad, w, *rest, TRITON))
     check(ops.block_sparse_linear_wgrad.default, (grad, x, w.detach(), *rest, TRITON))
 
@@ -476,9 +516,12 @@ def test_compiles_in_one_graph_and_masks_and_paths_change_without_another():
         y = block_sparse_linear(x, w, topology, b, pattern=pattern, paths=paths)
         return y.square().sum()
 
+    original = w.detach().clone()
     for new, way in ((mask, PATHS[0]), (~mask, PATHS[1]), (mask, PATHS[3])):
         block_topology(new, pattern, out=topology)
         paths.copy_(as_tensor(way))
+        with torch.no_grad():
+            w.copy_(apply_mask(original, new, pattern))
         got = torch.autograd.grad(loss(x, w, b, topology, paths), (x, w, b))
         y = block_sparse_linear(x, w, new, b, pattern=pattern, paths=paths)
         want = torch.autograd.grad(y.square().sum(), (x, w, b))
@@ -489,10 +532,10 @@ def test_compiles_in_one_graph_and_masks_and_paths_change_without_another():
 
 def test_flops_are_those_of_the_kept_weights():
     x, w, mask, b, pattern = make(5, 40, 70, 32, 16)
-    keep = mask.repeat_interleave(32, 0).repeat_interleave(16, 1)[:40, :70]
+    kept = ~pruned_elements(mask, pattern, w)
     with FlopCounterMode(display=False) as counter:
         block_sparse_linear(x, w, mask, b, pattern=pattern).sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * 5 * int(keep.sum())
+    assert counter.get_total_flops() == 3 * 2 * 5 * int(kept.sum())
 
 
 @pytest.mark.skipif(INTERPRET, reason="autocast on a CPU is bfloat16's")
@@ -579,7 +622,7 @@ def test_many_runs_are_rounded_once(dtype):
     # the kept blocks of a line never touch
     mask = torch.arange(64).expand(2, -1) % 2 == 0
     x, w = torch.randn(3, 64 * 64).to(dtype), torch.randn(2 * 64, 64 * 64).to(dtype)
-    y = block_sparse_linear(x, w, mask, pattern=Block(64, 64), paths=torch.tensor([True] * 3))
+    y = block_sparse_linear(x, w, mask, pattern=Block(64, 64))
     exact = x.double() @ (w * expand_mask(mask, Block(64, 64), w.shape)).double().T
     atol = 1e-5 * exact.abs().max().item()
     torch.testing.assert_close(y.double(), exact, rtol=0.5 * torch.finfo(dtype).eps, atol=atol)
