@@ -28,14 +28,14 @@ from ..kernels.block_sparse_linear import MIN_SIDE
 from ..kernels.launch import INTERPRET, Backend, use_triton
 from ..kernels.pattern import Block
 from ..kernels.tiles import RESERVE, Device, Tile, device_of
-from .counts import DIRECTIONS, intensity, tile_of
-from .files import claim_file, write_atomic
-from .options import find_device, parse_pattern
+from .finetune.files import claim_file, write_atomic
+from .finetune.options import find_device, parse_pattern
+from .measure.counts import DIRECTIONS, intensity, tile_of
+from .measure.record import command, dump, environment
+from .measure.shapes import Shape, parse_shapes
+from .measure.timing import measure
+from .measure.work import Operands, operand_cases
 from .profile import Progress
-from .record import command, dump, environment
-from .shapes import Shape, parse_shapes
-from .timing import measure
-from .work import Operands, operand_cases
 
 MAX_ACCUMULATORS = 128  # float32 registers a thread, of 255 that it has
 WORTH = 0.99  # a tile must take at most this part of the best one's time to replace it

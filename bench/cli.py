@@ -197,10 +197,10 @@ def finetune(
         if value not in (None, [], ()) and name not in own
     }
     # torch and matplotlib take seconds to import, which --help has no use for
-    from .finetune import finetune as run
-    from .options import Options
-    from .report import print_comparison, print_report, progress_bars
-    from .series import comparison, run_series
+    from .finetune.job import finetune as run
+    from .finetune.options import Options
+    from .finetune.report import print_comparison, print_report, progress_bars
+    from .finetune.series import comparison, run_series
 
     how: dict[str, Any] = {"resume": resume, "force": force}
     try:
@@ -289,9 +289,9 @@ def profile(
     roofline.png and speedup.png.
     """
     from . import profile as job
-    from .drift import drift, load_profile
-    from .report import progress_bars
-    from .tables import show_drift, show_profile
+    from .finetune.report import progress_bars
+    from .measure.drift import drift, load_profile
+    from .measure.tables import show_drift, show_profile
 
     plan = job.make_plan(
         shapes=shapes,
@@ -360,9 +360,9 @@ def autotune(
     """
     from . import autotune as job
     from . import recommend as chooser
-    from .record import claim_folder
-    from .report import progress_bars
-    from .tables import show_recommendation, show_tuning
+    from .finetune.report import progress_bars
+    from .measure.record import claim_folder
+    from .measure.tables import show_recommendation, show_tuning
 
     common = {
         "tokens": tokens,
@@ -420,7 +420,7 @@ def doctor(
     The check compares values and gradients with the reference; exit code 1 if one disagrees.
     """
     from .doctor import doctor as examine
-    from .tables import show_doctor
+    from .measure.tables import show_doctor
 
     record = examine(device, backend)
     if as_json:

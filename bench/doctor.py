@@ -34,9 +34,9 @@ from ..kernels.pattern import NM, Block, Pattern, Unstructured, grid_shape
 from ..kernels.select import Threshold, select, select_reference
 from ..kernels.semi_structured import nm_mask, nm_score
 from ..kernels.topology import Topology, block_topology, topology_reference
-from .options import find_device
-from .record import environment
-from .work import difference, disagreement, first
+from .finetune.options import find_device
+from .measure.record import environment
+from .measure.work import difference, disagreement, first
 
 PEERS = ("nncf", "stk", "blksprs")
 Check = Callable[[], str | None]

@@ -24,14 +24,14 @@ from ..kernels import tuning
 from ..kernels.block_sparse_linear import MIN_SIDE
 from ..kernels.launch import Backend, use_triton
 from ..kernels.pattern import NM, Block, Pattern, maximum_level
-from .ceilings import Ceilings, highest, measure_ceilings
-from .charts import roofline, speedups
-from .files import write_atomic
-from .options import find_device, parse_pattern, spell_pattern
-from .record import Row, claim_folder, dump, environment, times, to_csv
-from .shapes import Shape, parse_shapes, spell_shapes
-from .timing import Timing, measure, measure_in_turn, pool, spread
-from .work import OPERATIONS, Built, Case, Operands, model_cases, operand_cases
+from .finetune.files import write_atomic
+from .finetune.options import find_device, parse_pattern, spell_pattern
+from .measure.ceilings import Ceilings, highest, measure_ceilings
+from .measure.charts import roofline, speedups
+from .measure.record import Row, claim_folder, dump, environment, times, to_csv
+from .measure.shapes import Shape, parse_shapes, spell_shapes
+from .measure.timing import Timing, measure, measure_in_turn, pool, spread
+from .measure.work import OPERATIONS, Built, Case, Operands, model_cases, operand_cases
 
 Progress = Callable[[str, int, int, str], None]
 

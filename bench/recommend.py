@@ -26,16 +26,16 @@ from ..kernels.launch import Backend, use_triton
 from ..kernels.mask import make_mask
 from ..kernels.pattern import Block, Pattern, Unstructured, grid_shape
 from ..kernels.select import select
-from .ceilings import Ceilings
-from .charts import pareto
-from .counts import intensity, product_bytes, product_flops, tile_of
-from .files import write_atomic
-from .options import find_device, parse_pattern, spell_pattern
+from .finetune.files import write_atomic
+from .finetune.options import find_device, parse_pattern, spell_pattern
+from .measure.ceilings import Ceilings
+from .measure.charts import pareto
+from .measure.counts import intensity, product_bytes, product_flops, tile_of
+from .measure.record import dump, environment
+from .measure.shapes import Shape, matrices
+from .measure.timing import measure
+from .measure.work import PRODUCTS, Operands, operand_cases
 from .profile import Progress
-from .record import dump, environment
-from .shapes import Shape, matrices
-from .timing import measure
-from .work import PRODUCTS, Operands, operand_cases
 
 NEAR_BEST = 0.8
 CANDIDATES = tuple(f"block:{side}" for side in (16, 32, 64, 128, 256))

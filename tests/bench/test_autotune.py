@@ -10,7 +10,7 @@ import torch
 from triton_sparsity.bench import autotune as job
 from triton_sparsity.bench.autotune import crossing, descend, make_search, neighbours
 from triton_sparsity.bench.cli import main
-from triton_sparsity.bench.shapes import Shape
+from triton_sparsity.bench.measure.shapes import Shape
 from triton_sparsity.kernels import dispatch, tiles, tuning
 from triton_sparsity.kernels.pattern import Block
 from triton_sparsity.kernels.tiles import Tile

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from triton_sparsity.bench import profile as job
-from triton_sparsity.bench.ceilings import Ceilings, highest, measure_ceilings
 from triton_sparsity.bench.cli import main
-from triton_sparsity.bench.drift import drift, load_profile
+from triton_sparsity.bench.measure.ceilings import Ceilings, highest, measure_ceilings
+from triton_sparsity.bench.measure.drift import drift, load_profile
+from triton_sparsity.bench.measure.record import BENCH, Row, command, commit, dump, load
+from triton_sparsity.bench.measure.shapes import Shape
+from triton_sparsity.bench.measure.timing import Timing
+from triton_sparsity.bench.measure.work import Case
 from triton_sparsity.bench.profile import rates
-from triton_sparsity.bench.record import Row, command, commit, dump, load
-from triton_sparsity.bench.shapes import Shape
-from triton_sparsity.bench.timing import Timing
-from triton_sparsity.bench.work import Case
 from triton_sparsity.kernels.pattern import Block
 
 QUICK = [
@@ -90,7 +90,7 @@ def test_a_profile_leaves_its_table_files_and_pictures(tmp_path, capsys):
 
 
 def test_a_pass_checks_once_and_then_times(monkeypatch):
-    from triton_sparsity.bench import work
+    from triton_sparsity.bench.measure import work
 
     calls, masked = [], work.apply_mask
     monkeypatch.setattr(work, "apply_mask", lambda *a, **k: (calls.append(1), masked(*a, **k))[1])
@@ -169,7 +169,7 @@ def test_an_earlier_record_is_compared(tmp_path, capsys):
 
 
 def test_a_set_up_that_fails_is_a_row_and_not_the_end(monkeypatch):
-    from triton_sparsity.bench import work
+    from triton_sparsity.bench.measure import work
 
     def fails(*_):
         raise RuntimeError("no memory for that\nat all")
@@ -247,7 +247,7 @@ def test_json_is_all_that_is_printed(tmp_path, capsys):
 
 
 def test_what_fails_is_listed_with_its_reason_and_without_speed(tmp_path, capsys, monkeypatch):
-    from triton_sparsity.bench import work
+    from triton_sparsity.bench.measure import work
 
     monkeypatch.setattr(work, "apply_mask", lambda weight, *_, **__: weight + 1)
     assert run("profile", *QUICK, "--operation=apply", "-o", tmp_path) == 0
@@ -351,6 +351,8 @@ def test_a_command_can_be_typed_again(monkeypatch):
     words = ["/a/bin/triton-sparsity", "x", "--only", "two words", "-o", "/a/b/c"]
     monkeypatch.setattr(sys, "argv", words)
     assert command() == "triton-sparsity x --only 'two words' -o c"
+    monkeypatch.setattr(sys, "argv", [str(BENCH / "studies" / "compare.py"), "--only", "Strip"])
+    assert command() == "python -m triton_sparsity.bench.studies.compare --only Strip"
 
 
 def test_a_record_is_one_line_an_entry_and_reads_back(tmp_path):

@@ -1,8 +1,8 @@
 """Which algorithm ends better: ours and NNCF's on the same data, seeds, steps and dense baselines.
 
-``python -m triton_sparsity.bench.algorithms``. For each seed one dense language model of Python's
-source is trained, and every subject fine-tunes it to the same level in the same loop. NNCF is left
-out, with the reason, where it is not installed.
+``python -m triton_sparsity.bench.studies.algorithms``. For each seed one dense language model of
+Python's source is trained, and every subject fine-tunes it to the same level in the same loop.
+NNCF is left out, with the reason, where it is not installed.
 
 Of two subjects the first is no worse if the mean over the seeds of the paired differences is in
 its favour, or within one standard error of zero.
@@ -26,14 +26,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..controller.schedule import PolynomialSchedule
-from .files import DENSE, load_checkpoint, write_atomic
-from .finetune import Job, evaluate, finetune, start, train
-from .options import Options, checked, find_device, schedule, with_defaults
-from .peers import nncf
-from .record import environment
-from .report import progress_bars
-from .tasks import load_task
+from ...controller.schedule import PolynomialSchedule
+from ..finetune.files import DENSE, load_checkpoint, write_atomic
+from ..finetune.job import Job, evaluate, finetune, start, train
+from ..finetune.options import Options, checked, find_device, schedule, with_defaults
+from ..finetune.report import progress_bars
+from ..finetune.tasks import load_task
+from ..measure.record import environment
+from ..peers import nncf
 
 Progress = Callable[[str, int, int, str], None]
 

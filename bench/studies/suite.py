@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from . import compare, profile
-from .options import find_device
-from .record import claim_folder, results_folder
-from .report import progress_bars
-from .tables import show_profile
-from .timing import measure
+from .. import profile
+from ..finetune.options import find_device
+from ..finetune.report import progress_bars
+from ..measure.record import claim_folder, results_folder
+from ..measure.tables import show_profile
+from ..measure.timing import measure
+from . import compare
 
 
 def profiler_overhead(device: torch.device, pairs: int = 15) -> float:

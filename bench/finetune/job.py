@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..controller.base_algo import BaseSparsityAlgoController
-from ..controller.create import create_controller
-from ..controller.magnitude import MagnitudeSparsityConfig
-from ..controller.schedule import PolynomialSchedule
-from ..kernels.launch import use_triton
+from ...controller.base_algo import BaseSparsityAlgoController
+from ...controller.create import create_controller
+from ...controller.magnitude import MagnitudeSparsityConfig
+from ...controller.schedule import PolynomialSchedule
+from ...kernels.launch import use_triton
 from .files import (
     CURVES,
     DENSE,

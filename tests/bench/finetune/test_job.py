@@ -11,11 +11,18 @@ import pytest
 import safetensors.torch
 import torch
 
-from triton_sparsity.bench import finetune as module
-from triton_sparsity.bench.files import CURVES, DENSE, REPORT, STATE, STRIPPED, write_atomic
-from triton_sparsity.bench.finetune import finetune
-from triton_sparsity.bench.options import Options
-from triton_sparsity.bench.tasks import Task, load_task
+from triton_sparsity.bench.finetune import job as module
+from triton_sparsity.bench.finetune.files import (
+    CURVES,
+    DENSE,
+    REPORT,
+    STATE,
+    STRIPPED,
+    write_atomic,
+)
+from triton_sparsity.bench.finetune.job import finetune
+from triton_sparsity.bench.finetune.options import Options
+from triton_sparsity.bench.finetune.tasks import Task, load_task
 
 QUICK = Options(
     task="digits",

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.bits import expand_mask, pack_reference, packed_shape, unpack_reference
-from ..kernels.block_score import block_score, block_score_reference
-from ..kernels.block_sparse_linear import MIN_SIDE, block_sparse_linear
-from ..kernels.launch import Backend
-from ..kernels.mask import make_mask, make_mask_reference, pack, word_mask
-from ..kernels.masked_linear import masked_linear
-from ..kernels.masked_weight import apply_mask, apply_mask_, apply_mask_reference
-from ..kernels.pattern import NM, Block, Pattern, Unstructured, grid_shape
-from ..kernels.select import Threshold, select, select_reference
-from ..kernels.semi_structured import nm_mask, nm_score
-from ..kernels.topology import (
+from ...kernels.bits import expand_mask, pack_reference, packed_shape, unpack_reference
+from ...kernels.block_score import block_score, block_score_reference
+from ...kernels.block_sparse_linear import MIN_SIDE, block_sparse_linear
+from ...kernels.launch import Backend
+from ...kernels.mask import make_mask, make_mask_reference, pack, word_mask
+from ...kernels.masked_linear import masked_linear
+from ...kernels.masked_weight import apply_mask, apply_mask_, apply_mask_reference
+from ...kernels.pattern import NM, Block, Pattern, Unstructured, grid_shape
+from ...kernels.select import Threshold, select, select_reference
+from ...kernels.semi_structured import nm_mask, nm_score
+from ...kernels.topology import (
     Topology,
     block_topology,
     topology_reference,
@@ -608,9 +608,9 @@ def training_step(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.dev
 def sparsify(model: nn.Module, pattern: Pattern, level: float, backend: Backend) -> Any:
     """Put ``model`` under magnitude masks at a level, one pool, and return the controller."""
     # the controller's configuration needs pydantic, which the kernels do without
-    from ..controller.create import create_controller
-    from ..controller.magnitude import MagnitudeSparsityConfig
-    from ..controller.schedule import PolynomialSchedule
+    from ...controller.create import create_controller
+    from ...controller.magnitude import MagnitudeSparsityConfig
+    from ...controller.schedule import PolynomialSchedule
 
     schedule = PolynomialSchedule(initial_level=level, target_level=level)
     config = MagnitudeSparsityConfig(pattern=pattern, schedule=schedule, weight_importance="abs")

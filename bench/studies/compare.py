@@ -1,9 +1,9 @@
 """Ours and the peers' on the same work, in turn: mask update, thresholds, products, training step,
 evaluation, strip.
 
-``python -m triton_sparsity.bench.compare``. Every subject checks its own result before it is
-timed, in a process of its own; what is wrong has no time. Peers that are not installed are named
-with the reason.
+``python -m triton_sparsity.bench.studies.compare``. Every subject checks its own result before it
+is timed, in a process of its own; what is wrong has no time. Peers that are not installed are
+named with the reason.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from ..kernels import tuning
-from ..kernels.pattern import Block, Unstructured
-from .files import write_atomic
-from .measure import in_turn
-from .options import find_device
-from .peers import blksprs, dense, nncf, semi_structured, stk, thresholds
-from .record import claim_folder, dump, environment, results_folder
+from ...kernels import tuning
+from ...kernels.pattern import Block, Unstructured
+from ..finetune.files import write_atomic
+from ..finetune.options import find_device
+from ..measure.processes import in_turn
+from ..measure.record import claim_folder, dump, environment, results_folder
+from ..measure.tables import console, seconds, table
+from ..measure.timing import Timing, Work
+from ..peers import blksprs, dense, nncf, semi_structured, stk, thresholds
 from .subjects import (
     BLOCK,
     CPU,
@@ -55,8 +57,6 @@ from .subjects import (
     torch_step,
     weight_norm_update,
 )
-from .tables import console, seconds, table
-from .timing import Timing, Work
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import triton_sparsity as ts
-from triton_sparsity.bench.options import (
+from triton_sparsity.bench.finetune.options import (
     Options,
     checked,
     parse_pattern,
@@ -13,7 +13,7 @@ from triton_sparsity.bench.options import (
     spell_pattern,
     with_defaults,
 )
-from triton_sparsity.bench.tasks import Recipe
+from triton_sparsity.bench.finetune.tasks import Recipe
 
 RECIPE = Recipe(dense_epochs=3, epochs=10, steps_per_epoch=4, batch_size=2, dense_lr=1e-2, lr=1e-3)
 

@@ -24,13 +24,14 @@ from typing import Any
 
 import torch
 
-from ..kernels.launch import HAS_TRITON, INTERPRET, triton
-from ..kernels.tuning import device_name, slug
+from ...kernels.launch import HAS_TRITON, INTERPRET, triton
+from ...kernels.tuning import device_name, slug
 from .timing import Timing
 
 SCHEMA = 1
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
+BENCH = Path(__file__).parent.parent
+ROOT = BENCH.parent
+RESULTS = BENCH / "results"
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,11 @@ def environment(device: torch.device, backend: str) -> dict[str, Any]:
 
 def command() -> str:
     """Return what was typed, without the path of this machine's interpreter or checkout."""
-    name = Path(sys.argv[0]).name
-    if name.endswith(".py") and Path(sys.argv[0]).parent.name in ("bench", "peers"):
-        name = f"python -m triton_sparsity.bench.{Path(name).stem}"
+    path = Path(sys.argv[0])
+    name = path.name
+    if path.suffix == ".py" and path.resolve().is_relative_to(BENCH.resolve()):
+        inside = path.resolve().relative_to(BENCH.resolve()).with_suffix("")
+        name = ".".join(("python -m triton_sparsity.bench", *inside.parts))
     # a folder of somebody's machine is nobody's business
     arguments = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
     return f"{name} {shlex.join(arguments)}".rstrip()

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from triton_sparsity.bench.algorithms import PEER, SUBJECTS, judge, main
 from triton_sparsity.bench.peers import nncf
+from triton_sparsity.bench.studies.algorithms import PEER, SUBJECTS, judge, main
 
 
 def results(**metrics):

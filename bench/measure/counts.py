@@ -14,12 +14,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..kernels.bits import packed_shape
-from ..kernels.block_sparse_wgrad import takes_bulk_copies
-from ..kernels.pattern import Block, Pattern, grid_shape
-from ..kernels.tiles import Tile, device_of, dot_precision, linear_tile, wgrad_tile
-from ..kernels.topology import BUNDLE_WIDTH, bundling, capacities
-from ..kernels.tuning import tuned_tile
+from ...kernels.bits import packed_shape
+from ...kernels.block_sparse_wgrad import takes_bulk_copies
+from ...kernels.pattern import Block, Pattern, grid_shape
+from ...kernels.tiles import Tile, device_of, dot_precision, linear_tile, wgrad_tile
+from ...kernels.topology import BUNDLE_WIDTH, bundling, capacities
+from ...kernels.tuning import tuned_tile
 from .shapes import Shape
 
 PRODUCTS = ("forward", "dX", "dW")

@@ -1,6 +1,6 @@
 import pytest
 
-from triton_sparsity.bench.report import curves
+from triton_sparsity.bench.finetune.report import curves
 
 
 def history(steps, epochs):

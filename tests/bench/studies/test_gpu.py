@@ -4,10 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from triton_sparsity.bench import gpu, work
-from triton_sparsity.bench.gpu import FULL, TRIAL, break_even, main
-from triton_sparsity.bench.record import Row, load
-from triton_sparsity.bench.render import render
+from triton_sparsity.bench.measure import work
+from triton_sparsity.bench.measure.record import Row, load
+from triton_sparsity.bench.studies import gpu
+from triton_sparsity.bench.studies.gpu import FULL, TRIAL, break_even, main
+from triton_sparsity.bench.studies.render import render
 
 CPU = torch.device("cpu")
 

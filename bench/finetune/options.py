@@ -10,24 +10,24 @@ from typing import Any, get_args
 
 import torch
 
-from ..controller.const import ConstSparsityConfig
-from ..controller.criteria import WeightImportance
-from ..controller.magnitude import MagnitudeSparsityConfig
-from ..controller.movement import MovementSparsityConfig
-from ..controller.nncf_config import Config
-from ..controller.pruning import is_reachable
-from ..controller.rb import RBSparsityConfig
-from ..controller.regrowth import SETConfig
-from ..controller.rigl import RigLConfig
-from ..controller.schedule import (
+from ...controller.const import ConstSparsityConfig
+from ...controller.criteria import WeightImportance
+from ...controller.magnitude import MagnitudeSparsityConfig
+from ...controller.movement import MovementSparsityConfig
+from ...controller.nncf_config import Config
+from ...controller.pruning import is_reachable
+from ...controller.rb import RBSparsityConfig
+from ...controller.regrowth import SETConfig
+from ...controller.rigl import RigLConfig
+from ...controller.schedule import (
     AdaptiveSchedule,
     ExponentialSchedule,
     MultistepSchedule,
     PolynomialSchedule,
     Schedule,
 )
-from ..kernels.launch import use_triton
-from ..kernels.pattern import NM, Block, Pattern, Unstructured, maximum_level
+from ...kernels.launch import use_triton
+from ...kernels.pattern import NM, Block, Pattern, Unstructured, maximum_level
 from .tasks import Recipe
 
 ALGORITHMS = ("magnitude", "const", "set", "rigl", "rb", "movement")

@@ -1,12 +1,11 @@
 import pytest
 import torch
 
-from triton_sparsity.bench import work
-from triton_sparsity.bench.ceilings import Ceilings
-from triton_sparsity.bench.counts import intensity, kept_elements
-from triton_sparsity.bench.profile import measure_case, to_row
-from triton_sparsity.bench.shapes import Shape
-from triton_sparsity.bench.work import (
+from triton_sparsity.bench.measure import work
+from triton_sparsity.bench.measure.ceilings import Ceilings
+from triton_sparsity.bench.measure.counts import intensity, kept_elements
+from triton_sparsity.bench.measure.shapes import Shape
+from triton_sparsity.bench.measure.work import (
     OPERATIONS,
     Operands,
     disagreement,
@@ -14,6 +13,7 @@ from triton_sparsity.bench.work import (
     operand_cases,
     random_mask,
 )
+from triton_sparsity.bench.profile import measure_case, to_row
 from triton_sparsity.kernels.pattern import NM, Block, Unstructured
 from triton_sparsity.kernels.tiles import Tile
 

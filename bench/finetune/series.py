@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .files import CURVES, DENSE, LEVELS, REPORT, write_atomic
-from .finetune import finetune
+from .job import finetune
 from .options import ALGORITHMS, Options, checked
 from .report import curves, metric_over_level
 

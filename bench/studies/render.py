@@ -1,7 +1,7 @@
 """The README's figures, as Markdown, from the records alone.
 
-``python -m triton_sparsity.bench.render`` writes them between the markers; ``--check`` only tells
-whether they are up to date.
+``python -m triton_sparsity.bench.studies.render`` writes them between the markers; ``--check``
+only tells whether they are up to date.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import write_atomic
+from ..finetune.files import write_atomic
+from ..measure.record import RESULTS, ROOT, load
+from ..measure.tables import percent, seconds
 from .gpu import EFFICIENCY
 from .gpu import summary as efficiencies
-from .record import RESULTS, ROOT, load
-from .tables import percent, seconds
 
 START, END = "<!-- figures: start -->", "<!-- figures: end -->"
 FILES = ("compare.json", "profile.json", "gpu.json")

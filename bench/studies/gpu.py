@@ -22,20 +22,18 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.launch import Backend, use_triton
-from ..kernels.pattern import Block, Pattern, Unstructured
-from .ceilings import Ceilings, measure_ceilings
-from .charts import roofline, speedups
-from .doctor import checks
-from .files import write_atomic
-from .options import find_device, spell_pattern
-from .peers import blksprs, dense, semi_structured, stk, torch_bsr
-from .profile import measure_case, overhead, to_row
-from .record import Row, claim_folder, dump, environment, results_folder, times, to_csv
-from .shapes import Shape, spell_shapes
-from .tables import ceilings_line, console, percent, seconds, table, where
-from .timing import measure
-from .work import (
+from ...kernels.launch import Backend, use_triton
+from ...kernels.pattern import Block, Pattern, Unstructured
+from ..doctor import checks
+from ..finetune.files import write_atomic
+from ..finetune.options import find_device, spell_pattern
+from ..measure.ceilings import Ceilings, measure_ceilings
+from ..measure.charts import roofline, speedups
+from ..measure.record import Row, claim_folder, dump, environment, results_folder, times, to_csv
+from ..measure.shapes import Shape, spell_shapes
+from ..measure.tables import ceilings_line, console, percent, seconds, table, where
+from ..measure.timing import measure
+from ..measure.work import (
     PRODUCTS,
     Built,
     Case,
@@ -45,6 +43,8 @@ from .work import (
     operand_cases,
     sparsify,
 )
+from ..peers import blksprs, dense, semi_structured, stk, torch_bsr
+from ..profile import measure_case, overhead, to_row
 
 # block -> lowest acceptable efficiency against the dense product, and highest acceptable sparsity
 # at which forward and backward together break even

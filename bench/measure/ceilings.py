@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels.bandwidth import TILE, read_repeatedly
+from ...kernels.bandwidth import TILE, read_repeatedly
 from .timing import l2_bytes, measure
 
 

@@ -2,7 +2,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from triton_sparsity.bench.shapes import SETS, Shape, matrices, parse_shapes, spell_shapes
+from triton_sparsity.bench.measure.shapes import SETS, Shape, matrices, parse_shapes, spell_shapes
 
 
 def test_shapes_are_named_spelled_out_or_of_a_file(tmp_path):

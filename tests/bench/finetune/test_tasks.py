@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from triton_sparsity.bench.tasks import load_task, read_sources, stdlib_lm
+from triton_sparsity.bench.finetune.tasks import load_task, read_sources, stdlib_lm
 
 
 @pytest.fixture

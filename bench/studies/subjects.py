@@ -15,21 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..controller.create import create_controller
-from ..controller.magnitude import MagnitudeSparsityConfig
-from ..controller.movement import MovementSparsityConfig
-from ..controller.operand import MaskOperand
-from ..controller.rb import RBSparsityConfig
-from ..controller.schedule import MultistepSchedule, PolynomialSchedule
-from ..kernels.block_sparse_linear import block_sparse_linear
-from ..kernels.pattern import Block, Pattern, Unstructured
-from ..kernels.select import select
-from ..kernels.topology import block_topology
-from .peers import blksprs, dense, nncf, semi_structured, stk, thresholds, torch_bsr, torch_prune
-from .peers import weight_norm as weight_norm_peer
-from .shapes import Shape
-from .timing import Work
-from .work import Operands, disagreement
+from ...controller.create import create_controller
+from ...controller.magnitude import MagnitudeSparsityConfig
+from ...controller.movement import MovementSparsityConfig
+from ...controller.operand import MaskOperand
+from ...controller.rb import RBSparsityConfig
+from ...controller.schedule import MultistepSchedule, PolynomialSchedule
+from ...kernels.block_sparse_linear import block_sparse_linear
+from ...kernels.pattern import Block, Pattern, Unstructured
+from ...kernels.select import select
+from ...kernels.topology import block_topology
+from ..measure.shapes import Shape
+from ..measure.timing import Work
+from ..measure.work import Operands, disagreement
+from ..peers import blksprs, dense, nncf, semi_structured, stk, thresholds, torch_bsr, torch_prune
+from ..peers import weight_norm as weight_norm_peer
 
 LEVEL = 0.8
 BLOCK = Block(32, 32)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import tuning
+from ...kernels import tuning
 from .timing import Timing, Work, on_gpu
 
 

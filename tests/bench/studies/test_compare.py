@@ -4,9 +4,9 @@ from functools import partial
 import pytest
 import torch
 
-from triton_sparsity.bench import compare
-from triton_sparsity.bench.compare import TRIAL, Comparison, comparisons, rows
-from triton_sparsity.bench.measure import in_turn
+from triton_sparsity.bench.measure.processes import in_turn
+from triton_sparsity.bench.measure.record import RESULTS, ROOT, dump
+from triton_sparsity.bench.measure.timing import Timing
 from triton_sparsity.bench.peers import (
     blksprs,
     dense,
@@ -16,9 +16,9 @@ from triton_sparsity.bench.peers import (
     torch_bsr,
     torch_prune,
 )
-from triton_sparsity.bench.record import RESULTS, ROOT, dump
-from triton_sparsity.bench.render import END, START, insert, main, render
-from triton_sparsity.bench.timing import Timing
+from triton_sparsity.bench.studies import compare
+from triton_sparsity.bench.studies.compare import TRIAL, Comparison, comparisons, rows
+from triton_sparsity.bench.studies.render import END, START, insert, main, render
 
 CPU = torch.device("cpu")
 SUBJECTS = {

@@ -2,8 +2,9 @@ import sys
 
 import pytest
 
-from triton_sparsity.bench import compare, profile, suite
-from triton_sparsity.bench.record import load
+from triton_sparsity.bench import profile
+from triton_sparsity.bench.measure.record import load
+from triton_sparsity.bench.studies import compare, suite
 
 
 @pytest.mark.parametrize("right", [True, False])
