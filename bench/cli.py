@@ -199,8 +199,9 @@ def finetune(
     # torch and matplotlib take seconds to import, which --help has no use for
     from .finetune.job import finetune as run
     from .finetune.options import Options
-    from .finetune.report import print_comparison, print_report, progress_bars
+    from .finetune.report import print_comparison, print_report
     from .finetune.series import comparison, run_series
+    from .measure.progress import progress_bars
 
     how: dict[str, Any] = {"resume": resume, "force": force}
     try:
@@ -289,8 +290,8 @@ def profile(
     roofline.png and speedup.png.
     """
     from . import profile as job
-    from .finetune.report import progress_bars
     from .measure.drift import drift, load_profile
+    from .measure.progress import progress_bars
     from .measure.tables import show_drift, show_profile
 
     plan = job.make_plan(
@@ -360,8 +361,8 @@ def autotune(
     """
     from . import autotune as job
     from . import recommend as chooser
-    from .finetune.report import progress_bars
-    from .measure.record import claim_folder
+    from .measure.files import claim_folder
+    from .measure.progress import progress_bars
     from .measure.tables import show_recommendation, show_tuning
 
     common = {

@@ -11,8 +11,9 @@ from rich.console import Console
 
 from .finetune.files import CURVES
 from .finetune.options import Options
-from .finetune.report import progress_bars, results_table, rows, summary
+from .finetune.report import results_table, rows, summary
 from .finetune.series import Entry, run_series
+from .measure.progress import progress_bars
 
 FOLDER = Path("runs", "demo")
 RUNS = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
@@ -27,7 +26,8 @@ from ...controller.schedule import (
     Schedule,
 )
 from ...kernels.launch import use_triton
-from ...kernels.pattern import NM, Block, Pattern, Unstructured, maximum_level
+from ...kernels.pattern import NM, maximum_level
+from ..measure.spelling import find_device, parse_pattern, spell_pattern
 from .tasks import Recipe
 
 ALGORITHMS = ("magnitude", "const", "set", "rigl", "rb", "movement")
@@ -240,55 +240,6 @@ def same_run(saved: Options, asked: Options, given: Collection[str]) -> Options:
                 "the option out, or start another run"
             )
     return merged
-
-
-def parse_pattern(text: str) -> Pattern:
-    """Return the pattern that a command line spells.
-
-    Raises:
-        ValueError: it is unknown, or ``Block`` or ``NM`` refuse its numbers.
-    """
-    if text == "unstructured":
-        return Unstructured()
-    if sides := re.fullmatch(r"block:([0-9]+)(?:x([0-9]+))?", text):
-        rows, cols = sides.groups()
-        return Block(int(rows), int(cols or rows))
-    if numbers := re.fullmatch(r"nm:([0-9]+):([0-9]+)(:transposable)?", text):
-        n, m, transposable = numbers.groups()
-        return NM(int(n), int(m), transposable is not None)
-    raise ValueError(
-        "pattern must be 'unstructured', 'block:ROWSxCOLS', 'block:SIDE', 'nm:N:M' or "
-        f"'nm:2:4:transposable', got {text!r}"
-    )
-
-
-def spell_pattern(pattern: Pattern) -> str:
-    """Return the one spelling of ``pattern`` that ``parse_pattern`` understands."""
-    match pattern:
-        case Unstructured():
-            return "unstructured"
-        case Block(rows, cols):
-            return f"block:{rows}x{cols}"
-        case NM(n, m, transposable):
-            return f"nm:{n}:{m}{':transposable' if transposable else ''}"
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device called ``name``; ``"auto"`` is the GPU where there is one.
-
-    Raises:
-        ValueError: the name is unknown, or the device is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cpu":
-        return torch.device(name)
-    found = re.fullmatch(r"cuda(?::([0-9]{1,4}))?", name)
-    if found is None:
-        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
-    if int(found[1] or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: {torch.cuda.device_count()} GPUs found")
-    return torch.device(name)
 
 
 def sparsity_config(options: Options) -> Config:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .files import CURVES, DENSE, LEVELS, REPORT, write_atomic
+from ..measure.files import write_atomic
+from ..measure.progress import Advance
+from .curves import curves, metric_over_level
+from .files import CURVES, DENSE, LEVELS, REPORT
 from .job import finetune
 from .options import ALGORITHMS, Options, checked
-from .report import curves, metric_over_level
 
 
 class Entry(NamedTuple):
@@ -29,7 +31,7 @@ def run_series(
     given: Collection[str] | None = None,
     resume: bool = False,
     force: bool = False,
-    progress: Callable[[str, int, int, str], None] = lambda phase, done, total, note: None,
+    progress: Advance = lambda phase, done, total, note: None,
 ) -> dict[str, dict[str, Any]]:
     """Train each entry on the same data, with the same seed and budget, from one dense model.
 

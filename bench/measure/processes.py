@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ...kernels import tuning
+from .cases import first_line
 from .timing import Timing, Work, on_gpu
 
 
@@ -106,8 +107,7 @@ def _serve(
         return
     except BaseException as error:
         traceback.print_exc()
-        lines = str(error).strip().splitlines() or [""]
-        pipe.send(f"{type(error).__name__}: {lines[0]}")
+        pipe.send(first_line(error))
 
 
 def _run(work: Work) -> tuple[float, int | None]:

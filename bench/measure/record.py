@@ -10,7 +10,6 @@ import csv
 import functools
 import io
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -39,7 +38,7 @@ class Row:
     """One measurement. What was not measured is None; what failed its check has no speed.
 
     Attributes:
-        operation: its name in ``work.py``.
+        operation: its name in ``operations.py`` or ``steps.py``.
         shape: ``TOKENSxINxOUT``, or several of them with commas between.
         dtype: of weights and activations.
         pattern: as on the command line.
@@ -223,17 +222,6 @@ def to_csv(rows: Sequence[Row], where: Mapping[str, Any]) -> bytes:
     for row in rows:
         writer.writerow(_short({**asdict(row), **{name: where.get(name) for name in places}}))
     return buffer.getvalue().encode()
-
-
-def claim_folder(folder: Path) -> None:
-    """Make ``folder`` and see that files can be written to it, before anything is measured.
-
-    Raises:
-        OSError: they cannot.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(13, "the output folder must be writable", str(folder))
 
 
 def results_folder(device: torch.device) -> Path:

@@ -185,3 +185,40 @@ def _hold(seconds: float) -> None:
 def l2_bytes(device: torch.device) -> int:
     """Return the size of a GPU's L2 cache."""
     return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or 2**26
+
+
+def overhead(device: torch.device) -> float:
+    """Return what the measurement itself adds to a time: that of doing nothing."""
+    return measure(lambda: None, device, least=20).median
+
+
+def profiler_overhead(device: torch.device, pairs: int = 15) -> float:
+    """Return by which part the profiler moves the median of a known product's time.
+
+    Runs of the profiler and of a bare loop take turns, and the median of their ratios counts, so
+    that a machine at work does not look like an overhead.
+    """
+    gpu = device.type == "cuda"
+    # on a GPU so large that neither the host nor an overwritten cache matters
+    side = 8192 if gpu else 512
+    a = torch.randn(side, side, device=device)
+
+    def bare() -> float:
+        if gpu:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+        start = time.perf_counter()
+        for _ in range(5):
+            a @ a
+        if gpu:
+            end.record()
+            torch.cuda.synchronize(device)
+            return begin.elapsed_time(end) * 1e-3 / 5
+        return (time.perf_counter() - start) / 5
+
+    bare()
+    ratios = []
+    for _ in range(pairs):
+        seen = measure(lambda: a @ a, device, budget=0, least=5)
+        ratios.append(statistics.mean(seen.seconds) / bare())
+    return statistics.median(ratios) - 1

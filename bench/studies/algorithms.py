@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,16 @@ from rich.table import Table
 from torch import nn
 
 from ...controller.schedule import PolynomialSchedule
-from ..finetune.files import DENSE, load_checkpoint, write_atomic
-from ..finetune.job import Job, evaluate, finetune, start, train
-from ..finetune.options import Options, checked, find_device, schedule, with_defaults
-from ..finetune.report import progress_bars
+from ..finetune.files import DENSE, load_checkpoint
+from ..finetune.job import finetune, start
+from ..finetune.loop import Job, evaluate, train
+from ..finetune.options import Options, checked, schedule, with_defaults
 from ..finetune.tasks import load_task
+from ..measure.files import write_atomic
+from ..measure.progress import Advance, progress_bars
 from ..measure.record import environment
+from ..measure.spelling import find_device
 from ..peers import nncf
-
-Progress = Callable[[str, int, int, str], None]
 
 SUBJECTS: dict[str, dict[str, Any]] = {
     "magnitude": {"algorithm": "magnitude"},
@@ -100,7 +101,7 @@ def run(
     base: Options,
     changes: Mapping[str, Mapping[str, Any]],
     seeds: Sequence[int],
-    progress: Progress,
+    progress: Advance,
 ) -> tuple[dict[str, dict[int, dict[str, float]]], dict[str, Any]]:
     """Train all subjects with every seed.
 
@@ -139,7 +140,7 @@ def run(
     return results, description
 
 
-def train_peer(options: Options, folder: Path, progress: Progress) -> dict[str, float]:
+def train_peer(options: Options, folder: Path, progress: Advance) -> dict[str, float]:
     """Drive NNCF's controller by the loop that drives ours; return what its model reached."""
     task = load_task(options.task)
     options = with_defaults(checked(options), task.recipe)

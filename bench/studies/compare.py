@@ -21,10 +21,10 @@ from rich.table import Table
 
 from ...kernels import tuning
 from ...kernels.pattern import Block, Unstructured
-from ..finetune.files import write_atomic
-from ..finetune.options import find_device
+from ..measure.files import claim_folder, write_atomic
 from ..measure.processes import in_turn
-from ..measure.record import claim_folder, dump, environment, results_folder
+from ..measure.record import dump, environment, results_folder
+from ..measure.spelling import find_device
 from ..measure.tables import console, seconds, table
 from ..measure.timing import Timing, Work
 from ..peers import blksprs, dense, nncf, semi_structured, stk, thresholds

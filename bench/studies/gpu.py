@@ -24,27 +24,22 @@ from torch.nn import functional as F
 
 from ...kernels.launch import Backend, use_triton
 from ...kernels.pattern import Block, Pattern, Unstructured
-from ..doctor import checks
-from ..finetune.files import write_atomic
-from ..finetune.options import find_device, spell_pattern
+from ..doctor_checks import checks
+from ..measure.agreement import disagreement
+from ..measure.cases import Built, Case, first_line, measure_case, to_row
 from ..measure.ceilings import Ceilings, measure_ceilings
 from ..measure.charts import roofline, speedups
-from ..measure.record import Row, claim_folder, dump, environment, results_folder, times, to_csv
+from ..measure.counts import PRODUCTS
+from ..measure.files import claim_folder, write_atomic
+from ..measure.operands import Operands
+from ..measure.operations import operand_cases
+from ..measure.record import Row, dump, environment, results_folder, times, to_csv
 from ..measure.shapes import Shape, spell_shapes
+from ..measure.spelling import find_device, spell_pattern
+from ..measure.steps import model_cases, sparsify
 from ..measure.tables import ceilings_line, console, percent, seconds, table, where
-from ..measure.timing import measure
-from ..measure.work import (
-    PRODUCTS,
-    Built,
-    Case,
-    Operands,
-    disagreement,
-    model_cases,
-    operand_cases,
-    sparsify,
-)
+from ..measure.timing import measure, overhead
 from ..peers import blksprs, dense, semi_structured, stk, torch_bsr
-from ..profile import measure_case, overhead, to_row
 
 # block -> lowest acceptable efficiency against the dense product, and highest acceptable sparsity
 # at which forward and backward together break even
@@ -161,8 +156,7 @@ class Run:
                     self.rows.append(to_row(case, [outcome], self.ceilings))
         # operands themselves may not fit; what was measured before stays
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            detail = f"{type(error).__name__}: {lines[0]}"
+            detail = first_line(error)
             self.rows.append(Row(operation, "", "", "", 0.0, "", "failed", detail))
         return self.rows[before:]
 
@@ -191,7 +185,7 @@ def self_check(run: Run) -> bool:
         try:
             problem = check()
         except Exception as error:
-            problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            problem = first_line(error)
         total += 1
         if problem is not None:
             failed += 1
@@ -499,9 +493,7 @@ def peers(run: Run) -> list[dict[str, Any]]:
                 found.append(row | _peer(run, o, name, make()))
             # whatever a peer does wrong on this device
             except Exception as error:
-                lines = str(error).strip().splitlines() or [""]
-                detail = f"{type(error).__name__}: {lines[0]}"
-                found.append(row | {"status": "failed", "detail": detail})
+                found.append(row | {"status": "failed", "detail": first_line(error)})
     lines = [
         (
             row["work"],

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..finetune.files import write_atomic
+from ..measure.files import write_atomic
 from ..measure.record import RESULTS, ROOT, load
 from ..measure.tables import percent, seconds
 from .gpu import EFFICIENCY

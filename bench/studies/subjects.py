@@ -25,9 +25,10 @@ from ...kernels.block_sparse_linear import block_sparse_linear
 from ...kernels.pattern import Block, Pattern, Unstructured
 from ...kernels.select import select
 from ...kernels.topology import block_topology
+from ..measure.agreement import disagreement
+from ..measure.operands import Operands
 from ..measure.shapes import Shape
 from ..measure.timing import Work
-from ..measure.work import Operands, disagreement
 from ..peers import blksprs, dense, nncf, semi_structured, stk, thresholds, torch_bsr, torch_prune
 from ..peers import weight_norm as weight_norm_peer
 

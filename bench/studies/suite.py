@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -13,44 +12,13 @@ from pathlib import Path
 import torch
 
 from .. import profile
-from ..finetune.options import find_device
-from ..finetune.report import progress_bars
-from ..measure.record import claim_folder, results_folder
+from ..measure.files import claim_folder
+from ..measure.progress import progress_bars
+from ..measure.record import results_folder
+from ..measure.spelling import find_device
 from ..measure.tables import show_profile
-from ..measure.timing import measure
+from ..measure.timing import profiler_overhead
 from . import compare
-
-
-def profiler_overhead(device: torch.device, pairs: int = 15) -> float:
-    """Return by which part the profiler moves the median of a known product's time.
-
-    Runs of the profiler and of a bare loop take turns, and the median of their ratios counts, so
-    that a machine at work does not look like an overhead.
-    """
-    gpu = device.type == "cuda"
-    # on a GPU so large that neither the host nor an overwritten cache matters
-    side = 8192 if gpu else 512
-    a = torch.randn(side, side, device=device)
-
-    def bare() -> float:
-        if gpu:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-        start = time.perf_counter()
-        for _ in range(5):
-            a @ a
-        if gpu:
-            end.record()
-            torch.cuda.synchronize(device)
-            return begin.elapsed_time(end) * 1e-3 / 5
-        return (time.perf_counter() - start) / 5
-
-    bare()
-    ratios = []
-    for _ in range(pairs):
-        seen = measure(lambda: a @ a, device, budget=0, least=5)
-        ratios.append(statistics.mean(seen.seconds) / bare())
-    return statistics.median(ratios) - 1
 
 
 def main() -> None:

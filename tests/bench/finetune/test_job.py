@@ -12,17 +12,12 @@ import safetensors.torch
 import torch
 
 from triton_sparsity.bench.finetune import job as module
-from triton_sparsity.bench.finetune.files import (
-    CURVES,
-    DENSE,
-    REPORT,
-    STATE,
-    STRIPPED,
-    write_atomic,
-)
+from triton_sparsity.bench.finetune import loop
+from triton_sparsity.bench.finetune.files import CURVES, DENSE, REPORT, STATE, STRIPPED
 from triton_sparsity.bench.finetune.job import finetune
 from triton_sparsity.bench.finetune.options import Options
 from triton_sparsity.bench.finetune.tasks import Task, load_task
+from triton_sparsity.bench.measure.files import write_atomic
 
 QUICK = Options(
     task="digits",
@@ -190,6 +185,7 @@ def test_a_run_killed_at_every_write_in_turn_ends_as_if_it_had_not_been(
             raise Killed
 
     monkeypatch.setattr(module, "write_atomic", kill_once)
+    monkeypatch.setattr(loop, "write_atomic", kill_once)
     ended = False
     while not ended:
         with contextlib.suppress(Killed):

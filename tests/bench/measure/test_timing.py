@@ -5,8 +5,13 @@ import pytest
 import torch
 
 from triton_sparsity.bench.measure import timing
-from triton_sparsity.bench.measure.timing import Timing, measure, measure_in_turn, pool
-from triton_sparsity.bench.studies.suite import profiler_overhead
+from triton_sparsity.bench.measure.timing import (
+    Timing,
+    measure,
+    measure_in_turn,
+    pool,
+    profiler_overhead,
+)
 
 CPU = torch.device("cpu")
 

@@ -1,24 +1,18 @@
-import json
 from functools import partial
 
 import pytest
 import torch
 
 from triton_sparsity.bench.measure.processes import in_turn
-from triton_sparsity.bench.measure.record import RESULTS, ROOT, dump
 from triton_sparsity.bench.measure.timing import Timing
 from triton_sparsity.bench.peers import (
     blksprs,
     dense,
     semi_structured,
     stk,
-    thresholds,
-    torch_bsr,
-    torch_prune,
 )
 from triton_sparsity.bench.studies import compare
 from triton_sparsity.bench.studies.compare import TRIAL, Comparison, comparisons, rows
-from triton_sparsity.bench.studies.render import END, START, insert, main, render
 
 CPU = torch.device("cpu")
 SUBJECTS = {
@@ -95,101 +89,6 @@ def test_ratios_are_of_the_same_round():
     assert (theirs["ratio"], theirs["compared_with"]) == (2.0, "ours")
     assert theirs["scratch_bytes_per_weight"] == 4
     assert "reached" not in str(compare.draw("work", [ours]).columns[-1]._cells)
-
-
-@pytest.mark.parametrize("k", [1, 20, 50, 99, 100])
-def test_thresholds_of_torch_are_the_kth_smallest(k):
-    values = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
-    wanted = sorted(values.abs().flatten().tolist())[k - 1]
-    for function in (thresholds.by_sort, thresholds.by_topk, thresholds.by_kthvalue):
-        assert function(values, k).item() == pytest.approx(wanted)
-
-
-def test_torchs_pruning_starts_anew_at_every_update():
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
-    update = torch_prune.compress(model, 0.5)
-    for _ in range(3):
-        update()
-    assert sum(int((m.weight_mask == 0).sum()) for m in model) == 64
-
-
-def test_two_of_four_are_pruned():
-    weight = torch.tensor([[1.0, -4, 3, 2, 0, 5, -6, 1]])
-    assert semi_structured.prune(weight).tolist() == [[0, -4, 3, 0, 0, 5, -6, 0]]
-
-
-@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta")
-def test_a_bsr_product_is_the_masked_one():
-    x, w = torch.randn(4, 32), torch.randn(64, 32)
-    w[:32, :16] = 0
-    torch.testing.assert_close(torch_bsr.linear(x, w, (16, 16))(), x @ w.T)
-
-
-def results(folder):
-    """Write a small record of each kind."""
-    head = {
-        "schema": 1, "device": "a CPU", "device_type": "cpu", "threads": 2, "torch": "2.11",
-        "triton": "3.6", "commit": "abc", "command": "make bench", "date": "2026-01-01T00:00:00",
-    }  # fmt: skip
-    subjects = {
-        "ours": lambda: None,
-        "theirs": lambda: None,
-        "bad": lambda: None,
-        "gone": "absent",
-    }
-    times = {"ours": Timing((1.0,)), "theirs": Timing((2.0,)), "bad": "AssertionError: wrong"}
-    found = rows(Comparison("Some work", subjects, {"ours": ("theirs", 1.0)}), times)
-    folder.mkdir()
-    (folder / "compare.json").write_bytes(dump(head | {"rows": found}))
-    ended = {
-        name: {seed: {"metric": value + int(seed), "level": 0.8} for seed in "01"}
-        for name, value in (("RigL", 2.0), ("SET", 2.5))
-    }
-    claim = {"subject": "RigL", "other": "SET", "difference": 0.5, "error": 0.0, "holds": True}
-    head |= {"task": "stdlib-lm", "metric": "bits per byte", "higher_is_better": False}
-    ended = head | {"results": ended, "claims": [claim, claim | {"holds": False}]}
-    (folder / "algorithms-regrowth.json").write_bytes(dump(ended))
-
-
-def test_the_readme_is_made_from_the_records_alone(tmp_path, capsys):
-    results(tmp_path / "a-cpu")
-    text = render(tmp_path)
-    assert "### a CPU" in text
-    assert "| Some work | ours | 1 s | 0.5 (0.5 to 0.5) | theirs |" in text
-    assert "|  | bad | FAILED |  |  |" in text
-    assert "Left out: gone: absent." in text
-    assert "`make bench`, 2026-01-01, commit abc" in text
-    assert "| RigL | 2.5000 | 2.0000 | 3.0000 | 80 % |" in text
-    assert (
-        "- RigL is no worse than SET: better by 0.5000, standard error 0.0000 of 2 seeds" in text
-    )
-    assert "- RigL IS WORSE than SET" in text
-
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")
-    arguments = ["--results", str(tmp_path), "--readme", str(readme)]
-    with pytest.raises(SystemExit, match="not up to date"):
-        main([*arguments, "--check"])
-    main(arguments)
-    assert readme.read_text() == f"before\n{START}\n{text}\n{END}\nafter\n"
-    with pytest.raises(SystemExit) as caught:
-        main([*arguments, "--check"])
-    assert caught.value.code == 0
-    readme.write_text("no markers")
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
-
-
-def test_the_figures_of_the_readme_are_those_of_the_results():
-    text = (ROOT / "README.md").read_text()
-    assert insert(text, render(RESULTS)) == text
-
-
-def test_results_name_no_path_of_a_machine():
-    for path in RESULTS.glob("*/*.json"):
-        assert "/root" not in path.read_text()
-        assert json.loads(path.read_bytes())["schema"] == 1
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from triton_sparsity.bench.measure import work
+from triton_sparsity.bench.measure import operations
 from triton_sparsity.bench.measure.record import Row, load
 from triton_sparsity.bench.studies import gpu
 from triton_sparsity.bench.studies.gpu import FULL, TRIAL, break_even, main
@@ -25,8 +25,8 @@ def test_a_trial_on_a_cpu_goes_through_every_stage(tmp_path, capsys):
     assert right
     bad = [row for row in record["rows"] if row["status"] != "ok"]
     assert bad == []
-    operations = {row["operation"] for row in record["rows"]}
-    assert operations == set(work.OPERATIONS) - {"training step"} | {"transformer step"}
+    found = {row["operation"] for row in record["rows"]}
+    assert found == set(operations.OPERATIONS) - {"training step"} | {"transformer step"}
     kinds = {(r["level"], r["mask"]) for r in record["rows"] if r["operation"] == "forward"}
     assert kinds == {
         (0.5, "random"), (0.5, "skewed"), (0.8, "random"), (0.8, "skewed"), (0.2, "random"),
@@ -52,7 +52,7 @@ def test_a_wrong_kernel_is_a_row_and_the_rest_is_still_measured(tmp_path, capsys
     def broken(*args, **kwargs):
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(work, "block_sparse_linear", broken)
+    monkeypatch.setattr(operations, "block_sparse_linear", broken)
     monkeypatch.setattr(gpu, "peers", lambda run: [])
     record, right = trial(tmp_path)
     assert not right
@@ -74,7 +74,7 @@ def product_rows(level, sparse, dense=(1.0, 1.0, 1.0)):
     row = Row("", "", "", "", level, "", "ok")
     return [
         replace(row, operation=o, median_s=s, dense_s=d, speedup=d / s)
-        for o, s, d in zip(work.PRODUCTS, sparse, dense, strict=True)
+        for o, s, d in zip(operations.PRODUCTS, sparse, dense, strict=True)
     ]
 
 

@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from triton_sparsity.bench.finetune.files import write_atomic
+from triton_sparsity.bench.measure.files import write_atomic
 
 
 def test_a_file_is_replaced_in_one_piece(tmp_path):

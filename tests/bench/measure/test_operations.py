@@ -1,21 +1,13 @@
 import pytest
 import torch
 
-from triton_sparsity.bench.measure import work
+from triton_sparsity.bench.measure import operations as module
+from triton_sparsity.bench.measure.cases import measure_case, to_row
 from triton_sparsity.bench.measure.ceilings import Ceilings
-from triton_sparsity.bench.measure.counts import intensity, kept_elements
+from triton_sparsity.bench.measure.operands import Operands
+from triton_sparsity.bench.measure.operations import OPERATIONS, operand_cases
 from triton_sparsity.bench.measure.shapes import Shape
-from triton_sparsity.bench.measure.work import (
-    OPERATIONS,
-    Operands,
-    disagreement,
-    model_cases,
-    operand_cases,
-    random_mask,
-)
-from triton_sparsity.bench.profile import measure_case, to_row
 from triton_sparsity.kernels.pattern import NM, Block, Unstructured
-from triton_sparsity.kernels.tiles import Tile
 
 CPU = torch.device("cpu")
 SHAPE = Shape(24, 70, 130)  # edge blocks on both sides
@@ -70,76 +62,6 @@ def test_counts_of_single_weights_agree_with_counting_by_hand():
     }
 
 
-def test_counts_of_a_model_agree_with_counting_by_hand():
-    shapes = (Shape(10, 64, 32), Shape(10, 32, 64))
-    update, step = model_cases(
-        shapes, Block(32, 32), 0.5, torch.float32, CPU, "torch", ["mask update", "training step"]
-    )
-    # each weight has two blocks: a grid of 1 x 2 or 2 x 1; both have one bundle a line of their
-    # shorter side
-    lists = {(1, 2): 3 + 2 + 6 + 2 + 6 + 1, (2, 1): 6 + 2 + 3 + 2 + 6 + 1}
-    assert update.bytes == sum(4 * 2048 + 2 + 2 * 2 + 4 * n for n in lists.values())
-    assert update.flops == 0
-    assert step.flops == 2 * 3 * 2 * 10 * 1024
-    products = (640 + 320 + 1024) * 2 + (640 + 320 + 2048)
-    assert step.bytes == 2 * 4 * (products + 7 * 2048)
-
-
-@pytest.mark.parametrize(
-    ("weight", "block", "mask", "kept"),
-    [
-        ((5, 7), Block(2, 4), [[1, 0], [0, 1], [1, 1]], 2 * 4 + 2 * 3 + 1 * 4 + 1 * 3),
-        ((4, 4), Block(4, 4), [[1]], 16),
-        ((3, 1), Unstructured(), [[1], [0], [1]], 2),
-    ],
-)
-def test_edge_blocks_are_counted_with_the_elements_that_they_have(weight, block, mask, kept):
-    assert kept_elements(torch.tensor(mask, dtype=torch.bool), weight, block) == kept
-
-
-@pytest.mark.parametrize(
-    ("operation", "tile", "size", "found"),
-    [
-        # kernels/block_sparse_linear.py and _wgrad.py have these by hand, for 16-bit operands
-        ("forward", (128, 256), 2, 85.3),
-        ("dX", (256, 128), 2, 85.3),
-        ("forward", (512, 64), 2, 56.9),
-        ("forward", (512, 32), 2, 30.1),
-        ("dW", (64, 256), 2, 51.2),
-        ("dW", (32, 256), 2, 28.4),
-        ("forward", (512, 32), 4, 15.1),
-    ],
-)
-def test_the_intensity_of_a_tile(operation, tile, size, found):
-    tile = Tile(*tile, 32, 8, 4, 1)
-    assert intensity(operation, tile, size) == pytest.approx(found, abs=0.05)
-
-
-@pytest.mark.parametrize("level", [0.0, 0.3, 0.5, 0.8, 0.95])
-@pytest.mark.parametrize("kind", ["random", "skewed"])
-def test_masks_prune_exactly_as_many_groups_as_asked(level, kind):
-    mask = random_mask((16, 25), level, kind)
-    assert int((~mask).sum()) == round(level * 400)
-    assert torch.equal(mask, random_mask((16, 25), level, kind))
-    if kind == "skewed" and level >= 0.5:
-        heavy = mask.sum(1).sort(descending=True).values[:8].sum()
-        assert heavy == round(0.9 * int(mask.sum()))
-
-
-def test_large_masks_are_drawn_by_chance():
-    mask = random_mask((2048, 1024), 0.8, "random")
-    assert mask.float().mean().item() == pytest.approx(0.2, abs=0.002)
-
-
-def test_a_result_may_be_no_worse_than_plain_torch():
-    exact = torch.tensor([1.0, -3.0], dtype=torch.float64)
-    eager = torch.tensor([1.0, -3.001])
-    assert disagreement(torch.tensor([1.0, -3.0019]), eager, exact) is None
-    assert "off by 0.003" in disagreement(torch.tensor([1.0, -3.003]), eager, exact)
-    assert disagreement(torch.tensor([1.0, float("nan")]), eager, exact) is not None
-    assert "shape (1,)" in disagreement(torch.tensor([1.0]), eager, exact)
-
-
 @pytest.mark.parametrize("pattern", [Unstructured(), Block(32, 32), Block(64, 16)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_operation_passes_its_check(pattern, dtype):
@@ -166,19 +88,6 @@ def test_every_operation_on_tuples_passes_its_check(pattern):
     groups = 128 * 72 // (16 if pattern.transposable else pattern.m)
     assert cases[0].bytes == 4 * (128 * 72 + groups)
     assert cases[1].bytes == 4 * 128 * 72 + 128 * 9
-
-
-@pytest.mark.parametrize("pattern", [Unstructured(), Block(32, 32)], ids=str)
-def test_updates_and_steps_of_a_model_pass_their_checks(pattern):
-    shapes = (Shape(24, 64, 128), Shape(24, 128, 64))
-    for case in model_cases(
-        shapes, pattern, 0.5, torch.float32, CPU, "torch", ["mask update", "training step"]
-    ):
-        built = case.build()
-        assert built.check() is None, case.operation
-        built.run()
-        # the optimiser takes no step
-        assert built.check() is None
 
 
 def double(function):
@@ -225,7 +134,7 @@ def shift(function):
 def test_a_wrong_kernel_is_shown_as_failed_and_has_no_speed(
     monkeypatch, function, breaks, pattern, operations
 ):
-    monkeypatch.setattr(work, function, breaks(getattr(work, function)))
+    monkeypatch.setattr(module, function, breaks(getattr(module, function)))
     cases = list(operand_cases(operands(pattern), operations))
     assert [case.operation for case in cases] == operations
     for case in cases:
@@ -241,7 +150,7 @@ def test_a_kernel_that_raises_is_shown_as_failed(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no such instruction\nand more")
 
-    monkeypatch.setattr(work, "apply_mask", broken)
+    monkeypatch.setattr(module, "apply_mask", broken)
     (case,) = operand_cases(operands(Block(32, 32)), ["apply"])
     row = to_row(case, [measure_case(case, CPU, 0.0)], CEILINGS)
     assert (row.status, row.detail) == ("failed", "RuntimeError: no such instruction")
@@ -251,7 +160,7 @@ def test_what_does_not_fit_the_memory_is_skipped(monkeypatch):
     def broken(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(work, "apply_mask", broken)
+    monkeypatch.setattr(module, "apply_mask", broken)
     (case,) = operand_cases(operands(Block(32, 32)), ["apply"])
     row = to_row(case, [measure_case(case, CPU, 0.0)], CEILINGS)
     assert (row.status, row.detail) == ("skipped", "out of memory")

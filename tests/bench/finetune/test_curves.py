@@ -1,6 +1,6 @@
 import pytest
 
-from triton_sparsity.bench.finetune.report import curves
+from triton_sparsity.bench.finetune.curves import curves
 
 
 def history(steps, epochs):
