@@ -286,8 +286,8 @@ def profile(
 ) -> None:
     """Measure what each kernel achieves, against what this device can do and against dense.
 
-    Every result is checked before it is timed. --output gets profile.json, profile.csv,
-    roofline.png and speedup.png.
+    Every result is checked before it is timed; exit code 1 if one is wrong. --output gets
+    profile.json, profile.csv, roofline.png and speedup.png.
     """
     from . import profile as job
     from .measure.drift import drift, load_profile
@@ -321,6 +321,8 @@ def profile(
             show_drift(drift(record, earlier), earlier)
     if trace is not None:
         job.write_trace(trace, plan, record)
+    if any(row["status"] == "failed" for row in record["rows"]):
+        raise typer.Exit(1)
 
 
 @app.command()

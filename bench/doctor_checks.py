@@ -29,7 +29,7 @@ from ..kernels.pattern import NM, Block, Pattern, Unstructured, grid_shape
 from ..kernels.select import Threshold, select, select_reference
 from ..kernels.semi_structured import nm_mask, nm_score
 from ..kernels.topology import Topology, block_topology, topology_reference
-from .measure.agreement import difference, disagreement, first
+from .measure.agreement import difference, disagreement, first, worse_tuples
 
 Check = Callable[[], str | None]
 
@@ -82,7 +82,7 @@ def checks(device: torch.device, backend: Backend) -> Iterator[tuple[str, Check]
             ),
         )
         tuples = normal(36, 128, dtype=dtype).round(decimals=1)
-        for pattern in (NM(2, 4), NM(1, 8)):
+        for pattern in (NM(2, 4), NM(1, 8), NM(2, 4, transposable=True)):
             yield f"nm_mask {pattern}, {name}", _tuples(tuples, pattern, backend)
         for pattern in (Unstructured(), Block(8, 16)):
             logits = normal(*grid_shape(pattern, fine.shape))
@@ -238,9 +238,24 @@ def _learned(
 
 
 def _tuples(weight: Tensor, pattern: NM, backend: Backend) -> Check:
-    """Against a stable sort of every tuple: of equal magnitudes the first are kept."""
+    """Against a stable sort of every tuple: of equal magnitudes the first are kept.
+
+    Against all 4 x 4 tiles there are, where rows and columns count.
+    """
 
     def check() -> str | None:
+        if pattern.transposable:
+            mask = nm_mask(weight, pattern, backend=backend).mask
+            keep = unpack_reference(mask, weight.shape[1])
+            lost = weight.double().abs().masked_fill(keep, 0)
+            lost = lost.unflatten(1, (-1, 4)).unflatten(0, (-1, 4)).sum((1, 3))
+            scores = nm_score(weight, pattern, backend=backend)
+            return first(
+                (
+                    _named("mask", worse_tuples(weight, keep, pattern)),
+                    _named("score", disagreement(scores, lost, lost)),
+                )
+            )
         size = weight.float().abs().unflatten(1, (-1, pattern.m))
         order = size.argsort(dim=2, descending=True, stable=True)
         keep = torch.zeros_like(size, dtype=torch.bool)

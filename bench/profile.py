@@ -221,8 +221,9 @@ def profile(plan: Plan, progress: Advance) -> dict[str, Any]:
             progress("profile", turn * todo + done, plan.passes * todo, note)
 
         run = one_pass if plan.passes == 1 else in_a_process
-        # what was right once is right again
-        passes.append(run(plan, turn == 0, advance))
+        # what was right once is right again, and what was wrong is not timed again
+        earlier = [outcome for _, outcome in passes[0][0]] if passes else None
+        passes.append(run(plan, earlier, advance))
     if len({len(measured) for measured, _ in passes}) > 1:
         raise ValueError("profile: passes differ in what could be set up: is there enough memory?")
     if not passes[0][0]:
@@ -246,19 +247,26 @@ def profile(plan: Plan, progress: Advance) -> dict[str, Any]:
     }
 
 
-def one_pass(plan: Plan, check: bool, advance: Callable[[int], None]) -> tuple[Measured, Ceilings]:
-    """Set everything up, check it if it is to be, and time it.
+def one_pass(
+    plan: Plan, earlier: Sequence[Outcome] | None, advance: Callable[[int], None]
+) -> tuple[Measured, Ceilings]:
+    """Set everything up, check it, and time what is right.
 
     Args:
         plan: what and where.
-        check: whether results are checked.
+        earlier: what came of the first pass; None in the first, which alone checks.
         advance: is told how many groups are done.
     """
     ceilings = measure_ceilings(plan.device, [plan.dtype])
     measured: Measured = []
+    before = iter(earlier or ())
     for done, group in enumerate(groups(plan), 1):
         for case in group():
-            outcome = measure_case(case, plan.device, plan.budget, check=check)
+            first = None if earlier is None else next(before, None)
+            if first is not None and first.status != "ok":
+                outcome = first
+            else:
+                outcome = measure_case(case, plan.device, plan.budget, check=earlier is None)
             measured.append((replace(case, build=_elsewhere), outcome))
         advance(done)
     return measured, ceilings
@@ -269,12 +277,12 @@ def _elsewhere() -> Built:
 
 
 def in_a_process(
-    plan: Plan, check: bool, advance: Callable[[int], None]
+    plan: Plan, earlier: Sequence[Outcome] | None, advance: Callable[[int], None]
 ) -> tuple[Measured, Ceilings]:
     """Do ``one_pass`` in a process of its own."""
     context = multiprocessing.get_context("spawn")
     pipe, end = context.Pipe(duplex=False)
-    arguments = (plan, check, torch.get_num_threads(), end)
+    arguments = (plan, earlier, torch.get_num_threads(), end)
     process = context.Process(target=_serve_pass, args=arguments, daemon=True)
     process.start()
     # else a process that dies is waited for for ever
@@ -294,11 +302,13 @@ def in_a_process(
     return message
 
 
-def _serve_pass(plan: Plan, check: bool, threads: int, pipe: Connection) -> None:
+def _serve_pass(
+    plan: Plan, earlier: Sequence[Outcome] | None, threads: int, pipe: Connection
+) -> None:
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", message=tuning.IGNORED)
     try:
-        pipe.send(one_pass(plan, check, pipe.send))
+        pipe.send(one_pass(plan, earlier, pipe.send))
     except Exception as error:
         pipe.send((first_line(error),))
 

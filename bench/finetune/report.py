@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: tables, curves, progress."""
+"""What a run prints of its report: lines and tables."""
 
 from __future__ import annotations
 

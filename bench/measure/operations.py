@@ -27,7 +27,7 @@ from ...kernels.topology import (
     block_topology,
     topology_reference,
 )
-from .agreement import difference, disagreement, first
+from .agreement import difference, disagreement, first, worse_tuples
 from .cases import Built, Case
 from .counts import (
     PRODUCTS,
@@ -93,6 +93,8 @@ def _mask(o: Operands) -> Built:
         return make_mask([o.scores], threshold, packed=packed, out=out, backend=o.backend)
 
     def check() -> str | None:
+        # what is not written shows
+        out[0].bitwise_not_()
         (mask,) = run()
         wanted = torch.zeros_like(mask)
         make_mask_reference(
@@ -109,32 +111,20 @@ def _mask(o: Operands) -> Built:
 
 
 def _nm_mask(o: Operands) -> Built:
-    """Against the n largest of every m; without a mask of ties, of which random numbers have few,
-    only the counts are compared where magnitudes are equal.
+    """Against the n largest of every m, or the best of all 4 x 4 tiles; of equal magnitudes, of
+    which random numbers have few, any may be kept.
     """
     assert isinstance(o.pattern, NM)
-    n, m = o.pattern.n, o.pattern.m
+    pattern = o.pattern
     out = torch.zeros(packed_shape(o.shape.weight), dtype=torch.uint8, device=o.device)
     run = partial(nm_mask, o.weight, o.pattern, out=out, backend=o.backend)
 
     def check() -> str | None:
+        out.bitwise_not_()
         run()
-        keep = unpack_reference(out, o.shape.inputs).unflatten(1, (-1, m))
-        size = o.weight.float().abs().unflatten(1, (-1, m))
-        wrong = int((keep.sum(2) != n).sum())
-        if wrong:
-            return f"{wrong} tuples keep another number than {n}"
-        least = size.masked_fill(~keep, float("inf")).amin(2)
-        most = size.masked_fill(keep, -1).amax(2)
-        wrong = int((most > least).sum())
-        # a transposable mask weighs rows against columns
-        return f"{wrong} tuples keep a smaller magnitude" if wrong and not _turns(o) else None
+        return worse_tuples(o.weight, unpack_reference(out, o.shape.inputs), pattern)
 
     return Built(run, check)
-
-
-def _turns(o: Operands) -> bool:
-    return isinstance(o.pattern, NM) and o.pattern.transposable
 
 
 def _nm_score(o: Operands) -> Built:
@@ -185,6 +175,7 @@ def _apply_in_place(o: Operands) -> Built:
     run = partial(apply_mask_, weight, o.served, o.pattern, backend=o.backend)
 
     def check() -> str | None:
+        weight.copy_(o.weight)
         run()
         return difference("weight", weight, o.masked)
 

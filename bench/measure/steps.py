@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.bits import expand_mask
-from ...kernels.block_score import block_score
+from ...kernels.block_score import block_score, block_score_reference
 from ...kernels.launch import Backend
 from ...kernels.mask import make_mask
 from ...kernels.pattern import NM, Block, Pattern, Unstructured
 from ...kernels.select import select
-from ...kernels.topology import block_topology
-from .agreement import disagreement, exact_dtype
+from ...kernels.topology import Topology, block_topology, topology_reference
+from .agreement import difference, disagreement, exact_dtype, first
 from .cases import Built, Case
 from .counts import groups, product_flops, step_bytes, update_bytes
 from .shapes import Shape
@@ -30,9 +30,10 @@ def _weights(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) 
 
 def mask_update(
     weights: Sequence[Tensor], pattern: Pattern, level: float, backend: Backend
-) -> Callable[[], list[Tensor]]:
+) -> Callable[[], tuple[list[Tensor], list[Topology]]]:
     """Return a whole update of the masks of all weights, one pool, as kernels do it: score,
-    select, write the masks and the lists in place. On a GPU nothing waits for the host.
+    select, write the masks and, of blocks, the lists in place. On a GPU nothing waits for the
+    host.
     """
     packed = isinstance(pattern, Unstructured)
 
@@ -45,15 +46,16 @@ def mask_update(
     pruned = round(level * count)
     threshold = select(scores(), pruned, backend=backend)
     masks = make_mask(scores(), threshold, packed=packed, backend=backend)
-    lists = None if packed else [block_topology(m, pattern, backend=backend) for m in masks]
+    lists = [] if packed else [block_topology(m, pattern, backend=backend) for m in masks]
 
-    def run() -> list[Tensor]:
+    def run() -> tuple[list[Tensor], list[Topology]]:
         found = scores()
         threshold = select(found, pruned, backend=backend)
         make_mask(found, threshold, packed=packed, out=masks, backend=backend)
-        for mask, out in zip(masks, lists or (), strict=False):
-            block_topology(mask, pattern, out=out, backend=backend)
-        return masks
+        if not packed:
+            for mask, out in zip(masks, lists, strict=True):
+                block_topology(mask, pattern, out=out, backend=backend)
+        return masks, lists
 
     return run
 
@@ -71,25 +73,38 @@ def _update(
 
     def check() -> str | None:
         """By order and count: every kept score is at least as large as every pruned one."""
-        for mask in run():
-            mask.zero_()
-        masks = run()
+        masks, lists = run()
+        # what is not written shows
+        for mask in masks:
+            mask.bitwise_not_()
+        for part in (part for out in lists for part in out):
+            part.fill_(0 if part.dtype == torch.bool else -7)
+        run()
         kept_least, pruned_most, pruned, groups = float("inf"), -1.0, 0, 0
         for weight, mask in zip(weights, masks, strict=True):
             if isinstance(pattern, Unstructured):
-                score = weight.float().abs()
+                score = weight.abs().double()
                 kept = expand_mask(mask, pattern, weight.shape, backend="torch")
             else:
-                score, kept = block_score(weight, pattern, backend=backend), mask
+                score = block_score_reference(weight.double(), pattern, squared=False)
+                kept = mask
             groups += score.numel()
             pruned += int((~kept).sum())
             kept_least = min(kept_least, score.masked_fill(~kept, float("inf")).amin().item())
             pruned_most = max(pruned_most, score.masked_fill(kept, -1).amax().item())
         if pruned != round(level * groups):
             return f"{pruned} of {groups} groups are pruned, not {round(level * groups)}"
-        if pruned_most > kept_least:
+        # scores are made in float32
+        slack = 0.0 if isinstance(pattern, Unstructured) else 1e-5 * kept_least
+        if not pruned_most <= kept_least + slack:
             return f"a pruned score {pruned_most} is larger than a kept one, {kept_least}"
-        return None
+        return first(
+            difference(name, part, wanted)
+            for mask, out in zip(masks if lists else (), lists, strict=True)
+            for name, part, wanted in zip(
+                Topology._fields, out, topology_reference(mask, pattern), strict=True
+            )
+        )
 
     return Built(run, check)
 
@@ -146,6 +161,22 @@ def sparsify(model: nn.Module, pattern: Pattern, level: float, backend: Backend)
     return create_controller(model, config, backend=backend)
 
 
+def another_level(masks: Sequence[Tensor], pattern: Pattern, level: float) -> str | None:
+    """Say how many groups are pruned, if these are not as many as a level over one pool asks for.
+
+    Args:
+        masks: bool, of the weights' shapes.
+        pattern: of them all.
+        level: fraction that is to be pruned; under N:M of the elements.
+    """
+    # the first element of a block stands for it
+    flags = [mask[:: pattern.rows, :: pattern.cols] for mask in masks]
+    total, pruned = sum(f.numel() for f in flags), sum(int((~f).sum()) for f in flags)
+    if pruned == round(level * total):
+        return None
+    return f"{pruned} of {total} groups are pruned, not {round(level * total)}"
+
+
 def _step(
     shapes: tuple[Shape, ...],
     pattern: Pattern,
@@ -165,7 +196,6 @@ def _step(
         step.backward()
         for info, x in zip(controller.sparsified_module_info, step.batches, strict=True):
             keep = info.operand.binary_mask
-            pruned = info.operand.pruned_groups
             wanted = {}
             for kind in (dtype, exact_dtype(dtype)):
                 w = info.weight.detach().masked_fill(~keep, 0).to(kind).requires_grad_()
@@ -178,10 +208,9 @@ def _step(
             for name, a, eager, exact in zip(names, got, *wanted.values(), strict=True):
                 if problem := disagreement(a, eager, exact):
                     return f"{name}: {problem}"
-            if pruned == 0 and level > 0.01:
-                return "nothing is pruned"
         step.optimizer.zero_grad()
-        return None
+        masks = [info.operand.binary_mask for info in controller.sparsified_module_info]
+        return another_level(masks, pattern, level)
 
     return Built(step, check, training_step(shapes, dtype, device))
 

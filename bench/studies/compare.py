@@ -28,15 +28,10 @@ from ..measure.spelling import find_device
 from ..measure.tables import console, seconds, table
 from ..measure.timing import Timing, Work
 from ..peers import blksprs, dense, nncf, semi_structured, stk, thresholds
+from .products import dense_layer, our_layer, our_product, peer_product
+from .setup import BLOCK, CPU, GPU, LAYERS, TRIAL, Place
 from .subjects import (
-    BLOCK,
-    CPU,
-    GPU,
-    LAYERS,
-    TRIAL,
-    Place,
     dense_evaluation,
-    dense_layer,
     dense_step,
     nncf_global_update,
     nncf_learning_step,
@@ -45,13 +40,10 @@ from .subjects import (
     our_block_update,
     our_evaluation,
     our_global_update,
-    our_layer,
     our_learning_step,
-    our_product,
     our_step,
     our_strip,
     our_threshold,
-    peer_product,
     their_threshold,
     torch_global_update,
     torch_step,

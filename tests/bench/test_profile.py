@@ -90,9 +90,11 @@ def test_a_pass_checks_once_and_then_times(monkeypatch):
         operations, "apply_mask", lambda *a, **k: (calls.append(1), masked(*a, **k))[1]
     )
     plan = job.make_plan(**SMALL, passes=1)
+    outcome = None
     for check in (True, False):
+        earlier = None if check else [outcome]
         calls.clear()
-        ((case, outcome),), _ = job.one_pass(plan, check, lambda done: None)
+        ((case, outcome),), _ = job.one_pass(plan, earlier, lambda done: None)
         assert (case.operation, outcome.status) == ("apply", "ok")
         # one run to warm up and three that count; and one that is checked
         assert len(calls) == 1 + 3 + check
@@ -113,11 +115,11 @@ def test_a_process_that_dies_is_an_error(monkeypatch):
     monkeypatch.setattr(job, "_serve_pass", os._exit)
     plan = job.make_plan(**SMALL, passes=2)
     with pytest.raises(ValueError, match="the process of a pass died"):
-        job.in_a_process(plan, True, lambda done: None)
+        job.in_a_process(plan, None, lambda done: None)
 
 
 def test_a_failure_in_any_pass_takes_the_speed_away():
-    (case, _), *_ = job.one_pass(job.make_plan(**SMALL), True, lambda done: None)[0]
+    (case, _), *_ = job.one_pass(job.make_plan(**SMALL), None, lambda done: None)[0]
     fine, failed = job.Outcome("ok", timing=Timing((1.0,))), job.Outcome("failed", "no")
     ceilings = Ceilings(copy=1e6, cache=1e5, gemm={"float32": 2e6})
     for outcomes in ([fine, failed], [failed, fine]):
@@ -127,7 +129,7 @@ def test_a_failure_in_any_pass_takes_the_speed_away():
 
 
 def test_a_row_states_the_spread_of_all_runs_and_of_the_passes():
-    (case, _), *_ = job.one_pass(job.make_plan(**SMALL), True, lambda done: None)[0]
+    (case, _), *_ = job.one_pass(job.make_plan(**SMALL), None, lambda done: None)[0]
     ceilings = Ceilings(copy=1e6, cache=1e5, gemm={"float32": 2e6})
     fast, slow = (
         Timing((1.0, 2.0, 3.0, 4.0, 5.0, 6.0)),
@@ -223,7 +225,7 @@ def test_what_fails_is_listed_with_its_reason_and_without_speed(tmp_path, capsys
     from triton_sparsity.bench.measure import operations
 
     monkeypatch.setattr(operations, "apply_mask", lambda weight, *_, **__: weight + 1)
-    assert run("profile", *QUICK, "--operation=apply", "-o", tmp_path) == 0
+    assert run("profile", *QUICK, "--operation=apply", "-o", tmp_path) == 1
     text = capsys.readouterr().out
     assert "FAILED" in text
     assert "elements differ" in text
