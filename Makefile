@@ -34,14 +34,14 @@ test-gpu: $(SETUP)
 
 # both write bench/results/<device>/; the second needs a GPU
 bench: $(SETUP)
-	$(PYTHON) -m triton_sparsity.bench.suite
+	$(PYTHON) -m triton_sparsity.bench.studies.suite
 
 bench-gpu: $(SETUP)
-	$(PYTHON) -m triton_sparsity.bench.gpu
+	$(PYTHON) -m triton_sparsity.bench.studies.gpu
 
 # the README's, from what is in bench/results
 figures: $(SETUP)
-	$(PYTHON) -m triton_sparsity.bench.render
+	$(PYTHON) -m triton_sparsity.bench.studies.render
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)

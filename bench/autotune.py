@@ -27,18 +27,18 @@ from ..kernels import tiles, tuning
 from ..kernels.block_sparse_linear import MIN_SIDE
 from ..kernels.launch import INTERPRET, Backend, use_triton
 from ..kernels.pattern import Block
-from ..kernels.tiles import RESERVE, Device, Tile, device_of
-from .counts import DIRECTIONS, intensity, tile_of
-from .files import claim_file, write_atomic
-from .options import find_device, parse_pattern
-from .profile import Progress
-from .record import command, dump, environment
-from .shapes import Shape, parse_shapes
-from .timing import measure
-from .work import Operands, operand_cases
+from ..kernels.tiles import Tile, device_of
+from .autotune_tiles import OPERATION, descend, usable
+from .measure.counts import intensity, tile_of
+from .measure.files import claim_file, write_atomic
+from .measure.operands import Operands
+from .measure.operations import operand_cases
+from .measure.progress import Advance
+from .measure.record import command, dump, environment
+from .measure.shapes import Shape, parse_shapes
+from .measure.spelling import find_device, parse_pattern
+from .measure.timing import measure
 
-MAX_ACCUMULATORS = 128  # float32 registers a thread, of 255 that it has
-WORTH = 0.99  # a tile must take at most this part of the best one's time to replace it
 GIVE_UP = 1.1
 LEAST_INTENSITY = 0.6  # of the usual tile's
 LOWEST, STEPS = 0.02, 5  # of the search for a break-even density
@@ -161,7 +161,7 @@ def _is_table(path: Path) -> bool:
     return not content or content.startswith(b'{\n "format": ')
 
 
-def autotune(search: Search, progress: Progress, warn: Callable[[str], None]) -> Mapping[str, Any]:
+def autotune(search: Search, progress: Advance, warn: Callable[[str], None]) -> Mapping[str, Any]:
     """Search, and write the table after every step.
 
     Args:
@@ -246,9 +246,6 @@ def _operands(
     return Operands(shape, block, level, "random", dtype, search.device, search.backend)
 
 
-OPERATION = {direction: operation for operation, direction in DIRECTIONS.items()}
-
-
 def _built(operands: Operands, direction: str) -> Any:
     (case,) = operand_cases(operands, [OPERATION[direction]])
     return case.build()
@@ -292,8 +289,8 @@ def _tile_row(
         finally:
             del tiles.measured[key]
 
-    usable = partial(
-        _usable,
+    fits = partial(
+        usable,
         direction=direction,
         shape=shape.weight,
         block=block,
@@ -301,7 +298,7 @@ def _tile_row(
         size=dtype.itemsize,
         least=LEAST_INTENSITY * intensity(operation, start, dtype.itemsize),
     )
-    best, seconds, tried = descend(start, usable, time, search.candidates)
+    best, seconds, tried = descend(start, fits, time, search.candidates)
     return head | {
         "tile": best._asdict(),
         "tokens": shape.tokens,
@@ -309,84 +306,6 @@ def _tile_row(
         "default_seconds": tried[start],
         "tried": len(tried),
     }
-
-
-def descend(
-    start: Tile,
-    usable: Callable[[Tile], bool],
-    time: Callable[[Tile, float | None], float | None],
-    most: int,
-) -> tuple[Tile, float, dict[Tile, float | None]]:
-    """Find a tile that no neighbour beats.
-
-    Args:
-        start: the first one, which must work.
-        usable: whether a tile is worth trying.
-        time: seconds that a tile takes, given the best time so far, or None if it does not work.
-        most: tiles to try in all.
-
-    Returns:
-        The best tile, its seconds, and all that were tried.
-
-    Raises:
-        ValueError: the first one does not work.
-    """
-    seconds = time(start, None)
-    if seconds is None:
-        raise ValueError(f"autotune: the kernel's result with its own tile {start} is wrong")
-    tried: dict[Tile, float | None] = {start: seconds}
-    best, moved = start, True
-    while moved and len(tried) < most:
-        moved = False
-        for tile in neighbours(best):
-            if tile in tried or not usable(tile):
-                continue
-            if len(tried) == most:
-                break
-            tried[tile] = found = time(tile, seconds)
-            if found is not None and found <= WORTH * seconds:
-                best, seconds, moved = tile, found, True
-                break
-    return best, seconds, tried
-
-
-def neighbours(tile: Tile) -> Iterator[Tile]:
-    """Yield tiles with one field changed, those first that tend to matter most."""
-    for stages in (tile.stages + 1, tile.stages - 1, tile.stages - 2):
-        if stages >= 2:
-            yield tile._replace(stages=stages)
-    for name in ("k", "m", "n"):
-        for value in (getattr(tile, name) * 2, getattr(tile, name) // 2):
-            # the pipeline keeps as many bytes in flight, or as many stages
-            for stages in (max(2, tile.stages * getattr(tile, name) // value), tile.stages):
-                yield tile._replace(**{name: value, "stages": stages})
-    yield tile._replace(warps=4 if tile.warps == 8 else 8)
-    other = 2 if tile.programs == 1 else 1
-    yield tile._replace(programs=other, stages=max(2, tile.stages * tile.programs // other))
-
-
-def _usable(
-    tile: Tile,
-    *,
-    direction: str,
-    shape: tuple[int, int],
-    block: Block,
-    device: Device,
-    size: int,
-    least: float,
-) -> bool:
-    if not tuning.fits(tile, direction, shape, block) or min(tile[:3]) < MIN_SIDE:
-        return False
-    room = device.shared // tile.programs - RESERVE
-    shared = (tile.m * tile.n + tile.stages * (tile.m + tile.n) * tile.k) * size
-    accumulators = tile.m * tile.n // (32 * tile.warps)
-    operation = OPERATION[direction]
-    return (
-        shared <= room
-        and accumulators <= MAX_ACCUMULATORS
-        and tile.stages <= tiles.MAX_STAGES
-        and intensity(operation, tile, size) >= least
-    )
 
 
 def _break_even_row(

@@ -197,10 +197,11 @@ def finetune(
         if value not in (None, [], ()) and name not in own
     }
     # torch and matplotlib take seconds to import, which --help has no use for
-    from .finetune import finetune as run
-    from .options import Options
-    from .report import print_comparison, print_report, progress_bars
-    from .series import comparison, run_series
+    from .finetune.job import finetune as run
+    from .finetune.options import Options
+    from .finetune.report import print_comparison, print_report
+    from .finetune.series import comparison, run_series
+    from .measure.progress import progress_bars
 
     how: dict[str, Any] = {"resume": resume, "force": force}
     try:
@@ -285,13 +286,13 @@ def profile(
 ) -> None:
     """Measure what each kernel achieves, against what this device can do and against dense.
 
-    Every result is checked before it is timed. --output gets profile.json, profile.csv,
-    roofline.png and speedup.png.
+    Every result is checked before it is timed; exit code 1 if one is wrong. --output gets
+    profile.json, profile.csv, roofline.png and speedup.png.
     """
     from . import profile as job
-    from .drift import drift, load_profile
-    from .report import progress_bars
-    from .tables import show_drift, show_profile
+    from .measure.drift import drift, load_profile
+    from .measure.progress import progress_bars
+    from .measure.tables import show_drift, show_profile
 
     plan = job.make_plan(
         shapes=shapes,
@@ -320,6 +321,8 @@ def profile(
             show_drift(drift(record, earlier), earlier)
     if trace is not None:
         job.write_trace(trace, plan, record)
+    if any(row["status"] == "failed" for row in record["rows"]):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -360,9 +363,9 @@ def autotune(
     """
     from . import autotune as job
     from . import recommend as chooser
-    from .record import claim_folder
-    from .report import progress_bars
-    from .tables import show_recommendation, show_tuning
+    from .measure.files import claim_folder
+    from .measure.progress import progress_bars
+    from .measure.tables import show_recommendation, show_tuning
 
     common = {
         "tokens": tokens,
@@ -420,7 +423,7 @@ def doctor(
     The check compares values and gradients with the reference; exit code 1 if one disagrees.
     """
     from .doctor import doctor as examine
-    from .tables import show_doctor
+    from .measure.tables import show_doctor
 
     record = examine(device, backend)
     if as_json:

@@ -9,10 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from .files import CURVES
-from .options import Options
-from .report import progress_bars, results_table, rows, summary
-from .series import Entry, run_series
+from .finetune.files import CURVES
+from .finetune.options import Options
+from .finetune.report import results_table, rows, summary
+from .finetune.series import Entry, run_series
+from .measure.progress import progress_bars
 
 FOLDER = Path("runs", "demo")
 RUNS = (

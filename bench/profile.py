@@ -24,19 +24,20 @@ from ..kernels import tuning
 from ..kernels.block_sparse_linear import MIN_SIDE
 from ..kernels.launch import Backend, use_triton
 from ..kernels.pattern import NM, Block, Pattern, maximum_level
-from .ceilings import Ceilings, highest, measure_ceilings
-from .charts import roofline, speedups
-from .files import write_atomic
-from .options import find_device, parse_pattern, spell_pattern
-from .record import Row, claim_folder, dump, environment, times, to_csv
-from .shapes import Shape, parse_shapes, spell_shapes
-from .timing import Timing, measure, measure_in_turn, pool, spread
-from .work import OPERATIONS, Built, Case, Operands, model_cases, operand_cases
-
-Progress = Callable[[str, int, int, str], None]
+from .measure.cases import Built, Case, Outcome, first_line, measure_case, to_row
+from .measure.ceilings import Ceilings, highest, measure_ceilings
+from .measure.charts import roofline, speedups
+from .measure.files import claim_folder, write_atomic
+from .measure.operands import Operands
+from .measure.operations import OPERATIONS, operand_cases
+from .measure.progress import Advance
+from .measure.record import Row, dump, environment, to_csv
+from .measure.shapes import Shape, parse_shapes, spell_shapes
+from .measure.spelling import find_device, parse_pattern, spell_pattern
+from .measure.steps import model_cases
+from .measure.timing import overhead
 
 PASSES = 5
-LEAST = 3  # runs of each operation in a pass
 IDLE = 1.1  # passes on an idle machine differ by less
 LEVEL_BOUND = ("score", "select", "mask", "topology", "pack")
 """Operations whose time does not depend on the level, or hardly: measured at one."""
@@ -50,7 +51,7 @@ class Plan:
         shapes: of the weights.
         patterns, levels: each with each.
         mask: ``"random"`` or ``"skewed"``, for operations on one weight.
-        operations: of ``work.OPERATIONS``.
+        operations: of ``operations.OPERATIONS``.
         dtype: of weights and activations.
         device, backend: where and how.
         budget: seconds of timed runs of each operation in a pass.
@@ -195,7 +196,7 @@ def _operand_group(
 Measured = list[tuple[Case, "Outcome"]]
 
 
-def profile(plan: Plan, progress: Progress) -> dict[str, Any]:
+def profile(plan: Plan, progress: Advance) -> dict[str, Any]:
     """Check and time everything in ``plan``.
 
     Args:
@@ -220,8 +221,9 @@ def profile(plan: Plan, progress: Progress) -> dict[str, Any]:
             progress("profile", turn * todo + done, plan.passes * todo, note)
 
         run = one_pass if plan.passes == 1 else in_a_process
-        # what was right once is right again
-        passes.append(run(plan, turn == 0, advance))
+        # what was right once is right again, and what was wrong is not timed again
+        earlier = [outcome for _, outcome in passes[0][0]] if passes else None
+        passes.append(run(plan, earlier, advance))
     if len({len(measured) for measured, _ in passes}) > 1:
         raise ValueError("profile: passes differ in what could be set up: is there enough memory?")
     if not passes[0][0]:
@@ -245,19 +247,26 @@ def profile(plan: Plan, progress: Progress) -> dict[str, Any]:
     }
 
 
-def one_pass(plan: Plan, check: bool, advance: Callable[[int], None]) -> tuple[Measured, Ceilings]:
-    """Set everything up, check it if it is to be, and time it.
+def one_pass(
+    plan: Plan, earlier: Sequence[Outcome] | None, advance: Callable[[int], None]
+) -> tuple[Measured, Ceilings]:
+    """Set everything up, check it, and time what is right.
 
     Args:
         plan: what and where.
-        check: whether results are checked.
+        earlier: what came of the first pass; None in the first, which alone checks.
         advance: is told how many groups are done.
     """
     ceilings = measure_ceilings(plan.device, [plan.dtype])
     measured: Measured = []
+    before = iter(earlier or ())
     for done, group in enumerate(groups(plan), 1):
         for case in group():
-            outcome = measure_case(case, plan.device, plan.budget, check=check)
+            first = None if earlier is None else next(before, None)
+            if first is not None and first.status != "ok":
+                outcome = first
+            else:
+                outcome = measure_case(case, plan.device, plan.budget, check=earlier is None)
             measured.append((replace(case, build=_elsewhere), outcome))
         advance(done)
     return measured, ceilings
@@ -268,12 +277,12 @@ def _elsewhere() -> Built:
 
 
 def in_a_process(
-    plan: Plan, check: bool, advance: Callable[[int], None]
+    plan: Plan, earlier: Sequence[Outcome] | None, advance: Callable[[int], None]
 ) -> tuple[Measured, Ceilings]:
     """Do ``one_pass`` in a process of its own."""
     context = multiprocessing.get_context("spawn")
     pipe, end = context.Pipe(duplex=False)
-    arguments = (plan, check, torch.get_num_threads(), end)
+    arguments = (plan, earlier, torch.get_num_threads(), end)
     process = context.Process(target=_serve_pass, args=arguments, daemon=True)
     process.start()
     # else a process that dies is waited for for ever
@@ -293,13 +302,15 @@ def in_a_process(
     return message
 
 
-def _serve_pass(plan: Plan, check: bool, threads: int, pipe: Connection) -> None:
+def _serve_pass(
+    plan: Plan, earlier: Sequence[Outcome] | None, threads: int, pipe: Connection
+) -> None:
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", message=tuning.IGNORED)
     try:
-        pipe.send(one_pass(plan, check, pipe.send))
+        pipe.send(one_pass(plan, earlier, pipe.send))
     except Exception as error:
-        pipe.send((_first_line(error),))
+        pipe.send((first_line(error),))
 
 
 def pass_paces(passes: Sequence[Measured]) -> list[float]:
@@ -325,121 +336,6 @@ def unrest(paces: Sequence[float]) -> list[str]:
         f"the machine was not idle: dense work took {apart:.2f} times as long in the slowest pass "
         "as in the fastest"
     ]
-
-
-def overhead(device: torch.device) -> float:
-    """Return what the measurement itself adds to a time: that of doing nothing."""
-    return measure(lambda: None, device, least=20).median
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of measuring one case once.
-
-    Attributes:
-        status, detail: a row's.
-        timing, dense: of the operation, and of the same work without sparsity, if there is such.
-    """
-
-    status: str
-    detail: str = ""
-    timing: Timing | None = None
-    dense: Timing | None = None
-
-
-def measure_case(
-    case: Case, device: torch.device, budget: float, *, check: bool = True
-) -> Outcome:
-    """Set one case up, check it, and only if it is right, time it.
-
-    Args:
-        case: what.
-        device: where.
-        budget: seconds of timed runs.
-        check: whether it is checked, or was in an earlier pass.
-    """
-    try:
-        built = case.build()
-        if check and (problem := built.check()) is not None:
-            return Outcome("failed", problem)
-        works = [built.run] if built.dense is None else [built.run, built.dense]
-        timings = measure_in_turn(works, device, budget=budget, least=LEAST)
-    except torch.OutOfMemoryError:
-        return Outcome("skipped", "out of memory")
-    except ModuleNotFoundError as error:
-        return Outcome("skipped", str(error))
-    # whatever a kernel does on a device that nobody has seen, the others are still measured
-    except Exception as error:
-        return Outcome("failed", _first_line(error))
-    timing, *dense = timings
-    return Outcome("ok", "", timing, dense[0] if dense else None)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
-
-
-def to_row(case: Case, outcomes: Sequence[Outcome], ceilings: Ceilings) -> Row:
-    """Return the row of a case that was measured in one pass or several.
-
-    Args:
-        case: what.
-        outcomes: one a pass.
-        ceilings: of the same run.
-    """
-    head = {
-        "operation": case.operation,
-        "shape": spell_shapes(case.shapes),
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "pattern": spell_pattern(case.pattern),
-        "level": case.level,
-        "mask": case.mask,
-        "bytes": case.bytes,
-        "flops": case.flops,
-    }
-    for outcome in outcomes:
-        if outcome.status != "ok":
-            return Row(**head, status=outcome.status, detail=outcome.detail)
-    passes = [o.timing for o in outcomes if o.timing is not None]
-    dense = [o.dense for o in outcomes if o.dense is not None]
-    timing = pool(passes)
-    found = rates(case, timing.median, ceilings, pool(dense) if dense else None)
-    found["low_s"], found["high_s"] = spread(passes)
-    if dense:
-        found["dense_low_s"], found["dense_high_s"] = spread(dense)
-    return Row(**head, status="ok", **times(timing), **found)
-
-
-def rates(case: Case, seconds: float, ceilings: Ceilings, dense: Timing | None) -> dict[str, Any]:
-    """Return the columns that follow from a time, the counts and the ceilings."""
-    gemm = ceilings.gemm[str(case.dtype).removeprefix("torch.")]
-    bounds = {"copy": case.bytes / ceilings.copy}
-    if case.flops:
-        bounds["gemm"] = case.flops / gemm
-    if case.cache_bytes:
-        bounds["cache"] = case.cache_bytes / ceilings.cache
-    bound = max(bounds, key=lambda name: bounds[name])
-    found: dict[str, Any] = {
-        "gb_per_s": case.bytes / seconds / 1e9,
-        "tflop_per_s": case.flops / seconds / 1e12 if case.flops else None,
-        "of_copy": bounds["copy"] / seconds,
-        "of_cache": bounds["cache"] / seconds if "cache" in bounds else None,
-        "of_gemm": bounds["gemm"] / seconds if "gemm" in bounds else None,
-        "bound": bound,
-        "bound_s": bounds[bound],
-        "of_bound": bounds[bound] / seconds,
-    }
-    if dense is not None:
-        found |= {
-            "dense_s": dense.median,
-            "dense_p20_s": dense.quantile(0.2),
-            "dense_p80_s": dense.quantile(0.8),
-            "speedup": dense.median / seconds,
-        }
-        if case.dense_flops:
-            found["efficiency"] = case.flops / case.dense_flops * dense.median / seconds
-    return found
 
 
 def write_trace(path: Path, plan: Plan, record: Mapping[str, Any]) -> None:

@@ -26,16 +26,17 @@ from ..kernels.launch import Backend, use_triton
 from ..kernels.mask import make_mask
 from ..kernels.pattern import Block, Pattern, Unstructured, grid_shape
 from ..kernels.select import select
-from .ceilings import Ceilings
-from .charts import pareto
-from .counts import intensity, product_bytes, product_flops, tile_of
-from .files import write_atomic
-from .options import find_device, parse_pattern, spell_pattern
-from .profile import Progress
-from .record import dump, environment
-from .shapes import Shape, matrices
-from .timing import measure
-from .work import PRODUCTS, Operands, operand_cases
+from .measure.ceilings import Ceilings
+from .measure.charts import pareto
+from .measure.counts import PRODUCTS, intensity, product_bytes, product_flops, tile_of
+from .measure.files import write_atomic
+from .measure.operands import Operands
+from .measure.operations import operand_cases
+from .measure.progress import Advance
+from .measure.record import dump, environment
+from .measure.shapes import Shape, matrices
+from .measure.spelling import find_device, parse_pattern, spell_pattern
+from .measure.timing import measure
 
 NEAR_BEST = 0.8
 CANDIDATES = tuple(f"block:{side}" for side in (16, 32, 64, 128, 256))
@@ -54,7 +55,7 @@ def recommend(
     backend: str | None = None,
     threads: int | None = None,
     budget: float | None = None,
-    progress: Progress,
+    progress: Advance,
 ) -> dict[str, Any]:
     """Weigh the speed-up of each candidate block against the magnitude that it keeps.
 

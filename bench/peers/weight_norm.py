@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.ao.pruning import WeightNormSparsifier
 
 
@@ -16,3 +16,8 @@ def mask_update(layer: nn.Linear, block: tuple[int, int], level: float) -> Calla
     model = nn.Sequential(layer)
     sparsifier.prepare(model, config=[{"tensor_fqn": "0.weight"}])
     return sparsifier.step
+
+
+def mask_of(layer: nn.Linear) -> Tensor:
+    """Return the mask that ``layer`` has got: bool, of the weight's shape."""
+    return layer.parametrizations.weight[0].mask.bool()

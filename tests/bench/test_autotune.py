@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from triton_sparsity.bench import autotune as job
-from triton_sparsity.bench.autotune import crossing, descend, make_search, neighbours
+from triton_sparsity.bench.autotune import crossing, make_search
+from triton_sparsity.bench.autotune_tiles import descend, neighbours
+from triton_sparsity.bench.autotune_tiles import usable as usable_tile
 from triton_sparsity.bench.cli import main
-from triton_sparsity.bench.shapes import Shape
+from triton_sparsity.bench.measure.shapes import Shape
 from triton_sparsity.kernels import dispatch, tiles, tuning
 from triton_sparsity.kernels.pattern import Block
 from triton_sparsity.kernels.tiles import Tile
@@ -75,7 +77,7 @@ def test_usable_tiles_fit_the_device_and_the_blocks():
     device = tiles.Device((9, 0), 132, 228 * 1024)
 
     def usable(tile, direction="forward", block=(64, 64)):
-        return job._usable(
+        return usable_tile(
             tile, direction=direction, shape=(256, 256), block=Block(*block), device=device,
             size=2, least=20.0,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from triton_sparsity.bench.cli import main
-from triton_sparsity.bench.tasks import load_task
+from triton_sparsity.bench.finetune.tasks import load_task
 
 QUICK = [
     "--task=digits",

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from triton_sparsity.bench import doctor as job
+from triton_sparsity.bench import doctor_checks as job
 from triton_sparsity.bench.cli import main
 from triton_sparsity.kernels import tuning
 

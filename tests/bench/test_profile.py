@@ -1,23 +1,16 @@
 import csv
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from triton_sparsity.bench import profile as job
-from triton_sparsity.bench.ceilings import Ceilings, highest, measure_ceilings
 from triton_sparsity.bench.cli import main
-from triton_sparsity.bench.drift import drift, load_profile
-from triton_sparsity.bench.profile import rates
-from triton_sparsity.bench.record import Row, command, commit, dump, load
-from triton_sparsity.bench.shapes import Shape
-from triton_sparsity.bench.timing import Timing
-from triton_sparsity.bench.work import Case
-from triton_sparsity.kernels.pattern import Block
+from triton_sparsity.bench.measure.ceilings import Ceilings, measure_ceilings
+from triton_sparsity.bench.measure.drift import drift
+from triton_sparsity.bench.measure.record import load
+from triton_sparsity.bench.measure.timing import Timing
 
 QUICK = [
     "--shapes=16x64x128,16x128x64",
@@ -90,14 +83,18 @@ def test_a_profile_leaves_its_table_files_and_pictures(tmp_path, capsys):
 
 
 def test_a_pass_checks_once_and_then_times(monkeypatch):
-    from triton_sparsity.bench import work
+    from triton_sparsity.bench.measure import operations
 
-    calls, masked = [], work.apply_mask
-    monkeypatch.setattr(work, "apply_mask", lambda *a, **k: (calls.append(1), masked(*a, **k))[1])
+    calls, masked = [], operations.apply_mask
+    monkeypatch.setattr(
+        operations, "apply_mask", lambda *a, **k: (calls.append(1), masked(*a, **k))[1]
+    )
     plan = job.make_plan(**SMALL, passes=1)
+    outcome = None
     for check in (True, False):
+        earlier = None if check else [outcome]
         calls.clear()
-        ((case, outcome),), _ = job.one_pass(plan, check, lambda done: None)
+        ((case, outcome),), _ = job.one_pass(plan, earlier, lambda done: None)
         assert (case.operation, outcome.status) == ("apply", "ok")
         # one run to warm up and three that count; and one that is checked
         assert len(calls) == 1 + 3 + check
@@ -118,11 +115,11 @@ def test_a_process_that_dies_is_an_error(monkeypatch):
     monkeypatch.setattr(job, "_serve_pass", os._exit)
     plan = job.make_plan(**SMALL, passes=2)
     with pytest.raises(ValueError, match="the process of a pass died"):
-        job.in_a_process(plan, True, lambda done: None)
+        job.in_a_process(plan, None, lambda done: None)
 
 
 def test_a_failure_in_any_pass_takes_the_speed_away():
-    (case, _), *_ = job.one_pass(job.make_plan(**SMALL), True, lambda done: None)[0]
+    (case, _), *_ = job.one_pass(job.make_plan(**SMALL), None, lambda done: None)[0]
     fine, failed = job.Outcome("ok", timing=Timing((1.0,))), job.Outcome("failed", "no")
     ceilings = Ceilings(copy=1e6, cache=1e5, gemm={"float32": 2e6})
     for outcomes in ([fine, failed], [failed, fine]):
@@ -132,7 +129,7 @@ def test_a_failure_in_any_pass_takes_the_speed_away():
 
 
 def test_a_row_states_the_spread_of_all_runs_and_of_the_passes():
-    (case, _), *_ = job.one_pass(job.make_plan(**SMALL), True, lambda done: None)[0]
+    (case, _), *_ = job.one_pass(job.make_plan(**SMALL), None, lambda done: None)[0]
     ceilings = Ceilings(copy=1e6, cache=1e5, gemm={"float32": 2e6})
     fast, slow = (
         Timing((1.0, 2.0, 3.0, 4.0, 5.0, 6.0)),
@@ -169,12 +166,12 @@ def test_an_earlier_record_is_compared(tmp_path, capsys):
 
 
 def test_a_set_up_that_fails_is_a_row_and_not_the_end(monkeypatch):
-    from triton_sparsity.bench import work
+    from triton_sparsity.bench.measure import operands
 
     def fails(*_):
         raise RuntimeError("no memory for that\nat all")
 
-    monkeypatch.setattr(work, "random_mask", fails)
+    monkeypatch.setattr(operands, "random_mask", fails)
     plan = job.make_plan(**SMALL | {"operations": ["apply", "mask update"]}, passes=1)
     first, second = job.profile(plan, lambda *_: None)["rows"]
     assert (first["operation"], first["status"]) == ("set-up", "failed")
@@ -193,28 +190,6 @@ def test_what_a_pattern_does_not_divide_is_told_and_the_rest_is_measured():
         ("apply", "ok", 0.5),
         ("training step", "ok", 0.5),
     ]
-
-
-def test_the_highest_ceilings_count():
-    found = highest([Ceilings(1, 5, {"float32": 7}), Ceilings(2, 4, {"float32": 6})])
-    assert found == Ceilings(2, 5, {"float32": 7})
-
-
-def test_times_agree_if_their_ranges_meet():
-    row = {"operation": "apply", "shape": "1x1x1", "status": "ok"}
-    row |= {"dtype": "", "pattern": "", "level": 0.5, "mask": ""}
-
-    def record(median, low, high):
-        return {"rows": [row | {"median_s": median, "low_s": low, "high_s": high}]}
-
-    assert drift(record(3, 2, 4), record(5, 4, 6)) == ([], 1, None)
-    ((found,), compared, _) = drift(record(3, 2, 4), record(6, 5, 7))
-    assert (found.ratio, found.dense, compared) == (0.5, False, 1)
-    ((found,), *_) = drift(record(6, 5, 7), record(3, 2, 4))
-    assert found.ratio == 2
-    other = record(9, 9, 9)
-    other["rows"][0]["level"] = 0.9
-    assert drift(record(3, 2, 4), other) == ([], 0, None)
 
 
 def test_dense_work_tells_how_the_machine_moved():
@@ -247,48 +222,16 @@ def test_json_is_all_that_is_printed(tmp_path, capsys):
 
 
 def test_what_fails_is_listed_with_its_reason_and_without_speed(tmp_path, capsys, monkeypatch):
-    from triton_sparsity.bench import work
+    from triton_sparsity.bench.measure import operations
 
-    monkeypatch.setattr(work, "apply_mask", lambda weight, *_, **__: weight + 1)
-    assert run("profile", *QUICK, "--operation=apply", "-o", tmp_path) == 0
+    monkeypatch.setattr(operations, "apply_mask", lambda weight, *_, **__: weight + 1)
+    assert run("profile", *QUICK, "--operation=apply", "-o", tmp_path) == 1
     text = capsys.readouterr().out
     assert "FAILED" in text
     assert "elements differ" in text
     for row in load(tmp_path / "profile.json")["rows"]:
         assert row["status"] == "failed"
         assert row["median_s"] is row["gb_per_s"] is None
-
-
-def test_the_columns_of_the_csv_last():
-    # columns may be added at the end only
-    names = list(Row.__dataclass_fields__)
-    assert names[:32] == [
-        "operation", "shape", "dtype", "pattern", "level", "mask", "status", "detail", "median_s",
-        "p20_s", "p80_s", "runs", "host_s", "bytes", "flops", "gb_per_s", "tflop_per_s",
-        "of_copy", "of_cache", "of_gemm", "bound", "bound_s", "of_bound", "dense_s", "speedup",
-        "efficiency", "dense_p20_s", "dense_p80_s", "low_s", "high_s", "dense_low_s",
-        "dense_high_s",
-    ]  # fmt: skip
-
-
-def test_rates_follow_from_the_counts_and_ceilings():
-    shape = Shape(10, 20, 30)
-    case = Case(
-        "forward", (shape,), torch.float32, Block(16, 16), 0.5, "random", 4000, 6000, 1000.0, None,
-        12000,
-    )  # fmt: skip
-    ceilings = Ceilings(copy=1e6, cache=1e5, gemm={"float32": 2e6})
-    found = rates(case, 0.02, ceilings, Timing((0.04,)))
-    assert found["gb_per_s"] == pytest.approx(4000 / 0.02 / 1e9)
-    assert found["tflop_per_s"] == pytest.approx(6000 / 0.02 / 1e12)
-    # 4 ms of copying, 3 ms of arithmetic, 10 ms of reading the cache
-    assert found["of_copy"] == pytest.approx(0.2)
-    assert found["of_gemm"] == pytest.approx(0.15)
-    assert found["of_cache"] == found["of_bound"] == pytest.approx(0.5)
-    assert (found["bound"], found["bound_s"]) == ("cache", pytest.approx(0.01))
-    assert found["speedup"] == pytest.approx(2)
-    # half of the dense FLOPs in half of the time
-    assert found["efficiency"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -327,44 +270,3 @@ def test_nothing_to_measure_is_an_error():
     plan = job.make_plan(**SMALL | {"patterns": ["nm:2:4"], "operations": ["topology"]}, passes=1)
     with pytest.raises(ValueError, match=r"nothing to measure.*: topology with 2:4"):
         job.profile(plan, lambda *_: None)
-
-
-def test_a_record_that_tells_no_place_is_no_profile(tmp_path):
-    (tmp_path / "other.json").write_text('{"schema": 1, "rows": []}')
-    with pytest.raises(ValueError, match="which says where it was measured"):
-        load_profile(tmp_path / "other.json")
-
-
-def test_the_commit_is_that_of_the_checkout():
-    root = Path(job.__file__).parent.parent
-    found = subprocess.run(
-        ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    if found.returncode:
-        pytest.skip("not in a checkout")
-    short = commit().removesuffix("-dirty")
-    assert len(short) == 12
-    assert found.stdout.startswith(short)
-
-
-def test_a_command_can_be_typed_again(monkeypatch):
-    words = ["/a/bin/triton-sparsity", "x", "--only", "two words", "-o", "/a/b/c"]
-    monkeypatch.setattr(sys, "argv", words)
-    assert command() == "triton-sparsity x --only 'two words' -o c"
-
-
-def test_a_record_is_one_line_an_entry_and_reads_back(tmp_path):
-    path = tmp_path / "record.json"
-    record = {"schema": 1, "rows": [{"a": 1.23456789, "b": None}, {"a": 2}], "empty": []}
-    path.write_bytes(dump(record))
-    assert load(path) == {"schema": 1, "rows": [{"a": 1.2346, "b": None}, {"a": 2}], "empty": []}
-    assert len(path.read_text().splitlines()) == 8
-    for damage in (b"", b"[]", b'{"schema": 99}', b"{}"):
-        path.write_bytes(damage)
-        with pytest.raises(ValueError, match=str(path)):
-            load(path)
-
-
-def test_the_commit_is_the_checkouts():
-    found = commit()
-    assert found is None or len(found.removesuffix("-dirty")) == 12

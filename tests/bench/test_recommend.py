@@ -5,10 +5,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from triton_sparsity.bench.ceilings import Ceilings
 from triton_sparsity.bench.cli import main
+from triton_sparsity.bench.measure.ceilings import Ceilings
+from triton_sparsity.bench.measure.shapes import Shape
 from triton_sparsity.bench.recommend import choose, magnitude_kept, modelled_speedup
-from triton_sparsity.bench.shapes import Shape
 from triton_sparsity.kernels.pattern import Block, Unstructured
 
 

@@ -1,0 +1,1 @@
+"""The job ``finetune``: options, models, tasks, files, and the training loop."""

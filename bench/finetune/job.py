@@ -1,0 +1,315 @@
+"""Fine-tune a model under a sparsity schedule: dense training, sparse training, evaluation, files.
+
+A run is a pure function of its options and the task's data, and its whole state lies in one file
+that is replaced in one piece. So a run that is killed at any moment and resumed ends, on the CPU,
+bit for bit where a run without interruption ends.
+
+Reading order: the run, its phases, what they share.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import signal
+import statistics
+import threading
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...controller.base_algo import BaseSparsityAlgoController
+from ...controller.create import create_controller
+from ...controller.magnitude import MagnitudeSparsityConfig
+from ...controller.schedule import PolynomialSchedule
+from ...kernels.launch import use_triton
+from ..measure.files import write_atomic
+from ..measure.progress import Advance
+from .curves import curves
+from .files import (
+    CURVES,
+    DENSE,
+    FORMAT,
+    REPORT,
+    STATE,
+    STRIPPED,
+    claim,
+    load_checkpoint,
+    load_state,
+    serialised,
+    sizes,
+)
+from .loop import PHASES, Job, autocast, evaluate, save, train
+from .options import Options, checked, end_level, same_run, sparsity_config, with_defaults
+from .tasks import load_task
+
+CALIBRATION_BATCHES = 8
+
+
+def finetune(
+    options: Options,
+    folder: Path,
+    *,
+    given: Collection[str] | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Advance = lambda phase, done, total, note: None,
+) -> dict[str, Any]:
+    """Train dense, fine-tune sparse, evaluate, strip, and write the files.
+
+    SIGINT and SIGTERM let the current step end and its state be saved.
+
+    Args:
+        options: what to do.
+        folder: where the files go; made if it is not there.
+        given: when resuming, the options that must agree with the saved run's; None: all that
+            are not None. The others are taken from that run.
+        resume: go on with the run in ``folder``, or start one if there is none. The stored report
+            of a run that has ended is returned as it is.
+        force: replace a run in ``folder``.
+        progress: called after each step with phase, steps done, steps in all, and a note.
+
+    Returns:
+        What stands in ``report.json``. Whatever depends on the clock has a key that starts with
+        ``seconds``.
+
+    Raises:
+        ValueError: an option, the checkpoint, the saved state or its data are not as they must be,
+            or the training diverged.
+        FileExistsError: ``folder`` holds a run, and neither ``resume`` nor ``force`` is given.
+        OSError: a file cannot be read or written.
+        ModuleNotFoundError: the task needs a package that is missing.
+        KeyboardInterrupt: a signal asked to stop; the state is saved.
+    """
+    saved = load_state(folder) if resume else None
+    asked = options.level if saved is None else saved["options"]["level"]
+    if saved is None:
+        options = checked(options)
+    else:
+        names = [field.name for field in fields(Options)] if given is None else given
+        options = same_run(Options(**saved["options"]), options, names)
+        if (folder / REPORT).exists():
+            return json.loads((folder / REPORT).read_text())
+    task = load_task(options.task)
+    options = with_defaults(options, task.recipe)
+    if options.algorithm == "const":
+        # without a level the zeros that are there are enough, whatever their number
+        options = replace(options, level=asked)
+    for name in task.data if saved else ():
+        before, now = saved["data"].get(name), task.data[name]
+        if before != now:
+            raise ValueError(
+                f"the data of {options.task!r} are not those of the run to resume: {name} is "
+                f"{now!r}, was {before!r}"
+            )
+
+    assert options.threads is not None
+    # how sums are split over threads decides their last bits
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    model = task.build()
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+    elif options.checkpoint:
+        load_checkpoint(model, Path(options.checkpoint))
+    # what cannot be pruned is to fail now, not after the dense training
+    control(copy.deepcopy(model), replace(options, backend="auto", dispatch="auto"))
+    model.to(options.device)
+
+    with catch_signals() as interrupted:
+        job = Job(task, options, folder, progress, interrupted)
+        if saved is None:
+            claim(folder, force=force)
+            saved = start(job, model)
+        if saved["phase"] == "dense":
+            saved = dense_phase(job, model, saved)
+        return sparse_phase(job, model, saved)
+
+
+def start(job: Job, model: nn.Module) -> dict[str, Any]:
+    """Save the state before the first step: it shows that the folder can be written."""
+    state = {
+        "format": FORMAT,
+        "options": asdict(job.options),
+        "data": job.task.data,
+        "phase": "dense",
+        "step": 0,
+        "history": {
+            phase: {"loss": [], "level": [], "metric": [], "seconds": []} for phase in PHASES
+        },
+        "dense": None,
+    }
+    made = [path for path in (job.folder, *job.folder.parents) if not path.exists()]
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        return save(job, state, model)
+    except OSError:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def dense_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Train and evaluate the dense baseline; return the state in which the sparse phase starts."""
+    train(job, model, None, state)
+    result = evaluate(job, model) | seconds_per_step(state, "dense") | {"level": 0.0}
+    weights = serialised(model)
+    write_atomic(job.folder / DENSE, weights)
+    state = state | {"phase": "sparse", "step": 0, "dense": result | sizes(weights)}
+    return save(job, state, model)
+
+
+def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Fine-tune under the schedule, evaluate, strip; write all files and return the report."""
+    controller = control(model, job.options)
+    if controller.needs_calibration and state["controller"] is None:
+        calibrate(job, model, controller)
+    train(job, model, controller, state)
+    parts = [part.model_statistics for part in vars(controller.statistics()).values()]
+    layers = [layer for part in parts for layer in part.sparsified_layers_summary]
+    sparse = evaluate(job, model) | seconds_per_step(state, "sparse")
+    sparse |= {"level": controller.compression_rate}
+
+    stripped = controller.strip(do_copy=True)
+    weights = serialised(stripped)
+    targets = [
+        stripped.get_parameter(
+            f"{info.module_node_name}.weight"
+            if info.parameter_name == "weight"
+            else info.module_node_name
+        )
+        for info in controller.sparsified_module_info
+    ]
+    zeros = sum(int((weight == 0).sum()) for weight in targets)
+    report = describe(job) | {
+        "results": {
+            "dense": state["dense"],
+            "sparse": sparse,
+            "stripped": evaluate(job, stripped)
+            | {"level": zeros / sum(weight.numel() for weight in targets)}
+            | sizes(weights),
+        },
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.weight_shape),
+                "groups": layer.groups,
+                "pruned_groups": layer.pruned_groups,
+                "path": layer.path,
+            }
+            for layer in layers
+        ],
+        "history": state["history"],
+    }
+    write_atomic(job.folder / STRIPPED, weights)
+    write_atomic(job.folder / CURVES, curves({"": report}))
+    # last: a run that has its report has ended
+    write_atomic(job.folder / REPORT, json.dumps(report, indent=1, allow_nan=False).encode())
+    return report
+
+
+def control(model: nn.Module, options: Options) -> BaseSparsityAlgoController:
+    """Put ``model`` under the algorithm that the options name, on the device where it is.
+
+    Raises:
+        ValueError: the options do not fit the model.
+    """
+    config = sparsity_config(options)
+    backend: Any = options.backend
+    dispatch: Any = options.dispatch
+    with warnings.catch_warnings():
+        # it is what the next lines are for
+        warnings.filterwarnings("ignore", "const_sparsity: no group")
+        controller = create_controller(model, config, backend=backend, dispatch=dispatch)
+    rate, level = controller.compression_rate, options.level
+    if options.algorithm != "const" or (rate > 0 if level is None else rate >= level):
+        return controller
+    # too few zeros there: those of one pruning, which then stay
+    controller.strip(do_copy=False)
+    level = end_level(options)
+    once = PolynomialSchedule(initial_level=level, target_level=level)
+    shared = config.model_dump(exclude={"algorithm"})
+    magnitude = MagnitudeSparsityConfig(**shared, schedule=once, weight_importance="abs")
+    create_controller(model, magnitude, backend=backend).strip(do_copy=False)
+    return create_controller(model, config, backend=backend, dispatch=dispatch)
+
+
+def calibrate(job: Job, model: nn.Module, controller: BaseSparsityAlgoController) -> None:
+    """Show the model a few batches of training data that no step sees."""
+    assert job.options.batch_size is not None
+    with controller.calibration(), torch.no_grad(), autocast(job):
+        for i in range(CALIBRATION_BATCHES):
+            inputs, _ = job.task.batch(job.options.batch_size, job.options.seed, len(PHASES), i)
+            model(inputs.to(job.device))
+
+
+def seconds_per_step(state: dict[str, Any], phase: str) -> dict[str, float | None]:
+    """Return the median training step of a phase; None where it had none."""
+    seconds = state["history"][phase]["seconds"]
+    return {"seconds_per_step": statistics.median(seconds) if seconds else None}
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """Return what a report says of the run and the machine, its results apart."""
+    triton = use_triton("finetune", job.options.backend, torch.empty(0, device=job.device))
+    name = (
+        torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else platform.machine()
+    )
+    return {
+        "format": FORMAT,
+        "task": job.task.name,
+        "metric": job.task.metric,
+        "higher_is_better": job.task.higher_is_better,
+        "device": f"{job.options.device} ({name})",
+        "backend": "triton" if triton else "torch",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "triton-sparsity": _version("triton-sparsity"),
+        },
+        "options": asdict(job.options),
+        "data": job.task.data,
+        "files": {"dense": DENSE, "stripped": STRIPPED, "state": STATE, "curves": CURVES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@contextmanager
+def catch_signals() -> Iterator[Callable[[], bool]]:
+    """Note SIGINT and SIGTERM rather than act on them; a second one acts as it always did."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: object) -> None:
+        caught.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(caught)
+    finally:
+        restore()

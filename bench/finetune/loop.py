@@ -1,0 +1,167 @@
+"""The training loop of a run: its steps, its saved state, its evaluation."""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..measure.files import write_atomic
+from ..measure.progress import Advance
+from .files import STATE
+from .options import Options
+from .tasks import Task, cross_entropy
+
+PHASES = ("dense", "sparse")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every phase of a run needs."""
+
+    task: Task
+    options: Options
+    folder: Path
+    progress: Advance
+    interrupted: Callable[[], bool]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.options.device)
+
+    def total(self, phase: str) -> int:
+        """Optimiser steps of a phase."""
+        epochs = self.options.dense_epochs if phase == "dense" else self.options.epochs
+        assert epochs is not None
+        assert self.options.steps_per_epoch is not None
+        return epochs * self.options.steps_per_epoch
+
+
+def save(
+    job: Job,
+    state: dict[str, Any],
+    model: nn.Module,
+    optimizer: Any = None,
+    controller: Any = None,
+) -> dict[str, Any]:
+    """Save ``state`` and all that training changes, in one piece; return what was saved."""
+    state = state | {
+        "model": model.state_dict(),
+        "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "controller": None if controller is None else controller.get_state(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(job.device) if job.device.type == "cuda" else None,
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(job.folder / STATE, buffer.getvalue())
+    return state
+
+
+def train(job: Job, model: nn.Module, controller: Any, state: dict[str, Any]) -> None:
+    """Train from ``state["step"]`` to the end of the phase, and save at intervals.
+
+    ``state`` is kept up to date in place.
+    """
+    options, phase = job.options, state["phase"]
+    total, steps_per_epoch = job.total(phase), options.steps_per_epoch
+    peak = options.dense_lr if phase == "dense" else options.lr
+    assert peak is not None
+    assert steps_per_epoch is not None
+    assert options.batch_size is not None
+    history = state["history"][phase]
+    scores = [] if controller is None else controller.parameters()
+    own = {id(score) for score in scores}
+    weights = [weight for weight in model.parameters() if id(weight) not in own]
+    groups = [{"params": weights, "peak": peak, "weight_decay": 0.1}]
+    if scores:
+        groups.append({"params": scores, "peak": options.score_lr, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
+    if state["optimizer"] is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    if controller is not None:
+        controller.optimizer = optimizer
+    if state["controller"] is not None:
+        controller.load_state(state["controller"])
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"], job.device)
+
+    model.train()
+    for step in range(state["step"], total):
+        batch = job.task.batch(options.batch_size, options.seed, PHASES.index(phase), step)
+        started = time.perf_counter()
+        if controller is not None:
+            if step % steps_per_epoch == 0:
+                controller.scheduler.epoch_step()
+            controller.scheduler.step()
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate(step, total)
+        inputs, targets = (tensor.to(job.device) for tensor in batch)
+        with autocast(job):
+            task_loss = cross_entropy(model(inputs), targets)
+        loss = task_loss if controller is None else task_loss + controller.loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history["loss"].append(loss.item())
+        history["seconds"].append(time.perf_counter() - started)
+        history["level"].append(0.0 if controller is None else controller.current_sparsity_level)
+        if not math.isfinite(history["loss"][-1]):
+            raise ValueError(
+                f"the {phase} training diverged: loss {history['loss'][-1]} at step {step}; try a "
+                "smaller learning rate"
+            )
+        state["step"] = step + 1
+        if (step + 1) % steps_per_epoch == 0:
+            history["metric"].append([step + 1, evaluate(job, model, batches=1)["metric"]])
+        stop = job.interrupted()
+        if stop or step + 1 == total or (step + 1) % options.save_every == 0:
+            save(job, state, model, optimizer, controller)
+        job.progress(phase, step + 1, total, f"loss {history['loss'][-1]:.3f}")
+        if stop:
+            raise KeyboardInterrupt
+
+
+def learning_rate(step: int, total: int) -> float:
+    """Return the fraction of the peak: up in a tenth of the steps, at most 50, then a cosine."""
+    warm_up = min(50, max(1, total // 10))
+    return min(1.0, (step + 1) / warm_up) * (0.525 + 0.475 * math.cos(math.pi * step / total))
+
+
+@torch.no_grad()
+def evaluate(job: Job, model: nn.Module, *, batches: int | None = None) -> dict[str, float]:
+    """Measure the metric on held-out batches, and the median time of a forward pass.
+
+    Args:
+        job: whose task and device.
+        model: on that device.
+        batches: how many; None: as many as the options say.
+    """
+    held_out = job.task.held_out[: batches or job.options.eval_batches]
+    model.eval()
+    score, seconds = torch.zeros((), dtype=torch.float64), []
+    for batch in held_out:
+        inputs, targets = (tensor.to(job.device) for tensor in batch)
+        started = time.perf_counter()
+        with autocast(job):
+            logits = model(inputs)
+        score += job.task.score(logits, targets).double().cpu()
+        seconds.append(time.perf_counter() - started)
+    model.train()
+    count = sum(targets.numel() for _, targets in held_out)
+    return {"metric": score.item() / count, "seconds_per_batch": statistics.median(seconds)}
+
+
+def autocast(job: Job) -> Any:
+    """Run matrix products in bfloat16, if that is asked for."""
+    enabled = job.options.dtype == "bfloat16"
+    return torch.autocast(job.device.type, torch.bfloat16, enabled=enabled)

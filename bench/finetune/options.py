@@ -1,0 +1,331 @@
+"""The options of a fine-tuning run: what they may be, and the configuration that they spell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
+
+import torch
+
+from ...controller.const import ConstSparsityConfig
+from ...controller.criteria import WeightImportance
+from ...controller.magnitude import MagnitudeSparsityConfig
+from ...controller.movement import MovementSparsityConfig
+from ...controller.nncf_config import Config
+from ...controller.pruning import is_reachable
+from ...controller.rb import RBSparsityConfig
+from ...controller.regrowth import SETConfig
+from ...controller.rigl import RigLConfig
+from ...controller.schedule import (
+    AdaptiveSchedule,
+    ExponentialSchedule,
+    MultistepSchedule,
+    PolynomialSchedule,
+    Schedule,
+)
+from ...kernels.launch import use_triton
+from ...kernels.pattern import NM, maximum_level
+from ..measure.spelling import find_device, parse_pattern, spell_pattern
+from .tasks import Recipe
+
+ALGORITHMS = ("magnitude", "const", "set", "rigl", "rb", "movement")
+WITH_NM = ("magnitude", "const")
+GRADIENT_OR_INPUT = ("snip", "snip_momentum", "wanda")
+
+
+@dataclass(frozen=True)
+class Options:
+    """All that a run's result depends on, the data apart. None: the task's own default.
+
+    Attributes:
+        task: ``"stdlib-lm"`` or ``"digits"``.
+        algorithm: ``"magnitude"`` along the schedule; ``"const"``: the checkpoint's zeros stay,
+            or where it has none those of one pruning by magnitude; ``"set"`` and ``"rigl"``: at
+            the level from the start, with masks that move until the end of the ramp; ``"rb"``:
+            learned, pulled along the schedule; ``"movement"``: learned, a warm-up as long as the
+            ramp, from the second epoch on.
+        pattern: ``"unstructured"``, ``"block:ROWSxCOLS"``, ``"block:SIDE"``, ``"nm:N:M"`` or
+            ``"nm:2:4:transposable"``.
+        level, initial_level: where the schedule ends and starts, in [0, 1); of N:M up to 1 - n/m.
+            Without a level it ends at 0.8, or at full N:M. Movement takes none: what it ends at
+            follows from ``regularization``.
+        schedule: ``"polynomial"`` (cubic, at every step), ``"exponential"``, ``"multistep"`` (four
+            equal rises) or ``"adaptive"``, the latter three at every epoch.
+        ramp: fraction of the sparse epochs in which the level rises, in (0, 1].
+        importance: ``"abs"``, ``"normed_abs"``, ``"snip"``, ``"snip_momentum"``, ``"wanda"`` or
+            ``"random"``; by it magnitude prunes, and set and rigl drop.
+        initial_masks: of set and rigl: ``"importance"`` or ``"random"``.
+        distribution: of set and rigl, over the layers: ``"erk"`` or ``"uniform"``.
+        alpha: of set and rigl: fraction of the kept groups that moves at the first update.
+        delta_t: of set and rigl: steps between two updates; None: a twentieth of the ramp.
+        growth: of rigl: ``"normed_gradient"`` or ``"gradient"``.
+        score_lr: of rb and movement: peak learning rate of the scores, without weight decay.
+        regularization: of movement: factor of its loss.
+        scope, ignore: target and ignored scopes; by default the transformer's layers, without
+            embedding, norms and head.
+        dense_epochs, epochs: of the dense and the sparse training. With a checkpoint the default
+            is no dense training.
+        steps_per_epoch: optimiser steps in an epoch.
+        batch_size: windows of text, or images, in a step.
+        dense_lr, lr: peak learning rates.
+        eval_batches: how many of the held-out batches count.
+        save_every: steps between two saves of the state.
+        checkpoint: a safetensors file to start from.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
+        dtype: ``"float32"``, or ``"bfloat16"``: matrix products in bfloat16 by autocast, weights
+            and optimiser in float32.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        dispatch: which layers skip pruned blocks: ``"auto"`` (where it is faster), ``"sparse"``
+            or ``"dense"``.
+        threads: of torch on the CPU; None: as many as torch takes.
+        seed: of the model's start and of the order of the data.
+    """
+
+    task: str = "stdlib-lm"
+    algorithm: str = "magnitude"
+    pattern: str = "block:16x16"
+    level: float | None = None
+    initial_level: float = 0.0
+    schedule: str = "polynomial"
+    ramp: float = 0.7
+    importance: str = "abs"
+    initial_masks: str = "importance"
+    distribution: str = "erk"
+    alpha: float = 0.3
+    delta_t: int | None = None
+    growth: str = "normed_gradient"
+    score_lr: float = 0.1
+    regularization: float = 0.1
+    scope: tuple[str, ...] = ("layers",)
+    ignore: tuple[str, ...] = ()
+    dense_epochs: int | None = None
+    epochs: int | None = None
+    steps_per_epoch: int | None = None
+    batch_size: int | None = None
+    dense_lr: float | None = None
+    lr: float | None = None
+    eval_batches: int | None = None
+    save_every: int = 50
+    checkpoint: str | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+    backend: str = "auto"
+    dispatch: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+
+
+def checked(options: Options) -> Options:
+    """Return ``options`` with pattern, level, device and threads spelled out.
+
+    Raises:
+        ValueError: an option is unknown or out of its range, or the backend cannot run there.
+    """
+    pattern = parse_pattern(options.pattern)
+    if options.algorithm == "movement" and options.level is not None:
+        raise ValueError(
+            "level must be left out with movement, which ends where its regularization takes it, "
+            f"got {options.level!r}"
+        )
+    options = replace(options, level=end_level(options))
+    device = find_device(options.device)
+    try:
+        use_triton("finetune", options.backend, torch.empty(0, device=device))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    for name, choices in (
+        ("algorithm", ALGORITHMS),
+        ("schedule", ("polynomial", "exponential", "multistep", "adaptive")),
+        ("importance", get_args(WeightImportance)),
+        ("initial_masks", ("importance", "random")),
+        ("distribution", ("erk", "uniform")),
+        ("growth", ("normed_gradient", "gradient")),
+        ("dtype", ("float32", "bfloat16")),
+        ("dispatch", ("auto", "sparse", "dense")),
+    ):
+        if getattr(options, name) not in choices:
+            raise ValueError(
+                f"{name.replace('_', '-')} must be one of {', '.join(choices)}, "
+                f"got {getattr(options, name)!r}"
+            )
+    for name, fits, what in (
+        ("level", lambda x: 0 <= x < 1, "in [0, 1)"),
+        ("initial_level", lambda x: 0 <= x <= (options.level or 0), "from 0 to the level"),
+        ("ramp", lambda x: 0 < x <= 1, "in (0, 1]"),
+        ("alpha", lambda x: 0 <= x <= 1, "in [0, 1]"),
+        ("delta_t", lambda x: x >= 1, "at least 1"),
+        ("score_lr", lambda x: 0 < x < math.inf, "positive and finite"),
+        ("regularization", lambda x: 0 <= x < math.inf, "at least 0 and finite"),
+        ("dense_epochs", lambda x: x >= 0, "at least 0"),
+        ("epochs", lambda x: x >= 1, "at least 1"),
+        ("steps_per_epoch", lambda x: x >= 1, "at least 1"),
+        ("batch_size", lambda x: x >= 1, "at least 1"),
+        ("dense_lr", lambda x: 0 < x < math.inf, "positive and finite"),
+        ("lr", lambda x: 0 < x < math.inf, "positive and finite"),
+        ("eval_batches", lambda x: x >= 1, "at least 1"),
+        ("save_every", lambda x: x >= 1, "at least 1"),
+        ("threads", lambda x: x >= 1, "at least 1"),
+        ("seed", lambda x: 0 <= x < 2**63, "from 0 to 2^63 - 1"),
+    ):
+        value = getattr(options, name)
+        if value is not None and not fits(value):
+            raise ValueError(f"{name.replace('_', '-')} must be {what}, got {value!r}")
+    if isinstance(pattern, NM) and options.algorithm not in WITH_NM:
+        raise ValueError(
+            f"algorithm must be one of {', '.join(WITH_NM)} with pattern {options.pattern}, "
+            f"got {options.algorithm!r}"
+        )
+    if options.level is not None and not is_reachable(options.level, [pattern]):
+        raise ValueError(
+            f"level must be at most 1 - n/m = {maximum_level(pattern):g} with pattern "
+            f"{options.pattern}, got {options.level!r}"
+        )
+    if options.importance in GRADIENT_OR_INPUT:
+        starts = options.algorithm == "magnitude" and options.initial_level > 0
+        if options.algorithm in ("set", "rigl"):
+            starts = options.initial_masks == "importance" and options.level != 0
+        if starts:
+            raise ValueError(
+                f"importance {options.importance} has nothing to judge the first masks by; start "
+                f"from {'initial-level 0' if options.algorithm == 'magnitude' else 'random masks'}"
+            )
+    return replace(
+        options,
+        pattern=spell_pattern(pattern),
+        device=str(device),
+        threads=options.threads or torch.get_num_threads(),
+    )
+
+
+def with_defaults(options: Options, recipe: Recipe) -> Options:
+    """Return ``options`` with the task's defaults in the place of None."""
+    defaults = asdict(recipe) | ({"dense_epochs": 0} if options.checkpoint else {})
+    defaults |= {"level": end_level(options)}
+    missing = {k: v for k, v in defaults.items() if getattr(options, k) is None}
+    return replace(options, **missing)
+
+
+def end_level(options: Options) -> float | None:
+    """Return the level that is asked for, or by default 0.8, or all that N:M can express.
+
+    Movement has none.
+    """
+    if options.level is not None or options.algorithm == "movement":
+        return options.level
+    pattern = parse_pattern(options.pattern)
+    return maximum_level(pattern) if isinstance(pattern, NM) else 0.8
+
+
+def same_run(saved: Options, asked: Options, given: Collection[str]) -> Options:
+    """Return the saved options, if nothing that was asked for explicitly differs from them.
+
+    Args:
+        saved: of the run to resume.
+        asked: of this call.
+        given: names of the options that the user gave.
+
+    Raises:
+        ValueError: an option differs; the message names it and both values.
+    """
+    wanted = {name: getattr(asked, name) for name in given}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    merged = checked(replace(saved, **wanted))
+    for name in wanted:
+        before, now = getattr(saved, name), getattr(merged, name)
+        if before != now:
+            raise ValueError(
+                f"the run to resume has {name.replace('_', '-')} {before!r}, got {now!r}; leave "
+                "the option out, or start another run"
+            )
+    return merged
+
+
+def sparsity_config(options: Options) -> Config:
+    """Return the configuration of the algorithm."""
+    where = {
+        "pattern": parse_pattern(options.pattern),
+        "target_scopes": options.scope,
+        "ignored_scopes": options.ignore,
+    }
+    match options.algorithm:
+        case "magnitude":
+            importance = {"weight_importance": options.importance, "seed": options.seed}
+            return MagnitudeSparsityConfig(**where, **importance, schedule=schedule(options))
+        case "const":
+            return ConstSparsityConfig(**where)
+        case "set":
+            return SETConfig(**where, **regrowth(options))
+        case "rigl":
+            growth: Any = options.growth
+            return RigLConfig(**where, **regrowth(options), growth=growth)
+        case "rb":
+            return RBSparsityConfig(**where, schedule=schedule(options), seed=options.seed)
+        case "movement":
+            return MovementSparsityConfig(**where, **warm_up(options))
+    raise ValueError(
+        f"algorithm must be one of {', '.join(ALGORITHMS)}, got {options.algorithm!r}"
+    )
+
+
+def warm_up(options: Options) -> dict[str, Any]:
+    """Return movement's warm-up: it begins with the second epoch and is as long as the ramp."""
+    assert options.epochs is not None
+    return {
+        "warmup_start_epoch": 1,
+        "warmup_end_epoch": min(1 + max(1, round(options.ramp * options.epochs)), options.epochs),
+        "importance_regularization_factor": options.regularization,
+        "init_importance_threshold": -0.1,
+        "enable_structured_masking": False,
+        "steps_per_epoch": options.steps_per_epoch,
+    }
+
+
+def regrowth(options: Options) -> dict[str, Any]:
+    """Return what SET and RigL are told; the masks stay from the end of the ramp on."""
+    assert options.epochs is not None
+    assert options.steps_per_epoch is not None
+    t_end = round(options.ramp * options.epochs * options.steps_per_epoch)
+    return {
+        "level": options.level,
+        "t_end": t_end,
+        "distribution": options.distribution,
+        "initial_masks": options.initial_masks,
+        "weight_importance": options.importance,
+        "alpha": options.alpha,
+        "delta_t": options.delta_t or max(1, t_end // 20),
+        "seed": options.seed,
+    }
+
+
+def schedule(options: Options) -> Schedule:
+    """Return the schedule; the target is reached at the end of the ramp."""
+    assert options.epochs is not None
+    # the level of an epoch holds from its start, so the last epoch is the latest to reach it in
+    target_epoch = min(max(1, round(options.ramp * options.epochs)), options.epochs - 1)
+    span = {"initial_level": options.initial_level, "target_level": options.level}
+    # groups may return as long as training goes on
+    end = {"freeze_epoch": options.epochs}
+    match options.schedule:
+        case "polynomial":
+            return PolynomialSchedule(
+                **span,
+                **end,
+                target_epoch=target_epoch,
+                power=3.0,
+                update_per_optimizer_step=True,
+                steps_per_epoch=options.steps_per_epoch,
+            )
+        case "exponential":
+            return ExponentialSchedule(**span, **end, target_epoch=target_epoch)
+        case "multistep":
+            rise = (options.level - options.initial_level) / 4
+            return MultistepSchedule(
+                **end,
+                initial_level=options.initial_level,
+                steps=tuple(target_epoch * i // 3 for i in (1, 2, 3)),
+                levels=(*(options.initial_level + rise * i for i in (1, 2, 3)), options.level),
+            )
+        case _:
+            return AdaptiveSchedule(**span, **end)

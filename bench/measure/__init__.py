@@ -1,0 +1,1 @@
+"""What is measured and how: work, time, counts, ceilings, records, tables, pictures."""

@@ -1,0 +1,1 @@
+"""What maintainers run: comparisons with peers, the figures of a device, the README's tables."""

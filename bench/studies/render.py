@@ -1,0 +1,206 @@
+"""The README's figures, as Markdown, from the records alone.
+
+``python -m triton_sparsity.bench.studies.render`` writes them between the markers; ``--check``
+only tells whether they are up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..measure.files import write_atomic
+from ..measure.record import RESULTS, ROOT, load
+from ..measure.tables import percent, seconds
+from .gpu import EFFICIENCY
+from .gpu import summary as efficiencies
+
+START, END = "<!-- figures: start -->", "<!-- figures: end -->"
+FILES = ("compare.json", "profile.json", "gpu.json")
+
+
+def render(results: Path) -> str:
+    """Return the Markdown of all records in ``results``, one section a device.
+
+    Raises:
+        ValueError, OSError: a file is no record, or cannot be read.
+    """
+    parts = []
+    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
+        records = {name: load(folder / name) for name in FILES if (folder / name).exists()}
+        if not records:
+            continue
+        device = next(iter(records.values()))["device"]
+        parts.append(f"### {device}")
+        if "compare.json" in records:
+            parts.extend(_compare(records["compare.json"]))
+        if "profile.json" in records:
+            parts.extend(_profile(records["profile.json"], f"bench/results/{folder.name}"))
+        if "gpu.json" in records:
+            parts.extend(_gpu(records["gpu.json"], f"bench/results/{folder.name}"))
+        for path in sorted(folder.glob("algorithms*.json")):
+            parts.extend(_algorithms(load(path)))
+    return "\n\n".join(parts or ["Nothing was recorded yet."])
+
+
+def _made(record: Mapping[str, Any]) -> str:
+    threads = f", {record['threads']} threads" if record["threads"] else ""
+    return (
+        f"`{record['command']}`, {record['date'][:10]}, commit {record['commit']}, torch "
+        f"{record['torch']}, triton {record['triton']}{threads}."
+    )
+
+
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---" if heading.endswith(":") else "---:" for heading in headings]
+    lines = [[h.rstrip(":") for h in headings], rule, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _compare(record: Mapping[str, Any]) -> list[str]:
+    """One table of all comparisons: what was measured, and by which factor ours differs."""
+    rows: list[tuple[str, ...]] = []
+    skipped: dict[str, str] = {}
+    last = ""
+    for row in record["rows"]:
+        if row["status"] == "skipped":
+            skipped[row["subject"]] = row["detail"]
+            continue
+        work = "" if row["work"] == last else row["work"]
+        last = row["work"]
+        if row["status"] == "failed":
+            rows.append((work, row["subject"], "FAILED", "", ""))
+            continue
+        ratio = ""
+        if row.get("ratio") is not None:
+            ratio = f"{row['ratio']:.3g} ({row['ratio_p20']:.3g} to {row['ratio_p80']:.3g})"
+        rows.append(
+            (work, row["subject"], seconds(row["median_s"]), ratio,
+             row.get("compared_with") or "")
+        )  # fmt: skip
+    headings = ("work:", "subject:", "median", "ratio (p20 to p80)", "of the time of:")
+    parts = [f"Ours and others' in turn. {_made(record)}", _markdown(headings, rows)]
+    if skipped:
+        left_out = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        parts.append(f"Left out: {left_out}.")
+    return parts
+
+
+def _profile(record: Mapping[str, Any], folder: str) -> list[str]:
+    """What is measured at the middle level, median over the shapes."""
+    levels = sorted({row["level"] for row in record["rows"]})
+    level = levels[len(levels) // 2]
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    failed = 0
+    for row in record["rows"]:
+        failed += row["status"] == "failed"
+        if row["level"] == level and row["status"] == "ok":
+            found.setdefault((row["operation"], row["pattern"]), []).append(row)
+    rows = []
+    for (operation, pattern), mine in found.items():
+        row = mine[0]
+        speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}x"
+        shape = "all layers" if "," in row["shape"] else row["shape"]
+        rows.append(
+            (operation, pattern, shape, seconds(row["median_s"]), percent(row["of_bound"]),
+             row["bound"], speedup)
+        )  # fmt: skip
+    ceilings = record["ceilings"]
+    gemm = max(ceilings["gemm"].values())
+    headings = (
+        "operation:", "pattern:", "tokens x in x out:", "median", "of its bound", "bound:",
+        "to dense",
+    )  # fmt: skip
+    return [
+        f"Each operation at {100 * level:g} % sparsity, against ceilings measured in the same "
+        f"run: copy {ceilings['copy'] / 1e9:,.0f} GB/s, GEMM {gemm / 1e12:.3g} TFLOP/s. "
+        f"{_made(record)}",
+        _markdown(headings, rows),
+        f"All levels: [{folder}/profile.csv]({folder}/profile.csv), "
+        f"[roofline]({folder}/roofline.png), [speed-up over sparsity]({folder}/speedup.png)."
+        + (f" {failed} results failed their check." if failed else ""),
+    ]
+
+
+def _gpu(record: Mapping[str, Any], folder: str) -> list[str]:
+    """Efficiency by block and product beside the targets, and the other promises."""
+    rows = []
+    for pattern, operation, efficiency in efficiencies(record):
+        side = int(pattern.rpartition("x")[2])
+        target = EFFICIENCY[operation].get(side)
+        rows.append(
+            (pattern, operation, f"{efficiency:.2f}", "" if target is None else f"{target:.2f}")
+        )
+    headings = ("pattern:", "product:", "efficiency against dense", "target")
+    lines = "\n".join(f"- {line}" for line in record["lines"])
+    return [
+        f"Block-sparse products. {_made(record)}",
+        _markdown(headings, rows),
+        lines,
+        f"All of it: [{folder}/gpu.csv]({folder}/gpu.csv), "
+        f"[roofline]({folder}/gpu-roofline.png), [speed-up]({folder}/gpu-speedup.png).",
+    ]
+
+
+def _algorithms(record: Mapping[str, Any]) -> list[str]:
+    """What each algorithm ended at, by seed, and which is no worse than which."""
+    seeds = list(next(iter(record["results"].values())))
+    rows = []
+    for name, by_seed in record["results"].items():
+        values = [by_seed[seed]["metric"] for seed in seeds]
+        level = statistics.mean(by_seed[seed]["level"] for seed in seeds)
+        numbers = [f"{value:.4f}" for value in (statistics.mean(values), *values)]
+        rows.append((name, *numbers, percent(level)))
+    headings = ("algorithm:", "mean", *(f"seed {seed}" for seed in seeds), "sparsity")
+    lines = "\n".join(
+        f"- {claim['subject']} {'is no worse' if claim['holds'] else 'IS WORSE'} than "
+        f"{claim['other']}: {'worse' if claim['difference'] < 0 else 'better'} by "
+        f"{abs(claim['difference']):.4f}, standard error {claim['error']:.4f} of {len(seeds)} "
+        "seeds."
+        for claim in record["claims"]
+    )
+    better = "higher" if record["higher_is_better"] else "lower"
+    return [
+        f"{record['task']}, {record['metric']} of the stripped models ({better} is better), equal "
+        f"steps. {_made(record)}",
+        _markdown(headings, rows),
+        lines,
+    ]
+
+
+def insert(text: str, figures: str) -> str:
+    """Return ``text`` with ``figures`` between the markers.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise ValueError(f"the README must have {START} and {END}")
+    return f"{before}{START}\n{figures}\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if old")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    options = parser.parse_args(arguments)
+    try:
+        text = options.readme.read_text()
+        new = insert(text, render(options.results))
+        if options.check:
+            sys.exit(0 if new == text else f"{options.readme}: its figures are not up to date")
+        if new != text:
+            write_atomic(options.readme, new.encode())
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+import pytest
+import torch
+
+from triton_sparsity.bench.measure import operations as module
+from triton_sparsity.bench.measure.cases import measure_case, to_row
+from triton_sparsity.bench.measure.ceilings import Ceilings
+from triton_sparsity.bench.measure.operands import Operands
+from triton_sparsity.bench.measure.operations import OPERATIONS, operand_cases
+from triton_sparsity.bench.measure.shapes import Shape
+from triton_sparsity.kernels.pattern import NM, Block, Unstructured
+
+CPU = torch.device("cpu")
+SHAPE = Shape(24, 70, 130)  # edge blocks on both sides
+CEILINGS = Ceilings(copy=1e10, cache=1e11, gemm={"float32": 1e11})
+
+
+def operands(pattern, level=0.5, dtype=torch.float32, shape=SHAPE):
+    return Operands(shape, pattern, level, "random", dtype, CPU, "torch")
+
+
+def counted(pattern, level=0.5, dtype=torch.float32):
+    cases = operand_cases(operands(pattern, level, dtype), OPERATIONS)
+    return {case.operation: (case.bytes, case.flops) for case in cases}
+
+
+def test_counts_of_blocks_agree_with_counting_by_hand():
+    # weight 64 x 96, blocks 32 x 32: a grid of 2 x 3, of which half is pruned: 3 blocks of 1024
+    o = operands(Block(32, 32), shape=Shape(10, 96, 64))
+    found = {c.operation: (c.bytes, c.flops) for c in operand_cases(o, OPERATIONS)}
+    weight, kept = 64 * 96, 3 * 1024
+    x, y = 10 * 96, 10 * 64
+    assert found == {
+        "score": (4 * weight + 4 * 6, 0),
+        "select": (4 * 6, 0),
+        "mask": (4 * 6 + 6, 0),
+        # the mask and its copy; row tasks 2 x 3, columns 6, column tasks 3 x 3, rows 6, one bundle
+        # of up to 8 blocks for each of 3 columns, since the weight is wide: 3 x 3; their count
+        "topology": (6 + 6 + 4 * (6 + 6 + 9 + 6 + 9 + 1), 0),
+        "apply": (4 * (kept + weight) + 6, 0),
+        "apply_": (4 * (weight - kept) + 6, 0),
+        "forward": (4 * (x + kept + y), 2 * 10 * kept),
+        "dX": (4 * (y + kept + x), 2 * 10 * kept),
+        "dW": (4 * (x + y + weight), 2 * 10 * kept),
+    }
+
+
+def test_counts_of_single_weights_agree_with_counting_by_hand():
+    # weight 130 x 70 of two bytes: masks are 130 rows of 9 bytes
+    found = counted(Unstructured(), dtype=torch.bfloat16)
+    weight, mask = 130 * 70, 130 * 9
+    x, y = 24 * 70, 24 * 130
+    product = 2 * (x + y + weight) + mask, 2 * 24 * weight
+    assert found == {
+        "select": (2 * weight, 0),
+        "mask": (2 * weight + mask, 0),
+        "pack": (weight + mask, 0),
+        "apply": (2 * 2 * weight + mask, 0),
+        "apply_": (2 * 2 * weight + mask, 0),
+        "forward": product,
+        "dX": product,
+        "dW": product,
+    }
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Block(32, 32), Block(64, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_operation_passes_its_check(pattern, dtype):
+    done = []
+    for case in operand_cases(operands(pattern, dtype=dtype), OPERATIONS):
+        built = case.build()
+        assert built.check() is None, case.operation
+        built.run()
+        if built.dense is not None:
+            built.dense()
+        done.append(case.operation)
+    assert done == list(counted(pattern))
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 8), NM(2, 4, transposable=True)], ids=str)
+def test_every_operation_on_tuples_passes_its_check(pattern):
+    shape = Shape(24, 72, 128)
+    cases = list(operand_cases(operands(pattern, shape=shape), OPERATIONS))
+    assert [case.operation for case in cases] == [
+        "score", "mask", "pack", "apply", "apply_", "forward", "dX", "dW",
+    ]  # fmt: skip
+    for case in cases:
+        assert case.build().check() is None, case.operation
+    groups = 128 * 72 // (16 if pattern.transposable else pattern.m)
+    assert cases[0].bytes == 4 * (128 * 72 + groups)
+    assert cases[1].bytes == 4 * 128 * 72 + 128 * 9
+
+
+def double(function):
+    def wrong(*args, **kwargs):
+        found = function(*args, **kwargs)
+        return [2 * t for t in found] if isinstance(found, list) else 2 * found
+
+    return wrong
+
+
+def invert(function):
+    def wrong(*args, out=None, **kwargs):
+        found = function(*args, **kwargs, **({} if out is None else {"out": out}))
+        for tensor in found if isinstance(found, (list, tuple)) else [found]:
+            if tensor.dtype == torch.bool or tensor.dtype == torch.uint8:
+                tensor.bitwise_not_()
+        return found
+
+    return wrong
+
+
+def shift(function):
+    def wrong(*args, **kwargs):
+        value, *rest = function(*args, **kwargs)
+        return type(function(*args, **kwargs))(value + 1, *rest)
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("function", "breaks", "pattern", "operations"),
+    [
+        ("block_score", double, Block(32, 32), ["score"]),
+        ("select", shift, Block(32, 32), ["select"]),
+        ("make_mask", invert, Block(32, 32), ["mask"]),
+        ("make_mask", invert, Unstructured(), ["mask"]),
+        ("block_topology", invert, Block(32, 32), ["topology"]),
+        ("pack", invert, Unstructured(), ["pack"]),
+        ("apply_mask", double, Block(32, 32), ["apply"]),
+        ("block_sparse_linear", double, Block(32, 32), ["forward", "dX", "dW"]),
+        ("masked_linear", double, Unstructured(), ["forward", "dX", "dW"]),
+    ],
+)
+def test_a_wrong_kernel_is_shown_as_failed_and_has_no_speed(
+    monkeypatch, function, breaks, pattern, operations
+):
+    monkeypatch.setattr(module, function, breaks(getattr(module, function)))
+    cases = list(operand_cases(operands(pattern), operations))
+    assert [case.operation for case in cases] == operations
+    for case in cases:
+        row = to_row(case, [measure_case(case, CPU, 0.0)], CEILINGS)
+        assert row.status == "failed", case.operation
+        assert row.detail
+        assert (
+            row.median_s is row.speedup is row.gb_per_s is row.tflop_per_s is row.dense_s is None
+        )
+
+
+def test_a_kernel_that_raises_is_shown_as_failed(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such instruction\nand more")
+
+    monkeypatch.setattr(module, "apply_mask", broken)
+    (case,) = operand_cases(operands(Block(32, 32)), ["apply"])
+    row = to_row(case, [measure_case(case, CPU, 0.0)], CEILINGS)
+    assert (row.status, row.detail) == ("failed", "RuntimeError: no such instruction")
+
+
+def test_what_does_not_fit_the_memory_is_skipped(monkeypatch):
+    def broken(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "apply_mask", broken)
+    (case,) = operand_cases(operands(Block(32, 32)), ["apply"])
+    row = to_row(case, [measure_case(case, CPU, 0.0)], CEILINGS)
+    assert (row.status, row.detail) == ("skipped", "out of memory")

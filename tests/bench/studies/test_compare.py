@@ -1,0 +1,115 @@
+from functools import partial
+
+import pytest
+import torch
+
+from triton_sparsity.bench.measure.processes import in_turn
+from triton_sparsity.bench.measure.timing import Timing
+from triton_sparsity.bench.peers import (
+    blksprs,
+    dense,
+    semi_structured,
+    stk,
+)
+from triton_sparsity.bench.studies import compare
+from triton_sparsity.bench.studies.compare import TRIAL, Comparison, comparisons, rows
+
+CPU = torch.device("cpu")
+SUBJECTS = {
+    f"{c.title.split(':')[0]}, {i}, {name}": make
+    for i, c in enumerate(comparisons(TRIAL))
+    for name, make in c.subjects.items()
+    # Inductor's own warnings and worker processes are not under test
+    if not isinstance(make, str) and name not in ("dense, compiled", "NNCF")
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta")
+@pytest.mark.parametrize("make", SUBJECTS.values(), ids=SUBJECTS)
+def test_every_subjects_result_is_right_and_can_be_had_twice(make):
+    work = make()
+    work()
+    work()
+
+
+def test_every_peer_is_a_subject_or_has_a_reason():
+    names = {name for c in comparisons(TRIAL) for name in c.subjects}
+    assert names >= {
+        "NNCF", "WeightNormSparsifier", "torch.nn.utils.prune", "torch.sort", "torch.topk",
+        "torch.kthvalue", "dense", "dense, compiled", "torch BSR", "STK", "blksprs",
+        "2:4 by cuSPARSELt",
+    }  # fmt: skip
+    for reason in (
+        stk.available(CPU, (128, 128)),
+        blksprs.available(CPU, (32, 32)),
+        semi_structured.available(CPU),
+    ):
+        assert isinstance(reason, str)
+        assert reason
+    assert dense.compiler(CPU) is None or "C++" in dense.compiler(CPU)
+
+
+def set_up(text):
+    print("set up")
+    return partial(print, text, end="")
+
+
+def fail_check(text):
+    raise AssertionError(f"result is wrong: {text}")
+
+
+def die(text):
+    raise SystemExit(text)
+
+
+def test_what_fails_has_a_reason_and_no_time_and_the_others_go_on():
+    subjects = {
+        "right": partial(set_up, ""),
+        "wrong": partial(fail_check, "by far"),
+        "dead": partial(die, "gone"),
+    }
+    found = in_turn(subjects, 2, 1)
+    assert len(found["right"].seconds) == 2
+    assert found["wrong"] == "AssertionError: result is wrong: by far"
+    assert "gone" in found["dead"]
+    table = rows(Comparison("work", subjects | {"absent": "not installed"}, {}), found)
+    assert [row["status"] for row in table] == ["ok", "failed", "failed", "skipped"]
+    assert all("median_s" not in row and "ratio" not in row for row in table[1:])
+    assert table[3]["detail"] == "not installed"
+
+
+def test_ratios_are_of_the_same_round():
+    times = {"ours": Timing((1.0, 2.0, 6.0)), "theirs": Timing((2.0, 8.0, 6.0), 4000)}
+    subjects = {"ours": lambda: None, "theirs": lambda: None}
+    ours, theirs = rows(
+        Comparison("work", subjects, {"ours": ("theirs", 0.4)}, weights=1000), times
+    )
+    assert (ours["ratio"], ours["compared_with"], ours["ratio_target"]) == (0.5, "theirs", 0.4)
+    assert (ours["ratio_p20"], ours["ratio_p80"]) == (0.25, 1.0)
+    assert (theirs["ratio"], theirs["compared_with"]) == (2.0, "ours")
+    assert theirs["scratch_bytes_per_weight"] == 4
+    assert "reached" not in str(compare.draw("work", [ours]).columns[-1]._cells)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "Mask"], "--only needs --output"),
+        (["--only", "nonsense", "--output", "{}"], "--only must be part of a title"),
+        (["--threads", "0", "--output", "{}"], "--threads must be at least 1, got 0"),
+        (["--device", "cuda:77", "--output", "{}"], "is not there"),
+    ],
+)
+def test_a_bad_option_of_the_comparison_is_told(tmp_path, capsys, monkeypatch, arguments, message):
+    words = [word.format(tmp_path) for word in arguments]
+    monkeypatch.setattr("sys.argv", ["compare", *words])
+    with pytest.raises(SystemExit) as caught:
+        compare.main()
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_numbered_gpu_is_the_one_that_is_measured():
+    assert compare.place_of(torch.device("cuda:1")).kind == torch.device("cuda:1")
+    assert compare.place_of(torch.device("cpu")) == compare.CPU

@@ -1,0 +1,106 @@
+import csv
+from dataclasses import replace
+
+import pytest
+import torch
+
+from triton_sparsity.bench.measure import operations
+from triton_sparsity.bench.measure.record import Row, load
+from triton_sparsity.bench.studies import gpu
+from triton_sparsity.bench.studies.gpu import FULL, TRIAL, break_even, main
+from triton_sparsity.bench.studies.render import render
+
+CPU = torch.device("cpu")
+
+
+def trial(folder, limit=300):
+    return gpu.bench(TRIAL, CPU, folder, limit, 0.0005)
+
+
+def test_a_trial_on_a_cpu_goes_through_every_stage(tmp_path, capsys):
+    folder = tmp_path / "a-cpu"
+    folder.mkdir()
+    record, right = trial(folder)
+    text = capsys.readouterr().out
+    assert right
+    bad = [row for row in record["rows"] if row["status"] != "ok"]
+    assert bad == []
+    found = {row["operation"] for row in record["rows"]}
+    assert found == set(operations.OPERATIONS) - {"training step"} | {"transformer step"}
+    kinds = {(r["level"], r["mask"]) for r in record["rows"] if r["operation"] == "forward"}
+    assert kinds == {
+        (0.5, "random"), (0.5, "skewed"), (0.8, "random"), (0.8, "skewed"), (0.2, "random"),
+    }  # fmt: skip
+    (step,) = (row for row in record["rows"] if row["operation"] == "transformer step")
+    # a fifth of the FLOPs is left
+    assert step["efficiency"] == pytest.approx(0.2 * step["speedup"], rel=0.02)
+    for promise in (
+        "self-check: ", "mask update block 128x128", "apply unstructured", "break-even sparsity",
+        "training step of a transformer block", "Forward product, ours and theirs", "target",
+    ):  # fmt: skip
+        assert promise in text
+    assert {row["subject"] for row in record["peers"]} >= {"ours", "dense", "STK", "blksprs"}
+    assert load(folder / "gpu.json")["rows"][0]["operation"] == "apply"
+    with (folder / "gpu.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(record["rows"])
+    for name in ("gpu-roofline.png", "gpu-speedup.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert "| block:32x32 | forward |" in render(tmp_path)
+
+
+def test_a_wrong_kernel_is_a_row_and_the_rest_is_still_measured(tmp_path, capsys, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(operations, "block_sparse_linear", broken)
+    monkeypatch.setattr(gpu, "peers", lambda run: [])
+    record, right = trial(tmp_path)
+    assert not right
+    status = {row["operation"]: row["status"] for row in record["rows"]}
+    assert status["forward"] == status["dX"] == status["dW"] == "failed"
+    assert status["apply"] == status["mask update"] == "ok"
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_without_time_nothing_is_begun_and_all_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "checks", lambda *_: iter(()))
+    record, _ = trial(tmp_path, limit=0)
+    assert {row["status"] for row in record["rows"]} == {"skipped"}
+    assert {row["detail"] for row in record["rows"]} == {"out of time"}
+    assert {row["status"] for row in record["peers"]} == {"skipped"}
+
+
+def product_rows(level, sparse, dense=(1.0, 1.0, 1.0)):
+    row = Row("", "", "", "", level, "", "ok")
+    return [
+        replace(row, operation=o, median_s=s, dense_s=d, speedup=d / s)
+        for o, s, d in zip(operations.PRODUCTS, sparse, dense, strict=True)
+    ]
+
+
+def test_the_break_even_is_of_all_three_products_and_interpolated():
+    found = [*product_rows(0.2, (1.5, 1.5, 1.5)), *product_rows(0.4, (0.5, 1.0, 0.75))]
+    # 1.5 too much at 0.2, 0.75 too little at 0.4
+    assert break_even(found) == pytest.approx(0.2 + 0.2 * 1.5 / 2.25)
+    assert break_even(found[3:]) == 0.4
+    assert break_even(found[:3]) is None
+    # a product that failed leaves no time to add up
+    assert break_even(found[:5]) is None
+
+
+def test_targets_are_those_of_the_design():
+    assert gpu.EFFICIENCY["dW"] == {256: 0.85, 128: 0.75, 64: 0.45, 32: 0.25}
+    assert set(FULL.blocks) == set(gpu.BREAK_EVEN) == set(gpu.EFFICIENCY["forward"])
+    weights = sum(s.inputs * s.outputs for s in FULL.update)
+    assert weights == 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--trial", "--device=cpu"], "needs --output"), (["--device=tpu"], "got 'tpu'")],
+)
+def test_a_bad_option_is_told(capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err

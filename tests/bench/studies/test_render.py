@@ -1,0 +1,75 @@
+import json
+
+import pytest
+
+from triton_sparsity.bench.measure.record import RESULTS, ROOT, dump
+from triton_sparsity.bench.measure.timing import Timing
+from triton_sparsity.bench.studies.compare import Comparison, rows
+from triton_sparsity.bench.studies.render import END, START, insert, main, render
+
+
+def results(folder):
+    """Write a small record of each kind."""
+    head = {
+        "schema": 1, "device": "a CPU", "device_type": "cpu", "threads": 2, "torch": "2.11",
+        "triton": "3.6", "commit": "abc", "command": "make bench", "date": "2026-01-01T00:00:00",
+    }  # fmt: skip
+    subjects = {
+        "ours": lambda: None,
+        "theirs": lambda: None,
+        "bad": lambda: None,
+        "gone": "absent",
+    }
+    times = {"ours": Timing((1.0,)), "theirs": Timing((2.0,)), "bad": "AssertionError: wrong"}
+    found = rows(Comparison("Some work", subjects, {"ours": ("theirs", 1.0)}), times)
+    folder.mkdir()
+    (folder / "compare.json").write_bytes(dump(head | {"rows": found}))
+    ended = {
+        name: {seed: {"metric": value + int(seed), "level": 0.8} for seed in "01"}
+        for name, value in (("RigL", 2.0), ("SET", 2.5))
+    }
+    claim = {"subject": "RigL", "other": "SET", "difference": 0.5, "error": 0.0, "holds": True}
+    head |= {"task": "stdlib-lm", "metric": "bits per byte", "higher_is_better": False}
+    ended = head | {"results": ended, "claims": [claim, claim | {"holds": False}]}
+    (folder / "algorithms-regrowth.json").write_bytes(dump(ended))
+
+
+def test_the_readme_is_made_from_the_records_alone(tmp_path, capsys):
+    results(tmp_path / "a-cpu")
+    text = render(tmp_path)
+    assert "### a CPU" in text
+    assert "| Some work | ours | 1 s | 0.5 (0.5 to 0.5) | theirs |" in text
+    assert "|  | bad | FAILED |  |  |" in text
+    assert "Left out: gone: absent." in text
+    assert "`make bench`, 2026-01-01, commit abc" in text
+    assert "| RigL | 2.5000 | 2.0000 | 3.0000 | 80 % |" in text
+    assert (
+        "- RigL is no worse than SET: better by 0.5000, standard error 0.0000 of 2 seeds" in text
+    )
+    assert "- RigL IS WORSE than SET" in text
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    arguments = ["--results", str(tmp_path), "--readme", str(readme)]
+    with pytest.raises(SystemExit, match="not up to date"):
+        main([*arguments, "--check"])
+    main(arguments)
+    assert readme.read_text() == f"before\n{START}\n{text}\n{END}\nafter\n"
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--check"])
+    assert caught.value.code == 0
+    readme.write_text("no markers")
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text()
+    assert insert(text, render(RESULTS)) == text
+
+
+def test_results_name_no_path_of_a_machine():
+    for path in RESULTS.glob("*/*.json"):
+        assert "/root" not in path.read_text()
+        assert json.loads(path.read_bytes())["schema"] == 1
