@@ -154,33 +154,14 @@ class LogitWeight(LearnedWeight):
             self.set_grid((kept.T if self.transposed else kept).contiguous())
             self._read_at = key
 
-    @property
-    def binary_mask(self) -> Tensor:
-        """Bool tensor of the weight's shape, True = kept. A copy; assigning turns signs of s."""
-        self.settle()
-        return SparseWeight.binary_mask.fget(self)  # pyright: ignore[reportOptionalCall]
-
-    @binary_mask.setter
-    def binary_mask(self, mask: Tensor) -> None:
-        SparseWeight.binary_mask.fset(self, mask)  # pyright: ignore[reportOptionalCall]
-        kept = SparseWeight.kept_grid(self)
+    def _assign(self, grid: Tensor) -> None:
+        """Turn the signs of logits too, where they say otherwise."""
+        super()._assign(grid)
         with torch.no_grad():
-            kept = kept.T if self.transposed else kept
+            kept = grid.T if self.transposed else grid
             logits = torch.where(kept, INITIAL_LOGIT, -INITIAL_LOGIT)
             self.scores.copy_(torch.where((self.scores > 0) == kept, self.scores, logits))
         self._read_at = self.scores_state()
-
-    def kept_grid(self) -> Tensor:
-        self.settle()
-        return super().kept_grid()
-
-    def pruned_groups(self) -> int:
-        self.settle()
-        return super().pruned_groups()
-
-    def pruned_elements(self) -> int:
-        self.settle()
-        return super().pruned_elements()
 
 
 def logit_weights(

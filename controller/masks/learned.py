@@ -98,7 +98,8 @@ class LearnedWeight(SparseWeight):
     def evaluated(self, weight: Tensor) -> Tensor:
         """Return the weight under the mask of evaluation, differentiable."""
         self.settle()
-        if self.all_kept:
+        # traced, the count would be guarded: an update would compile anew
+        if self.all_kept and not torch.compiler.is_compiling():
             return weight
         return torch.where(self.binary_mask, weight, 0)
 
@@ -172,6 +173,13 @@ class LearnedModule(MaskedModule):
         for weight in self._learned_weights.values():
             weight.follow()
         return self
+
+    def train(self, mode: bool = True) -> Any:
+        # compiled code cannot look at the scores: it reads the mask as it is
+        if not mode:
+            for weight in self._learned_weights.values():
+                weight.settle()
+        return super().train(mode)
 
     @contextmanager
     def _without_scores(self) -> Iterator[None]:

@@ -108,5 +108,8 @@ def _class_of(dense: type[nn.Module]) -> type[nn.Module]:
 
 def note_adapter(parent: nn.Module, child: nn.Module) -> None:
     """Remember that PEFT has put ``parent`` around a layer: it may merge into the weight."""
-    if isinstance(child, BlockSparseLinear) and hasattr(parent, "merged_adapters"):
+    if not isinstance(child, BlockSparseLinear):
+        return
+    # by name: PEFT may be missing
+    if any(base.__name__ == "BaseTunerLayer" for base in type(parent).__mro__):
         child.__dict__["_sparse_adapter"] = weakref.ref(parent), ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 from typing import Any, ClassVar
 
 from torch import nn
@@ -22,7 +21,7 @@ class MaskedModule(nn.Module):
 
     # such classes are made at run time, where pickle cannot find them by name; nor need it
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return copyreg.__newobj__, (original_class(type(self)),), self._state_of_copy()  # pyright: ignore[reportAttributeAccessIssue]
+        return object.__new__, (original_class(type(self)),), self._state_of_copy()
 
 
 def original_class(kind: type[nn.Module]) -> type[nn.Module]:

@@ -221,7 +221,7 @@ def _nonzero(candidates: Sequence[Candidate]) -> list[bool]:
 
 
 def _is_below(name: str, paths: Sequence[str]) -> bool:
-    return any(name == path or name.startswith(f"{path}.") for path in paths)
+    return any(path in ("", name) or name.startswith(f"{path}.") for path in paths)
 
 
 def _is_adapter(name: str, beside: dict[str, str], target_scopes: Sequence[str]) -> bool:

@@ -207,11 +207,15 @@ class SparseWeight:
     @property
     def binary_mask(self) -> Tensor:
         """Bool tensor of the weight's shape, True = kept. A copy: assign to change the mask."""
+        self.settle()
         return self.like_weight(expand_mask(self.mask, self.pattern, self.shape))
 
     @binary_mask.setter
     def binary_mask(self, mask: Tensor) -> None:
-        grid = self._grid_of(mask)
+        self._assign(self._grid_of(mask))
+
+    def _assign(self, grid: Tensor) -> None:
+        """Take over a bool grid from a user, and bring the parameter in line."""
         with dense_weights([self]):
             self.set_grid(grid)
 
@@ -246,6 +250,7 @@ class SparseWeight:
 
     def kept_grid(self) -> Tensor:
         """Return the mask as a bool tensor of one element a group."""
+        self.settle()
         return unpack(self.mask, self.shape[1]) if self.packed else self.mask
 
     @property
@@ -255,10 +260,12 @@ class SparseWeight:
 
     def pruned_groups(self) -> int:
         """Return how many of ``groups`` are pruned."""
+        self.settle()
         return self.groups - self.kept
 
     def pruned_elements(self) -> int:
         """Count the pruned weight elements. Synchronises with the device."""
+        self.settle()
         if self.all_kept:
             return 0
         pruned = ~self.kept_grid()
@@ -346,11 +353,13 @@ class SparseWeight:
                 return functional.linear(x, matrix, bias)
             self.follow()
             return self.linear(x, weight, bias)
+        if not isinstance(weight, nn.Parameter):
+            return functional.linear(x, matrix, bias)
+        if product.unsafe and not self.is_as_left(weight):
+            self.check_blocks()
         if not product.skips(weight.device.type):
             return functional.linear(x, matrix, bias)
         if not self.is_as_left(weight):
-            if weight is not self.module._parameters.get(self.parameter_name):
-                return functional.linear(x, matrix, bias)
             self.check_blocks()
         return functional.linear(x, matrix, bias) if product.unsafe else product(x, matrix, bias)
 

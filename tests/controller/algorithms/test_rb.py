@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import triton_sparsity as ts
-from triton_sparsity.controller import logits as logits_module
-from triton_sparsity.controller.masks.learned import ScoreWatch
+from triton_sparsity.controller.algorithms import logits as logits_module
+from triton_sparsity.controller.algorithms.learned import PATIENCE
 from triton_sparsity.controller.algorithms.logits import INITIAL_LOGIT
 from triton_sparsity.kernels.draw import draw, keeps_draws
 
@@ -150,7 +150,8 @@ def test_a_mask_lasts_for_a_step():
     assert torch.equal(model[0](batch(0)), first)
     again = checkpoint(model[0], batch(0), use_reentrant=False)
     assert torch.equal(again, first)
-    grads = [torch.autograd.grad(y.sum(), model[0].weight)[0] for y in (first, again)]
+    weight = controller.sparsified_module_info[0].weight
+    grads = [torch.autograd.grad(y.sum(), weight)[0] for y in (first, again)]
     assert torch.equal(*grads)
     controller.scheduler.step()
     assert not torch.equal(model[0](batch(0)), first)
@@ -385,23 +386,28 @@ def test_the_multiplier_scales_the_logits_gradients():
         model, controller = build(compression_lr_multiplier=multiplier)
         controller.scheduler.step()
         (model(batch(0)).square().sum() + controller.loss()).backward()
-        grads.append([logits.grad for logits in controller.parameters()] + [model[0].weight.grad])
+        weight = controller.sparsified_module_info[0].weight
+        grads.append([logits.grad for logits in controller.parameters()] + [weight.grad])
     for plain, scaled in zip(grads[0][:2], grads[1][:2], strict=True):
         torch.testing.assert_close(scaled, 4 * plain)
     assert torch.equal(grads[0][2], grads[1][2])
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_go_on_alike(duplicate):
+def test_a_copy_is_a_plain_model_under_the_masks_of_evaluation(duplicate):
     model, controller = build()
     train(model, controller, range(12))
     twin = duplicate(model)
-    assert torch.equal(twin(batch(0)), model(batch(0)))
-    assert twin[0].operands["weight"].scores is twin[0].weight_scores
-    assert twin[0].operands["weight"].draws is twin[2].operands["weight"].draws
-    twin.eval()
+    assert [type(module) for module in twin] == [nn.Linear, nn.ReLU, nn.Linear]
     model.eval()
     assert torch.equal(twin(batch(0)), model(batch(0)))
+    for info, layer in zip(controller.sparsified_module_info, (twin[0], twin[2]), strict=True):
+        assert torch.equal(layer.weight == 0, ~info.operand.binary_mask)
+    # an average of parameters pairs them by their order
+    shapes = [p.shape for p in model.parameters()]
+    assert [p.shape for p in twin.parameters()] == shapes
+    stripped = controller.strip_model(twin)
+    assert stripped.state_dict().keys() == model.state_dict().keys()
 
 
 def test_casting_the_model_leaves_logits_in_float32():
@@ -414,7 +420,7 @@ def test_casting_the_model_leaves_logits_in_float32():
     controller.scheduler.step()
     loss = model(batch(0).bfloat16()).float().square().mean() + controller.loss()
     loss.backward()
-    assert model[0].weight.grad.dtype == torch.bfloat16
+    assert controller.sparsified_module_info[0].weight.grad.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["conv", "embedding", "tied", "attention", "recurrent", "Conv1D"])
@@ -485,13 +491,15 @@ def test_an_optimiser_that_leaves_logits_alone_is_noticed():
     controller = ts.create_controller(model, ts.RBSparsityConfig(schedule=SCHEDULE))
 
     def steps():
-        for step in range(ScoreWatch.PATIENCE + 2):
+        for step in range(PATIENCE + 2):
             controller.scheduler.step()
             optimizer.zero_grad()
             (model(batch(step)).square().mean() + controller.loss()).backward()
             optimizer.step()
 
-    with pytest.warns(UserWarning, match="no optimiser has changed the logits in 20 steps"):
+    with pytest.warns(
+        UserWarning, match="no optimiser has changed the trained scores in 20 steps"
+    ):
         steps()
     optimizer.add_param_group({"params": controller.parameters()})
     with warnings.catch_warnings():

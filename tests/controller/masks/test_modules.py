@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import triton_sparsity as ts
-from triton_sparsity.controller.masks.linear import SparseModule
+from triton_sparsity.controller.masks.module import MaskedModule
 from triton_sparsity.kernels import block_sparse_linear as product
 from triton_sparsity.kernels import dispatch
 from triton_sparsity.kernels.launch import INTERPRET
@@ -161,7 +161,8 @@ def test_parameters_keys_and_classes_stay(kind):
     controller = ts.create_controller(model, CONFIG[PATTERNS[0]])
     assert list(model.state_dict()) == keys
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
-    assert all(isinstance(m, c) for m, c in zip(model.modules(), classes, strict=True))
+    # no block of these patterns is skipped
+    assert [type(m) for m in model.modules()] == classes
     stripped = controller.strip()
     assert list(stripped.state_dict()) == keys
     assert [type(m) for m in stripped.modules()] == classes
@@ -189,11 +190,13 @@ def test_strip_gives_zeros_and_the_same_outputs(kind):
 @pytest.mark.parametrize(
     "how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
 )
-def test_copies_carry_masks_of_their_own(kind, how):
+def test_copies_are_plain_models_with_zeros_of_their_own(kind, how):
     model, x = build(kind)
+    classes = [type(m) for m in model.modules()]
     controller = ts.create_controller(model, CONFIG[PATTERNS[0]])
     want = model(x)
     twin = how(model)
+    assert [type(m) for m in twin.modules()] == classes
     controller.set_sparsity_level(0.0)
     torch.testing.assert_close(twin(x), want)
     assert not torch.allclose(model(x), want)
@@ -262,7 +265,7 @@ def test_a_compiled_model_moves_between_paths_in_one_graph(kind):
     x, paths = _randn(3, 512), []
     for level in (0.0, 0.2, 0.99, 0.3):
         controller.set_sparsity_level(level)
-        paths.append(str(operand.paths))
+        paths.append(operand.path)
         compiled(x).square().sum().backward()
         got, model[0].weight.grad = model[0].weight.grad, None
         model(x).square().sum().backward()
@@ -278,7 +281,7 @@ def test_a_projection_that_attention_reads_itself_has_no_lists():
     ts.create_controller(
         model, ts.MagnitudeSparsityConfig(pattern=ts.Block(16, 16)), dispatch="sparse"
     )
-    assert model.out_proj.operands["weight"].topology is None
+    assert type(model.out_proj) is type(nn.MultiheadAttention(64, 4).out_proj)
 
 
 def test_tied_weights_have_one_mask_and_count_once():
@@ -286,7 +289,6 @@ def test_tied_weights_have_one_mask_and_count_once():
     model[1].weight = model[0].weight
     controller = ts.create_controller(model, CONFIG[PATTERNS[0]])
     assert [i.module_node_name for i in controller.sparsified_module_info] == ["0"]
-    assert model[0].operands["weight"] is model[1].operands["weight"]
     mask = controller.sparsified_module_info[0].operand.binary_mask
     model(_tokens(4, 3)).sum().backward()
     assert (model[0].weight.grad[~mask] == 0).all()
@@ -317,7 +319,7 @@ def test_autocast_takes_the_paths_of_its_own_dtype(compiled, monkeypatch):
             forward(torch.randn(4, 512))
         assert any(any(paths) for paths in taken) is skips
         if not compiled:
-            assert info.operand.paths.forward is skips
+            assert info.operand.product.paths.forward is skips
 
 
 def test_autocast_runs_masked_weights_in_low_precision():
@@ -354,4 +356,4 @@ def test_lora_over_a_sparse_base_trains_and_merges():
         merged = lora.merge_and_unload()
     controller.strip_model(merged)
     assert (merged[0].weight[~mask] == 0).all()
-    assert not any(isinstance(m, SparseModule) for m in merged.modules())
+    assert not any(isinstance(m, MaskedModule) for m in merged.modules())

@@ -1,249 +1,261 @@
-"""One weight and its mask."""
-
-import copy
-import pickle
+"""One sparse weight: its mask, its zeros, the values it keeps, the product that skips its blocks."""
 
 import pytest
 import torch
 from torch import nn
 
 import triton_sparsity as ts
-from triton_sparsity.controller.masks.weight import MaskOperand
+from triton_sparsity.controller.masks.linear import skip_blocks
+from triton_sparsity.controller.masks.weight import (
+    SparseWeight,
+    clear_,
+    dense_weights,
+    leaks,
+)
 from triton_sparsity.kernels.dispatch import Paths
 
-PATTERNS = [ts.Unstructured(), ts.Block(4, 4), ts.Block(1, 8)]
+PATTERNS = [ts.Unstructured(), ts.Block(4, 4), ts.Block(1, 8), ts.NM(2, 4)]
 
 
-def halve(weight, pattern, **options):
-    """An operand that keeps a checkerboard of groups."""
-    operand = MaskOperand(weight, pattern, **options)
-    down, across = operand.grid
+def weight_of(shape, pattern, **options):
+    """A sparse weight of a module that is nothing else, filled at random."""
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.randn(shape))
+    return SparseWeight(module, "weight", "fc", pattern, **options)
+
+
+def halve(weight):
+    """Keep a checkerboard of groups, which is 2:4 too."""
+    down, across = weight.grid
     board = (torch.arange(down)[:, None] + torch.arange(across)) % 2 == 0
-    operand.set_(ts.pack(board) if operand.packed else board, all_kept=False)
-    return operand
+    with dense_weights([weight]):
+        weight.set_grid(board)
+    return weight.binary_mask
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS[:3], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_binary_mask_goes_out_and_comes_in_again(pattern, transposed):
-    weight = nn.Parameter(torch.randn(13, 17))
-    mask = halve(weight, pattern, transposed=transposed).binary_mask
-    assert mask.shape == weight.shape
+    mask = halve(weight_of((13, 17), pattern, transposed=transposed))
+    assert mask.shape == (13, 17)
     assert mask.dtype == torch.bool
-    other = MaskOperand(weight, pattern, transposed=transposed)
-    address = other.mask.data_ptr()
+    other = weight_of((13, 17), pattern, transposed=transposed)
+    dense, address = other.weight.detach().clone(), other.mask.data_ptr()
     other.binary_mask = mask
     assert torch.equal(other.binary_mask, mask)
     assert other.mask.data_ptr() == address
-    torch.testing.assert_close(other.apply(weight), weight * mask)
+    assert torch.equal(other.weight, torch.where(mask, dense, 0.0))
     assert other.pruned_elements() == (~mask).sum()
+    assert other.pruned_groups() == (~other.kept_grid()).sum()
 
 
-def test_a_mask_that_parts_a_block_is_refused():
-    operand = MaskOperand(torch.randn(8, 8), ts.Block(4, 4))
+def test_a_mask_that_does_not_fit_is_refused_and_changes_nothing():
+    weight = weight_of((8, 8), ts.Block(4, 4))
+    before = weight.weight.detach().clone()
     mask = torch.ones(8, 8, dtype=torch.bool)
     mask[5, 5] = False
-    with pytest.raises(ValueError, match="constant within every block 4x4"):
-        operand.binary_mask = mask
-    assert operand.binary_mask.all()
-    with pytest.raises(ValueError, match="must have the weight's shape"):
-        operand.binary_mask = mask[:4]
-
-
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_nothing_behind_the_mask_comes_through(pattern, backend):
-    weight = nn.Parameter(torch.randn(13, 17))
-    operand = halve(weight, pattern, backend=backend)
-    mask = operand.binary_mask
-    with torch.no_grad():
-        weight[~mask] = torch.nan
-    masked = operand.apply(weight)
-    assert torch.equal(masked, torch.where(mask, weight, 0.0))
-    masked.sum().backward()
-    assert torch.equal(weight.grad, mask.float())
-
-
-def test_without_gradient_the_masked_weight_is_computed_once_until_something_changes():
-    weight = nn.Parameter(torch.randn(8, 8))
-    operand = halve(weight, ts.Unstructured())
-    mask = operand.binary_mask
-    with torch.no_grad():
-        first = operand.apply(weight)
-        assert operand.apply(weight) is first
-        weight += 1
-        second = operand.apply(weight)
-        assert second is not first
-        assert torch.equal(second, weight * mask)
-        operand.binary_mask = ~mask
-        assert torch.equal(operand.apply(weight), weight * ~mask)
-        weight.data = torch.ones(8, 8)
-        assert torch.equal(operand.apply(weight), (~mask).float())
-
-
-def test_a_masked_weight_found_in_inference_mode_serves_training_of_other_parameters():
-    weight = nn.Parameter(torch.randn(8, 8), requires_grad=False)
-    operand = halve(weight, ts.Unstructured())
-    with torch.inference_mode():
-        operand.apply(weight)
-    x = torch.randn(2, 8, requires_grad=True)
-    (x @ operand.apply(weight).T).sum().backward()
-    assert x.grad is not None
-
-
-def test_train_and_eval_forget_the_kept_weight_so_that_data_edits_are_seen():
-    layer = nn.Linear(8, 8)
-    ts.create_controller(
-        layer,
-        ts.MagnitudeSparsityConfig(
-            schedule=ts.PolynomialSchedule(initial_level=0.5, target_level=0.5)
-        ),
-    )
-    x = torch.ones(1, 8)
-    with torch.no_grad():
-        layer.eval()(x)
-        layer.weight.data.mul_(2)
-        layer.bias.zero_()
-        got = layer.eval()(x)
-        want = x @ (layer.weight * layer.operands["weight"].binary_mask).T
-    torch.testing.assert_close(got, want)
+    with pytest.raises(ValueError, match="constant within every block 4x4 group of 'fc'"):
+        weight.binary_mask = mask
+    with pytest.raises(ValueError, match=r"must have the shape \(8, 8\) of 'fc', got \(4, 8\)"):
+        weight.binary_mask = mask[:4]
+    assert weight.binary_mask.all()
+    assert torch.equal(weight.weight, before)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_fold_writes_zeros_into_any_layout(pattern, layout):
-    weight = nn.Parameter(torch.randn(8, 4, 3, 3))
+@pytest.mark.parametrize("keep", [True, False])
+def test_values_leave_the_weight_and_come_back(pattern, layout, keep):
+    weight = weight_of((8, 4, 3, 3), pattern)
     if layout == "channels_last":
-        weight = nn.Parameter(weight.detach().to(memory_format=torch.channels_last))
-    operand = halve(weight, pattern)
-    want = torch.where(operand.binary_mask, weight.detach(), 0.0)
-    torch.testing.assert_close(operand.apply(weight).detach(), want)
-    operand.fold_(weight)
-    assert torch.equal(weight.detach(), want)
+        weight.weight.data = weight.weight.data.to(memory_format=torch.channels_last)
+    weight.keeps_values = keep
+    dense = weight.weight.detach().clone()
+    mask = halve(weight)
+    assert torch.equal(weight.weight, torch.where(mask, dense, 0.0))
+    with dense_weights([weight]):
+        assert torch.equal(weight.weight, dense if keep else torch.where(mask, dense, 0.0))
+        weight.set_grid(torch.ones(weight.grid, dtype=torch.bool))
+    assert torch.equal(weight.weight, dense if keep else torch.where(mask, dense, 0.0))
+    assert weight.values is None
 
 
-def test_a_weight_of_which_nothing_is_pruned_is_used_as_it_is():
-    weight = nn.Parameter(torch.randn(8, 8))
-    operand = MaskOperand(weight, ts.Unstructured())
-    assert operand.apply(weight) is weight
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_values_cost_the_level_for_blocks_and_once_the_weight_for_fine_patterns(pattern):
+    weight = weight_of((64, 64), pattern)
+    weight.keeps_values = True
+    halve(weight)
+    share = 0.5 if isinstance(pattern, ts.Block) else 1.0
+    assert weight.values.nbytes == share * weight.weight.nbytes
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_context_that_fails_has_changed_nothing(pattern):
+    weight = weight_of((16, 16), pattern)
+    weight.keeps_values = True
+    mask, zeros = halve(weight), weight.weight.detach().clone()
+    values = weight.values.clone()
+    with pytest.raises(RuntimeError, match="refused"), dense_weights([weight]):
+        raise RuntimeError("refused")
+    assert torch.equal(weight.binary_mask, mask)
+    assert torch.equal(weight.weight, zeros)
+    assert torch.equal(weight.values, values)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_clearing_a_list_selects_and_leaves_what_is_kept(pattern, dtype):
+    weights = [weight_of(shape, pattern) for shape in ((16, 24), (8, 32), (4, 8))]
+    masks = [halve(weight) for weight in weights]
+    tensors = [torch.randn(mask.shape).to(dtype) for mask in masks]
+    want = [torch.where(m, t, 0) for m, t in zip(masks, tensors, strict=True)]
+    for mask, tensor in zip(masks, tensors, strict=True):
+        tensor[~mask] = torch.nan
+    assert leaks(weights, tensors) == [int((~mask).sum()) for mask in masks]
+    clear_(weights, tensors)
+    assert all(torch.equal(t, w) for t, w in zip(tensors, want, strict=True))
+    assert leaks(weights, tensors) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("pattern", [ts.Unstructured(), ts.Block(4, 8), ts.NM(2, 4)], ids=str)
+def test_experts_are_matrices_of_their_own(pattern, transposed):
+    shape = (3, 16, 8) if transposed else (3, 8, 16)
+    weight = weight_of(shape, pattern, transposed=transposed, experts=True)
+    torch.manual_seed(1)
+    mask = torch.rand(shape) > 2  # nothing kept
+    mask[1] = True  # but one expert
+    weight.binary_mask = mask
+    assert torch.equal(weight.binary_mask, mask)
+    assert torch.equal(weight.weight != 0, mask)
+    # a matrix (out, in), whose groups lie along the inputs of one expert
+    assert weight.shape == ((8, 48) if transposed else (24, 16))
 
 
 DENSE, SPARSE = Paths(False, False, False), Paths(True, True, True)
 
 
-def linear_operand(dispatch="auto", pattern=None, shape=(512, 512), kept=0.1, **options):
-    """A weight for ``linear``, of whose blocks the first ones are kept."""
-    weight = nn.Parameter(torch.randn(shape))
+def linear_of(dispatch="auto", pattern=None, kept=0.1, transposed=False):
+    """A linear, of whose weight's blocks the first ones are kept."""
     pattern = pattern or ts.Block(64, 64)
-    operand = MaskOperand(weight, pattern, dispatch=dispatch, **options)
-    operand.serve_linear()
-    grid = torch.arange(operand.groups).view(operand.grid) < kept * operand.groups
-    operand.set_(ts.pack(grid) if operand.packed else grid, all_kept=False)
-    return operand, weight
+    layer = nn.Linear(512, 512)
+    weight = SparseWeight(layer, "weight", "fc", pattern, dispatch=dispatch, transposed=transposed)
+    skip_blocks(weight, layer, "weight")
+    keep(weight, kept)
+    return layer, weight
+
+
+def keep(weight, share):
+    grid = torch.arange(weight.groups).view(weight.grid) < share * weight.groups
+    with dense_weights([weight]):
+        weight.set_grid(grid)
 
 
 @pytest.mark.parametrize("dispatch", ["sparse", "dense", "auto"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("pattern", [ts.Unstructured(), ts.Block(4, 4), ts.Block(32, 64)], ids=str)
-def test_linear_is_the_product_with_the_masked_weight(pattern, transposed, dispatch):
-    operand, weight = linear_operand(dispatch, pattern, transposed=transposed, kept=0.05)
+def test_linear_is_the_product_with_the_weight(pattern, transposed, dispatch):
+    _, weight = linear_of(dispatch, pattern, transposed=transposed, kept=0.05)
     skips = isinstance(pattern, ts.Block) and pattern.rows > 4 and dispatch != "dense"
-    assert operand.paths == (SPARSE if skips else DENSE)
-    mask = operand.binary_mask
+    assert (weight.product is not None) is skips
+    parameter = weight.weight
     x, bias = torch.randn(7, 512, requires_grad=True), torch.randn(512, requires_grad=True)
-    with torch.no_grad():
-        weight[~mask] = torch.nan
-    y = operand.linear(x, weight, bias)
-    folded = torch.where(mask, weight, 0.0).detach().requires_grad_()
-    want = torch.nn.functional.linear(x, folded.T if transposed else folded, bias)
+    y = weight.linear(x, parameter, bias)
+    twin = parameter.detach().requires_grad_()
+    want = torch.nn.functional.linear(x, twin.T if transposed else twin, bias)
     torch.testing.assert_close(y, want, atol=1e-4, rtol=1e-4)
     grad = torch.randn_like(y)
-    got = torch.autograd.grad(y, (x, weight, bias), grad)
-    dense = torch.autograd.grad(want, (x, folded, bias), grad)
+    got = torch.autograd.grad(y, (x, parameter, bias), grad)
+    dense = torch.autograd.grad(want, (x, twin, bias), grad)
     torch.testing.assert_close(got[0], dense[0], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(got[1], dense[1] * mask, atol=1e-4, rtol=1e-4)
+    mask = weight.binary_mask
+    torch.testing.assert_close(got[1][mask], dense[1][mask], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(got[2], dense[2])
-    assert not got[1][~mask].any()
 
 
 def test_an_update_changes_the_paths_and_keeps_every_address():
-    operand, weight = linear_operand(kept=0.1)
-    addresses = [t.data_ptr() for t in (*operand.topology, *operand._path_flags.values())]
-    assert operand.paths == SPARSE
-    x = torch.randn(3, 512)
-    for kept, paths in ((0.9, DENSE), (0.1, SPARSE)):
-        grid = torch.arange(operand.groups).view(operand.grid) < kept * operand.groups
-        operand.set_(grid, all_kept=False)
-        assert operand.paths == paths
-        assert operand._path_flags[torch.float32].tolist() == list(paths)
-        want = torch.nn.functional.linear(x, operand.binary_mask * weight)
-        torch.testing.assert_close(operand.linear(x, weight, None), want, atol=1e-4, rtol=1e-4)
-    assert addresses == [t.data_ptr() for t in (*operand.topology, *operand._path_flags.values())]
+    layer, weight = linear_of(kept=0.1)
+    product = weight.product
 
+    def addresses():
+        return [t.data_ptr() for t in (*product.topology, *product._flags.values())]
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_a_copy_skips_the_same_blocks_and_goes_its_own_way(way):
-    operand, weight = linear_operand(kept=0.1)
-    twin = way(operand)
+    before = addresses()
+    assert product.paths == SPARSE
     x = torch.randn(3, 512)
-    before = operand.linear(x, weight, None)
-    assert torch.equal(twin.linear(x, weight, None), before)
-    twin.set_(~twin.mask, all_kept=False)
-    assert torch.equal(operand.linear(x, weight, None), before)
-    assert not torch.equal(twin.linear(x, weight, None), before)
+    for share, paths in ((0.9, DENSE), (0.1, SPARSE)):
+        keep(weight, share)
+        assert product.paths == paths
+        assert product._flags[torch.float32].tolist() == list(paths)
+        want = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(layer(x), want, atol=1e-4, rtol=1e-4)
+    assert before == addresses()
 
 
 def test_a_weight_that_becomes_float64_goes_on_densely():
-    operand, weight = linear_operand(kept=0.1)
+    layer, weight = linear_of(kept=0.1)
     x = torch.randn(3, 512)
-    want = operand.linear(x, weight, None)
-    weight.data = weight.data.double()
-    operand.to(weight)
-    assert operand.topology is None
-    got = operand.linear(x.double(), weight, None)
-    torch.testing.assert_close(got.float(), want, atol=1e-4, rtol=1e-4)
+    want = layer(x)
+    layer.double()
+    torch.testing.assert_close(layer(x.double()).float(), want, atol=1e-4, rtol=1e-4)
+    assert weight.product is None
 
 
-def test_without_gradient_to_the_weight_a_dense_product_uses_the_kept_masked_weight():
-    for grad_mode in (torch.no_grad, torch.enable_grad):
-        operand, weight = linear_operand("dense")
-        weight.requires_grad_(grad_mode is torch.no_grad)
-        with grad_mode():
-            operand.linear(torch.randn(3, 512), weight, None)
-            kept = operand._folded[1]
-            operand.linear(torch.randn(3, 512), weight, None)
-        assert operand._folded[1] is kept
-
-
-@pytest.mark.parametrize("dispatch", ["sparse", "dense"])
+@pytest.mark.parametrize("dispatch", ["sparse", "auto"])
 def test_a_dense_weight_gradient_reaches_pruned_groups(dispatch):
-    operand, weight = linear_operand(dispatch)
-    operand.dense_weight_grad = True
+    layer, weight = linear_of(dispatch)
+    weight.product.dense_weight_grad = True
+    weight.product.flag()
     x = torch.randn(3, 512)
-    operand.linear(x, weight, None).sum().backward()
-    torch.testing.assert_close(weight.grad, torch.ones(512, 3) @ x)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, torch.ones(512, 3) @ x)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_the_kept_masked_weight_does_not_outlive_an_optimiser_step(fused):
-    weight = nn.Parameter(torch.randn(8, 8))
-    operand = halve(weight, ts.Unstructured())
-    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
-    weight.grad = torch.ones(8, 8)
+def test_written_blocks_are_multiplied_until_they_are_zero_again():
+    layer, weight = linear_of()
+    weight.leave()
+    x = torch.randn(3, 512)
     with torch.no_grad():
-        operand.apply(weight)
-        optimizer.step()
-        assert torch.equal(operand.apply(weight), weight * operand.binary_mask)
+        layer.weight[-1, -1] = 5.0
+        with pytest.warns(UserWarning, match="1 pruned elements of 'fc' have been written"):
+            got = layer(x)
+        torch.testing.assert_close(
+            got, nn.functional.linear(x, layer.weight, layer.bias), atol=1e-4, rtol=1e-4
+        )
+        assert weight.path == "dense (pruned blocks were written)"
+        layer.weight[-1, -1] = 0.0
+        layer(x)
+    assert weight.path == "block-sparse"
 
 
-def test_memory_of_the_masked_weight_is_for_training_alone():
-    operand, weight = linear_operand("dense")
-    x = torch.randn(3, 512, requires_grad=True)
-    operand.linear(x, weight, None).sum().backward()
-    assert operand._memory is not None
-    assert copy.deepcopy(operand)._memory is None
-    operand.train(False)
-    assert operand._memory is None
-    frozen = weight.detach()
-    operand.linear(x, nn.Parameter(frozen, requires_grad=False), None)
-    assert operand._memory is None
+def test_an_edit_that_leaves_no_trace_is_seen_at_the_switch_to_evaluation():
+    layer, weight = linear_of()
+    weight.leave()
+    layer.weight.data[-1, -1] = 5.0
+    with pytest.warns(UserWarning, match="have been written"):
+        layer.eval()
+    x = torch.randn(3, 512)
+    torch.testing.assert_close(
+        layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_weight_of_somebody_else_is_multiplied_as_it_is():
+    layer, _ = linear_of()
+    x, other = torch.randn(3, 512), torch.randn(512, 512)
+    got = torch.func.functional_call(layer, {"weight": other}, (x,))
+    torch.testing.assert_close(got, nn.functional.linear(x, other, layer.bias))
+
+
+def test_a_method_that_outlives_the_strip_goes_on():
+    model = nn.Sequential(nn.Linear(512, 512))
+    config = ts.MagnitudeSparsityConfig(
+        pattern=ts.Block(64, 64),
+        schedule=ts.PolynomialSchedule(initial_level=0.9, target_level=0.9),
+    )
+    controller = ts.create_controller(model, config)
+    forward, x = model[0].forward, torch.randn(3, 512)
+    want = forward(x)
+    controller.strip(do_copy=False)
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(forward(x), want, atol=1e-4, rtol=1e-4)
