@@ -12,7 +12,10 @@ from triton_sparsity.bench.autotune import crossing, make_search
 from triton_sparsity.bench.autotune_tiles import descend, neighbours
 from triton_sparsity.bench.autotune_tiles import usable as usable_tile
 from triton_sparsity.bench.cli import main
+from triton_sparsity.bench.measure import operations
+from triton_sparsity.bench.measure.cases import Built
 from triton_sparsity.bench.measure.shapes import Shape
+from triton_sparsity.bench.measure.timing import Timing
 from triton_sparsity.kernels import dispatch, tiles, tuning
 from triton_sparsity.kernels.pattern import Block
 from triton_sparsity.kernels.tiles import Tile
@@ -287,3 +290,57 @@ def test_a_bad_option_is_one_line(tmp_path, capsys, arguments, message):
     assert captured.err.startswith("triton-sparsity: error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+def test_a_wrong_kernel_gets_no_break_even_and_is_not_timed(tmp_path, monkeypatch, capsys):
+    right, timed = operations.block_sparse_linear, []
+    monkeypatch.setattr(operations, "block_sparse_linear", lambda *a, **k: 2 * right(*a, **k))
+    monkeypatch.setattr(job, "measure", lambda *_, **__: timed.append(1))
+    output = tmp_path / "table.json"
+    assert run("autotune", *QUICK, "-o", output) == 2
+    assert timed == []
+    error = capsys.readouterr().err
+    assert "2 of 2 could not be measured" in error
+    assert "off by" in error
+    assert not output.exists() or json.loads(output.read_text())["break_even"] == []
+
+
+def tile_row(folder, monkeypatch, check):
+    """Search the forward product's tile with a clock by which every other tile is faster."""
+    block, shape = Block(64, 64), Shape(64, 256, 256)
+    key = "forward", shape.weight, block, torch.bfloat16
+    start = job.tile_of("forward", shape.weight, block, torch.bfloat16, CPU, tuned=False)
+    timed = []
+
+    def measure(work, device, **_):
+        timed.append(tiles.measured[key])
+        return Timing((2.0 if timed[-1] == start else 1.0,))
+
+    built = Built(lambda: None, lambda: check(tiles.measured[key] == start))
+    monkeypatch.setattr(job, "_built", lambda *_: built)
+    monkeypatch.setattr(job, "measure", measure)
+    monkeypatch.setattr(job, "usable", lambda *_, **__: True)
+    search = make_search(
+        shapes="64x256x256", patterns=["block:64"], device="cpu", output=folder / "table.json"
+    )
+    return start, timed, lambda: job._tile_row({}, search, shape, block, torch.bfloat16, "forward")
+
+
+def test_a_tile_with_a_wrong_result_is_never_timed_or_chosen(tmp_path, monkeypatch):
+    start, timed, search = tile_row(
+        tmp_path, monkeypatch, lambda own: None if own else "off by far"
+    )
+    found = search()
+    assert found["tile"] == start._asdict()
+    assert found["tried"] > 3
+    assert timed == [start]
+    # it is the check that keeps them out
+    start, timed, search = tile_row(tmp_path, monkeypatch, lambda own: None)
+    assert search()["tile"] != start._asdict()
+
+
+def test_a_kernel_whose_own_tile_is_wrong_is_an_error(tmp_path, monkeypatch):
+    _, timed, search = tile_row(tmp_path, monkeypatch, lambda own: "off by far")
+    with pytest.raises(ValueError, match=r"the kernel's own tile .* fails: off by far"):
+        search()
+    assert timed == []

@@ -1,10 +1,12 @@
 import json
 
 import pytest
+import torch
 
 from triton_sparsity.bench import doctor_checks as job
 from triton_sparsity.bench.cli import main
 from triton_sparsity.kernels import tuning
+from triton_sparsity.kernels.topology import Topology
 
 
 def run(*arguments):
@@ -31,7 +33,8 @@ def test_json_is_all_that_is_printed(capsys):
 
 
 def wrong_value(function):
-    return lambda *args, **kwargs: function(*args, **kwargs) * 1.01
+    # four steps of bfloat16's rounding are 3 %
+    return lambda *args, **kwargs: function(*args, **kwargs) * 1.1
 
 
 def wrong_gradient(function):
@@ -60,36 +63,91 @@ def nothing(function):
     return lambda *args, **kwargs: None
 
 
+def wrong_gradient_to(argument):
+    """Let the gradient to one argument be wrong, and nothing else."""
+
+    def breaks(function):
+        def broken(*args, **kwargs):
+            args = list(args)
+            args[argument] = args[argument] + 0.1 * (args[argument] - args[argument].detach())
+            return function(*args, **kwargs)
+
+        return broken
+
+    return breaks
+
+
+def wrong_field(field):
+    def breaks(function):
+        def broken(*args, **kwargs):
+            found = function(*args, **kwargs)
+            part = found[field]
+            wrong = ~part if part.dtype in (torch.bool, torch.uint8) else part + 1
+            return type(found)(*found[:field], wrong, *found[field + 1 :])
+
+        return broken
+
+    return breaks
+
+
+def wrong_bits(function):
+    return lambda *args, **kwargs: ~function(*args, **kwargs)
+
+
+LINEAR = "block_sparse_linear"
+
+
 @pytest.mark.parametrize(
-    ("function", "breaks", "problem"),
+    ("function", "breaks", "name", "problem"),
     [
-        ("block_score", wrong_value, "value"),
-        ("block_score", wrong_gradient, "gradient"),
-        ("apply_mask", wrong_value, "value"),
-        ("apply_mask", wrong_gradient, "gradient"),
-        ("apply_mask_", nothing, "in place"),
-        ("block_sparse_linear", wrong_value, "value"),
-        ("block_sparse_linear", wrong_gradient, "gradient to x"),
-        ("select", wrong_list, "k = 1: value"),
-        ("make_mask", wrong_list, "k = 0: mask"),
-        ("pack", lambda function: lambda *a, **k: ~function(*a, **k), "packed"),
-        ("unpack", lambda function: lambda *a, **k: ~function(*a, **k), "unpacked"),
-        ("block_topology", wrong_list, "row_tasks"),
-        ("masked_linear", wrong_value, "value"),
-        ("masked_linear", wrong_gradient, "gradient to x"),
-        ("nm_mask", lambda f: lambda *a, **k: f(*a, **k)._replace(mask=~f(*a, **k).mask), "mask"),
-        ("nm_score", wrong_value, "score"),
-        ("sample_mask", wrong_value, "value"),
-        ("sample_mask", wrong_gradient, "gradient to weight"),
-        ("straight_through", wrong_value, "value"),
+        ("block_score", wrong_value, "block_score", "value"),
+        ("block_score", wrong_gradient, "block_score", "gradient"),
+        ("apply_mask", wrong_value, "apply_mask", "value"),
+        ("apply_mask", wrong_gradient, "apply_mask", "gradient"),
+        ("apply_mask_", nothing, "apply_mask", "in place"),
+        (LINEAR, wrong_value, LINEAR, "value"),
+        (LINEAR, wrong_gradient_to(0), LINEAR, "gradient to x"),
+        (LINEAR, wrong_gradient_to(1), LINEAR, "gradient to weight"),
+        (LINEAR, wrong_gradient_to(3), LINEAR, "gradient to bias"),
+        ("select", wrong_field(0), "select", "k = 1: value"),
+        ("select", wrong_field(1), "select", "k = 0: keep_ties"),
+        ("make_mask", wrong_list, "select", "k = 0: mask"),
+        ("pack", wrong_bits, "pack", "packed"),
+        ("unpack", wrong_bits, "pack", "unpacked"),
+        *(
+            ("block_topology", wrong_field(i), "block_topology", field)
+            for i, field in enumerate(Topology._fields)
+        ),
+        ("masked_linear", wrong_value, "masked_linear", "value"),
+        ("masked_linear", wrong_gradient_to(0), "masked_linear", "gradient to x"),
+        ("masked_linear", wrong_gradient_to(1), "masked_linear", "gradient to weight"),
+        ("nm_mask", wrong_field(0), "nm_mask", "mask"),
+        ("nm_score", wrong_value, "nm_mask", "score"),
+        ("sample_mask", wrong_value, "sample_mask", "value"),
+        ("sample_mask", wrong_gradient_to(0), "sample_mask", "gradient to weight"),
+        ("sample_mask", wrong_gradient_to(1), "sample_mask", "gradient to scores"),
+        ("straight_through", wrong_value, "straight_through", "value"),
+        ("straight_through", wrong_gradient_to(0), "straight_through", "gradient to weight"),
+        ("straight_through", wrong_gradient_to(1), "straight_through", "gradient to scores"),
     ],
 )
-def test_every_kernel_that_is_wrong_is_found(monkeypatch, capsys, function, breaks, problem):
+def test_every_check_of_a_kernel_that_is_wrong_fails(
+    monkeypatch, capsys, function, breaks, name, problem
+):
     monkeypatch.setattr(job, function, breaks(getattr(job, function)))
     assert run("doctor", "--device=cpu", "--json") == 1
-    failed = [r for r in json.loads(capsys.readouterr().out)["rows"] if r["status"] == "failed"]
-    assert failed
-    assert any(row["detail"].startswith(problem) for row in failed), failed
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    mine = [row for row in rows if row["check"].split()[0].rstrip(",") == name]
+    assert mine
+    for row in mine:
+        assert row["status"] == "failed", row
+    assert any(row["detail"].startswith(problem) for row in mine), mine
+    # what is computed by a kernel that is wrong is wrong as well, everything else is right
+    others = {row["check"].split()[0] for row in rows if row["status"] == "failed"} - {
+        name,
+        f"{name},",
+    }
+    assert others <= ({LINEAR} if function == "block_topology" else set())
 
 
 def test_a_kernel_that_raises_is_one_failed_check(monkeypatch, capsys):

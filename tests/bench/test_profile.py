@@ -7,6 +7,7 @@ import torch
 
 from triton_sparsity.bench import profile as job
 from triton_sparsity.bench.cli import main
+from triton_sparsity.bench.measure import operations
 from triton_sparsity.bench.measure.ceilings import Ceilings, measure_ceilings
 from triton_sparsity.bench.measure.drift import drift
 from triton_sparsity.bench.measure.record import load
@@ -83,8 +84,6 @@ def test_a_profile_leaves_its_table_files_and_pictures(tmp_path, capsys):
 
 
 def test_a_pass_checks_once_and_then_times(monkeypatch):
-    from triton_sparsity.bench.measure import operations
-
     calls, masked = [], operations.apply_mask
     monkeypatch.setattr(
         operations, "apply_mask", lambda *a, **k: (calls.append(1), masked(*a, **k))[1]
@@ -222,8 +221,6 @@ def test_json_is_all_that_is_printed(tmp_path, capsys):
 
 
 def test_what_fails_is_listed_with_its_reason_and_without_speed(tmp_path, capsys, monkeypatch):
-    from triton_sparsity.bench.measure import operations
-
     monkeypatch.setattr(operations, "apply_mask", lambda weight, *_, **__: weight + 1)
     assert run("profile", *QUICK, "--operation=apply", "-o", tmp_path) == 1
     text = capsys.readouterr().out
@@ -270,3 +267,21 @@ def test_nothing_to_measure_is_an_error():
     plan = job.make_plan(**SMALL | {"patterns": ["nm:2:4"], "operations": ["topology"]}, passes=1)
     with pytest.raises(ValueError, match=r"nothing to measure.*: topology with 2:4"):
         job.profile(plan, lambda *_: None)
+
+
+def test_what_failed_in_the_first_pass_is_not_timed_in_the_others(monkeypatch):
+    ran = []
+
+    def wrong(weight, *_, **__):
+        ran.append(1)
+        return weight + 1
+
+    monkeypatch.setattr(operations, "apply_mask", wrong)
+    # passes here: what is patched is not so in other processes
+    monkeypatch.setattr(job, "in_a_process", job.one_pass)
+    plan = job.make_plan(**SMALL | {"operations": ["apply", "pack", "apply_"]}, passes=3)
+    rows = {row["operation"]: row for row in job.profile(plan, lambda *_: None)["rows"]}
+    assert (rows["apply"]["status"], rows["apply"]["median_s"]) == ("failed", None)
+    assert rows["apply_"]["status"] == "ok"
+    assert rows["apply_"]["runs"] == 3 * 3
+    assert len(ran) == 1

@@ -5,9 +5,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from triton_sparsity.bench import recommend as job
 from triton_sparsity.bench.cli import main
+from triton_sparsity.bench.measure import operations
 from triton_sparsity.bench.measure.ceilings import Ceilings
 from triton_sparsity.bench.measure.shapes import Shape
+from triton_sparsity.bench.measure.timing import Timing
 from triton_sparsity.bench.recommend import choose, magnitude_kept, modelled_speedup
 from triton_sparsity.kernels.pattern import Block, Unstructured
 
@@ -138,3 +141,29 @@ def test_a_bad_model_is_one_line(tmp_path, capsys, content, message):
     assert captured.err.startswith("triton-sparsity: error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+def test_a_wrong_product_is_not_timed_and_recommends_nothing(monkeypatch):
+    timed = []
+
+    def measure(*_, **__):
+        timed.append(1)
+        return Timing((1.0,))
+
+    monkeypatch.setattr(job, "measure", measure)
+    arguments = (
+        Counter({Shape(16, 64, 64): 1}),
+        Block(32, 32),
+        0.5,
+        torch.device("cpu"),
+        "torch",
+        0.0,
+    )
+    assert job._measured(*arguments) == 1
+    assert len(timed) == 6
+    right = operations.block_sparse_linear
+    monkeypatch.setattr(operations, "block_sparse_linear", lambda *a, **k: 2 * right(*a, **k))
+    timed.clear()
+    with pytest.raises(ValueError, match=r"recommend: 16x64x64 block 32x32 forward: off by"):
+        job._measured(*arguments)
+    assert timed == []

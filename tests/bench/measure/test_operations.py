@@ -99,51 +99,158 @@ def double(function):
 
 
 def invert(function):
-    def wrong(*args, out=None, **kwargs):
-        found = function(*args, **kwargs, **({} if out is None else {"out": out}))
+    """Flip every flag of the masks and bits that come back or are written."""
+
+    def wrong(*args, **kwargs):
+        found = function(*args, **kwargs)
         for tensor in found if isinstance(found, (list, tuple)) else [found]:
-            if tensor.dtype == torch.bool or tensor.dtype == torch.uint8:
+            if tensor.dtype in (torch.bool, torch.uint8):
                 tensor.bitwise_not_()
         return found
 
     return wrong
 
 
-def shift(function):
-    def wrong(*args, **kwargs):
-        value, *rest = function(*args, **kwargs)
-        return type(function(*args, **kwargs))(value + 1, *rest)
+def shift(field):
+    """Add one to a field of a tuple of tensors."""
+
+    def breaks(function):
+        def wrong(*args, **kwargs):
+            found = function(*args, **kwargs)
+            part = found[field]
+            part.logical_not_() if part.dtype == torch.bool else part.add_(1)
+            return found
+
+        return wrong
+
+    return breaks
+
+
+def leave(function):
+    """Write nothing."""
+
+    def wrong(*args, out=None, **kwargs):
+        return function(*args, **kwargs) if out is None else out
 
     return wrong
+
+
+def nothing(function):
+    return lambda *args, **kwargs: None
+
+
+def scale_gradient(argument):
+    """Let the gradient to one argument be wrong, and nothing else."""
+
+    def breaks(function):
+        def wrong(*args, **kwargs):
+            args = list(args)
+            if args[argument].requires_grad:
+                args[argument] = args[argument] + 0.1 * (args[argument] - args[argument].detach())
+            return function(*args, **kwargs)
+
+        return wrong
+
+    return breaks
+
+
+def leak_gradient(function):
+    """Let pruned weights have a tiny gradient."""
+
+    def wrong(x, weight, *args, **kwargs):
+        if weight.requires_grad:
+            weight = weight.clone()
+            weight.register_hook(lambda gradient: gradient + 1e-30)
+        return function(x, weight, *args, **kwargs)
+
+    return wrong
+
+
+def drop_one(function):
+    """Prune one group more."""
+
+    def wrong(*args, **kwargs):
+        masks = function(*args, **kwargs)
+        row, column = masks[0].nonzero()[0]
+        masks[0][row, column] = 0
+        return masks
+
+    return wrong
+
+
+TUPLES = NM(2, 4), NM(2, 4, transposable=True)
 
 
 @pytest.mark.parametrize(
     ("function", "breaks", "pattern", "operations"),
     [
         ("block_score", double, Block(32, 32), ["score"]),
-        ("select", shift, Block(32, 32), ["select"]),
-        ("make_mask", invert, Block(32, 32), ["mask"]),
-        ("make_mask", invert, Unstructured(), ["mask"]),
-        ("block_topology", invert, Block(32, 32), ["topology"]),
+        # whose masks are wrong then, too
+        *(("select", shift(field), Block(32, 32), ["select", "mask"]) for field in range(2)),
+        *(
+            ("make_mask", breaks, pattern, ["mask"])
+            for breaks in (invert, leave, drop_one)
+            for pattern in (Block(32, 32), Unstructured())
+        ),
+        *(("block_topology", shift(field), Block(32, 32), ["topology"]) for field in range(7)),
+        ("block_topology", leave, Block(32, 32), ["topology"]),
         ("pack", invert, Unstructured(), ["pack"]),
         ("apply_mask", double, Block(32, 32), ["apply"]),
+        ("apply_mask", double, Unstructured(), ["apply"]),
+        ("apply_mask_", nothing, Block(32, 32), ["apply_"]),
+        ("apply_mask_", nothing, Unstructured(), ["apply_"]),
         ("block_sparse_linear", double, Block(32, 32), ["forward", "dX", "dW"]),
+        ("block_sparse_linear", scale_gradient(0), Block(32, 32), ["dX"]),
+        ("block_sparse_linear", scale_gradient(1), Block(32, 32), ["dW"]),
+        ("block_sparse_linear", leak_gradient, Block(32, 32), ["dW"]),
         ("masked_linear", double, Unstructured(), ["forward", "dX", "dW"]),
+        ("masked_linear", scale_gradient(0), Unstructured(), ["dX"]),
+        ("masked_linear", scale_gradient(1), Unstructured(), ["dW"]),
+        ("masked_linear", leak_gradient, Unstructured(), ["dW"]),
+        *(
+            (function, breaks, pattern, operations)
+            for pattern in TUPLES
+            for function, breaks, operations in (
+                ("nm_score", double, ["score"]),
+                ("nm_mask", invert, ["mask"]),
+                ("nm_mask", leave, ["mask"]),
+                ("apply_mask", double, ["apply"]),
+                ("apply_mask_", nothing, ["apply_"]),
+                ("masked_linear", double, ["forward", "dX", "dW"]),
+            )
+        ),
     ],
 )
 def test_a_wrong_kernel_is_shown_as_failed_and_has_no_speed(
     monkeypatch, function, breaks, pattern, operations
 ):
+    shape = Shape(24, 72, 128) if isinstance(pattern, NM) else SHAPE
     monkeypatch.setattr(module, function, breaks(getattr(module, function)))
-    cases = list(operand_cases(operands(pattern), operations))
-    assert [case.operation for case in cases] == operations
-    for case in cases:
-        row = to_row(case, [measure_case(case, CPU, 0.0)], CEILINGS)
-        assert row.status == "failed", case.operation
+    cases = list(operand_cases(operands(pattern, shape=shape), OPERATIONS))
+    shown = {
+        case.operation: to_row(case, [measure_case(case, CPU, 0.0)], CEILINGS) for case in cases
+    }
+    assert [name for name, row in shown.items() if row.status == "failed"] == operations
+    for row in (shown[name] for name in operations):
         assert row.detail
         assert (
             row.median_s is row.speedup is row.gb_per_s is row.tflop_per_s is row.dense_s is None
         )
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    ran = []
+
+    def wrong(*args, **kwargs):
+        ran.append(1)
+        return 2 * apply_mask(*args, **kwargs)
+
+    apply_mask = module.apply_mask
+    monkeypatch.setattr(module, "apply_mask", wrong)
+    (case,) = operand_cases(operands(Block(32, 32)), ["apply"])
+    assert measure_case(case, CPU, 0.0).timing is None
+    # by its check alone
+    assert len(ran) == 1
 
 
 def test_a_kernel_that_raises_is_shown_as_failed(monkeypatch):

@@ -1,3 +1,4 @@
+import json
 from functools import partial
 
 import pytest
@@ -113,3 +114,19 @@ def test_a_bad_option_of_the_comparison_is_told(tmp_path, capsys, monkeypatch, a
 def test_a_numbered_gpu_is_the_one_that_is_measured():
     assert compare.place_of(torch.device("cuda:1")).kind == torch.device("cuda:1")
     assert compare.place_of(torch.device("cpu")) == compare.CPU
+
+
+@pytest.mark.parametrize(("wrong", "code"), [("ours, quick", 1), ("theirs", 0)])
+def test_what_is_wrong_of_ours_makes_the_comparison_fail(tmp_path, monkeypatch, wrong, code):
+    found = {"ours, quick": Timing((1.0,)), "theirs": Timing((2.0,))} | {wrong: "off by far"}
+    subjects = dict.fromkeys(found, set_up)
+    monkeypatch.setattr(compare, "comparisons", lambda place: [Comparison("work", subjects, {})])
+    monkeypatch.setattr(compare, "in_turn", lambda *_: found)
+    monkeypatch.setattr("sys.argv", ["compare", "--trial", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as caught:
+        compare.main()
+    assert caught.value.code == code
+    rows = json.loads((tmp_path / "compare.json").read_bytes())["rows"]
+    (failed,) = (row for row in rows if row["status"] == "failed")
+    assert failed["detail"] == "off by far"
+    assert "median_s" not in failed

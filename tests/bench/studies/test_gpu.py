@@ -1,10 +1,14 @@
 import csv
+import io
+import time
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from triton_sparsity.bench.measure import operations
+from triton_sparsity.bench.measure.ceilings import Ceilings
 from triton_sparsity.bench.measure.record import Row, load
 from triton_sparsity.bench.studies import gpu
 from triton_sparsity.bench.studies.gpu import FULL, TRIAL, break_even, main
@@ -104,3 +108,99 @@ def test_a_bad_option_is_told(capsys, arguments, message):
         main(arguments)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def a_run():
+    ceilings = Ceilings(copy=1e10, cache=1e11, gemm={"float32": 1e11})
+    out = Console(file=io.StringIO(), width=200)
+    return gpu.Run(
+        TRIAL, CPU, "torch", torch.float32, ceilings, time.perf_counter() + 60, 0.0, out
+    )
+
+
+def test_a_self_check_that_disagrees_is_told_and_counts(monkeypatch):
+    def fails():
+        raise RuntimeError("no such instruction")
+
+    checks = [("fine", lambda: None), ("wrong", lambda: "off by 1"), ("broken", fails)]
+    monkeypatch.setattr(gpu, "checks", lambda *_: iter(checks))
+    run = a_run()
+    assert gpu.self_check(run) is False
+    assert run.lines == [
+        "FAILED wrong: off by 1",
+        "FAILED broken: RuntimeError: no such instruction",
+        "self-check: 1 of 3 agree with the reference",
+    ]
+    monkeypatch.setattr(gpu, "checks", lambda *_: iter(checks[:1]))
+    assert gpu.self_check(a_run()) is True
+
+
+def scale_gradients(model):
+    # of so small a model some are pruned whole
+    for weight in model.parameters():
+        weight.register_hook(lambda gradient: 1.5 * gradient)
+
+
+def leak_gradients(model):
+    for weight in model.parameters():
+        weight.register_hook(lambda gradient: gradient + gradient.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "level", "detail"),
+    [
+        (scale_gradients, 0.8, ": off by"),
+        (leak_gradients, 0.8, ": off by"),
+        (lambda model: None, 0.4, "groups are pruned, not"),
+    ],
+)
+def test_a_wrong_transformer_step_is_shown_as_failed_and_is_not_timed(
+    monkeypatch, spoil, level, detail
+):
+    sparsify = gpu.sparsify
+
+    def spoilt(model, pattern, _, backend):
+        controller = sparsify(model, pattern, level, backend)
+        spoil(model)
+        return controller
+
+    monkeypatch.setattr(gpu, "sparsify", spoilt)
+    run = a_run()
+    gpu.transformer_step(run)
+    (row,) = run.rows
+    assert (row.status, row.median_s, row.speedup) == ("failed", None, None)
+    assert detail in row.detail
+    assert "failed" in run.lines[-1]
+    assert "x (target" not in run.lines[-1]
+
+
+def quiet(name):
+    def stage(run):
+        pass
+
+    stage.__name__ = name
+    return stage
+
+
+@pytest.mark.filterwarnings("ignore:Sparse BSR tensor support is in beta")
+def test_a_product_that_is_wrong_has_no_time_and_ours_counts(monkeypatch, tmp_path):
+    linear, ours = gpu.dense.linear, operations.block_sparse_linear
+    monkeypatch.setattr(gpu.dense, "compiler", lambda device: "not under test")
+    monkeypatch.setattr(gpu.dense, "linear", lambda x, w: lambda: 1.01 * linear(x, w)())
+    monkeypatch.setattr(operations, "block_sparse_linear", lambda *a, **k: 1.01 * ours(*a, **k))
+    found = {row["subject"]: row for row in gpu.peers(a_run())}
+    for name in ("ours", "dense"):
+        assert found[name]["status"] == "failed"
+        assert "off by" in found[name]["detail"]
+        assert "median_s" not in found[name]
+    assert found["torch BSR"]["status"] == "ok"
+
+    # theirs alone is no fault of ours
+    for stage in ("applications", "updates", "transformer_step", "products", "product_table"):
+        monkeypatch.setattr(gpu, stage, quiet(stage))
+    monkeypatch.setattr(gpu, "checks", lambda *_: iter(()))
+    for subject, right in (("ours", False), ("dense", True)):
+        monkeypatch.setattr(
+            gpu, "peers", lambda run, s=subject: [{"subject": s, "status": "failed"}]
+        )
+        assert trial(tmp_path)[1] is right

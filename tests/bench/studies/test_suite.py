@@ -32,3 +32,18 @@ def test_the_suite_records_the_profile_and_the_comparison(tmp_path, monkeypatch,
     assert [row["status"] for row in record["rows"]] == ["ok"]
     assert "moved the median of a known product by +0.4%" in capsys.readouterr().out
     assert (tmp_path / "roofline.png").exists()
+
+
+def test_a_profile_with_a_wrong_row_makes_the_suite_fail(tmp_path, monkeypatch):
+    record = {"rows": [{"status": "ok"}, {"status": "failed"}], "notes": []}
+    monkeypatch.setattr(compare, "run", lambda *_: True)
+    monkeypatch.setattr(profile, "profile", lambda plan, progress: record)
+    monkeypatch.setattr(profile, "save", lambda record, folder: [])
+    monkeypatch.setattr(suite, "show_profile", lambda *_: None)
+    monkeypatch.setattr(suite, "profiler_overhead", lambda device, pairs: 0.004)
+    monkeypatch.setattr(sys, "argv", ["suite", "--device", "cpu", "--output", str(tmp_path)])
+    for wrong, code in ((True, 1), (False, 0)):
+        record["rows"][1]["status"] = "failed" if wrong else "skipped"
+        with pytest.raises(SystemExit) as caught:
+            suite.main()
+        assert caught.value.code == code
