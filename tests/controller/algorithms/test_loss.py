@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from triton_sparsity.controller.api import CompressionStage, StripFormat
 from triton_sparsity.controller.algorithms.loss import CompressionLoss, ZeroCompressionLoss
+from triton_sparsity.controller.api import CompressionStage, StripFormat
 
 UNCOMPRESSED, PARTIALLY, FULLY = CompressionStage
 

@@ -3,16 +3,16 @@ import math
 
 import pytest
 
+from triton_sparsity.controller.algorithms.scheduler import (
+    CompressionScheduler,
+    SparsityScheduler,
+    StubScheduler,
+)
 from triton_sparsity.controller.config.schedule import (
     AdaptiveSchedule,
     ExponentialSchedule,
     MultistepSchedule,
     PolynomialSchedule,
-)
-from triton_sparsity.controller.algorithms.scheduler import (
-    CompressionScheduler,
-    SparsityScheduler,
-    StubScheduler,
 )
 
 LINEAR = PolynomialSchedule(

@@ -5,19 +5,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from triton_sparsity.controller.algorithms.magnitude import MagnitudeSparsityConfig
 from triton_sparsity.controller.config.algorithm import (
     BatchNormAdaptation,
     Override,
     parse_pattern,
 )
-from triton_sparsity.controller.algorithms.magnitude import MagnitudeSparsityConfig
-from triton_sparsity.controller.nncf import from_nncf, parse_config
 from triton_sparsity.controller.config.schedule import (
     AdaptiveSchedule,
     ExponentialSchedule,
     MultistepSchedule,
     PolynomialSchedule,
 )
+from triton_sparsity.controller.nncf import from_nncf, parse_config
 from triton_sparsity.kernels.pattern import NM, Block, Unstructured
 
 SECTION = {"algorithm": "magnitude_sparsity"}
