@@ -32,6 +32,7 @@ from .bits import (
     word_mask,
 )
 from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
+from .table import find_tensor
 
 if TYPE_CHECKING:
     from .select import Threshold
@@ -94,13 +95,6 @@ def make_mask_reference(
 
 
 @triton.jit
-def _find_tensor(first_ptr, N: tl.constexpr):
-    """Return which tensor a program works on, given the first program of each, ascending."""
-    first = tl.load(first_ptr + tl.arange(0, N))  # [N]
-    return tl.sum((first <= tl.program_id(0)).to(tl.int32)) - 1
-
-
-@triton.jit
 def _compare_kernel(
     table_ptr,
     value_ptr,
@@ -115,7 +109,7 @@ def _compare_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    entry = table_ptr + _find_tensor(table_ptr, N)
+    entry = table_ptr + find_tensor(table_ptr, N)
     tile = (tl.program_id(0) - tl.load(entry)).to(INDEX)
     x_ptr = tl.load(entry + 2 * N).to(tl.pointer_type(DTYPE))
     out_ptr = tl.load(entry + 3 * N).to(tl.pointer_type(tl.uint8))
@@ -239,7 +233,7 @@ def _ties_kernel(
     BLOCK_U: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    entry = table_ptr + _find_tensor(table_ptr + N, N)
+    entry = table_ptr + find_tensor(table_ptr + N, N)
     tile = (tl.program_id(0) - tl.load(entry + N)).to(INDEX)
     out_ptr = tl.load(entry + 3 * N).to(tl.pointer_type(tl.uint8))
     R = tl.load(entry + 4 * N).to(INDEX)
