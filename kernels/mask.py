@@ -31,6 +31,7 @@ from .bits import (
     unpack,
     word_mask,
 )
+from .grid import ceil_div
 from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
 from .table import find_tensor
 
@@ -305,16 +306,15 @@ def _launch(
             continue
         layout, (rows, cols), strides, block_r, block_c = _tiling(tensor, mask, packed)
         block_u = max(1, TIES_TILE[packed and layout == "flat"] // block_c)
-        # not triton.cdiv, which takes microseconds
-        pieces = -(-cols // block_c)
+        pieces = ceil_div(cols, block_c)
         entry = (
-            -(-rows // block_r) * pieces,
-            -(-rows * pieces // block_u),
+            ceil_div(rows, block_r) * pieces,
+            ceil_div(rows * pieces, block_u),
             *(tensor.data_ptr(), mask.data_ptr(), rows, cols, *strides, units, equal_bytes, i),
         )
         launches.setdefault((tensor.dtype, layout, block_r, block_c, block_u), []).append(entry)
         units += rows * pieces
-        equal_bytes += -(-rows * -(-cols // 8) // 16) * 16
+        equal_bytes += ceil_div(rows * ceil_div(cols, 8), 16) * 16
     if not launches:
         return
     equal = value.new_empty(equal_bytes, dtype=torch.uint8)

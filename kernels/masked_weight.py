@@ -15,7 +15,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .bits import WORDS, chunk_of, expand_mask, word_mask
+from .bits import WORDS, chunk_of, expand_mask, packed_shape, word_mask
+from .grid import ceil_div
 from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
 from .pattern import Block, Pattern, Unstructured, grid_shape
 from .pruned import launch_pruned
@@ -159,7 +160,7 @@ def _launch(weight: Tensor, mask: Tensor, rows: int, cols: int, out: Tensor) -> 
     elif transposed:
         w, o, m, M, N, rows, cols = w.T, o.T, m.T, N, M, cols, rows
     tile = _tile(cols, packed and transposed)
-    grid = (triton.cdiv(M, tile["TILE_M"]) * triton.cdiv(N, tile["CHUNKS"] * tile["WIDTH"]),)
+    grid = (ceil_div(M, tile["TILE_M"]) * ceil_div(N, tile["CHUNKS"] * tile["WIDTH"]),)
     layout = {"ROWS": rows, "COLS": cols, "INDEX": index_type(w, m, o), **tile}
     with on_device(weight):
         _apply_mask_kernel[grid](
@@ -288,11 +289,11 @@ def check_mask(operation: str, weight: Tensor, mask: Tensor, pattern: Pattern) -
         raise ValueError(f"{operation}: weight must be a matrix, got shape {tuple(weight.shape)}")
     R, C = weight.shape
     if mask.dtype == torch.uint8 and not isinstance(pattern, Block):
-        expected = R, -(-C // 8)
+        expected = packed_shape((R, C))
     elif mask.dtype == torch.bool and isinstance(pattern, Block):
         expected = grid_shape(pattern, (R, C))
     elif mask.dtype == width:
-        expected = -(-R // pattern.rows), C
+        expected = ceil_div(R, pattern.rows), C
     else:
         compact = "bool" if isinstance(pattern, Block) else "uint8"
         raise TypeError(
