@@ -33,9 +33,9 @@ from triton_sparsity.kernels.block_score import block_score
 from triton_sparsity.kernels.block_sparse_linear import block_sparse_linear
 from triton_sparsity.kernels.learned_mask import sample_mask, straight_through
 from triton_sparsity.kernels.mask import make_mask, pack, unpack
-from triton_sparsity.kernels.masked_linear import masked_linear
-from triton_sparsity.kernels.masked_weight import apply_mask, apply_mask_
+from triton_sparsity.kernels.masked_weight import apply_mask, apply_mask_, count_leaks
 from triton_sparsity.kernels.pattern import NM, Block, Unstructured
+from triton_sparsity.kernels.retained import put_back_, take_pruned
 from triton_sparsity.kernels.select import Threshold, select
 from triton_sparsity.kernels.semi_structured import NMMask, nm_mask, nm_score
 from triton_sparsity.kernels.topology import Topology, block_topology
@@ -76,14 +76,16 @@ __all__ = [
     "block_score",
     "block_sparse_linear",
     "block_topology",
+    "count_leaks",
     "create_controller",
     "make_mask",
-    "masked_linear",
     "nm_mask",
     "nm_score",
     "pack",
+    "put_back_",
     "sample_mask",
     "select",
     "straight_through",
+    "take_pruned",
     "unpack",
 ]

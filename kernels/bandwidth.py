@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .grid import ceil_div
 from .launch import Backend, on_device, tl, triton, use_triton
 from .tiles import device_of
 
@@ -43,7 +44,7 @@ def _read_kernel(data_ptr, sums_ptr, numel, tiles, reads, TILE: tl.constexpr):
 
 
 def _launch(data: Tensor, passes: int) -> Tensor:
-    tiles = triton.cdiv(data.numel(), TILE)
+    tiles = ceil_div(data.numel(), TILE)
     programs = device_of(data).processors * PER_PROCESSOR
     sums = torch.empty(programs, dtype=torch.int64, device=data.device)
     with on_device(data):

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .grid import ceil_div, expand_blocks
 from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
 from .pattern import Block, Pattern, grid_shape
 
@@ -26,13 +27,13 @@ _GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: their bits, in orde
 
 def packed_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Return the shape of the packed mask of a matrix of ``shape``."""
-    return shape[0], -(-shape[1] // 8)
+    return shape[0], ceil_div(shape[1], 8)
 
 
 def chunks(shape: Sequence[int], size: int | None = None) -> Iterator[tuple[slice, slice]]:
     """Cut a matrix into parts of at most ``size`` (``CHUNK``) packed bits, in row-major order."""
     size = size or CHUNK
-    width = max(8, min(size, -(-shape[1] // 8) * 8))
+    width = max(8, min(size, ceil_div(shape[1], 8) * 8))
     height = size // width
     for row in range(0, shape[0], height):
         for col in range(0, shape[1], width):
@@ -55,7 +56,7 @@ def chunk_size(shape: Sequence[int]) -> int:
 
 def bytes_of(chunk: tuple[slice, slice]) -> tuple[slice, slice]:
     """Return where the packed bits of a chunk are."""
-    return chunk[0], slice(chunk[1].start // 8, -(-chunk[1].stop // 8))
+    return chunk[0], slice(chunk[1].start // 8, ceil_div(chunk[1].stop, 8))
 
 
 class Packer:
@@ -68,7 +69,7 @@ class Packer:
 
     def buffer(self, rows: int, cols: int) -> Tensor:
         """Return a bool matrix to fill; its rows are padded to whole bytes with False."""
-        width = -(-cols // 8) * 8
+        width = ceil_div(cols, 8) * 8
         bits = self._bits[: rows * width].view(rows, width)
         bits[:, cols:] = False
         return bits[:, :cols]
@@ -184,7 +185,7 @@ def _bit_tiling(rows: int, cols: int) -> tuple[int, int, int]:
     """Return the tile's sides and the number of tiles."""
     block_c = max(8, min(triton.next_power_of_2(cols), PIECE if rows > 1 else 2 * TILE))
     block_r = max(1, TILE // block_c)
-    return block_r, block_c, triton.cdiv(rows, block_r) * triton.cdiv(cols, block_c)
+    return block_r, block_c, ceil_div(rows, block_r) * ceil_div(cols, block_c)
 
 
 def _launch_pack(mask: Tensor) -> Tensor:
@@ -271,9 +272,10 @@ def unpack(packed: Tensor, cols: int, *, backend: Backend = "auto") -> Tensor:
         ValueError: ``packed`` is no uint8 matrix of ``ceil(cols / 8)`` columns.
         RuntimeError: ``backend="triton"`` where it cannot run.
     """
-    if packed.ndim != 2 or packed.dtype != torch.uint8 or packed.shape[1] != -(-cols // 8):
+    width = ceil_div(cols, 8)
+    if packed.ndim != 2 or packed.dtype != torch.uint8 or packed.shape[1] != width:
         raise ValueError(
-            f"unpack: packed must be a uint8 matrix of {-(-cols // 8)} columns for cols={cols}, "
+            f"unpack: packed must be a uint8 matrix of {width} columns for cols={cols}, "
             f"got {packed.dtype} {tuple(packed.shape)}"
         )
     use_triton("unpack", backend, packed)
@@ -313,8 +315,7 @@ def expand_mask(
     _check_compact("expand_mask", mask, pattern, shape)
     if not isinstance(pattern, Block):
         return unpack(mask, shape[1], backend=backend)
-    wide = mask.repeat_interleave(pattern.cols, 1)[:, : shape[1]]
-    return wide.repeat_interleave(pattern.rows, 0)[: shape[0]]
+    return expand_blocks(mask, pattern.rows, pattern.cols, shape)
 
 
 def word_mask(
@@ -350,7 +351,7 @@ def word_mask(
         raise ValueError(
             f"word_mask: dtype must be a float of 2, 4 or 8 bytes an element, got {dtype}"
         )
-    word, size = WORDS[dtype.itemsize], (-(-shape[0] // pattern.rows), shape[1])
+    word, size = WORDS[dtype.itemsize], (ceil_div(shape[0], pattern.rows), shape[1])
     if out is None:
         out = mask.new_empty(size, dtype=word)
     elif out.shape != size or out.dtype != word or out.device != mask.device:

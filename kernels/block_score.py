@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from .grid import block_counts, ceil_div, expand_blocks, pad_to_blocks, side_lengths
 from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
-from .pattern import MAX_BLOCK_SIDE, Pattern, grid_shape
+from .pattern import MAX_BLOCK_SIDE, Pattern
 
 # no block is wider than the tile; four or eight 16-byte loads of a thread are in flight at once
 TILE = {"TILE_R": 16, "TILE_C": MAX_BLOCK_SIDE}
@@ -23,21 +23,11 @@ CPU_CHUNK = 2**19
 def block_score_reference(weight: Tensor, pattern: Pattern, *, squared: bool) -> Tensor:
     """Define the semantics: plain PyTorch, any device, any float dtype, differentiable."""
     rows, cols = pattern.rows, pattern.cols
-    down, across = grid_shape(pattern, weight.shape)
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
     size = exact.square() if squared else exact.abs()
-    bottom, right = down * rows - weight.shape[0], across * cols - weight.shape[1]
-    blocks = functional.pad(size, (0, right, 0, bottom)).view(down, rows, across, cols)
-    tall, wide = _sides(weight, rows, cols)
-    return (blocks.sum((1, 3)) / tall / wide).to(torch.float32)
-
-
-def _sides(weight: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    """Count the rows ``(down, 1)`` and the columns ``(across,)`` that exist in each block."""
-    (R, C), device = weight.shape, weight.device
-    tall = (R - torch.arange(0, R, rows, device=device)).clamp(max=rows)
-    wide = (C - torch.arange(0, C, cols, device=device)).clamp(max=cols)
-    return tall[:, None], wide
+    sums = pad_to_blocks(size, rows, cols).sum((1, 3))
+    tall, wide = side_lengths(weight.shape, rows, cols, device=weight.device)
+    return (sums / tall / wide).to(torch.float32)
 
 
 def _in_chunks(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
@@ -45,7 +35,7 @@ def _in_chunks(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
     if weight.stride(0) < weight.stride(1):
         return _in_chunks(weight.T, cols, rows, squared).T.contiguous()
     R, C = weight.shape
-    down, across = -(-R // rows), -(-C // cols)
+    down, across = block_counts(weight.shape, rows, cols)
     scores = weight.new_empty(
         (down, across), dtype=torch.promote_types(weight.dtype, torch.float32)
     )
@@ -59,12 +49,12 @@ def _in_chunks(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
         exact = chunk if chunk.dtype == size.dtype else size.copy_(chunk)
         (torch.square if squared else torch.abs)(exact, out=size)
         sizes[height:].zero_()
-        blocks = -(-height // rows)
+        blocks = ceil_div(height, rows)
         columns = sizes[: blocks * rows]
         if rows > 1:
             columns = columns.view(blocks, rows, across * cols).sum(1)
         torch.sum(columns.view(blocks, across, cols), 2, out=scores[first : first + blocks])
-    tall, wide = _sides(weight, rows, cols)
+    tall, wide = side_lengths(weight.shape, rows, cols, device=weight.device)
     return scores.div_(tall).div_(wide).to(torch.float32)
 
 
@@ -124,13 +114,13 @@ def _block_score_kernel(
 
 def _launch(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
     R, C = weight.shape
-    scores = weight.new_empty((-(-R // rows), -(-C // cols)), dtype=torch.float32)
+    scores = weight.new_empty(block_counts(weight.shape, rows, cols), dtype=torch.float32)
     if scores.numel() == 0:
         return scores
     w, s = weight, scores
     if weight.stride(0) < weight.stride(1):  # stored transposed: neighbours lie down the columns
         w, s, R, C, rows, cols = w.T, s.T, C, R, cols, rows
-    grid = triton.cdiv(R, max(rows, TILE["TILE_R"])) * triton.cdiv(C, TILE["TILE_C"])
+    grid = ceil_div(R, max(rows, TILE["TILE_R"])) * ceil_div(C, TILE["TILE_C"])
     with on_device(weight):
         _block_score_kernel[(grid,)](
             w,
@@ -156,8 +146,7 @@ _op.register_kernel("cpu")(_launch if INTERPRET else _in_chunks)
 
 @_op.register_fake
 def _(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
-    R, C = weight.shape
-    return weight.new_empty((-(-R // rows), -(-C // cols)), dtype=torch.float32)
+    return weight.new_empty(block_counts(weight.shape, rows, cols), dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -167,10 +156,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     (weight,) = ctx.saved_tensors
-    R, C = weight.shape
-    tall, wide = _sides(weight, ctx.rows, ctx.cols)
-    share = grad / tall / wide
-    share = share.repeat_interleave(ctx.rows, 0)[:R].repeat_interleave(ctx.cols, 1)[:, :C]
+    tall, wide = side_lengths(weight.shape, ctx.rows, ctx.cols, device=weight.device)
+    share = expand_blocks(grad / tall / wide, ctx.rows, ctx.cols, weight.shape)
     slope = share * weight * 2 if ctx.squared else share * weight.sign()
     return slope.to(weight.dtype), None, None, None
 

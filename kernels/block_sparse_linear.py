@@ -57,6 +57,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import block_sparse_torch
 from .block_sparse_wgrad import launch_wgrad
 from .dispatch import Paths
+from .grid import ceil_div, expand_blocks, side_lengths
 from .launch import Backend, autocast, index_type, on_device, tl, triton, use_triton
 from .pattern import Block, Pattern, grid_shape
 from .tiles import (
@@ -79,9 +80,8 @@ def block_sparse_linear_reference(
     x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, pattern: Pattern
 ) -> Tensor:
     """Define the semantics: plain PyTorch, any device, any float dtype, differentiable."""
-    keep = mask.repeat_interleave(pattern.rows, 0).repeat_interleave(pattern.cols, 1)
-    R, C = weight.shape
-    return torch.nn.functional.linear(x, weight.masked_fill(~keep[:R, :C], 0), bias)
+    keep = expand_blocks(mask, pattern.rows, pattern.cols, weight.shape)
+    return functional.linear(x, weight.masked_fill(~keep, 0), bias)
 
 
 @triton.jit
@@ -263,12 +263,12 @@ def _launch_product(
     tile = tuned or linear_tile(
         side_n, side_k, x.dtype, device, precision=precision, bulk=bulk, few=False
     )
-    tiles = triton.cdiv(M, tile.m) * len(tasks) * (side_n // tile.n)
+    tiles = ceil_div(M, tile.m) * len(tasks) * (side_n // tile.n)
     if 4 * tiles <= device.processors:
         tile = linear_tile(
             side_n, side_k, x.dtype, device, precision=precision, bulk=bulk, few=True
         )
-        tiles = triton.cdiv(M, tile.m) * len(tasks) * (side_n // tile.n)
+        tiles = ceil_div(M, tile.m) * len(tasks) * (side_n // tile.n)
     if bulk:
         ops = (
             descriptor(x, tile.m, tile.k),
@@ -280,7 +280,7 @@ def _launch_product(
     with on_device(x):
         _block_sparse_linear_kernel[(min(tiles, device.processors * tile.programs),)](
             *ops, x if bias is None else bias, tasks, index, M, N, K, len(tasks),
-            triton.cdiv(K, side_k), max(1, PANEL_BYTES // (tile.m * K * x.element_size())),
+            ceil_div(K, side_k), max(1, PANEL_BYTES // (tile.m * K * x.element_size())),
             *x.stride(), *weight.stride(), *y.stride(),
             HAS_BIAS=bias is not None,
             W_BY_K=by_k,
@@ -452,12 +452,8 @@ _wgrad_op.register_autograd(_wgrad_backward, setup_context=_setup_wgrad_context)
 
 def _flops(tokens: int, weight: Tensor, kept: Tensor, rows: int, cols: int) -> int:
     """Count the multiplications and additions with kept weights; waits for the mask."""
-    R, C = weight.shape
-    heights = torch.full((kept.shape[0],), rows, dtype=torch.float64)
-    widths = torch.full((kept.shape[1],), cols, dtype=torch.float64)
-    heights[-1:] = R - rows * (len(heights) - 1)
-    widths[-1:] = C - cols * (len(widths) - 1)
-    return 2 * tokens * int(heights @ kept.cpu().double() @ widths)
+    heights, widths = side_lengths(weight.shape, rows, cols, device=torch.device("cpu"))
+    return 2 * tokens * int((kept.cpu() * heights * widths).sum())
 
 
 @register_flop_formula(torch.ops.triton_sparsity.block_sparse_linear, get_raw=True)

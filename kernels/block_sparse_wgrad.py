@@ -41,6 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .grid import ceil_div
 from .launch import index_type, on_device, tl, triton
 from .pattern import Block
 from .tiles import (
@@ -471,7 +472,7 @@ def launch_wgrad(
     shared = layout(tile, lone_a, side_a, side_b, bulk, device)
     programs = device.processors * tile.programs
     elements = shared["DOTS"] * shared["ACC_ROWS"] * shared["ACC_COLS"]
-    split = triton.cdiv(T, tile.k) >= 2 * MIN_STEPS
+    split = ceil_div(T, tile.k) >= 2 * MIN_STEPS
     scratch = grad.new_empty(programs * elements if split else 0, dtype=torch.float32)
     if bulk:
         ops = (

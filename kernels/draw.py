@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .grid import ceil_div
 from .launch import INTERPRET
 
 LANES = 4  # numbers that one evaluation of Philox gives, to the groups of four consecutive rows
@@ -58,7 +59,7 @@ def uniform(random: Tensor, stream: int, shape: tuple[int, int] | torch.Size) ->
 
 def _philox(random: Tensor, stream: int, shape: tuple[int, int] | torch.Size) -> Tensor:
     R, C = shape
-    quads = -(-R // LANES)
+    quads = ceil_div(R, LANES)
     seed, number = random.tolist()
     k0, k1 = seed & _LOW, seed >> 32 & _LOW
     c0 = torch.arange(quads * C, device=random.device)
@@ -86,7 +87,7 @@ def _fill(out: np.ndarray, random: Sequence[int], stream: int, run: int) -> None
     """Write a run's numbers."""
     seed, number = random
     generator = np.random.SFC64((seed % 2**64, number, stream, run))
-    bits = generator.random_raw(-(-len(out) // 2)).view(np.uint32)[: len(out)]
+    bits = generator.random_raw(ceil_div(len(out), 2)).view(np.uint32)[: len(out)]
     np.right_shift(bits, 8, out=bits)
     # of 24 bits: the same as signed integers, which are faster to convert
     out[:] = np.clip(bits.view(np.int32), _LEAST, _MOST, out=bits.view(np.int32))
@@ -201,7 +202,7 @@ def _flat(t: Tensor) -> np.ndarray:
 
 def _in_runs(work: Callable[..., None], length: int, buffers: int) -> None:
     """Call ``work(run, part, *buffers)`` for every run, on as many threads as pay."""
-    runs = range(-(-length // RUN))
+    runs = range(ceil_div(length, RUN))
 
     def share(own: Sequence[int]) -> None:
         scratch = [np.empty(min(RUN, length), np.float32) for _ in range(buffers)]

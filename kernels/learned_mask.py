@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from .bits import WORDS, expand_mask, word_mask
 from .draw import LANES, draw, exp_minus, gradients, in_runs, keeps_draws, select_drawn, uniform
+from .grid import block_counts, ceil_div, expand_blocks, pad_to_blocks
 from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
-from .mask import WORDS, expand_mask, word_mask
 from .masked_weight import apply_mask
 from .pattern import Block, Pattern, Unstructured, grid_shape
 
@@ -62,7 +62,8 @@ def sample_mask_reference(
     u = uniform(random, stream, logits.shape)
     kept = u > (1 - u) * exp_minus(logits)
     soft = torch.sigmoid(logits + torch.log(u / (1 - u)))
-    return _StraightThrough.apply(weight, soft, _spread(kept, pattern, weight.shape), pattern)
+    spread = expand_blocks(kept, pattern.rows, pattern.cols, weight.shape)
+    return _StraightThrough.apply(weight, soft, spread, pattern)
 
 
 def straight_through_reference(
@@ -73,19 +74,11 @@ def straight_through_reference(
     return _StraightThrough.apply(weight, scores, kept, pattern)
 
 
-def _spread(groups: Tensor, pattern: Pattern, shape: torch.Size) -> Tensor:
-    wide = groups.repeat_interleave(pattern.cols, 1)[:, : shape[1]]
-    return wide.repeat_interleave(pattern.rows, 0)[: shape[0]]
-
-
 def _block_sums(elements: Tensor, rows: int, cols: int) -> Tensor:
     """Add up every block; those at the edge have the elements that exist."""
     if rows == cols == 1:
         return elements
-    R, C = elements.shape
-    down, across = -(-R // rows), -(-C // cols)
-    padded = functional.pad(elements, (0, across * cols - C, 0, down * rows - R))
-    return padded.view(down, rows, across, cols).sum(1).sum(2)
+    return pad_to_blocks(elements, rows, cols).sum(1).sum(2)
 
 
 def _select(weight: Tensor, kept: Tensor, rows: int, cols: int) -> Tensor:
@@ -95,13 +88,12 @@ def _select(weight: Tensor, kept: Tensor, rows: int, cols: int) -> Tensor:
 
 def _sum_in_chunks(grad: Tensor, weight: Tensor, rows: int, cols: int) -> Tensor:
     """Add up ``grad * weight`` over every block, a chunk of whole block rows at a time."""
-    R, C = weight.shape
     wide = torch.promote_types(weight.dtype, torch.float32)
     if rows == cols == 1:
         return (grad.to(wide) * weight).float()
-    grid = -(-R // rows), -(-C // cols)
+    grid = block_counts(weight.shape, rows, cols)
     sums = torch.empty(grid, dtype=torch.float32, device=weight.device)
-    step = max(1, SUM_CHUNK // max(1, rows * C))
+    step = max(1, SUM_CHUNK // max(1, rows * weight.shape[1]))
     for first in range(0, sums.shape[0], step):
         part = slice(first * rows, (first + step) * rows)
         sums[first : first + step] = _block_sums(grad[part].to(wide) * weight[part], rows, cols)
@@ -427,8 +419,8 @@ def _programs(
     """Return the grid, and what the kernels for blocks or for elements are compiled for."""
     if not blocks:
         height, width = LANES * TILE["QUADS"], TILE["CHUNKS"] * TILE["WIDTH"]
-        return (triton.cdiv(R, height) * triton.cdiv(C, width),), TILE
-    tiles = triton.cdiv(R, max(rows, BLOCK_TILE["TILE_R"])) * triton.cdiv(C, BLOCK_TILE["TILE_C"])
+        return (ceil_div(R, height) * ceil_div(C, width),), TILE
+    tiles = ceil_div(R, max(rows, BLOCK_TILE["TILE_R"])) * ceil_div(C, BLOCK_TILE["TILE_C"])
     return (tiles,), {"ROWS": rows, "COLS": cols, **BLOCK_TILE}
 
 
@@ -463,7 +455,7 @@ def _launch_grad(
 ) -> tuple[Tensor, Tensor]:
     R, C = weight.shape
     grad_weight = torch.empty_like(weight)
-    grad_scores = weight.new_empty((-(-R // rows), -(-C // cols)), dtype=torch.float32)
+    grad_scores = weight.new_empty(block_counts(weight.shape, rows, cols), dtype=torch.float32)
     if weight.numel() == 0:
         return grad_weight, grad_scores
     # a mask of 1 x 1 blocks has a byte an element, not a bit
@@ -567,8 +559,7 @@ def _(weight: Tensor, scores: Tensor, mask: Tensor, rows: int, cols: int):
 
 
 def _fake_grads(grad: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    (R, C), (rows, cols) = weight.shape, rest[-2:]
-    grid = -(-R // rows), -(-C // cols)
+    grid = block_counts(weight.shape, *rest[-2:])
     return torch.empty_like(weight), weight.new_empty(grid, dtype=torch.float32)
 
 

@@ -31,7 +31,9 @@ from .bits import (
     unpack,
     word_mask,
 )
+from .grid import ceil_div
 from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
+from .table import find_tensor
 
 if TYPE_CHECKING:
     from .select import Threshold
@@ -94,13 +96,6 @@ def make_mask_reference(
 
 
 @triton.jit
-def _find_tensor(first_ptr, N: tl.constexpr):
-    """Return which tensor a program works on, given the first program of each, ascending."""
-    first = tl.load(first_ptr + tl.arange(0, N))  # [N]
-    return tl.sum((first <= tl.program_id(0)).to(tl.int32)) - 1
-
-
-@triton.jit
 def _compare_kernel(
     table_ptr,
     value_ptr,
@@ -115,7 +110,7 @@ def _compare_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    entry = table_ptr + _find_tensor(table_ptr, N)
+    entry = table_ptr + find_tensor(table_ptr, N)
     tile = (tl.program_id(0) - tl.load(entry)).to(INDEX)
     x_ptr = tl.load(entry + 2 * N).to(tl.pointer_type(DTYPE))
     out_ptr = tl.load(entry + 3 * N).to(tl.pointer_type(tl.uint8))
@@ -239,7 +234,7 @@ def _ties_kernel(
     BLOCK_U: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    entry = table_ptr + _find_tensor(table_ptr + N, N)
+    entry = table_ptr + find_tensor(table_ptr + N, N)
     tile = (tl.program_id(0) - tl.load(entry + N)).to(INDEX)
     out_ptr = tl.load(entry + 3 * N).to(tl.pointer_type(tl.uint8))
     R = tl.load(entry + 4 * N).to(INDEX)
@@ -311,16 +306,15 @@ def _launch(
             continue
         layout, (rows, cols), strides, block_r, block_c = _tiling(tensor, mask, packed)
         block_u = max(1, TIES_TILE[packed and layout == "flat"] // block_c)
-        # not triton.cdiv, which takes microseconds
-        pieces = -(-cols // block_c)
+        pieces = ceil_div(cols, block_c)
         entry = (
-            -(-rows // block_r) * pieces,
-            -(-rows * pieces // block_u),
+            ceil_div(rows, block_r) * pieces,
+            ceil_div(rows * pieces, block_u),
             *(tensor.data_ptr(), mask.data_ptr(), rows, cols, *strides, units, equal_bytes, i),
         )
         launches.setdefault((tensor.dtype, layout, block_r, block_c, block_u), []).append(entry)
         units += rows * pieces
-        equal_bytes += -(-rows * -(-cols // 8) // 16) * 16
+        equal_bytes += ceil_div(rows * ceil_div(cols, 8), 16) * 16
     if not launches:
         return
     equal = value.new_empty(equal_bytes, dtype=torch.uint8)

@@ -1,10 +1,10 @@
 """Masked weights: a weight with its pruned elements exactly +0, as a new tensor or in place.
 
 Pruned elements are deselected, never multiplied by zero: a NaN or an Inf behind the mask stays
-there. A list is a loop of launches: its weights can then be of any sizes, dtypes and strides, and
-the launches can be captured in a CUDA graph, which a table of addresses built here could not.
+there, or in place vanishes. In place a whole list (weights, gradients, optimiser states) is one
+launch, in ``pruned.py``; so is counting what of a list is not zero though it is pruned.
 
-Reading order: reference -> plain torch -> kernels -> launchers -> operators -> public functions.
+Reading order: references -> plain torch -> kernel -> launcher -> operators -> public functions.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from .bits import WORDS, chunk_of, expand_mask, packed_shape, word_mask
+from .grid import ceil_div
 from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
-from .mask import WORDS, expand_mask, word_mask
 from .pattern import Block, Pattern, Unstructured, grid_shape
+from .pruned import launch_pruned
 from .topology import runs
 
 TILE = 4096  # elements of a program: 4 or 8 16-byte loads in flight for each thread
@@ -29,6 +31,16 @@ def apply_mask_reference(weight: Tensor, mask: Tensor, pattern: Pattern) -> Tens
     """Define the semantics: plain PyTorch, any device, any float dtype, differentiable."""
     keep = expand_mask(mask, pattern, weight.shape, backend="torch")
     return weight.clone().masked_fill_(~keep, 0)
+
+
+def count_leaks_reference(
+    tensors: Sequence[Tensor], masks: Sequence[Tensor], pattern: Pattern
+) -> Tensor:
+    """Define the semantics: plain PyTorch, any device, any float dtype."""
+    pairs = zip(tensors, masks, strict=True)
+    return torch.stack(
+        [((t != 0) & ~expand_mask(m, pattern, t.shape, backend="torch")).sum() for t, m in pairs]
+    )
 
 
 def and_words(weight: Tensor, words: Tensor, rows: int, out: Tensor) -> None:
@@ -125,31 +137,6 @@ def _apply_mask_kernel(
     tl.store(out_ptr + offs_m * stride_om + offs_n * stride_on, tl.where(keep, w, 0), mask=inside)
 
 
-@triton.jit
-def _zero_blocks_kernel(
-    w_ptr,
-    mask_ptr,
-    M,
-    N,
-    stride_wm,
-    stride_wn,
-    stride_mm,
-    stride_mn,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    INDEX: tl.constexpr,
-    TILE_M: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    offs_m, chunk, offs_n = _tile_offsets(M, N, INDEX, TILE_M, CHUNKS, WIDTH)
-    keep = _load_keep(
-        mask_ptr, M, N, stride_mm, stride_mn, offs_m, chunk, offs_n, ROWS, COLS, False, WIDTH
-    )
-    pruned = (offs_m < M) & (offs_n < N) & (keep == 0)
-    tl.store(w_ptr + offs_m * stride_wm + offs_n * stride_wn, 0, mask=pruned)
-
-
 def _tile(cols: int, transposed: bool) -> dict[str, int]:
     """Return the tile of a weight whose mask bytes cover ``cols`` columns.
 
@@ -173,15 +160,12 @@ def _launch(weight: Tensor, mask: Tensor, rows: int, cols: int, out: Tensor) -> 
     elif transposed:
         w, o, m, M, N, rows, cols = w.T, o.T, m.T, N, M, cols, rows
     tile = _tile(cols, packed and transposed)
-    grid = (triton.cdiv(M, tile["TILE_M"]) * triton.cdiv(N, tile["CHUNKS"] * tile["WIDTH"]),)
+    grid = (ceil_div(M, tile["TILE_M"]) * ceil_div(N, tile["CHUNKS"] * tile["WIDTH"]),)
     layout = {"ROWS": rows, "COLS": cols, "INDEX": index_type(w, m, o), **tile}
     with on_device(weight):
-        if out is weight and not packed:
-            _zero_blocks_kernel[grid](w, m, M, N, *w.stride(), *m.stride(), **layout)
-        else:
-            _apply_mask_kernel[grid](
-                w, m, o, M, N, *w.stride(), *m.stride(), *o.stride(), PACKED=packed, **layout
-            )
+        _apply_mask_kernel[grid](
+            w, m, o, M, N, *w.stride(), *m.stride(), *o.stride(), PACKED=packed, **layout
+        )
 
 
 def _pattern(mask: Tensor, rows: int, cols: int) -> Pattern:
@@ -199,12 +183,21 @@ def _apply(weight: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
     return out
 
 
-def _apply_(weight: Tensor, mask: Tensor, rows: int, cols: int) -> None:
-    if mask.dtype in WORDS.values():
-        and_words(weight, mask, rows, weight)
-    elif use_triton("apply_mask_", "auto", weight):
-        _launch(weight, mask, rows, cols, weight)
-    elif mask.dtype == torch.bool and weight.is_cpu and _few_runs(pruned := ~mask, weight):
+def _apply_(weights: Sequence[Tensor], masks: Sequence[Tensor], rows: int, cols: int) -> None:
+    launched = []
+    for weight, mask in zip(weights, masks, strict=True):
+        if mask.dtype in WORDS.values():
+            and_words(weight, mask, rows, weight)
+        elif use_triton("apply_mask_", "auto", weight):
+            launched.append((weight, mask))
+        else:
+            _clear(weight, mask, rows, cols)
+    if launched:
+        launch_pruned(*zip(*launched, strict=True), rows, cols)
+
+
+def _clear(weight: Tensor, mask: Tensor, rows: int, cols: int) -> None:
+    if mask.dtype == torch.bool and weight.is_cpu and _few_runs(pruned := ~mask, weight):
         for line, found in enumerate(runs(pruned)):
             for first, end in found:
                 weight[line * rows : (line + 1) * rows, first * cols : end * cols] = 0
@@ -219,8 +212,38 @@ def _few_runs(pruned: Tensor, weight: Tensor) -> bool:
     return int(begins) * RUN_ELEMENTS <= weight.numel()
 
 
+def _count(
+    tensors: Sequence[Tensor], masks: Sequence[Tensor], rows: int, cols: int, triton_runs: bool
+) -> Tensor:
+    counts = tensors[0].new_zeros(len(tensors), dtype=torch.int64)
+    if triton_runs and masks[0].dtype not in WORDS.values():
+        launch_pruned(tensors, masks, rows, cols, counts)
+    else:
+        for count, tensor, mask in zip(counts, tensors, masks, strict=True):
+            _count_in_chunks(count, tensor, mask, rows, cols)
+    return counts
+
+
+def _count_in_chunks(count: Tensor, tensor: Tensor, mask: Tensor, rows: int, cols: int) -> None:
+    """Add to ``count``, with no temporary but a chunk of whole block rows."""
+    is_words = mask.dtype in WORDS.values()
+    blocks = max(1, chunk_of(tensor.device) // max(1, rows * tensor.shape[1]))
+    for first in range(0, mask.shape[0], blocks):
+        part = tensor[first * rows : (first + blocks) * rows]
+        words = mask[first : first + blocks]
+        if not is_words:
+            words = word_mask(words, _pattern(mask, rows, cols), part.shape, tensor.dtype)
+        pruned = torch.empty_like(part)
+        and_words(part, words, rows, pruned)
+        pruned = pruned.view(words.dtype)
+        pruned ^= part.view(words.dtype)
+        pruned <<= 1  # without the sign
+        count += pruned.count_nonzero()
+
+
 _op = torch.library.custom_op("triton_sparsity::apply_mask", _apply, mutates_args=())
-_op_ = torch.library.custom_op("triton_sparsity::apply_mask_", _apply_, mutates_args={"weight"})
+_op_ = torch.library.custom_op("triton_sparsity::apply_mask_", _apply_, mutates_args={"weights"})
+_leaks_op = torch.library.custom_op("triton_sparsity::count_leaks", _count, mutates_args=())
 
 
 @_op.register_fake
@@ -229,8 +252,13 @@ def _(weight: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
 
 
 @_op_.register_fake
-def _(weight: Tensor, mask: Tensor, rows: int, cols: int) -> None:
+def _(weights, masks, rows, cols) -> None:
     return None
+
+
+@_leaks_op.register_fake
+def _(tensors, masks, rows, cols, triton_runs) -> Tensor:
+    return tensors[0].new_empty(len(tensors), dtype=torch.int64)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -261,11 +289,11 @@ def check_mask(operation: str, weight: Tensor, mask: Tensor, pattern: Pattern) -
         raise ValueError(f"{operation}: weight must be a matrix, got shape {tuple(weight.shape)}")
     R, C = weight.shape
     if mask.dtype == torch.uint8 and not isinstance(pattern, Block):
-        expected = R, -(-C // 8)
+        expected = packed_shape((R, C))
     elif mask.dtype == torch.bool and isinstance(pattern, Block):
         expected = grid_shape(pattern, (R, C))
     elif mask.dtype == width:
-        expected = -(-R // pattern.rows), C
+        expected = ceil_div(R, pattern.rows), C
     else:
         compact = "bool" if isinstance(pattern, Block) else "uint8"
         raise TypeError(
@@ -298,10 +326,20 @@ def _takes_operator(
     return triton_possible or not (weight.is_cuda or INTERPRET)
 
 
-def _pairs(operation: str, weights: Sequence[Tensor], masks: Tensor | Sequence[Tensor]):
+def _pairs(
+    operation: str,
+    weights: Tensor | Sequence[Tensor],
+    masks: Tensor | Sequence[Tensor],
+    weight_name: str = "weight",
+    mask_name: str = "mask",
+):
+    if isinstance(weights, Tensor):
+        raise TypeError(
+            f"{operation}: {weight_name} must be a sequence of tensors, got one tensor"
+        )
     if isinstance(masks, Tensor) or len(weights) != len(masks):
         got = "one tensor" if isinstance(masks, Tensor) else f"{len(masks)}"
-        raise ValueError(f"{operation}: mask must be {len(weights)} tensors, got {got}")
+        raise ValueError(f"{operation}: {mask_name} must be {len(weights)} tensors, got {got}")
     return zip(weights, masks, strict=True)
 
 
@@ -360,22 +398,69 @@ def apply_mask_(
 ) -> None:
     """Set the pruned elements of ``weight`` to +0 in place, unseen by autograd.
 
-    With a compact ``Block`` mask only the pruned blocks are written, and no weight is read. Other
-    masks write the kept elements back as they were.
+    A list is one launch on a GPU (one for each width of element, if they differ), without waiting
+    for the device, and may be captured in a CUDA graph. With a compact ``Block`` mask only the
+    pruned blocks are written, and no weight is read. Other masks write kept elements back as they
+    were.
 
     Args:
-        weight: as for ``apply_mask``.
+        weight: as for ``apply_mask``; a sequence may hold gradients and optimiser states too, of
+            several dtypes.
         mask: as for ``apply_mask``.
-        pattern: the pattern that the mask belongs to.
+        pattern: the pattern that the masks belong to.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``apply_mask``.
     """
-    if not isinstance(weight, Tensor):
-        for w, m in _pairs("apply_mask_", weight, mask):
-            apply_mask_(w, m, pattern, backend=backend)
-    elif _takes_operator("apply_mask_", weight, mask, pattern, backend):
-        _op_(weight, mask, pattern.rows, pattern.cols)
-    else:
-        weight.masked_fill_(~expand_mask(mask, pattern, weight.shape, backend="torch"), 0)
+    name, given, rest = "apply_mask_", [], []
+    for w, m in [(weight, mask)] if isinstance(weight, Tensor) else _pairs(name, weight, mask):
+        (given if _takes_operator(name, w, m, pattern, backend) else rest).append((w, m))
+    if given:
+        weights, masks = map(list, zip(*given, strict=True))
+        _op_(weights, masks, pattern.rows, pattern.cols)
+    for w, m in rest:
+        w.masked_fill_(~expand_mask(m, pattern, w.shape, backend="torch"), 0)
+
+
+@torch.no_grad()
+def count_leaks(
+    tensors: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    pattern: Pattern,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Count the elements that are pruned and yet not zero. A NaN is not zero, -0 is.
+
+    On a GPU one launch (one for each width of element, if they differ)
+    that does not wait for the device and reads the pruned elements alone; of fine masks, what
+    shares 8 elements with one. In plain torch temporaries are a chunk's, not a weight's.
+
+    Args:
+        tensors: floats of 16, 32 or 64 bits, shape ``(R, C)``, any strides, on one device.
+        masks: one a tensor, compact or words, as for ``apply_mask``, all of one form.
+        pattern: the pattern that the masks belong to.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        int64, one count a tensor, on their device; of no tensors, on the CPU.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``apply_mask``.
+    """
+    pairs = [*_pairs("count_leaks", tensors, masks, "tensors", "masks")]
+    if not pairs:
+        return torch.zeros(0, dtype=torch.int64, device="cpu")
+    device, is_words = tensors[0].device, masks[0].dtype in WORDS.values()
+    for tensor, mask in pairs:
+        _takes_operator("count_leaks", tensor, mask, pattern, backend)
+        if tensor.device != device:
+            raise ValueError(
+                f"count_leaks: tensors must be on one device ({device}), got one on "
+                f"{tensor.device}"
+            )
+        if (mask.dtype in WORDS.values()) != is_words:
+            raise ValueError("count_leaks: masks must be of one form, got compact ones and words")
+    triton_runs = use_triton("count_leaks", backend, tensors[0])
+    return _leaks_op(list(tensors), list(masks), pattern.rows, pattern.cols, triton_runs)

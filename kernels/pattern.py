@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .grid import block_counts
+
 MAX_BLOCK_SIDE = 256
 MAX_M = 32
 
@@ -119,7 +121,7 @@ def grid_shape(pattern: Pattern, shape: tuple[int, int]) -> tuple[int, int]:
 
     That is one flag a group, and for ``NM`` one an element.
     """
-    return -(-shape[0] // pattern.rows), -(-shape[1] // pattern.cols)
+    return block_counts(shape, pattern.rows, pattern.cols)
 
 
 def maximum_level(pattern: Pattern) -> float:

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .grid import ceil_div
 from .launch import Backend, on_device, tl, triton, use_triton
 
 Reduce = Callable[[Tensor], Tensor]
@@ -376,7 +377,7 @@ def _launches(tensors: Sequence[Tensor], step: int) -> list[_Launch]:
     for (dtype, aligned), pieces in groups.items():
         rows, vec = (512, 16 // dtype.itemsize) if aligned else (2048, 1)
         span = rows * vec * step
-        tiles = [0, *accumulate(-(-size // span) for _, size, _ in pieces)]
+        tiles = [0, *accumulate(ceil_div(size, span) for _, size, _ in pieces)]
         table = _upload([*chain(*zip(*pieces, strict=True)), *tiles], tensors[0].device)
         launches.append(_Launch(dtype, aligned, rows, vec, step, len(pieces), tiles[-1], table))
     return launches

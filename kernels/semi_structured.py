@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .bits import Packer, bytes_of, packed_shape
+from .grid import ceil_div
 from .launch import Backend, index_type, on_device, tl, triton, use_triton
 from .pattern import NM
 
@@ -108,7 +109,7 @@ def _chunks(pattern: NM, shape: torch.Size) -> Iterator[tuple[slice, slice]]:
     """Cut a matrix into parts of whole groups and whole bytes, of about ``CHUNK`` elements."""
     height, step = pattern.group[0], lcm(pattern.m, 8)
     rows, cols = shape
-    width = max(step, min(CHUNK // height // step, -(-cols // step)) * step)
+    width = max(step, min(CHUNK // height // step, ceil_div(cols, step)) * step)
     height *= max(1, CHUNK // (height * width))
     for row in range(0, rows, height):
         for col in range(0, cols, width):
@@ -441,11 +442,11 @@ def _plan(weight: Tensor, pattern: NM) -> _Plan:
     else:
         # neighbours down a column, as in a weight stored transposed, are read together too
         piece = min(most, max(8, (64 if strides[0] < strides[1] else PIECE) // lanes))
-    across = -(-shape[1] // (wide * unit))
+    across = ceil_div(shape[1], wide * unit)
     block_c = min(piece, max(8, triton.next_power_of_2(across)))
     block_r = 1 if shape[0] == 1 else most // block_c
     down = shape[0] // tall
-    programs = -(-down // block_r) * -(-across // block_c)
+    programs = ceil_div(down, block_r) * ceil_div(across, block_c)
     return _Plan(shape, (strides[0], strides[1]), block_r, block_c, programs)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .grid import ceil_div
 from .launch import Backend, on_device, tl, triton, use_triton
 from .pattern import Pattern
 
@@ -59,7 +60,7 @@ def bundling(pattern: Pattern, grid: tuple[int, int]) -> tuple[bool, int]:
 def capacities(grid: tuple[int, int], pattern: Pattern) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of a topology's tensors."""
     (Rb, Cb), (by_rows, size) = grid, bundling(pattern, grid)
-    bundles = Rb * -(-Cb // size) if by_rows else Cb * -(-Rb // size)
+    bundles = Rb * ceil_div(Cb, size) if by_rows else Cb * ceil_div(Rb, size)
     return (Rb, 3), (Rb * Cb,), (Cb, 3), (Rb * Cb,), (bundles, 3), (1,), (Rb, Cb)
 
 

@@ -38,7 +38,6 @@ SOURCES = (
     "block_sparse_torch.py",
     "block_sparse_wgrad.py",
     "launch.py",
-    "masked_linear.py",
     "tiles.py",
     "topology.py",
 )

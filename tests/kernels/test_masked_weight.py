@@ -8,8 +8,15 @@ from hypothesis import strategies as st
 
 import aot
 from triton_sparsity.kernels import masked_weight as module
+from triton_sparsity.kernels import pruned
 from triton_sparsity.kernels.launch import INTERPRET, tl
-from triton_sparsity.kernels.masked_weight import apply_mask, apply_mask_, apply_mask_reference
+from triton_sparsity.kernels.masked_weight import (
+    apply_mask,
+    apply_mask_,
+    apply_mask_reference,
+    count_leaks,
+    count_leaks_reference,
+)
 from triton_sparsity.kernels.pattern import Block, Unstructured, grid_shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -290,7 +297,10 @@ def test_opcheck(pattern, form):
         make((1, 51)).expand(37, 51),
     ):
         torch.library.opcheck(module._op, (weight, mask, *sides))
-    torch.library.opcheck(module._op_, (make((37, 51)), mask, *sides))
+    weights = [make((37, 51)), make((51, 37)).T]
+    torch.library.opcheck(module._op_, (weights, [mask, mask], *sides))
+    for triton_runs in {False, ON_TRITON}:
+        torch.library.opcheck(module._leaks_op, (weights, [mask, mask], *sides, triton_runs))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -309,19 +319,150 @@ def test_it_compiles_into_one_graph(pattern, form):
     torch.testing.assert_close(got, torch.where(mask.elements, 8 * weight, 0))
 
 
+def some_list(pattern, dtypes=(torch.float32,), form="compact"):
+    """Return tensors of all sizes and layouts with NaNs behind their masks, and the masks."""
+    tensors, masks = [], []
+    for i, shape in enumerate([*SHAPES, (65, 300), (64, 512), (1, 5000)]):
+        dtype = dtypes[i % len(dtypes)]
+        view = [*VIEWS.values()][i % len(VIEWS)]
+        masks.append(Mask(pattern, shape, dtype))
+        tensors.append(view(poison(make(shape, dtype), masks[-1].elements)))
+    return tensors, masks, [getattr(mask, form) for mask in masks]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Record how the kernel of lists is launched: the options of each launch."""
+    seen, kernel = [], pruned._pruned_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                seen.append(options)
+                return kernel[grid](*arguments, **options)
+
+            return launch
+
+    monkeypatch.setattr(pruned, "_pruned_kernel", Spy())
+    return seen
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES], ids=["one dtype", "all dtypes"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_list_is_its_members(form):
-    shapes = [(7, 13), (64, 32), (0, 3)][: len(DTYPES)]
-    masks = [Mask(Block(4, 8), shape, dtype) for shape, dtype in zip(shapes, DTYPES, strict=False)]
-    given_masks = [getattr(mask, form) for mask in masks]
-    weights = [make(shape, dtype) for shape, dtype in zip(shapes, DTYPES, strict=False)]
-    before = [weight.clone() for weight in weights]
-    results = apply_mask(weights, given_masks, Block(4, 8))
-    apply_mask_(weights, given_masks, Block(4, 8))
-    for result, weight, old, mask in zip(results, weights, before, masks, strict=True):
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_list_is_its_members(pattern, form, dtypes, launches):
+    tensors, masks, given_masks = some_list(pattern, dtypes, form)
+    before = [tensor.clone() for tensor in tensors]
+    for result, old, mask in zip(
+        apply_mask(tensors, given_masks, pattern), before, masks, strict=True
+    ):
         assert_selected(result, old, mask.elements)
-        assert_selected(weight, old, mask.elements)
-    assert apply_mask([], [], Block(4, 8)) == []
+    apply_mask_(tensors, given_masks, pattern)
+    for tensor, old, mask in zip(tensors, before, masks, strict=True):
+        assert_selected(tensor, old, mask.elements)
+    if form == "compact" and ON_TRITON:
+        assert len(launches) == len({dtype.itemsize for dtype in dtypes})
+    assert apply_mask([], [], pattern) == []
+    assert apply_mask_([], [], pattern) is None
+
+
+def test_a_long_list_is_one_launch(launches):
+    shapes = [(3 + i % 7, 1 + i % 40) for i in range(37)]
+    masks = [Mask(Block(2, 4), shape) for shape in shapes]
+    tensors = [make(shape) for shape in shapes]
+    before = [tensor.clone() for tensor in tensors]
+    apply_mask_(tensors, [mask.compact for mask in masks], Block(2, 4))
+    for tensor, old, mask in zip(tensors, before, masks, strict=True):
+        assert_selected(tensor, old, mask.elements)
+    assert len(launches) == ON_TRITON
+
+
+def naive_leaks(tensors, masks):
+    return [
+        int(((tensor != 0) & ~mask.elements).sum())
+        for tensor, mask in zip(tensors, masks, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_leaks_are_counted_by_tensor(pattern, form, backend, launches):
+    tensors, masks, given_masks = some_list(pattern, DTYPES, form)
+    zeros = [torch.zeros_like(tensor) for tensor in tensors]
+    for zero, mask in zip(zeros, masks, strict=True):
+        zero[~mask.elements] = -0.0
+        zero[mask.elements] = torch.nan
+    for some in (
+        tensors,
+        zeros,
+        [z if i % 2 else t for i, (t, z) in enumerate(zip(tensors, zeros, strict=True))],
+    ):
+        counts = count_leaks(some, given_masks, pattern, backend=backend)
+        assert counts.dtype == torch.int64
+        assert counts.device == tensors[0].device
+        assert counts.tolist() == naive_leaks(some, masks)
+    if form == "compact" and ON_TRITON:
+        widths = len({dtype.itemsize for dtype in DTYPES})
+        assert len(launches) == (3 * widths if backend == "auto" else 0)
+
+
+@pytest.mark.parametrize("pattern", FEW, ids=str)
+def test_leaks_are_counted_by_definition_and_after_clearing_there_are_none(pattern):
+    tensors, masks, given_masks = some_list(pattern)
+    want = count_leaks_reference(tensors, given_masks, pattern)
+    assert want.tolist() == naive_leaks(tensors, masks)
+    assert want.any()
+    assert torch.equal(count_leaks(tensors, given_masks, pattern), want)
+    apply_mask_(tensors, given_masks, pattern)
+    assert not count_leaks(tensors, given_masks, pattern).any()
+    assert count_leaks([], [], pattern).tolist() == []
+
+
+@settings(deadline=None, max_examples=30 if INTERPRET else 60, derandomize=True)
+@given(
+    shapes=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 300)), min_size=1, max_size=4),
+    sides=st.none() | st.tuples(st.integers(0, 8), st.integers(0, 8)),
+    transposed=st.lists(st.booleans(), min_size=4, max_size=4),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_list(shapes, sides, transposed, dtype):
+    pattern = Unstructured() if sides is None else Block(2 ** sides[0], 2 ** sides[1])
+    masks = [Mask(pattern, shape, dtype) for shape in shapes]
+    tensors = [poison(make(m.elements.shape, dtype), m.elements) for m in masks]
+    tensors = [
+        t.T.contiguous().T if turn else t for t, turn in zip(tensors, transposed, strict=False)
+    ]
+    before = [tensor.clone() for tensor in tensors]
+    compact = [mask.compact for mask in masks]
+    assert count_leaks(tensors, compact, pattern).tolist() == naive_leaks(tensors, masks)
+    apply_mask_(tensors, compact, pattern)
+    for tensor, old, mask in zip(tensors, before, masks, strict=True):
+        assert_selected(tensor, old, mask.elements)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs are a GPU's")
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", FEW, ids=str)
+def test_a_list_can_be_captured_in_a_graph(pattern):
+    tensors, masks, compact = some_list(pattern)
+    before = [tensor.clone() for tensor in tensors]
+    apply_mask_(tensors, compact, pattern)
+    count_leaks(tensors, compact, pattern)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        counts = count_leaks(tensors, compact, pattern)
+        apply_mask_(tensors, compact, pattern)
+    for _ in range(3):
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.copy_(old)
+        # what would overwrite a table that nobody holds
+        noise = [torch.randint(2**60, (4096,), device=DEVICE) for _ in range(100)]
+        graph.replay()
+        assert counts.tolist() == naive_leaks(before, masks)
+        for tensor, old, mask in zip(tensors, before, masks, strict=True):
+            assert_selected(tensor, old, mask.elements)
+        del noise
 
 
 @pytest.mark.parametrize("pattern", FEW, ids=str)
@@ -348,11 +489,15 @@ def test_in_place_takes_parameters_and_warns_autograd_of_the_change():
 @pytest.mark.parametrize("pattern", FEW, ids=str)
 def test_the_int64_path_matches_the_int32_path(pattern, monkeypatch):
     monkeypatch.setattr(module, "index_type", lambda *_: tl.int64)
+    monkeypatch.setattr(pruned, "index_type", lambda *_: tl.int64)
     mask = Mask(pattern, (65, 300))
     for view in ("contiguous", "transposed"):
         weight = VIEWS[view](make((65, 300)))
         before = weight.clone()
         assert_selected(apply_mask(weight, mask.compact, pattern), before, mask.elements)
+        assert count_leaks([weight], [mask.compact], pattern).tolist() == naive_leaks(
+            [weight], [mask]
+        )
         apply_mask_(weight, mask.compact, pattern)
         assert_selected(weight, before, mask.elements)
 
@@ -386,6 +531,29 @@ def test_bad_arguments_are_named(function, bad):
     message = rf"^{function.__name__}: (weight|mask|backend) must .*got"
     with pytest.raises(error, match=message):
         function(**arguments)
+
+
+BAD_COUNTS = {
+    "one tensor": (TypeError, {"tensors": torch.ones(4, 4)}),
+    "integer tensors": (TypeError, {"tensors": [torch.ones(4, 4, dtype=torch.int32)] * 2}),
+    "fewer masks": (ValueError, {"masks": [GRID]}),
+    "several forms": (ValueError, {"masks": [GRID, -torch.ones(2, 4, dtype=torch.int32)]}),
+    "several devices": (
+        ValueError,
+        {
+            "tensors": [torch.ones(4, 4), torch.ones(4, 4, device="meta")],
+            "masks": [GRID, GRID.to("meta")],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_COUNTS)
+def test_bad_lists_to_count_are_named(bad):
+    error, change = BAD_COUNTS[bad]
+    arguments = {"tensors": [torch.ones(4, 4)] * 2, "masks": [GRID] * 2} | change
+    with pytest.raises(error, match=r"^count_leaks: (tensors|weight|masks) must .*got"):
+        count_leaks(**arguments, pattern=Block(2, 2))
 
 
 @pytest.mark.parametrize("function", [apply_mask, apply_mask_])
@@ -460,25 +628,51 @@ def test_weights_move_16_bytes_at_a_time(arch, width, aligned, block, packed, tr
         assert block[1] < 8 or len(compiled.global_loads()) - whole <= 4
 
 
+def compile_pruned(arch, width, *, count, packed, broad, index=tl.int32):
+    return aot.compile_for(
+        arch,
+        pruned._pruned_kernel,
+        {"table_ptr": "*i64", "count_ptr": "*i64"},
+        {
+            "WORD": {16: tl.int16, 32: tl.int32, 64: tl.int64}[width],
+            "COUNT": count,
+            "PACKED": packed,
+            "BROAD": broad,
+            "INDEX": index,
+            "ENTRIES": 256,
+            **pruned.TILE,
+        },
+        num_warps=pruned.WARPS[packed],
+    )
+
+
 @needs_compiler
 @pytest.mark.aot
-@pytest.mark.parametrize("block", [(1, 1), (32, 32), (256, 256)], ids=str)
-@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "generic"])
+@pytest.mark.parametrize("packed", [False, True], ids=["blocks", "packed"])
+@pytest.mark.parametrize("count", [False, True], ids=["clear", "count"])
+@pytest.mark.parametrize("index", [tl.int32, tl.int64], ids=str)
 @pytest.mark.parametrize("width", [16, 32])
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
-def test_in_place_reads_the_mask_alone(arch, width, aligned, block):
-    compiled = compile_kernel(
-        module._zero_blocks_kernel,
-        arch,
-        width,
-        block=block,
-        packed=False,
-        transposed=False,
-        aligned=aligned,
-    )
+def test_lists_move_16_bytes_at_a_time(arch, width, index, count, packed):
+    compiled = compile_pruned(arch, width, count=count, packed=packed, broad=True, index=index)
     aot.assert_lean(compiled, arch)
-    # what is loaded are mask bytes: none more than one for each element, 1 or 8 at a time
-    assert sum(compiled.global_loads()) <= module.TILE // 128
-    if aligned and block[1] >= 8:
-        assert set(compiled.global_loads()) == {1}
-        assert set(compiled.global_stores()) == {16}
+    elements = pruned.TILE["TILE_M"] * pruned.TILE["CHUNKS"] * pruned.TILE["WIDTH"]
+    elements //= 32 * pruned.WARPS[packed]  # of a thread
+    whole = elements * width // 8 // 16
+    loads, stores = compiled.global_loads(), compiled.global_stores()
+    # where rows are runs of 16 bytes, and one by one where they are not
+    assert loads.count(16) == (whole if count or packed else 0)
+    assert stores.count(16) == (0 if count else whole)
+    assert stores.count(width // 8) == (0 if count else elements)
+
+
+@needs_compiler
+@pytest.mark.aot
+@pytest.mark.parametrize("packed", [False, True], ids=["blocks", "packed"])
+@pytest.mark.parametrize("count", [False, True], ids=["clear", "count"])
+@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+def test_lists_with_narrow_blocks_compile(arch, width, count, packed):
+    for broad in (True, False):
+        compiled = compile_pruned(arch, width, count=count, packed=packed, broad=broad)
+        aot.assert_lean(compiled, arch)
