@@ -36,6 +36,7 @@ from .measure.progress import Advance
 from .measure.record import dump, environment
 from .measure.shapes import Shape, matrices
 from .measure.spelling import find_device, parse_pattern, spell_pattern
+from .measure.tables import faster
 from .measure.timing import measure
 
 NEAR_BEST = 0.8
@@ -240,7 +241,7 @@ def sentence(
     """Return the recommendation in one line."""
     bound = next(row for row in rows if row["pattern"] == "unstructured")
     return (
-        f"take {best['pattern']} at {100 * level:g} %: {best['speedup']:.2f}x ({basis}) and "
+        f"take {best['pattern']} at {100 * level:g} %: {faster(best['speedup'])} ({basis}) and "
         f"{100 * best['l1_kept']:.1f} % of the L1 norm, of {100 * bound['l1_kept']:.1f} % that "
         "no pattern can exceed"
     )

@@ -35,8 +35,35 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.0f} %"
 
 
-def times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
+def faster(speedup: float | None) -> str:
+    """Spell a time of the baseline over one's own: ``37x faster``, ``1.2x slower``."""
+    if speedup is None:
+        return ""
+    factor = _factor(max(speedup, 1 / speedup))
+    return "as fast" if factor == "1.00x" else f"{factor} {'faster' if speedup > 1 else 'slower'}"
+
+
+def faster_within(speedup: float | None, low: float | None, high: float | None) -> str:
+    """Spell a speed-up and its spread: ``37x faster (36x to 55x)``.
+
+    Args:
+        speedup: the baseline's time over that of what is spelled.
+        low, high: its spread; None where nobody knows it.
+    """
+    if speedup is None or low is None or high is None:
+        return faster(speedup)
+    if low >= 1 and speedup > 1:
+        spread = f"{_factor(low)} to {_factor(high)}"
+    elif high <= 1 and speedup < 1:
+        spread = f"{_factor(1 / high)} to {_factor(1 / low)}"
+    else:
+        spread = f"{faster(low)} to {faster(high)}"
+    return f"{faster(speedup)} ({spread})"
+
+
+def _factor(value: float) -> str:
+    """Spell a factor of 1 or more, with as many digits as mean something."""
+    return f"{value:.{0 if value >= 9.95 else 1 if value >= 1.095 else 2}f}x"
 
 
 def table(title: str | None, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -74,7 +101,7 @@ def profile_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table of ``profile``."""
     headings = (
         "operation:", "shape:", "pattern:", "level", "median", "p20 to p80", "over passes",
-        "GB/s", "TFLOP/s", "of bound", "bound:", "dense", "speed-up",
+        "GB/s", "TFLOP/s", "of bound", "bound:", "dense", "speed-up over dense",
     )  # fmt: skip
     lines = []
     for row in rows:
@@ -98,7 +125,7 @@ def profile_table(rows: Sequence[Mapping[str, Any]]) -> Table:
                 percent(row["of_bound"]),
                 row["bound"],
                 seconds(row["dense_s"]),
-                times(row["speedup"]),
+                faster(row["speedup"]),
             )
         )
     return table(None, headings, lines)
@@ -154,13 +181,13 @@ def show_recommendation(record: Mapping[str, Any], folder: Path | None) -> None:
     rows = [
         (
             row["pattern"] + (" *" if row["pattern"] == record["recommended"] else ""),
-            times(row["speedup"]) or "none",
+            faster(row["speedup"]) or "none",
             f"{100 * row['l1_kept']:.1f} %",
             f"{100 * row['l2_kept']:.1f} %",
         )
         for row in record["rows"]
     ]
-    out.print(table(None, ("pattern:", "speed-up", "L1 kept", "L2 kept"), rows))
+    out.print(table(None, ("pattern:", "speed-up over dense", "L1 kept", "L2 kept"), rows))
     out.print(record["sentence"])
     if folder is not None:
         out.print(f"{folder}: recommend.json, pareto.png")
@@ -180,11 +207,19 @@ def show_tuning(content: Mapping[str, Any], output: Path) -> None:
                     **row["tile"]
                 ),
                 seconds(row["seconds"]),
-                times(row["default_seconds"] / row["seconds"]),
+                faster(row["default_seconds"] / row["seconds"]),
             )
             for row in content["tiles"]
         ]
-        headings = ("direction:", "weight:", "block:", "dtype:", "tile:", "time", "to default")
+        headings = (
+            "direction:",
+            "weight:",
+            "block:",
+            "dtype:",
+            "tile:",
+            "time",
+            "speed-up over default",
+        )
         out.print(table("Tiles", headings, rows))
     else:
         out.print("no Triton on this device: there are no tiles to tune, only where skipping pays")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..measure.files import claim_folder, write_atomic
 from ..measure.processes import in_turn
 from ..measure.record import dump, environment, results_folder
 from ..measure.spelling import find_device
-from ..measure.tables import console, seconds, table
+from ..measure.tables import console, faster, faster_within, percent, seconds, table
 from ..measure.timing import Timing, Work
 from ..peers import blksprs, dense, nncf, semi_structured, stk, thresholds
 from .products import dense_layer, our_layer, our_product, peer_product
@@ -50,6 +50,8 @@ from .subjects import (
     weight_norm_update,
 )
 
+NO_SLOWER = 1 / 1.05  # but for the noise of a machine
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -57,19 +59,22 @@ class Comparison:
 
     Attributes:
         title: what the work is.
-        subjects: name -> set-up, or why it cannot be measured; the first is what the others are
-            compared with.
-        targets: name -> the largest ratio of its time to another's that is acceptable: (other,
-            ratio).
-        beyond: what the ratios compare is the time beyond this subject's, if one is named.
+        subjects: name -> set-up, or why it cannot be measured.
+        baselines: names of what all others' speed-ups are over: the first that was measured.
+        targets: name -> the least speed-up over the first of ``baselines`` that is acceptable.
+        shares: name -> the largest acceptable share of what the first of ``baselines`` adds to
+            ``beyond``'s time.
+        beyond: see ``shares``.
         weights: number of weights, for scratch memory a weight; 0 where it does not matter.
         rounds: timed runs of each.
     """
 
     title: str
     subjects: Mapping[str, Callable[[], Work] | str]
-    targets: Mapping[str, tuple[str, float]]
-    beyond: str | None = None
+    baselines: tuple[str, ...] = ()
+    targets: Mapping[str, float] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
+    beyond: str = ""
     weights: int = 0
     rounds: int = 15
 
@@ -83,7 +88,7 @@ def layers(place: Place, block: Block, backward: bool, gain: float) -> Compariso
         backward: with both gradients.
         gain: what must be reached at 90 %; at no level may it be slower.
     """
-    targets = {**dict.fromkeys((0.0, 0.05, 0.15, 0.3, 0.5), 1.05), 0.9: 1 / gain}
+    targets = {**dict.fromkeys((0.0, 0.05, 0.15, 0.3, 0.5), NO_SLOWER), 0.9: gain}
     names = {level: f"ours, {100 * level:.0f} % pruned" for level in targets}
     subjects: dict[str, Callable[[], Work] | str] = {
         "dense": partial(dense_layer, place, block, backward)
@@ -95,7 +100,8 @@ def layers(place: Place, block: Block, backward: bool, gain: float) -> Compariso
         f"Block-sparse linear, {what}: {place.batches[0]} tokens, {place.width} x {place.width} "
         f"weight, {block.rows} x {block.cols} blocks",
         subjects,
-        {names[level]: ("dense", limit) for level, limit in targets.items()},
+        ("dense",),
+        {names[level]: least for level, least in targets.items()},
     )
 
 
@@ -119,12 +125,13 @@ def products(place: Place, block: Block) -> Comparison:
         f"Forward product: {place.batches[0]} tokens, {width} x {width} weight, "
         f"{block.rows} x {block.cols} blocks, 80 % pruned (2:4: 50 %)",
         subjects,
-        {ours: ("dense", 1.0)},
+        ("dense",),
+        {ours: 1.0},
     )
 
 
 def comparisons(place: Place) -> list[Comparison]:
-    """List the work and the ratios that the project must reach."""
+    """List the work and the speed-ups that the project must reach."""
     reason = nncf.available()
     if place.device != "cpu":
         reason = reason or "NNCF's sparsity is compared on the CPU"
@@ -134,7 +141,7 @@ def comparisons(place: Place) -> list[Comparison]:
     def by_nncf(make: Callable[..., Work], *arguments: Any) -> Callable[[], Work] | str:
         return reason or partial(make, place, *arguments)
 
-    def steps(tokens: int, targets: Mapping[str, tuple[str, float]]) -> Comparison:
+    def steps(tokens: int, baselines: tuple[str, ...], *least: float) -> Comparison:
         return Comparison(
             f"Training step: {LAYERS} x Linear({width}), batch {tokens}, 80 % pruned",
             {
@@ -144,7 +151,8 @@ def comparisons(place: Place) -> list[Comparison]:
                 "NNCF": by_nncf(nncf_step, tokens),
                 "torch.nn.utils.prune": partial(torch_step, place, tokens),
             },
-            targets,
+            baselines,
+            dict(zip(("ours, unstructured", "ours, 32x32 blocks"), least, strict=True)),
         )
 
     rows, cols = place.big
@@ -156,7 +164,8 @@ def comparisons(place: Place) -> list[Comparison]:
                 "NNCF": by_nncf(nncf_global_update),
                 "torch.nn.utils.prune": partial(torch_global_update, place),
             },
-            {"ours": ("NNCF", 1 / 25)},
+            ("NNCF", "torch.nn.utils.prune"),
+            {"ours": 25.0},
             weights=place.layers * width**2,
             rounds=3,
         ),
@@ -166,7 +175,8 @@ def comparisons(place: Place) -> list[Comparison]:
                 "ours": partial(our_block_update, place),
                 "WeightNormSparsifier": partial(weight_norm_update, place),
             },
-            {"ours": ("WeightNormSparsifier", 1 / 25)},
+            ("WeightNormSparsifier",),
+            {"ours": 25.0},
             weights=rows * cols,
             rounds=7,
         ),
@@ -178,17 +188,16 @@ def comparisons(place: Place) -> list[Comparison]:
                 "torch.topk": partial(their_threshold, place, thresholds.by_topk),
                 "torch.kthvalue": partial(their_threshold, place, thresholds.by_kthvalue),
             },
-            {"ours": ("torch.kthvalue", 1.0)},
+            ("torch.kthvalue",),
+            {"ours": 1.0},
             weights=4 * width**2,
             rounds=3,
         ),
         *(products(place, Block(side, side)) for side in (32, 128)),
         layers(place, Block(64, 64), False, 2.0),
         layers(place, Block(64, 64), True, 1.7),
-        steps(
-            large, {"ours, unstructured": ("dense", 1.15), "ours, 32x32 blocks": ("dense", 1.05)}
-        ),
-        steps(small, {"ours, unstructured": ("NNCF", 1.0), "ours, 32x32 blocks": ("NNCF", 1.0)}),
+        steps(large, ("dense",), 1 / 1.15, NO_SLOWER),
+        steps(small, ("NNCF", "dense"), 1.0, 1.0),
         *(
             Comparison(
                 f"Training step: {LAYERS} x Linear({width}), batch {small}, {algorithm}",
@@ -200,7 +209,8 @@ def comparisons(place: Place) -> list[Comparison]:
                     },
                     "NNCF": by_nncf(nncf_learning_step, algorithm, small),
                 },
-                {"ours, unstructured": ("NNCF", share), "ours, 32x32 blocks": ("NNCF", share)},
+                ("NNCF", "dense"),
+                shares={"ours, unstructured": share, "ours, 32x32 blocks": share},
                 beyond="dense",
                 rounds=7,
             )
@@ -213,37 +223,43 @@ def comparisons(place: Place) -> list[Comparison]:
                 "ours, unstructured": partial(our_evaluation, place, Unstructured(), large),
                 "ours, 32x32 blocks": partial(our_evaluation, place, BLOCK, large),
             },
-            {"ours, unstructured": ("dense", 1.02), "ours, 32x32 blocks": ("dense", 1.02)},
+            ("dense",),
+            {"ours, unstructured": 1 / 1.02, "ours, 32x32 blocks": 1 / 1.02},
             rounds=41,
         ),
         Comparison(
             f"Strip: {LAYERS} x Linear({width})",
             {"ours": partial(our_strip, place), "NNCF": by_nncf(nncf_strip)},
-            {"ours": ("NNCF", 1.0)},
+            ("NNCF",),
+            {"ours": 1.0},
             rounds=5,
         ),
     ]
 
 
-def ratios(
-    timings: Mapping[str, Timing], name: str, other: str, beyond: str | None = None
-) -> list[float]:
-    """Return ``name``'s time over ``other``'s in each round, sorted.
+def quotients(
+    timings: Mapping[str, Timing], above: str, below: str, beyond: str = ""
+) -> tuple[float, float, float]:
+    """Return ``above``'s time over ``below``'s in the same round: median, p20 and p80.
 
     Both without the time of ``beyond`` in that round, if one is named.
     """
-    base = timings[beyond].seconds if beyond else (0.0,) * len(timings[name].seconds)
-    triples = zip(timings[name].seconds, timings[other].seconds, base, strict=True)
-    return sorted((mine - less) / (theirs - less) for mine, theirs, less in triples)
+    base = timings[beyond].seconds if beyond else (0.0,) * len(timings[above].seconds)
+    triples = zip(timings[above].seconds, timings[below].seconds, base, strict=True)
+    found = sorted((one - less) / (other - less) for one, other, less in triples)
+    last = len(found) - 1
+    return found[round(0.5 * last)], found[round(0.2 * last)], found[round(0.8 * last)]
 
 
 def rows(comparison: Comparison, results: Mapping[str, Timing | str]) -> list[dict[str, Any]]:
     """Put one comparison's figures into plain values, one row a subject.
 
-    Ratios are of one round each; their median, 20th and 80th percentile are kept.
+    All speed-ups are over one baseline. Each is of one round; their median, 20th and 80th
+    percentile are kept.
     """
     timings = {name: found for name, found in results.items() if isinstance(found, Timing)}
-    reference = next(iter(comparison.subjects))
+    baseline = next((name for name in comparison.baselines if name in timings), None)
+    first = baseline is not None and baseline == comparison.baselines[0]
     found = []
     for name, subject in comparison.subjects.items():
         row: dict[str, Any] = {"work": comparison.title, "subject": name}
@@ -259,51 +275,62 @@ def rows(comparison: Comparison, results: Mapping[str, Timing | str]) -> list[di
         row |= {"p80_s": timing.quantile(0.8), "runs": len(timing.seconds)}
         if comparison.weights and timing.scratch is not None:
             row["scratch_bytes_per_weight"] = timing.scratch / comparison.weights
-        target, limit = comparison.targets.get(name, (None, None))
-        other = target if target in timings else reference if reference in timings else None
-        if other is not None and other != name:
-            beyond = comparison.beyond if other == target else None
-            if beyond is not None and beyond not in timings:
-                found.append(row)
-                continue
-            sorted_ratios = ratios(timings, name, other, beyond)
-            last = len(sorted_ratios) - 1
-            row |= {
-                "compared_with": f"what {other} adds" if beyond else other,
-                "ratio": sorted_ratios[round(0.5 * last)],
-                "ratio_p20": sorted_ratios[round(0.2 * last)],
-                "ratio_p80": sorted_ratios[round(0.8 * last)],
-                "ratio_target": limit if other == target else None,
-            }
+        if baseline is not None:
+            row["baseline"] = baseline
+        if baseline is not None and name != baseline:
+            names = "speedup", "speedup_p20", "speedup_p80"
+            row |= zip(names, quotients(timings, baseline, name), strict=True)
+            row["speedup_target"] = comparison.targets.get(name) if first else None
+        if first and name in comparison.shares and comparison.beyond in timings:
+            share, *_ = quotients(timings, name, baseline, comparison.beyond)
+            row |= {"share": share, "share_target": comparison.shares[name]}
         found.append(row)
     return found
 
 
 def draw(title: str, found: list[dict[str, Any]]) -> Table:
+    """Return the table of one comparison."""
+    baseline = next((row["baseline"] for row in found if row.get("baseline")), None)
     headings = (
-        "subject:", "median", "p20 to p80", "scratch a weight", "ratio", "spread", "target",
+        "subject:", "median", "p20 to p80", "scratch a weight",
+        f"speed-up over {baseline}" if baseline else "speed-up", "target:",
     )  # fmt: skip
     lines = []
     for row in found:
         if row["status"] != "ok":
-            lines.append((row["subject"], row["status"].upper(), *[""] * 5))
+            lines.append((row["subject"], row["status"].upper(), *[""] * 4))
             continue
-        scratch, ratio = row.get("scratch_bytes_per_weight"), row.get("ratio")
-        limit = row.get("ratio_target")
+        scratch = row.get("scratch_bytes_per_weight")
         lines.append(
             (
                 row["subject"],
                 seconds(row["median_s"]),
                 f"{seconds(row['p20_s'])} to {seconds(row['p80_s'])}",
                 "" if scratch is None else f"{scratch:.1f} bytes",
-                "" if ratio is None else f"{ratio:.3f} of {row['compared_with']}",
-                "" if ratio is None else f"{row['ratio_p20']:.3f} to {row['ratio_p80']:.3f}",
-                ""
-                if limit is None
-                else f"<= {limit:.3g} {'reached' if ratio <= limit else 'MISSED'}",
+                "baseline"
+                if row["subject"] == baseline
+                else faster_within(
+                    row.get("speedup"), row.get("speedup_p20"), row.get("speedup_p80")
+                ),
+                verdict(row),
             )
         )
     return table(title, headings, lines)
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """Say whether a row reaches its target, if it has one."""
+    if (least := row.get("speedup_target")) is not None:
+        reached = row["speedup"] >= least
+        limit = faster(least) if least >= 1 else f"no more than {faster(least)}"
+        return f"{limit}: {'reached' if reached else 'MISSED'}"
+    if (most := row.get("share_target")) is not None:
+        reached = row["share"] <= most
+        return (
+            f"adds at most {percent(most)} of what {row['baseline']} adds: "
+            f"{percent(row['share'])}, {'reached' if reached else 'MISSED'}"
+        )
+    return ""
 
 
 def place_of(device: torch.device) -> Place:

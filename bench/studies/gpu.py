@@ -37,7 +37,7 @@ from ..measure.record import Row, dump, environment, results_folder, times, to_c
 from ..measure.shapes import Shape, spell_shapes
 from ..measure.spelling import find_device, spell_pattern
 from ..measure.steps import another_level, model_cases, sparsify
-from ..measure.tables import ceilings_line, console, percent, seconds, table, where
+from ..measure.tables import ceilings_line, console, faster, percent, seconds, table, where
 from ..measure.timing import measure, overhead
 from ..peers import blksprs, dense, semi_structured, stk, torch_bsr
 
@@ -408,7 +408,7 @@ def transformer_step(run: Run) -> None:
         limit, verdict = _verdict(row.speedup, STEP, ">=")
         run.say(
             f"training step of a transformer block, {pattern}, 80 %: {seconds(row.median_s)}, "
-            f"dense {seconds(row.dense_s)}: {row.speedup:.2f}x (target {limit}: {verdict})"
+            f"dense {seconds(row.dense_s)}: {faster(row.speedup)} (target {limit}: {verdict})"
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..measure.files import write_atomic
 from ..measure.record import RESULTS, ROOT, load
-from ..measure.tables import percent, seconds
+from ..measure.tables import faster, faster_within, percent, seconds
 from .gpu import EFFICIENCY
 from .gpu import summary as efficiencies
 
@@ -62,7 +62,9 @@ def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _compare(record: Mapping[str, Any]) -> list[str]:
-    """One table of all comparisons: what was measured, and by which factor ours differs."""
+    """One table of all comparisons: what was measured, and how much faster than its baseline."""
+    named = baselines(record["rows"])
+    measured = {(row["work"], row["subject"]): row for row in record["rows"]}
     rows: list[tuple[str, ...]] = []
     skipped: dict[str, str] = {}
     last = ""
@@ -70,24 +72,55 @@ def _compare(record: Mapping[str, Any]) -> list[str]:
         if row["status"] == "skipped":
             skipped[row["subject"]] = row["detail"]
             continue
+        baseline = named.get(row["work"])
         work = "" if row["work"] == last else row["work"]
         last = row["work"]
         if row["status"] == "failed":
-            rows.append((work, row["subject"], "FAILED", "", ""))
+            rows.append((work, row["subject"], "FAILED", ""))
             continue
-        ratio = ""
-        if row.get("ratio") is not None:
-            ratio = f"{row['ratio']:.3g} ({row['ratio_p20']:.3g} to {row['ratio_p80']:.3g})"
-        rows.append(
-            (work, row["subject"], seconds(row["median_s"]), ratio,
-             row.get("compared_with") or "")
-        )  # fmt: skip
-    headings = ("work:", "subject:", "median", "ratio (p20 to p80)", "of the time of:")
+        other = measured.get((row["work"], baseline))
+        speedup = "the baseline" if other is row else ""
+        if other is not None and other is not row and other["status"] == "ok":
+            speedup = faster_within(*speedup_over(row, other))
+        rows.append((work, row["subject"], seconds(row["median_s"]), speedup))
+    headings = ("work:", "subject:", "median", "speed-up over the work's baseline (p20 to p80)")
     parts = [f"Ours and others' in turn. {_made(record)}", _markdown(headings, rows)]
     if skipped:
         left_out = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         parts.append(f"Left out: {left_out}.")
     return parts
+
+
+def baselines(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return for each work the subject that the others' speed-ups are over.
+
+    Records made before there were speed-ups name it where they name a target.
+    """
+    named: dict[str, str] = {}
+    for row in rows:
+        name = row.get("baseline")
+        if name is None and row.get("ratio_target") is not None:
+            name = row["compared_with"].removeprefix("what ").removesuffix(" adds")
+        if name is not None:
+            named.setdefault(row["work"], name)
+    return named
+
+
+def speedup_over(row: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Return how many times as fast ``row`` is as ``other``, and the p20 and p80 of that.
+
+    Of rounds in pairs, where they were recorded; else of the medians, its spread then as wide as
+    those of both times allow.
+    """
+    if row.get("baseline") == other["subject"]:
+        return row["speedup"], row["speedup_p20"], row["speedup_p80"]
+    if row.get("compared_with") == other["subject"]:
+        return 1 / row["ratio"], 1 / row["ratio_p80"], 1 / row["ratio_p20"]
+    return (
+        other["median_s"] / row["median_s"],
+        other["p20_s"] / row["p80_s"],
+        other["p80_s"] / row["p20_s"],
+    )
 
 
 def _profile(record: Mapping[str, Any], folder: str) -> list[str]:
@@ -103,17 +136,16 @@ def _profile(record: Mapping[str, Any], folder: str) -> list[str]:
     rows = []
     for (operation, pattern), mine in found.items():
         row = mine[0]
-        speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}x"
         shape = "all layers" if "," in row["shape"] else row["shape"]
         rows.append(
             (operation, pattern, shape, seconds(row["median_s"]), percent(row["of_bound"]),
-             row["bound"], speedup)
+             row["bound"], faster(row["speedup"]))
         )  # fmt: skip
     ceilings = record["ceilings"]
     gemm = max(ceilings["gemm"].values())
     headings = (
         "operation:", "pattern:", "tokens x in x out:", "median", "of its bound", "bound:",
-        "to dense",
+        "speed-up over dense",
     )  # fmt: skip
     return [
         f"Each operation at {100 * level:g} % sparsity, against ceilings measured in the same "

@@ -73,23 +73,65 @@ def test_what_fails_has_a_reason_and_no_time_and_the_others_go_on():
     assert len(found["right"].seconds) == 2
     assert found["wrong"] == "AssertionError: result is wrong: by far"
     assert "gone" in found["dead"]
-    table = rows(Comparison("work", subjects | {"absent": "not installed"}, {}), found)
+    table = rows(Comparison("work", subjects | {"absent": "not installed"}), found)
     assert [row["status"] for row in table] == ["ok", "failed", "failed", "skipped"]
-    assert all("median_s" not in row and "ratio" not in row for row in table[1:])
+    assert all("median_s" not in row and "speedup" not in row for row in table[1:])
     assert table[3]["detail"] == "not installed"
 
 
-def test_ratios_are_of_the_same_round():
-    times = {"ours": Timing((1.0, 2.0, 6.0)), "theirs": Timing((2.0, 8.0, 6.0), 4000)}
-    subjects = {"ours": lambda: None, "theirs": lambda: None}
-    ours, theirs = rows(
-        Comparison("work", subjects, {"ours": ("theirs", 0.4)}, weights=1000), times
-    )
-    assert (ours["ratio"], ours["compared_with"], ours["ratio_target"]) == (0.5, "theirs", 0.4)
-    assert (ours["ratio_p20"], ours["ratio_p80"]) == (0.25, 1.0)
-    assert (theirs["ratio"], theirs["compared_with"]) == (2.0, "ours")
+TIMES = {
+    "ours": Timing((1.0, 2.0, 6.0)),
+    "theirs": Timing((2.0, 8.0, 6.0), 4000),
+    "slow": Timing((4.0, 16.0, 24.0)),
+}
+NAMES = dict.fromkeys(TIMES, set_up)
+
+
+def cells(found):
+    return [[*column.cells] for column in compare.draw("work", found).columns]
+
+
+def test_speedups_are_of_the_same_round_and_all_over_one_baseline():
+    found = rows(Comparison("work", NAMES, ("theirs", "slow"), {"ours": 2.5}, weights=1000), TIMES)
+    ours, theirs, slow = found
+    assert {row["baseline"] for row in found} == {"theirs"}
+    assert (ours["speedup"], ours["speedup_p20"], ours["speedup_p80"]) == (2, 1, 4)
+    assert (slow["speedup"], slow["speedup_p20"], slow["speedup_p80"]) == (0.5, 0.25, 0.5)
+    assert "speedup" not in theirs
     assert theirs["scratch_bytes_per_weight"] == 4
-    assert "reached" not in str(compare.draw("work", [ours]).columns[-1]._cells)
+    *_, speedups, targets = cells(found)
+    assert speedups == ["2.0x faster (1.00x to 4.0x)", "baseline", "2.0x slower (2.0x to 4.0x)"]
+    assert targets == ["2.5x faster: MISSED", "", ""]
+
+
+def test_where_the_baseline_is_absent_the_next_is_that_of_all_rows():
+    times = {name: TIMES[name] for name in ("ours", "slow")} | {"theirs": "it failed"}
+    found = rows(Comparison("work", NAMES, ("theirs", "slow"), {"ours": 2.5}), times)
+    assert [row.get("baseline") for row in found] == ["slow", None, "slow"]
+    assert found[0]["speedup"] == 4
+    # the target is of the other
+    assert cells(found)[-1] == ["", "", ""]
+    found = rows(Comparison("work", NAMES, ("theirs",), {"ours": 2.5}), times)
+    assert not any("speedup" in row or "baseline" in row for row in found)
+    assert cells(found)[-2] == ["", "", ""]
+
+
+def test_a_share_is_of_what_the_baseline_adds():
+    comparison = Comparison("work", NAMES, ("slow",), shares={"theirs": 0.25}, beyond="ours")
+    found = rows(comparison, TIMES)
+    # of the rounds: 1 of 3, 6 of 14, 0 of 18
+    assert found[1]["share"] == pytest.approx(1 / 3)
+    assert cells(found)[-1][1] == "adds at most 25 % of what slow adds: 33 %, MISSED"
+    assert found[1]["speedup"] == 2
+
+
+def test_every_work_names_a_baseline_and_targets_among_its_subjects():
+    for comparison in comparisons(TRIAL):
+        names = {*comparison.baselines, *comparison.targets, *comparison.shares}
+        assert comparison.baselines
+        assert names <= {*comparison.subjects}
+        assert {comparison.beyond} <= {"", *comparison.subjects}
+        assert comparison.baselines[0] not in comparison.targets
 
 
 @pytest.mark.parametrize(
@@ -120,7 +162,7 @@ def test_a_numbered_gpu_is_the_one_that_is_measured():
 def test_what_is_wrong_of_ours_makes_the_comparison_fail(tmp_path, monkeypatch, wrong, code):
     found = {"ours, quick": Timing((1.0,)), "theirs": Timing((2.0,))} | {wrong: "off by far"}
     subjects = dict.fromkeys(found, set_up)
-    monkeypatch.setattr(compare, "comparisons", lambda place: [Comparison("work", subjects, {})])
+    monkeypatch.setattr(compare, "comparisons", lambda place: [Comparison("work", subjects)])
     monkeypatch.setattr(compare, "in_turn", lambda *_: found)
     monkeypatch.setattr("sys.argv", ["compare", "--trial", "--output", str(tmp_path)])
     with pytest.raises(SystemExit) as caught:
