@@ -209,6 +209,7 @@ def test_the_search_starts_from_the_kernels_own_tile(monkeypatch):
     assert job.tile_of("forward", weight, Block(64, 64), dtype, CPU, tuned=False) == own
 
 
+@pytest.mark.slow
 def test_a_stopped_process_says_how_to_go_on(tmp_path):
     output = tmp_path / "table.json"
     slow = ["--shapes=512x1024x1024", "--device=cpu", "--budget=0.1", "--threads=1"]

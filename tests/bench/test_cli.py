@@ -246,6 +246,7 @@ def test_without_sklearn_the_task_says_what_to_install(tmp_path, capsys, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(tmp_path):
     done = subprocess.run(
         [*PROGRAM, "finetune", *QUICK, "-o", str(tmp_path / "run")],
@@ -287,6 +288,7 @@ def wait_for_saves(process, folder, count):
         time.sleep(0.0005)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_result_bit_for_bit(tmp_path, capsys):
     assert run("finetune", *LONGER, "-o", tmp_path / "whole", "--json") == 0
     whole = json.loads(capsys.readouterr().out)
@@ -310,6 +312,7 @@ def test_a_killed_run_resumes_to_the_same_result_bit_for_bit(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_stopped_run_exits_with_130_and_tells_how_to_go_on(tmp_path):
     process = start(tmp_path / "run", *LONGER, "--json")
     wait_for_saves(process, tmp_path / "run", 5)
@@ -323,6 +326,7 @@ def test_a_stopped_run_exits_with_130_and_tells_how_to_go_on(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_compare_trains_each_algorithm_from_one_dense_model_and_resumes(tmp_path, capsys):
     options = [*QUICK, "--compare=magnitude,rigl", "--levels=0.5,0.75", "-o", tmp_path]
     assert run("finetune", *options, "--json") == 0

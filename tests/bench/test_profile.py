@@ -101,6 +101,7 @@ def test_a_pass_checks_once_and_then_times(monkeypatch):
         case.build()
 
 
+@pytest.mark.slow
 def test_passes_take_place_in_processes_and_are_pooled():
     told = []
     record = job.profile(job.make_plan(**SMALL, passes=2), lambda *step: told.append(step[1:3]))

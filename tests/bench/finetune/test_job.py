@@ -101,6 +101,7 @@ def test_a_run_ends_with_exactly_the_pruned_model_on_disk(uninterrupted):
     assert (stripped["embedding.weight"] != 0).all()
 
 
+@pytest.mark.slow
 def test_training_that_skips_blocks_follows_the_masked_dense_losses(tmp_path):
     runs = {}
     for dispatch in ("sparse", "dense"):
@@ -221,6 +222,7 @@ def test_every_schedule_resumes(tmp_path, schedule, pattern):
     assert_same_result(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [
@@ -322,6 +324,7 @@ def test_a_run_goes_on_from_the_dense_model_of_another(tmp_path, uninterrupted):
     assert (tmp_path / STRIPPED).read_bytes() == (uninterrupted / STRIPPED).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_language_model_learns_and_is_pruned(tmp_path):
     options = Options(
         dense_epochs=2,

@@ -34,6 +34,7 @@ def test_no_worse_is_judged_by_paired_differences(rigl, difference, holds):
     assert turned.difference == pytest.approx(-difference)
 
 
+@pytest.mark.slow
 def test_the_comparison_runs_every_subject_and_writes_its_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(nncf, "available", lambda: "nncf is not installed")
     path = tmp_path / "figures.json"

@@ -63,6 +63,7 @@ def die(text):
     raise SystemExit(text)
 
 
+@pytest.mark.slow
 def test_what_fails_has_a_reason_and_no_time_and_the_others_go_on():
     subjects = {
         "right": partial(set_up, ""),

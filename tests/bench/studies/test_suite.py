@@ -7,6 +7,7 @@ from triton_sparsity.bench.measure.record import load
 from triton_sparsity.bench.studies import compare, suite
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("right", [True, False])
 def test_the_suite_records_the_profile_and_the_comparison(tmp_path, monkeypatch, capsys, right):
     ran = []
