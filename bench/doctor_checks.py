@@ -23,7 +23,6 @@ from ..kernels.learned_mask import (
     straight_through_reference,
 )
 from ..kernels.mask import make_mask, make_mask_reference, pack, unpack
-from ..kernels.masked_linear import masked_linear
 from ..kernels.masked_weight import apply_mask, apply_mask_, apply_mask_reference
 from ..kernels.pattern import NM, Block, Pattern, Unstructured, grid_shape
 from ..kernels.select import Threshold, select, select_reference
@@ -74,13 +73,6 @@ def checks(device: torch.device, backend: Backend) -> Iterator[tuple[str, Check]
         packed = pack_reference(grid_of(Unstructured(), fine))
         yield f"select, make_mask {name}", _select([fine, fine[:5].neg()], backend)
         yield f"apply_mask unstructured, {name}", _apply(fine, packed, Unstructured(), backend)
-        size = f"37x130, unstructured, {name}"
-        yield (
-            f"masked_linear {size}",
-            _masked_linear(
-                normal(19, 130, dtype=dtype), fine, packed, normal(19, 37, dtype=dtype), backend
-            ),
-        )
         tuples = normal(36, 128, dtype=dtype).round(decimals=1)
         for pattern in (NM(2, 4), NM(1, 8), NM(2, 4, transposable=True)):
             yield f"nm_mask {pattern}, {name}", _tuples(tuples, pattern, backend)
@@ -178,31 +170,6 @@ def _linear(
                 y = block_sparse_linear_reference(a, w, mask, b, block)
             results.append((y, *torch.autograd.grad(y, (a, w, b), grad.to(kind))))
         names = ("value", "gradient to x", "gradient to weight", "gradient to bias")
-        return first(
-            _named(name, disagreement(*three))
-            for name, three in zip(names, zip(*results, strict=True), strict=True)
-        )
-
-    return check
-
-
-def _masked_linear(
-    x: Tensor, weight: Tensor, mask: Tensor, grad: Tensor, backend: Backend
-) -> Check:
-    def check() -> str | None:
-        keep = unpack_reference(mask, weight.shape[1])
-        results = []
-        for i, kind in enumerate(_kinds(x)):
-            behind = float("nan") if i == 0 else 0.0
-            w = weight.detach().to(kind).masked_fill(~keep, behind).requires_grad_()
-            a = x.detach().to(kind).requires_grad_()
-            y = (
-                masked_linear(a, w, mask, pattern=Unstructured(), backend=backend)
-                if i == 0
-                else torch.nn.functional.linear(a, w.masked_fill(~keep, 0))
-            )
-            results.append((y, *torch.autograd.grad(y, (a, w), grad.to(kind))))
-        names = ("value", "gradient to x", "gradient to weight")
         return first(
             _named(name, disagreement(*three))
             for name, three in zip(names, zip(*results, strict=True), strict=True)

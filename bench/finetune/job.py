@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...controller.base_algo import BaseSparsityAlgoController
+from ...controller.algorithms.base import BaseSparsityAlgoController
+from ...controller.algorithms.magnitude import MagnitudeSparsityConfig
+from ...controller.config.schedule import PolynomialSchedule
 from ...controller.create import create_controller
-from ...controller.magnitude import MagnitudeSparsityConfig
-from ...controller.schedule import PolynomialSchedule
 from ...kernels.launch import use_triton
 from ..measure.files import write_atomic
 from ..measure.progress import Advance

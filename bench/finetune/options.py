@@ -9,29 +9,25 @@ from typing import Any, get_args
 
 import torch
 
-from ...controller.const import ConstSparsityConfig
-from ...controller.criteria import WeightImportance
-from ...controller.magnitude import MagnitudeSparsityConfig
-from ...controller.movement import MovementSparsityConfig
-from ...controller.nncf_config import Config
-from ...controller.pruning import is_reachable
-from ...controller.rb import RBSparsityConfig
-from ...controller.regrowth import SETConfig
-from ...controller.rigl import RigLConfig
-from ...controller.schedule import (
+from ...controller.algorithms.table import ALGORITHMS as TABLE
+from ...controller.config.algorithm import AlgorithmConfig, Pool
+from ...controller.config.schedule import (
     AdaptiveSchedule,
     ExponentialSchedule,
     MultistepSchedule,
     PolynomialSchedule,
     Schedule,
 )
+from ...controller.selection.criteria import WeightImportance
+from ...controller.selection.thresholds import is_reachable
 from ...kernels.launch import use_triton
 from ...kernels.pattern import NM, maximum_level
 from ..measure.spelling import find_device, parse_pattern, spell_pattern
 from .tasks import Recipe
 
-ALGORITHMS = ("magnitude", "const", "set", "rigl", "rb", "movement")
-WITH_NM = ("magnitude", "const")
+CONFIGS = {row.short: row.config for row in TABLE.values()}
+ALGORITHMS = tuple(CONFIGS)
+WITH_NM = tuple(name for name, config in CONFIGS.items() if config.takes_nm)
 GRADIENT_OR_INPUT = ("snip", "snip_momentum", "wanda")
 
 
@@ -56,6 +52,7 @@ class Options:
         ramp: fraction of the sparse epochs in which the level rises, in (0, 1].
         importance: ``"abs"``, ``"normed_abs"``, ``"snip"``, ``"snip_momentum"``, ``"wanda"`` or
             ``"random"``; by it magnitude prunes, and set and rigl drop.
+        pool: of magnitude: ``"global"`` or ``"weight"``; None: the library's default.
         initial_masks: of set and rigl: ``"importance"`` or ``"random"``.
         distribution: of set and rigl, over the layers: ``"erk"`` or ``"uniform"``.
         alpha: of set and rigl: fraction of the kept groups that moves at the first update.
@@ -91,6 +88,7 @@ class Options:
     schedule: str = "polynomial"
     ramp: float = 0.7
     importance: str = "abs"
+    pool: str | None = None
     initial_masks: str = "importance"
     distribution: str = "erk"
     alpha: float = 0.3
@@ -139,6 +137,7 @@ def checked(options: Options) -> Options:
         ("algorithm", ALGORITHMS),
         ("schedule", ("polynomial", "exponential", "multistep", "adaptive")),
         ("importance", get_args(WeightImportance)),
+        ("pool", (None, *get_args(Pool))),
         ("initial_masks", ("importance", "random")),
         ("distribution", ("erk", "uniform")),
         ("growth", ("normed_gradient", "gradient")),
@@ -147,7 +146,7 @@ def checked(options: Options) -> Options:
     ):
         if getattr(options, name) not in choices:
             raise ValueError(
-                f"{name.replace('_', '-')} must be one of {', '.join(choices)}, "
+                f"{name.replace('_', '-')} must be one of {', '.join(filter(None, choices))}, "
                 f"got {getattr(options, name)!r}"
             )
     for name, fits, what in (
@@ -242,30 +241,26 @@ def same_run(saved: Options, asked: Options, given: Collection[str]) -> Options:
     return merged
 
 
-def sparsity_config(options: Options) -> Config:
-    """Return the configuration of the algorithm."""
-    where = {
-        "pattern": parse_pattern(options.pattern),
-        "target_scopes": options.scope,
-        "ignored_scopes": options.ignore,
+def sparsity_config(options: Options) -> AlgorithmConfig:
+    """Return the configuration of the algorithm: of the options those that it has as fields."""
+    config = CONFIGS[options.algorithm]
+    given: dict[str, Any] = {
+        "weight_importance": options.importance,
+        "growth": options.growth,
+        "seed": options.seed,
     }
-    match options.algorithm:
-        case "magnitude":
-            importance = {"weight_importance": options.importance, "seed": options.seed}
-            return MagnitudeSparsityConfig(**where, **importance, schedule=schedule(options))
-        case "const":
-            return ConstSparsityConfig(**where)
-        case "set":
-            return SETConfig(**where, **regrowth(options))
-        case "rigl":
-            growth: Any = options.growth
-            return RigLConfig(**where, **regrowth(options), growth=growth)
-        case "rb":
-            return RBSparsityConfig(**where, schedule=schedule(options), seed=options.seed)
-        case "movement":
-            return MovementSparsityConfig(**where, **warm_up(options))
-    raise ValueError(
-        f"algorithm must be one of {', '.join(ALGORITHMS)}, got {options.algorithm!r}"
+    given |= {"pool": options.pool} if options.pool else {}
+    if "schedule" in config.model_fields:
+        given["schedule"] = schedule(options)
+    if "t_end" in config.model_fields:
+        given |= regrowth(options)
+    if "warmup_start_epoch" in config.model_fields:
+        given |= warm_up(options)
+    return config(
+        pattern=parse_pattern(options.pattern),
+        target_scopes=options.scope,
+        ignored_scopes=options.ignore,
+        **{name: value for name, value in given.items() if name in config.model_fields},
     )
 
 
@@ -292,10 +287,8 @@ def regrowth(options: Options) -> dict[str, Any]:
         "t_end": t_end,
         "distribution": options.distribution,
         "initial_masks": options.initial_masks,
-        "weight_importance": options.importance,
         "alpha": options.alpha,
         "delta_t": options.delta_t or max(1, t_end // 20),
-        "seed": options.seed,
     }
 
 

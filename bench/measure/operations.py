@@ -17,7 +17,6 @@ from ...kernels.bits import expand_mask, pack_reference, packed_shape, unpack_re
 from ...kernels.block_score import block_score, block_score_reference
 from ...kernels.block_sparse_linear import MIN_SIDE, block_sparse_linear
 from ...kernels.mask import make_mask, make_mask_reference, pack
-from ...kernels.masked_linear import masked_linear
 from ...kernels.masked_weight import apply_mask, apply_mask_
 from ...kernels.pattern import NM, Block, Pattern, Unstructured, grid_shape
 from ...kernels.select import Threshold, select, select_reference
@@ -35,7 +34,6 @@ from .counts import (
     apply_in_place_bytes,
     intensity,
     mask_bytes,
-    mask_size,
     pack_bytes,
     product_bytes,
     product_flops,
@@ -183,8 +181,6 @@ def _apply_in_place(o: Operands) -> Built:
 
 
 def _multiply(o: Operands, x: Tensor, weight: Tensor) -> Tensor:
-    if not isinstance(o.pattern, Block):
-        return masked_linear(x, weight, o.served, pattern=o.pattern, backend=o.backend)
     return block_sparse_linear(
         x, weight, o.topology, pattern=o.pattern, paths=SKIP, backend=o.backend
     )
@@ -280,9 +276,7 @@ def operand_cases(operands: Operands, operations: Sequence[str]) -> Iterator[Cas
             case "apply_":
                 moved = apply_in_place_bytes(weight, o.kept, pattern, size)
                 yield case(operation, moved, _apply_in_place)
-            case "forward" | "dX" | "dW" if not is_block or _multiplies(pattern):
+            case "forward" | "dX" | "dW" if is_block and _multiplies(pattern):
                 build = {"forward": _forward, "dX": _dgrad, "dW": _wgrad}[operation]
-                read = o.kept if is_block else weight[0] * weight[1]
-                moved = product_bytes(operation, o.shape, read, size)
-                moved += 0 if is_block else mask_size(weight, pattern)
-                yield case(operation, moved, build, product_flops(o.shape.tokens, read))
+                moved = product_bytes(operation, o.shape, o.kept, size)
+                yield case(operation, moved, build, product_flops(o.shape.tokens, o.kept))

@@ -152,9 +152,9 @@ def training_step(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.dev
 def sparsify(model: nn.Module, pattern: Pattern, level: float, backend: Backend) -> Any:
     """Put ``model`` under magnitude masks at a level, one pool, and return the controller."""
     # the controller's configuration needs pydantic, which the kernels do without
+    from ...controller.algorithms.magnitude import MagnitudeSparsityConfig
+    from ...controller.config.schedule import PolynomialSchedule
     from ...controller.create import create_controller
-    from ...controller.magnitude import MagnitudeSparsityConfig
-    from ...controller.schedule import PolynomialSchedule
 
     schedule = PolynomialSchedule(initial_level=level, target_level=level)
     config = MagnitudeSparsityConfig(pattern=pattern, schedule=schedule, weight_importance="abs")

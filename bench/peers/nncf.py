@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ...controller.schedule import PolynomialSchedule
+from ...controller.config.schedule import PolynomialSchedule
 
 
 def available() -> str | None:

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ...controller.schedule import PolynomialSchedule
+from ...controller.config.schedule import PolynomialSchedule
 from ..finetune.files import DENSE, load_checkpoint
 from ..finetune.job import finetune, start
 from ..finetune.loop import Job, evaluate, train

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...controller.operand import MaskOperand
+from ...controller.masks.weight import SparseWeight, clear_, dense_weights
 from ...kernels.block_sparse_linear import block_sparse_linear
 from ...kernels.pattern import Block
 from ...kernels.topology import block_topology
@@ -27,23 +27,37 @@ def product_operands(place: Place, block: Block, level: float = LEVEL) -> Operan
     return Operands(shape, block, level, "random", place.dtype, place.kind, "auto")
 
 
-def layer_product(o: Operands) -> Callable[[Tensor, Tensor], Tensor]:
+def sparse_weight(o: Operands) -> SparseWeight:
+    """Return the weight as a layer of ours has it, zero where the mask prunes."""
+    holder = nn.Module()
+    holder.weight = nn.Parameter(o.weight)
+    sparse = SparseWeight(holder, "weight", "weight", o.pattern)
+    sparse.serve_product()
+    with dense_weights([sparse]):
+        sparse.set_grid(o.grid)
+    return sparse
+
+
+def layer_product(sparse: SparseWeight) -> Callable[[Tensor, Tensor], Tensor]:
     """Return what a layer of ours computes of input and weight, on the paths chosen for it."""
-    operand = MaskOperand(o.weight, o.pattern)
-    operand.serve_linear()
-    operand.set_(o.grid, all_kept=bool(o.grid.all()))
-    return lambda x, weight: operand.linear(x, weight, None)
+    return lambda x, weight: sparse.linear(x, weight, None)
 
 
 def our_layer(place: Place, block: Block, level: float, backward: bool) -> Work:
     """A layer, with both gradients or none."""
     o = product_operands(place, block, level)
-    product = layer_product(o)
-    leaves = [o.x.requires_grad_(backward), nn.Parameter(o.weight, requires_grad=backward)]
+    sparse = sparse_weight(o)
+    product = layer_product(sparse)
+    leaves = [o.x.requires_grad_(backward), sparse.weight.requires_grad_(backward)]
 
     def work() -> tuple[Tensor, ...]:
         y = product(*leaves)
-        return (y, *torch.autograd.grad(y, leaves, o.grad)) if backward else (y,)
+        if not backward:
+            return (y,)
+        grads = torch.autograd.grad(y, leaves, o.grad)
+        # as the guard does once a gradient has arrived
+        clear_([sparse], [grads[1]])
+        return y, *grads
 
     plain = o.x.detach()
     wanted = [F.linear(plain, o.masked), o.grad @ o.masked, (o.grad.T @ plain) * (o.masked != 0)]

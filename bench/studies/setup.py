@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...controller.algorithms.magnitude import MagnitudeSparsityConfig
+from ...controller.config.schedule import PolynomialSchedule
 from ...controller.create import create_controller
-from ...controller.magnitude import MagnitudeSparsityConfig
-from ...controller.schedule import PolynomialSchedule
 from ...kernels.pattern import Block, Pattern
 from ..measure.agreement import disagreement
 

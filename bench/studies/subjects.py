@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...controller.algorithms.movement.config import MovementSparsityConfig
+from ...controller.algorithms.rb import RBSparsityConfig
+from ...controller.config.schedule import MultistepSchedule
 from ...controller.create import create_controller
-from ...controller.movement import MovementSparsityConfig
-from ...controller.rb import RBSparsityConfig
-from ...controller.schedule import MultistepSchedule
 from ...kernels.pattern import Pattern, Unstructured
 from ...kernels.select import select
 from ..measure.timing import Work

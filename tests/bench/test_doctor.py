@@ -118,9 +118,6 @@ LINEAR = "block_sparse_linear"
             ("block_topology", wrong_field(i), "block_topology", field)
             for i, field in enumerate(Topology._fields)
         ),
-        ("masked_linear", wrong_value, "masked_linear", "value"),
-        ("masked_linear", wrong_gradient_to(0), "masked_linear", "gradient to x"),
-        ("masked_linear", wrong_gradient_to(1), "masked_linear", "gradient to weight"),
         ("nm_mask", wrong_field(0), "nm_mask", "mask"),
         ("nm_score", wrong_value, "nm_mask", "score"),
         ("sample_mask", wrong_value, "sample_mask", "value"),

@@ -6,7 +6,11 @@ from hypothesis import strategies as st
 
 import oracle
 from aot import ARCHITECTURES, assert_lean, compile_for
-from triton_sparsity.controller.structures import Member, StructureGroup, resolve
+from triton_sparsity.controller.algorithms.movement.structures import (
+    Member,
+    StructureGroup,
+    resolve,
+)
 from triton_sparsity.kernels import bits
 from triton_sparsity.kernels import mask as module
 from triton_sparsity.kernels.launch import HAS_TRITON, INTERPRET, tl

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import aot
 import oracle
-from triton_sparsity.controller.criteria import Importance, group_scores
+from triton_sparsity.controller.selection.criteria import Importance, scores_by_group
 from triton_sparsity.kernels import select as module
 from triton_sparsity.kernels.launch import INTERPRET, tl
 from triton_sparsity.kernels.select import select, select_reference
@@ -348,7 +348,7 @@ def test_torchs_defaults_do_not_matter_to_scales_of_one(default):
     info = SimpleNamespace(operand=SimpleNamespace(packed=True))
     scale = torch.tensor(1 / 3, device=DEVICE)
     with other_default(default):
-        _, scales = group_scores([info] * 2, [Importance(scale), Importance(scale, scale)])
+        _, scales = scores_by_group([info] * 2, [Importance(scale), Importance(scale, scale)])
     assert torch.equal(scales, torch.tensor([1, 1 / 3], device=DEVICE))
 
 

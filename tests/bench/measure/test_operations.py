@@ -203,10 +203,6 @@ TUPLES = NM(2, 4), NM(2, 4, transposable=True)
         ("block_sparse_linear", scale_gradient(0), Block(32, 32), ["dX"]),
         ("block_sparse_linear", scale_gradient(1), Block(32, 32), ["dW"]),
         ("block_sparse_linear", leak_gradient, Block(32, 32), ["dW"]),
-        ("masked_linear", double, Unstructured(), ["forward", "dX", "dW"]),
-        ("masked_linear", scale_gradient(0), Unstructured(), ["dX"]),
-        ("masked_linear", scale_gradient(1), Unstructured(), ["dW"]),
-        ("masked_linear", leak_gradient, Unstructured(), ["dW"]),
         *(
             (function, breaks, pattern, operations)
             for pattern in TUPLES
@@ -216,7 +212,6 @@ TUPLES = NM(2, 4), NM(2, 4, transposable=True)
                 ("nm_mask", leave, ["mask"]),
                 ("apply_mask", double, ["apply"]),
                 ("apply_mask_", nothing, ["apply_"]),
-                ("masked_linear", double, ["forward", "dX", "dW"]),
             )
         ),
     ],

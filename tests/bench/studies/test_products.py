@@ -28,8 +28,8 @@ def test_a_layer_of_ours_with_a_wrong_gradient_is_refused(monkeypatch, level, wh
     """By what it multiplies with: the value stays, the derivative does not."""
     right = products.layer_product
 
-    def wrong(o):
-        product = right(o)
+    def wrong(sparse):
+        product = right(sparse)
 
         def scaled(x, weight):
             if which == "x":
@@ -49,8 +49,8 @@ def test_a_layer_of_ours_with_a_wrong_gradient_is_refused(monkeypatch, level, wh
 def test_a_layer_of_ours_that_is_wrong_is_refused(monkeypatch, backward):
     right = products.layer_product
 
-    def wrong(o):
-        product = right(o)
+    def wrong(sparse):
+        product = right(sparse)
         return lambda x, weight: 1.01 * product(x, weight)
 
     monkeypatch.setattr(products, "layer_product", wrong)

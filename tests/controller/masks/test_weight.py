@@ -1,4 +1,4 @@
-"""One sparse weight: its mask, its zeros, the values it keeps, the product that skips its blocks."""
+"""One sparse weight: its mask, zeros and retained values, and the product that skips blocks."""
 
 import pytest
 import torch
