@@ -11,7 +11,8 @@ from triton_sparsity.bench.measure import operations
 from triton_sparsity.bench.measure.ceilings import Ceilings
 from triton_sparsity.bench.measure.record import Row, load
 from triton_sparsity.bench.studies import gpu
-from triton_sparsity.bench.studies.gpu import FULL, TRIAL, break_even, main
+from triton_sparsity.bench.studies.gpu import break_even, main
+from triton_sparsity.bench.studies.llama import FULL, TRIAL
 from triton_sparsity.bench.studies.render import render
 
 CPU = torch.device("cpu")
