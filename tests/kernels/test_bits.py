@@ -58,15 +58,6 @@ def tiles(request, monkeypatch):
         monkeypatch.setattr(bits, "PIECE", 64)
 
 
-@pytest.fixture
-def poisoned_memory():
-    """Fill fresh memory: NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    assert (torch.empty(3, dtype=torch.uint8) == 255).all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("poisoned_memory", "tiles")
 @pytest.mark.parametrize("view", VIEWS)
 def test_pack_is_numpys_packbits_and_unpack_undoes_it(view):

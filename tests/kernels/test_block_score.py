@@ -56,16 +56,7 @@ def assert_scores(scores, weight, pattern, norm):
     torch.testing.assert_close(scores.cpu().double(), want, rtol=1e-6, atol=1e-30)
 
 
-@pytest.fixture
-def poisoned_outputs():
-    """Fill fresh memory with NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -102,15 +102,6 @@ def tiles(request, monkeypatch):
         use_small_tiles(monkeypatch)
 
 
-@pytest.fixture
-def poisoned_memory():
-    """Fill fresh memory: NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    assert (torch.empty(3, dtype=torch.uint8) == 255).all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("poisoned_memory", "tiles")
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "bool"])
 @pytest.mark.parametrize("view", ["contiguous", "transposed", "mixed"])

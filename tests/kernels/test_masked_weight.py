@@ -1,5 +1,3 @@
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -7,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aot
+import oracle
 from triton_sparsity.kernels import masked_weight as module
 from triton_sparsity.kernels import pruned
 from triton_sparsity.kernels.launch import INTERPRET, tl
@@ -65,18 +64,12 @@ class Mask:
 
     def __init__(self, pattern, shape, dtype=torch.float32, kind="random"):
         groups = kept_groups(kind, pattern, shape)
-        tall = groups.repeat(pattern.cols, 1)[:, : shape[1]]
-        elements = tall.repeat(pattern.rows, 0)[: shape[0]]
-        if isinstance(pattern, Unstructured):
-            compact = np.packbits(groups, axis=1, bitorder="little").reshape(
-                shape[0], math.ceil(shape[1] / 8)
-            )
-        else:
-            compact = groups
-        width = {2: np.int16, 4: np.int32, 8: np.int64}[dtype.itemsize]
+        elements = oracle.expand(groups, pattern.rows, pattern.cols, shape)
+        compact = groups if isinstance(pattern, Block) else oracle.packbits(groups)
+        words = oracle.words(groups, pattern.cols, shape, dtype.itemsize)
         self.elements = torch.from_numpy(elements.copy()).to(DEVICE)
         self.compact = torch.from_numpy(compact.copy()).to(DEVICE)
-        self.words = torch.from_numpy(-tall.astype(width)).to(DEVICE)
+        self.words = torch.from_numpy(words).to(DEVICE)
 
 
 def bits(tensor):
@@ -99,16 +92,7 @@ def poison(weight, elements):
     return weight
 
 
-@pytest.fixture
-def poisoned_outputs():
-    """Fill fresh memory with NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

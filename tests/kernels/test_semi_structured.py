@@ -62,15 +62,6 @@ def assert_equal(got, want):
     np.testing.assert_array_equal(got.cpu().numpy(), want)
 
 
-@pytest.fixture
-def poisoned_memory():
-    """Fill fresh memory: NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    assert (torch.empty(3, dtype=torch.uint8) == 255).all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture(params=["large tiles", "small tiles"])
 def tiles(request, monkeypatch):
     if request.param == "small tiles":
