@@ -204,21 +204,21 @@ def our_learning_step(place: Place, algorithm: str, pattern: Pattern, tokens: in
     controller = create_controller(model, config)
     controller.scheduler.epoch_step()
     controller.scheduler.step()
-    layer = model[0]
+    layer, parameter = model[0], controller.sparsified_module_info[0].weight
     kept = shown_mask(layer, algorithm, pattern)
     out = layer(x)
     out.square().mean().backward()
 
     def gradients(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the weight's gradient, and its product with the weight summed over groups."""
-        y, weight = out.detach().to(dtype), layer.weight.detach().to(dtype)
+        y, weight = out.detach().to(dtype), parameter.detach().to(dtype)
         full = (2 * y / y.numel()).T @ x.to(dtype)
         rows, cols = pattern.rows, pattern.cols
         blocks = (full * weight).view(width // rows, rows, width // cols, cols)
         return full.where(kept, 0), blocks.sum((1, 3))
 
     eager, exact = gradients(x.dtype), gradients(torch.float64)
-    check_close(layer.weight.grad, eager[0], exact[0])
+    check_close(parameter.grad, eager[0], exact[0])
     if algorithm == nncf.MOVEMENT:
         check_close(layer.weight_scores.grad, eager[1], exact[1])
     model.zero_grad()

@@ -68,10 +68,12 @@ class Guard:
         self._weight_at = {(id(module), name): weight for module, name, weight in self.users}
         self._gradient_hooks: dict[SparseWeight, RemovableHandle] = {}
         self._pending: list[SparseWeight] = []
-        # each mask's number of changes, and that which an optimiser's moments are clear of
+        # each mask's number of changes, and of each optimiser that and the moments that are clear
         self._changes = dict.fromkeys(self.weights, 0)
-        self._cleared: weakref.WeakKeyDictionary[Optimizer, dict[SparseWeight, int]]
+        self._cleared: weakref.WeakKeyDictionary[Optimizer, dict[SparseWeight, tuple[int, ...]]]
         self._cleared = weakref.WeakKeyDictionary()
+        # what an optimiser is at work on
+        self._stepping: set[SparseWeight] = set()
         self._stepped: set[SparseWeight] = set()
         self._handles = [model.register_forward_pre_hook(_BeforeForward(self))]
         for module in dict.fromkeys(module for module, _, _ in self.users):
@@ -100,12 +102,12 @@ class Guard:
         """Clear what known optimisers remember of elements that are pruned now."""
         for weight in weights:
             self._changes[weight] += 1
-        for optimizer in list(self._cleared):
+        for optimizer in list(self._cleared) if self.began else ():
             self._clear_moments(optimizer)
 
     def know(self, optimizer: Optimizer) -> None:
         """Take note of an optimiser before its first step."""
-        self._clear_moments(optimizer)
+        self._cleared.setdefault(optimizer, {})
 
     def begin_step(self) -> None:
         """Make good what an optimiser that torch does not know has done to the weights."""
@@ -116,12 +118,16 @@ class Guard:
             if weight not in self._stepped
             and weight.holds_zeros
             and not weight.all_kept
-            and weight.follow().grad is not None
+            and weight.follow().requires_grad
         ]
-        clear_(unseen, [weight.weight for weight in unseen])
-        for weight in unseen:
-            weight.leave()
+        self._clear(unseen)
         self._stepped.clear()
+
+    @staticmethod
+    def _clear(weights: Sequence[SparseWeight]) -> None:
+        clear_(weights, [weight.weight for weight in weights])
+        for weight in weights:
+            weight.leave()
 
     def begin_training(self) -> None:
         """Let go of pruned values that nothing will ask for any more: no state is loaded now."""
@@ -142,12 +148,22 @@ class Guard:
                 changed.append(weight)
                 weight.follow()
                 self._watch_gradient(weight, parameter)
-        if changed:
-            drop_foreign(changed, "before a forward pass of training")
+        # LBFGS calls the model between the parts of a step, and nobody else is at work then
+        own = [weight for weight in changed if weight in self._stepping]
+        self._clear(own)
+        drop_foreign(
+            [weight for weight in changed if weight not in self._stepping],
+            "before a forward pass of training",
+        )
 
     def after_load(self, module: nn.Module, names: Sequence[str]) -> None:
         loaded = [self._weight_at[id(module), name] for name in names]
-        loaded = [weight for weight in loaded if weight.module is module and weight.holds_zeros]
+        loaded = [
+            weight
+            for weight in loaded
+            # a load may leave some out, and one that assigns has gone by the registration
+            if weight.module is module and not weight.is_as_left(weight.weight)
+        ]
         take_values(loaded, keep=True)
 
     def before_registration(self, module: nn.Module, name: str, parameter: Tensor | None) -> None:
@@ -155,10 +171,8 @@ class Guard:
         if weight is None or parameter is None or weight.module is not module:
             return
         weight.check_fits(parameter)
-        plain = type(parameter) is nn.Parameter and parameter.device.type != "meta"
-        if plain and weight.holds_zeros:
-            if parameter.device == weight.mask.device:
-                clear_([weight], [parameter])
+        if type(parameter) is nn.Parameter and parameter.device.type != "meta":
+            weight.take_from(parameter)
             self._watch_gradient(weight, parameter)
 
     def after_accumulation(self, weight: SparseWeight, parameter: Tensor) -> None:
@@ -204,6 +218,7 @@ class Guard:
         if changed:
             drop_foreign(changed, "before an optimiser's step")
         self._clear_moments(optimizer, members)
+        self._stepping.update(members)
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
         self.optimizer_steps += 1
@@ -212,6 +227,7 @@ class Guard:
             clear_(members, [weight.weight for weight in members])
         for weight in members:
             weight.leave()
+        self._stepping.clear()
         self._stepped.update(members)
         for weight in self.weights:
             if weight.scores is not None:
@@ -224,13 +240,16 @@ class Guard:
     def _clear_moments(
         self, optimizer: Optimizer, members: Sequence[SparseWeight] | None = None
     ) -> None:
-        """Clear the moments of elements that have been pruned since this was last done."""
+        """Clear the moments of elements that have been pruned since this was last done, and
+        moments that somebody has put in the place of those.
+        """
         done = self._cleared.setdefault(optimizer, {})
         members = self._members(optimizer) if members is None else members
-        due = [weight for weight in members if done.get(weight) != self._changes[weight]]
-        found = [(w, moment) for w in due for moment in moments(optimizer, w.weight)]
-        clear_([weight for weight, _ in found], [moment for _, moment in found])
-        done.update({weight: self._changes[weight] for weight in due})
+        here = {weight: list(moments(optimizer, weight.weight)) for weight in members}
+        keys = {w: (self._changes[w], *(m.data_ptr() for m in here[w])) for w in members}
+        due = [(w, moment) for w in members if done.get(w) != keys[w] for moment in here[w]]
+        clear_([weight for weight, _ in due], [moment for _, moment in due])
+        done.update(keys)
 
     def _watch_gradient(self, weight: SparseWeight, parameter: Tensor) -> None:
         """Hang the gradient's hook on ``parameter``, before all others, if it is not there."""
@@ -244,8 +263,12 @@ class Guard:
             held.remove()
         hook = _AfterAccumulation(self, weight)
         handle = parameter.register_post_accumulate_grad_hook(hook)
-        hooks: Any = parameter._post_accumulate_grad_hooks
-        hooks.move_to_end(handle.id, last=False)
+        # torch walks the dictionary by insertion, whatever `move_to_end` has said
+        hooks = parameter._post_accumulate_grad_hooks
+        others = {key: other for key, other in hooks.items() if key != handle.id}
+        for key in others:
+            del hooks[key]
+        hooks.update(others)
         self._gradient_hooks[weight] = handle
 
 
@@ -271,12 +294,15 @@ def _clear_rows(weight: SparseWeight, gradient: Tensor) -> None:
 
 
 class _AfterAccumulation:
+    # weakly: torch holds a tensor's hooks where the garbage collector cannot see the circle
     def __init__(self, guard: Guard, weight: SparseWeight) -> None:
-        self._guard = guard
-        self._weight = weight
+        self._guard = weakref.ref(guard)
+        self._weight = weakref.ref(weight)
 
     def __call__(self, parameter: Tensor) -> None:
-        self._guard.after_accumulation(self._weight, parameter)
+        guard, weight = self._guard(), self._weight()
+        if guard is not None and weight is not None:
+            guard.after_accumulation(weight, parameter)
 
 
 class _ModuleHook:
@@ -289,6 +315,15 @@ class _ModuleHook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
+
+
+def drop_remains(model: nn.Module) -> None:
+    """Take out of a copy what hooks have become in it."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._load_state_dict_post_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "__func__", None) is nullcontext.__exit__:
+                    del hooks[key]
 
 
 class _BeforeForward(_ModuleHook):

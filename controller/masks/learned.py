@@ -76,10 +76,12 @@ class LearnedWeight(SparseWeight):
         self.optimizer_steps = 0
         # whether a backward pass has reached the scores since this was last set to False
         self.has_learned = False
-        self.scores.register_post_accumulate_grad_hook(self._note_gradient)
+        # weakly: torch holds a tensor's hooks where the garbage collector cannot see the circle
+        note = weakref.WeakMethod(self._note_gradient)
+        self.scores.register_post_accumulate_grad_hook(lambda _: (note() or bool)())
         self._folded: tuple[tuple[Any, ...], weakref.ref[nn.Parameter]] | None = None
 
-    def _note_gradient(self, _: Tensor) -> None:
+    def _note_gradient(self) -> None:
         self.has_learned = True
 
     @property

@@ -14,7 +14,7 @@ from ...kernels.masked_weight import count_leaks
 from ...kernels.pattern import NM
 from ...kernels.semi_structured import pack_semi_structured
 from ..api import StripFormat
-from .guard import Guard
+from .guard import Guard, drop_remains
 from .learned import drop_scores, read_plain
 from .linear import restore_class
 from .names import canonical, match
@@ -58,6 +58,7 @@ def strip_masks(
         for module in dict.fromkeys(module for module, _, _ in users):
             restore_class(module)
             read_plain(module)
+    drop_remains(model)
     # the weights of a model that is no longer guarded, or never was
     _fold(places, warn=not controlled)
     if controlled and not do_copy:

@@ -386,6 +386,25 @@ class SparseWeight:
         """Note the state of the parameter, so that a later write can be noticed."""
         self._as_left = _state_of(self.weight)
 
+    @torch.no_grad()
+    def take_from(self, parameter: nn.Parameter) -> None:
+        """Make a parameter zero that is to be the weight; what was there is kept."""
+        if not self.holds_zeros:
+            return
+        if parameter.device != self.mask.device or parameter.dtype != self._dtype:
+            self._move(parameter)
+        self.values = None
+        if not self.all_kept:
+            matrix = self.matrix(parameter)
+            self.values = take_pruned(matrix, self.mask_for(matrix), self.pattern)
+            self.copy_back(parameter, matrix)
+        self._as_left = _state_of(parameter)
+
+    def copy_back(self, parameter: Tensor, matrix: Tensor) -> None:
+        """Write a matrix back that is no view: a convolution's whose channels lie last."""
+        if matrix.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+            parameter.copy_(self.like_weight(matrix))
+
     def is_as_left(self, weight: Tensor) -> bool:
         """Tell that nobody has been seen to write. Edits of ``weight.data`` escape."""
         return self._as_left == _state_of(weight)
@@ -444,9 +463,7 @@ def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
         masks = [weight.mask_for(tensor) for weight, tensor in members]
         apply_mask_(matrices, masks, pattern, backend=backend)
         for (weight, tensor), matrix in zip(members, matrices, strict=True):
-            # a convolution's whose channels lie last is no view
-            if matrix.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
-                tensor.copy_(weight.like_weight(matrix))
+            weight.copy_back(tensor, matrix)
 
 
 @torch.no_grad()
@@ -529,11 +546,14 @@ def dense_weights(weights: Sequence[SparseWeight], *, keep: bool | None = None) 
 @torch.no_grad()
 def restore_(weights: Sequence[SparseWeight]) -> None:
     """Put pruned values back, where they are kept, in place."""
+    # those of fine patterns are put back by OR, which a negative zero would spoil
+    fine = [weight for weight in weights if weight.values is not None and weight.packed]
+    clear_(fine, [weight.weight for weight in fine])
     for weight in weights:
         if weight.values is not None:
             matrix = weight.matrix(weight.weight)
             put_back_(matrix, weight.values, weight.mask_for(matrix), weight.pattern)
-            _copy_back(weight, matrix)
+            weight.copy_back(weight.weight, matrix)
             weight.values = None
 
 
@@ -548,15 +568,11 @@ def take_values(weights: Sequence[SparseWeight], *, keep: bool | None = None) ->
     cleared = []
     for weight in weights:
         parameter = weight.follow()
-        weight.values = None
-        if not weight.holds_zeros or weight.all_kept:
-            continue
         if weight.keeps_values if keep is None else keep:
-            matrix = weight.matrix(parameter)
-            weight.values = take_pruned(matrix, weight.mask_for(matrix), weight.pattern)
-            _copy_back(weight, matrix)
+            weight.take_from(parameter)
         else:
-            cleared.append(weight)
+            weight.values = None
+            cleared += [weight] if weight.holds_zeros else []
     clear_(cleared, [weight.weight for weight in cleared])
     for weight in weights:
         _settle(weight)
@@ -568,9 +584,3 @@ def _settle(weight: SparseWeight) -> None:
         weight.product.unsafe = False
         weight.product.flag()
     weight.leave()
-
-
-def _copy_back(weight: SparseWeight, matrix: Tensor) -> None:
-    parameter = weight.weight
-    if matrix.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
-        parameter.copy_(weight.like_weight(matrix))

@@ -48,17 +48,12 @@ def test_counts_of_single_weights_agree_with_counting_by_hand():
     # weight 130 x 70 of two bytes: masks are 130 rows of 9 bytes
     found = counted(Unstructured(), dtype=torch.bfloat16)
     weight, mask = 130 * 70, 130 * 9
-    x, y = 24 * 70, 24 * 130
-    product = 2 * (x + y + weight) + mask, 2 * 24 * weight
     assert found == {
         "select": (2 * weight, 0),
         "mask": (2 * weight + mask, 0),
         "pack": (weight + mask, 0),
         "apply": (2 * 2 * weight + mask, 0),
         "apply_": (2 * 2 * weight + mask, 0),
-        "forward": product,
-        "dX": product,
-        "dW": product,
     }
 
 
@@ -81,7 +76,7 @@ def test_every_operation_on_tuples_passes_its_check(pattern):
     shape = Shape(24, 72, 128)
     cases = list(operand_cases(operands(pattern, shape=shape), OPERATIONS))
     assert [case.operation for case in cases] == [
-        "score", "mask", "pack", "apply", "apply_", "forward", "dX", "dW",
+        "score", "mask", "pack", "apply", "apply_",
     ]  # fmt: skip
     for case in cases:
         assert case.build().check() is None, case.operation
