@@ -23,8 +23,9 @@ from ..kernels.learned_mask import (
     straight_through_reference,
 )
 from ..kernels.mask import make_mask, make_mask_reference, pack, unpack
-from ..kernels.masked_weight import apply_mask, apply_mask_, apply_mask_reference
+from ..kernels.masked_weight import apply_mask, apply_mask_, apply_mask_reference, count_leaks
 from ..kernels.pattern import NM, Block, Pattern, Unstructured, grid_shape
+from ..kernels.retained import put_back_, take_pruned
 from ..kernels.select import Threshold, select, select_reference
 from ..kernels.semi_structured import nm_mask, nm_score
 from ..kernels.topology import Topology, block_topology, topology_reference
@@ -131,14 +132,19 @@ def _apply(weight: Tensor, mask: Tensor, pattern: Pattern, backend: Backend) -> 
         got = apply_mask(poisoned, mask, pattern, backend=backend)
         got.backward(torch.full_like(got, 3))
         in_place = poisoned.detach().clone()
-        apply_mask_(in_place, mask, pattern, backend=backend)
-        return first(
-            (
-                difference("value", got, wanted),
-                difference("gradient", poisoned.grad, keep.to(weight.dtype) * 3),
-                difference("in place", in_place, wanted),
-            )
-        )
+        leaks = count_leaks([in_place], [mask], pattern, backend=backend)
+        apply_mask_([in_place], [mask], pattern, backend=backend)
+        emptied = weight.detach().clone()
+        values = take_pruned(emptied, mask, pattern)
+        found = [
+            difference("value", got, wanted),
+            difference("gradient", poisoned.grad, keep.to(weight.dtype) * 3),
+            difference("leaks", leaks, (~keep).sum()[None]),
+            difference("in place", in_place, wanted),
+            difference("emptied", emptied, wanted),
+        ]
+        put_back_(emptied, values, mask, pattern)
+        return first([*found, difference("put back", emptied, weight)])
 
     return check
 
@@ -158,7 +164,8 @@ def _linear(
         paths = torch.tensor([skip] * 3)
         results = []
         for i, kind in enumerate(_kinds(x)):
-            behind = float("nan") if i == 0 else 0.0
+            # a dense product reads the weight as it is
+            behind = float("nan") if i == 0 and skip else 0.0
             w = weight.detach().to(kind).masked_fill(~keep, behind).requires_grad_()
             a, b = (t.detach().to(kind).requires_grad_() for t in (x, bias))
             if i == 0:
@@ -167,7 +174,11 @@ def _linear(
                     a, w, topology, b, pattern=block, paths=paths, backend=backend
                 )
             else:
-                y = block_sparse_linear_reference(a, w, mask, b, block)
+                y = (
+                    block_sparse_linear_reference(a, w, mask, b, block)
+                    if skip
+                    else torch.nn.functional.linear(a, w, b)
+                )
             results.append((y, *torch.autograd.grad(y, (a, w, b), grad.to(kind))))
         names = ("value", "gradient to x", "gradient to weight", "gradient to bias")
         return first(

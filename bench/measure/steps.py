@@ -150,7 +150,7 @@ def training_step(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.dev
 
 
 def sparsify(model: nn.Module, pattern: Pattern, level: float, backend: Backend) -> Any:
-    """Put ``model`` under magnitude masks at a level, one pool, and return the controller."""
+    """Put ``model`` under magnitude masks at a level, and return the controller."""
     # the controller's configuration needs pydantic, which the kernels do without
     from ...controller.algorithms.magnitude import MagnitudeSparsityConfig
     from ...controller.config.schedule import PolynomialSchedule
@@ -162,7 +162,8 @@ def sparsify(model: nn.Module, pattern: Pattern, level: float, backend: Backend)
 
 
 def another_level(masks: Sequence[Tensor], pattern: Pattern, level: float) -> str | None:
-    """Say how many groups are pruned, if these are not as many as a level over one pool asks for.
+    """Say how many groups are pruned, if these are not as many as a level asks for: of blocks in
+    each weight, of other patterns over all weights.
 
     Args:
         masks: bool, of the weights' shapes.
@@ -172,9 +173,9 @@ def another_level(masks: Sequence[Tensor], pattern: Pattern, level: float) -> st
     # the first element of a block stands for it
     flags = [mask[:: pattern.rows, :: pattern.cols] for mask in masks]
     total, pruned = sum(f.numel() for f in flags), sum(int((~f).sum()) for f in flags)
-    if pruned == round(level * total):
-        return None
-    return f"{pruned} of {total} groups are pruned, not {round(level * total)}"
+    pools = [f.numel() for f in flags] if isinstance(pattern, Block) else [total]
+    wanted = sum(round(level * groups) for groups in pools)
+    return None if pruned == wanted else f"{pruned} of {total} groups are pruned, not {wanted}"
 
 
 def _step(

@@ -384,6 +384,18 @@ class BaseSparsityAlgoController:
             raise RuntimeError(
                 "set_sparsity_level: the model has been stripped; create a new controller for it"
             )
+        inside = {id(module) for module in self._model.modules()}
+        gone = [
+            info.module_node_name
+            for info in self.sparsified_module_info
+            if not any(id(module) in inside for module, _ in info.places)
+        ]
+        if gone:
+            raise RuntimeError(
+                f"set_sparsity_level: the modules of {gone} must be in the model still, but were "
+                "replaced (quantised or resized); strip the model before that, and call "
+                "create_controller after"
+            )
         if target is None:
             return self.sparsified_module_info
         if not any(info is target for info in self.sparsified_module_info):

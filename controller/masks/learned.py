@@ -173,7 +173,8 @@ class LearnedModule(MaskedModule):
         with self._without_scores():
             super()._apply(fn, recurse)
         for weight in self._learned_weights.values():
-            weight.follow()
+            if weight.follow().is_shared():
+                weight.scores.share_memory_()
         return self
 
     def train(self, mode: bool = True) -> Any:

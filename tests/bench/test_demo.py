@@ -33,6 +33,6 @@ def test_the_demo_prunes_one_dense_model_in_each_way(tmp_path):
         "80 % unstructured",
         "80 % 16x16 blocks",
     ]
-    assert [row["level"] for row in rows.values()] == pytest.approx([0, 0, 0.8, 0.8], abs=1e-3)
+    assert [row["level"] for row in rows.values()] == pytest.approx([0, 0, 0.8, 0.8], abs=4e-3)
     sizes = [row["compressed_bytes"] for row in rows.values()]
     assert max(sizes[2:]) < 0.6 * min(sizes[:2])
