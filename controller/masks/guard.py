@@ -112,15 +112,10 @@ class Guard:
     def begin_step(self) -> None:
         """Make good what an optimiser that torch does not know has done to the weights."""
         self.begin_training()
-        unseen = [
-            weight
-            for weight in self.weights
-            if weight not in self._stepped
-            and weight.holds_zeros
-            and not weight.all_kept
-            and weight.follow().requires_grad
-        ]
-        self._clear(unseen)
+        unseen = [w for w in self.weights if w not in self._stepped and w.follow().requires_grad]
+        for weight in unseen:
+            self._watch_gradient(weight, weight.weight)
+        self._clear([w for w in unseen if w.holds_zeros])
         self._stepped.clear()
 
     @staticmethod
@@ -144,7 +139,8 @@ class Guard:
         changed = []
         for weight in self.weights:
             parameter = weight.weight
-            if not weight.is_as_left(parameter):
+            # what `torch.func.functional_call` puts in for the length of a call is the caller's
+            if weight.knows(parameter) and not weight.is_clean(parameter):
                 changed.append(weight)
                 weight.follow()
                 self._watch_gradient(weight, parameter)
@@ -216,7 +212,7 @@ class Guard:
         if not members:
             return
         self.begin_training()
-        changed = [weight for weight in members if not weight.is_as_left(weight.weight)]
+        changed = [weight for weight in members if not weight.is_clean(weight.weight)]
         if changed:
             drop_foreign(changed, "before an optimiser's step")
         self._clear_moments(optimizer, members)
@@ -236,7 +232,12 @@ class Guard:
                 weight.optimizer_steps += 1  # pyright: ignore[reportAttributeAccessIssue]
 
     def _members(self, optimizer: Optimizer) -> list[SparseWeight]:
-        ours = {id(weight.weight): weight for weight in self.weights if weight.holds_zeros}
+        # of a weight that is gone the model itself will tell
+        ours = {
+            id(weight.module._parameters.get(weight.parameter_name)): weight
+            for weight in self.weights
+            if weight.holds_zeros
+        }
         return [ours[id(p)] for p in parameters_of(optimizer) if id(p) in ours]
 
     def _clear_moments(
@@ -257,11 +258,8 @@ class Guard:
         """Hang the gradient's hook on ``parameter``, before all others, if it is not there."""
         if not (parameter.requires_grad and parameter.is_leaf):
             return
-        hooks = parameter._post_accumulate_grad_hooks
         held = self._gradient_hooks.get(weight)
         if held is not None:
-            if hooks is not None and held.id in hooks:
-                return
             held.remove()
         hook = _AfterAccumulation(self, weight)
         handle = parameter.register_post_accumulate_grad_hook(hook)
@@ -271,6 +269,8 @@ class Guard:
         for key in others:
             del hooks[key]
         hooks.update(others)
+        # `swap_tensors` leaves the dictionary with the name, and not with the tensor
+        parameter._post_accumulate_grad_hooks = hooks
         self._gradient_hooks[weight] = handle
 
 

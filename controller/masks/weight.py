@@ -353,7 +353,8 @@ class SparseWeight:
                 return functional.linear(x, matrix, bias)
             self.follow()
             return self.linear(x, weight, bias)
-        if not isinstance(weight, nn.Parameter):
+        transformed = torch._C._functorch.is_functorch_wrapped_tensor(x)
+        if transformed or not isinstance(weight, nn.Parameter):
             return functional.linear(x, matrix, bias)
         if product.unsafe and not self.is_as_left(weight):
             self.check_blocks()
@@ -404,6 +405,14 @@ class SparseWeight:
         """Write a matrix back that is no view: a convolution's whose channels lie last."""
         if matrix.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
             parameter.copy_(self.like_weight(matrix))
+
+    def knows(self, weight: Tensor) -> bool:
+        """Tell whether this is the parameter that was left."""
+        return self._as_left[:1] == (id(weight),)
+
+    def is_clean(self, weight: Tensor) -> bool:
+        """Tell that nobody has been seen to write, now or earlier."""
+        return self.is_as_left(weight) and not (self.product and self.product.unsafe)
 
     def is_as_left(self, weight: Tensor) -> bool:
         """Tell that nobody has been seen to write. Edits of ``weight.data`` escape."""

@@ -68,7 +68,7 @@ def test_a_run_prints_its_table_and_where_it_ran(tmp_path, capsys):
     captured = capsys.readouterr()
     for text in ("digits on cpu", "backend torch", "accuracy", "dense", "sparse", "stripped"):
         assert text in captured.out
-    assert "80.0 %" in captured.out
+    assert re.search(r"(79|80)\.\d %", captured.out)  # of the blocks of each layer
     # no terminal: a line a phase, no bars
     assert [line.split(":")[0] for line in captured.err.splitlines()] == [
         "dense",
