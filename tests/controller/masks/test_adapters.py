@@ -136,6 +136,24 @@ def test_what_was_merged_into_pruned_elements_is_dropped_at_strip_with_a_count(p
 
 
 @both_paths
+@pytest.mark.filterwarnings("ignore:.*products are dense until")
+def test_merged_and_unloaded_an_adapter_has_its_effect_in_evaluation(pattern):
+    wrapped = adapted(build(pattern)[0]).eval()
+    want = logits(wrapped)
+    close(logits(wrapped.merge_and_unload()), want)
+
+
+@both_paths
+def test_a_merge_that_training_goes_on_with_is_dropped_with_a_count(pattern):
+    model, controller = build(pattern)
+    wrapped = adapted(model)
+    wrapped.merge_adapter()
+    with pytest.warns(UserWarning, match="pruned elements ha"):
+        wrapped.train()(input_ids=IDS, labels=IDS)
+    assert zeros_of(controller)
+
+
+@both_paths
 def test_merge_and_unload_leaves_a_controlled_model(pattern):
     model, controller = build(pattern)
     merged = adapted(model).merge_and_unload().requires_grad_(True)
