@@ -1,0 +1,279 @@
+"""Adapters of PEFT, beside and merged into sparse weights; resized embeddings."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn, optim
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import triton_sparsity as ts
+from triton_sparsity.controller.masks.module import MaskedModule
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+
+HALF = ts.PolynomialSchedule(initial_level=0.5, target_level=0.5)
+PATTERNS = {"unstructured": ts.Unstructured(), "skipped blocks": ts.Block(16, 16)}
+both_paths = pytest.mark.parametrize("pattern", PATTERNS)
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+IDS = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(1))
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )
+
+
+def build(pattern, model=None, **options):
+    model = llama() if model is None else model
+    options = {"schedule": HALF, "pattern": PATTERNS[pattern]} | options
+    controller = ts.create_controller(
+        model,
+        ts.MagnitudeSparsityConfig(**options),
+        dispatch="sparse" if pattern == "skipped blocks" else "auto",
+    )
+    return model, controller
+
+
+def masks(controller):
+    return {i.module_node_name: i.operand.binary_mask for i in controller.sparsified_module_info}
+
+
+def zeros_of(controller):
+    return all(
+        not i.weight[~i.operand.binary_mask].any() for i in controller.sparsified_module_info
+    )
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS).logits
+
+
+def train(model, steps=2, lr=0.05):
+    optimizer = optim.AdamW([p for p in model.parameters() if p.requires_grad], lr)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+
+
+def adapted(model, **options):
+    options = {"init_lora_weights": False, "r": 4, "target_modules": TARGETS} | options
+    return peft.get_peft_model(model, peft.LoraConfig(**options))
+
+
+def merged_logits(model):
+    model.merge_adapter()
+    return logits(model)
+
+
+@both_paths
+@pytest.mark.parametrize("first", ["controller", "adapter"])
+@pytest.mark.filterwarnings("ignore:masking parameters that are frozen")
+def test_a_merged_adapter_has_its_effect_in_evaluation(pattern, first):
+    model = llama()
+    if first == "controller":
+        _, controller = build(pattern, model)
+        wrapped = adapted(model)
+    else:
+        wrapped = adapted(model)
+        _, controller = build(pattern, wrapped)
+    wrapped.eval()
+    unmerged = logits(wrapped)
+    with wrapped.disable_adapter():
+        plain = logits(wrapped)
+    assert not torch.allclose(unmerged, plain, atol=1e-2)
+    if pattern == "skipped blocks":
+        with pytest.warns(UserWarning, match="products are dense until they are zero again"):
+            merged = merged_logits(wrapped)
+    else:
+        merged = merged_logits(wrapped)
+    close(merged, unmerged)
+    wrapped.unmerge_adapter()
+    close(logits(wrapped), unmerged)
+    with wrapped.disable_adapter():
+        close(logits(wrapped), plain)
+    if pattern == "skipped blocks":
+        paths = {i.operand.path for i in controller.sparsified_module_info}
+        assert paths == {"block-sparse"}
+
+
+@both_paths
+def test_what_was_merged_into_pruned_elements_is_dropped_at_strip_with_a_count(pattern):
+    model, controller = build(pattern)
+    wrapped = adapted(model).eval()
+    wrapped.merge_adapter()
+    found = masks(controller)
+    written = sum(
+        int(i.weight[~found[i.module_node_name]].count_nonzero())
+        for i in controller.sparsified_module_info
+    )
+    kept = {
+        i.module_node_name: torch.where(found[i.module_node_name], i.weight, 0.0)
+        for i in controller.sparsified_module_info
+    }
+    with pytest.warns(UserWarning, match=f"strip_model: {written} pruned elements"):
+        stripped = controller.strip_model(wrapped)
+    assert not any(isinstance(m, MaskedModule) for m in stripped.modules())
+    for info in controller.sparsified_module_info:
+        assert torch.equal(info.weight, kept[info.module_node_name])
+
+
+@both_paths
+@pytest.mark.filterwarnings("ignore:.*products are dense until")
+def test_merged_and_unloaded_an_adapter_has_its_effect_in_evaluation(pattern):
+    wrapped = adapted(build(pattern)[0]).eval()
+    want = logits(wrapped)
+    close(logits(wrapped.merge_and_unload()), want)
+
+
+@both_paths
+def test_a_merge_that_training_goes_on_with_is_dropped_with_a_count(pattern):
+    model, controller = build(pattern)
+    wrapped = adapted(model)
+    wrapped.merge_adapter()
+    with pytest.warns(UserWarning, match="pruned elements ha"):
+        wrapped.train()(input_ids=IDS, labels=IDS)
+    assert zeros_of(controller)
+
+
+@both_paths
+def test_merge_and_unload_leaves_a_controlled_model(pattern):
+    model, controller = build(pattern)
+    merged = adapted(model).merge_and_unload().requires_grad_(True)
+    with pytest.warns(UserWarning, match="pruned elements ha"):
+        train(merged)
+    assert zeros_of(controller)
+    close(logits(controller.strip_model(merged).eval()), logits(model.eval()))
+
+
+@both_paths
+@pytest.mark.parametrize("merge_first", [False, True])
+@pytest.mark.filterwarnings("ignore:.*pruned elements of")
+def test_adapters_train_and_the_base_stays(pattern, merge_first):
+    model, controller = build(pattern)
+    wrapped = adapted(model)
+    if merge_first:
+        merged_logits(wrapped.eval())
+        wrapped.unmerge_adapter()
+    infos = controller.sparsified_module_info
+    before = [info.weight.detach().clone() for info in infos]
+    train(wrapped)
+    assert not any(info.weight.requires_grad for info in infos)
+    assert all(torch.equal(i.weight, weight) for i, weight in zip(infos, before, strict=True))
+    assert zeros_of(controller)
+
+
+KINDS = {
+    "LoRA": lambda: peft.LoraConfig(target_modules=TARGETS, r=4),
+    "DoRA": lambda: peft.LoraConfig(target_modules=TARGETS, r=4, use_dora=True),
+    "PiSSA": lambda: peft.LoraConfig(target_modules=TARGETS, r=4, init_lora_weights="pissa"),
+    "IA3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    "LoHa": lambda: peft.LoHaConfig(target_modules=TARGETS, r=4),
+    "LoKr": lambda: peft.LoKrConfig(target_modules=TARGETS, r=4),
+    "OFT": lambda: peft.OFTConfig(
+        target_modules=TARGETS, oft_block_size=4, use_cayley_neumann=False
+    ),
+    "HRA": lambda: peft.HRAConfig(target_modules=TARGETS, r=4),
+}
+
+
+@both_paths
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:.*pruned elements")
+def test_every_kind_of_adapter_trains_over_zeros_and_strips_to_the_same(kind, pattern):
+    model, controller = build(pattern)
+    wrapped = peft.get_peft_model(model, KINDS[kind]())
+    train(wrapped)
+    assert zeros_of(controller)
+    want = logits(wrapped.eval())
+    stripped = controller.strip_model(copy.deepcopy(wrapped))
+    assert not any(isinstance(m, MaskedModule) for m in stripped.modules())
+    close(logits(stripped), want)
+    wrapped.merge_adapter()
+    close(logits(wrapped), want)
+
+
+def test_modules_that_peft_saves_beside_are_adapters():
+    model = llama()
+    wrapped = adapted(model, modules_to_save=["lm_head"])
+    with pytest.warns(UserWarning, match="masking parameters that are frozen"):
+        _, controller = build("unstructured", wrapped, targets="all")
+    names = [i.module_node_name for i in controller.sparsified_module_info]
+    assert not any("lora" in name or "modules_to_save" in name for name in names)
+    assert all(
+        ".base_layer" in n for n in names if n.split(".base_layer")[0].endswith(tuple(TARGETS))
+    )
+
+
+# embeddings of another size
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2, bos_token_id=0,
+            eos_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def test_embeddings_that_are_left_dense_may_be_resized():
+    model, controller = build("unstructured", gpt2())
+    model.resize_token_embeddings(70)
+    train(model)
+    assert zeros_of(controller)
+    controller.set_sparsity_level(0.6)
+    stripped = controller.strip()
+    assert stripped.transformer.wte.weight.shape[0] == 70
+
+
+@pytest.mark.parametrize("call", ["set_sparsity_level", "forward", "strip"])
+def test_masked_embeddings_that_are_resized_are_named_with_the_remedy(call):
+    model, controller = build("unstructured", gpt2(), targets="all")
+    found = masks(controller)
+    calls = {
+        "set_sparsity_level": lambda: controller.set_sparsity_level(0.6),
+        "forward": lambda: train(model),
+        "strip": controller.strip,
+    }
+    with pytest.raises((ValueError, RuntimeError), match=r"wte'.*create_controller"):  # noqa: PT012
+        model.resize_token_embeddings(70)  # may be refused at once
+        calls[call]()
+    assert all(torch.equal(mask, found[name]) for name, mask in masks(controller).items())
+
+
+def test_a_model_of_accelerate_trains_under_its_masks():
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    _, controller = build("unstructured", model)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    optimizer = optim.AdamW(model.parameters(), 0.05)
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    for _ in range(4):
+        with accelerator.accumulate(wrapped):
+            controller.scheduler.step()
+            accelerator.backward(wrapped(torch.randn(3, 32)).square().sum())
+            accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
+            prepared.step()
+            prepared.zero_grad()
+        assert zeros_of(controller)
+    stripped = controller.strip_model(accelerator.unwrap_model(wrapped))
+    assert (stripped[0].weight == 0).any()
