@@ -76,8 +76,10 @@ class Guard:
         self._stepping: set[SparseWeight] = set()
         self._stepped: set[SparseWeight] = set()
         self._handles = [model.register_forward_pre_hook(_BeforeForward(self))]
+        self._names_in: dict[int, tuple[str, ...]] = {}
         for module in dict.fromkeys(module for module, _, _ in self.users):
             names = tuple(name for owner, name, _ in self.users if owner is module)
+            self._names_in[id(module)] = names
             hook = _AfterLoad(self, names)
             self._handles.append(module.register_load_state_dict_post_hook(hook))
         self._handles += _hooks_of_torch(self)
@@ -172,6 +174,14 @@ class Guard:
         if type(parameter) is nn.Parameter and parameter.device.type != "meta":
             weight.take_from(parameter)
             self._watch_gradient(weight, parameter)
+
+    def after_registration(self, parent: nn.Module, child: nn.Module | None) -> None:
+        """A module has a new place: PEFT wraps it, or has merged into it and unwraps it."""
+        names = self._names_in.get(id(child), ())
+        for name in names:
+            self._weight_at[id(child), name].forget()
+        if names and child is not None:
+            note_adapter(parent, child)
 
     def after_accumulation(self, weight: SparseWeight, parameter: Tensor) -> None:
         gradient = parameter.grad
@@ -363,7 +373,7 @@ def _hooks_of_torch(guard: Guard) -> list[RemovableHandle]:
         ),
         register_module_parameter_registration_hook(tell(Guard.before_registration)),
         register_module_module_registration_hook(
-            tell(lambda _, parent, __, child: note_adapter(parent, child))
+            tell(lambda alive, parent, _, child: alive.after_registration(parent, child))
         ),
     ]
     for handle in handles:

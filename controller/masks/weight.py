@@ -406,6 +406,10 @@ class SparseWeight:
         if matrix.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
             parameter.copy_(self.like_weight(matrix))
 
+    def forget(self) -> None:
+        """Take the parameter for written."""
+        self._as_left = self._as_left[:1]
+
     def knows(self, weight: Tensor) -> bool:
         """Tell whether this is the parameter that was left."""
         return self._as_left[:1] == (id(weight),)
