@@ -19,7 +19,7 @@ the gradients is written once, 0.8 x 16 GB, in one launch; under an elementwise 
 AdamW, nothing else. Another optimiser costs as much again, for the weights. The moments are
 cleared once an update, not a step. Nothing is done in a forward pass but comparing numbers.
 
-Reading order: the guard -> what it hangs on tensors and modules -> what it hangs on torch.
+Reading order: the guard -> its hooks on tensors and modules -> its hooks on torch.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -82,7 +83,8 @@ class Guard:
             self._names_in[id(module)] = names
             hook = _AfterLoad(self, names)
             self._handles.append(module.register_load_state_dict_post_hook(hook))
-        self._handles += _hooks_of_torch(self)
+        _hook_torch()
+        _GUARDS.add(self)
         for parent in model.modules():
             for child in parent.children():
                 note_adapter(parent, child)
@@ -93,6 +95,7 @@ class Guard:
     def release(self) -> None:
         """Let go of model and weights."""
         self.released = True
+        _GUARDS.discard(self)
         for handle in (*self._handles, *self._gradient_hooks.values()):
             handle.remove()
         self._handles.clear()
@@ -353,29 +356,23 @@ class _AfterLoad(_ModuleHook):
         self.guard.after_load(module, self.names)
 
 
-def _hooks_of_torch(guard: Guard) -> list[RemovableHandle]:
-    """Hang a guard on what torch calls for every optimiser and module, until either is gone."""
-    reference = weakref.ref(guard)
+# Told by torch of every optimiser and module of the process. Hung up with the first guard, and never
+# taken down: a guard may be collected while torch goes through such hooks.
+_GUARDS: weakref.WeakSet[Guard] = weakref.WeakSet()
 
+
+@cache
+def _hook_torch() -> None:
     def tell(method: Callable[..., None]) -> Callable[..., None]:
         def hook(*args: Any) -> None:
-            if (alive := reference()) is not None:
-                method(alive, *args)
+            for guard in list(_GUARDS):
+                method(guard, *args)
 
         return hook
 
-    handles = [
-        register_optimizer_step_pre_hook(
-            tell(lambda alive, optimizer, *_: alive.before_optimizer_step(optimizer))
-        ),
-        register_optimizer_step_post_hook(
-            tell(lambda alive, optimizer, *_: alive.after_optimizer_step(optimizer))
-        ),
-        register_module_parameter_registration_hook(tell(Guard.before_registration)),
-        register_module_module_registration_hook(
-            tell(lambda alive, parent, _, child: alive.after_registration(parent, child))
-        ),
-    ]
-    for handle in handles:
-        weakref.finalize(guard, handle.remove)
-    return handles
+    register_optimizer_step_pre_hook(tell(lambda g, it, *_: g.before_optimizer_step(it)))
+    register_optimizer_step_post_hook(tell(lambda g, it, *_: g.after_optimizer_step(it)))
+    register_module_parameter_registration_hook(tell(Guard.before_registration))
+    register_module_module_registration_hook(
+        tell(lambda g, parent, _, child: g.after_registration(parent, child))
+    )

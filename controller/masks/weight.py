@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional
 
 from ...kernels.dispatch import Dispatch
@@ -353,7 +354,7 @@ class SparseWeight:
                 return functional.linear(x, matrix, bias)
             self.follow()
             return self.linear(x, weight, bias)
-        transformed = torch._C._functorch.is_functorch_wrapped_tensor(x)
+        transformed = is_functorch_wrapped_tensor(x)
         if transformed or not isinstance(weight, nn.Parameter):
             return functional.linear(x, matrix, bias)
         if product.unsafe and not self.is_as_left(weight):
