@@ -45,7 +45,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .linear import note_adapter
 from .optimizers import keeps_zeros, moments, parameters_of
-from .weight import SparseModuleInfo, SparseWeight, clear_, drop_foreign, take_values
+from .weight import SparseModuleInfo, SparseWeight, clear_, drop_foreign, leaks, take_values
 
 
 class Guard:
@@ -133,6 +133,7 @@ class Guard:
         """Let go of pruned values that nothing will ask for any more: no state is loaded now."""
         self.began = True
         for weight in self.weights:
+            weight.values_are_loaded = False
             if not weight.keeps_values:
                 weight.values = None
 
@@ -165,7 +166,11 @@ class Guard:
             # a load may leave some out, and one that assigns has gone by the registration
             if weight.module is module and not weight.is_as_left(weight.weight)
         ]
-        take_values(loaded, keep=True)
+        for weight, written in zip(loaded, leaks(loaded), strict=True):
+            if weight.values_are_loaded and not written:
+                weight.leave()  # the model that goes with a state that was loaded before it
+            else:
+                take_values([weight], keep=True)
 
     def before_registration(self, module: nn.Module, name: str, parameter: Tensor | None) -> None:
         weight = self._weight_at.get((id(module), name))

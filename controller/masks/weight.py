@@ -88,6 +88,7 @@ class SparseWeight:
         # whether pruned values are kept until the masks freeze, and those that are
         self.keeps_values = False
         self.values: Tensor | None = None
+        self.values_are_loaded = False  # with a state, and the model may yet be
         self.product: BlockProduct | None = None
         # the algorithm takes the gradient of pruned elements before it becomes zero
         self.dense_gradient_taker: Callable[[Tensor], None] | None = None
