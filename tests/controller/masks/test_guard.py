@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import nn, optim
 from torch.nn.modules.module import _global_parameter_registration_hooks
-from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    register_optimizer_step_post_hook,
+)
 from transformers import Adafactor
 
 import triton_sparsity as ts
@@ -553,6 +556,7 @@ def test_nothing_outlives_the_model(algorithm):
         gc.collect()
         return len(_global_optimizer_post_hooks), len(_global_parameter_registration_hooks)
 
+    build(algorithm)
     before = live()
     controller = build(algorithm)
     model = controller.model
@@ -563,6 +567,20 @@ def test_nothing_outlives_the_model(algorithm):
     gc.collect()
     assert [reference() for reference in gone] == [None, None, None]
     assert live() == before
+
+
+def test_a_model_may_die_in_the_middle_of_another_ones_step():
+    gc.collect()
+    gc.disable()
+    try:
+        advance(build().model, optim.AdamW(net().parameters()), 0)  # garbage now
+        handle = register_optimizer_step_post_hook(lambda *_: gc.collect())
+        model = net()
+        optimizer = optim.AdamW(model.parameters(), lr=0.05)
+        advance(model, optimizer, 0)
+    finally:
+        gc.enable()
+        handle.remove()
 
 
 def test_a_stripped_model_is_watched_no_more():
