@@ -572,15 +572,17 @@ def test_nothing_outlives_the_model(algorithm):
 def test_a_model_may_die_in_the_middle_of_another_ones_step():
     gc.collect()
     gc.disable()
+    handles = []
     try:
-        advance(build().model, optim.AdamW(net().parameters()), 0)  # garbage now
-        handle = register_optimizer_step_post_hook(lambda *_: gc.collect())
+        build()  # garbage now
+        for hook in (lambda *_: gc.collect(), lambda *_: None):
+            handles.append(register_optimizer_step_post_hook(hook))
         model = net()
-        optimizer = optim.AdamW(model.parameters(), lr=0.05)
-        advance(model, optimizer, 0)
+        advance(model, optim.AdamW(model.parameters(), lr=0.05), 0)
     finally:
         gc.enable()
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def test_a_stripped_model_is_watched_no_more():
