@@ -575,8 +575,8 @@ def test_a_model_may_die_in_the_middle_of_another_ones_step():
     handles = []
     try:
         build()  # garbage now
-        for hook in (lambda *_: gc.collect(), lambda *_: None):
-            handles.append(register_optimizer_step_post_hook(hook))
+        hooks = (lambda *_: gc.collect(), lambda *_: None)
+        handles += map(register_optimizer_step_post_hook, hooks)
         model = net()
         advance(model, optim.AdamW(model.parameters(), lr=0.05), 0)
     finally:
