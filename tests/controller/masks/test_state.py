@@ -1,4 +1,4 @@
-"""State: a run goes on bit for bit, in any order, under wrappers; a damaged one changes nothing."""
+"""State: a run goes on bit for bit, in any order, under wrappers; what is damaged is refused."""
 
 import copy
 import io
