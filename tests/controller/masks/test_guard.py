@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import nn, optim
 from torch.nn.modules.module import _global_parameter_registration_hooks
-from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    register_optimizer_step_post_hook,
+)
 from transformers import Adafactor
 
 import triton_sparsity as ts
@@ -553,6 +556,7 @@ def test_nothing_outlives_the_model(algorithm):
         gc.collect()
         return len(_global_optimizer_post_hooks), len(_global_parameter_registration_hooks)
 
+    build(algorithm)
     before = live()
     controller = build(algorithm)
     model = controller.model
@@ -563,6 +567,22 @@ def test_nothing_outlives_the_model(algorithm):
     gc.collect()
     assert [reference() for reference in gone] == [None, None, None]
     assert live() == before
+
+
+def test_a_model_may_die_in_the_middle_of_another_ones_step():
+    gc.collect()
+    gc.disable()
+    handles = []
+    try:
+        build()  # garbage now
+        hooks = (lambda *_: gc.collect(), lambda *_: None)
+        handles += map(register_optimizer_step_post_hook, hooks)
+        model = net()
+        advance(model, optim.AdamW(model.parameters(), lr=0.05), 0)
+    finally:
+        gc.enable()
+        for handle in handles:
+            handle.remove()
 
 
 def test_a_stripped_model_is_watched_no_more():
