@@ -361,8 +361,8 @@ class _AfterLoad(_ModuleHook):
         self.guard.after_load(module, self.names)
 
 
-# Told by torch of every optimiser and module of the process. Hung up with the first guard, and never
-# taken down: a guard may be collected while torch goes through such hooks.
+# Torch tells these of every optimiser and module of the process. Its hooks are hung up with the
+# first guard, and never taken down: a guard may be collected while torch goes through them.
 _GUARDS: weakref.WeakSet[Guard] = weakref.WeakSet()
 
 

@@ -396,7 +396,7 @@ class SparseWeight:
             return
         if parameter.device != self.mask.device or parameter.dtype != self._dtype:
             self._move(parameter)
-        self.values = None
+        self.values, self.values_are_loaded = None, False
         if not self.all_kept:
             matrix = self.matrix(parameter)
             self.values = take_pruned(matrix, self.mask_for(matrix), self.pattern)
