@@ -16,8 +16,7 @@ from .config.algorithm import AlgorithmConfig
 from .masks.guard import release_guards
 from .masks.learned import read_plain
 from .masks.linear import restore_class
-from .masks.targets import Target
-from .masks.weight import SparseModuleInfo, SparseWeight, restore_
+from .masks.weight import SparseModuleInfo, Target, restore_
 from .nncf import ConfigLike, parse_config
 
 
@@ -63,10 +62,12 @@ def create_controller(
     classes: list[Any] = [algorithm_of(one).controller for one in configs]
     targets = [cls.find_targets(model, one) for cls, one in zip(classes, configs, strict=True)]
     _check_disjoint(targets, configs)
-    infos = [
-        list(map(_info, found, cls.make_weights(model, found, one, backend, dispatch)))
+    options = {"backend": backend, "dispatch": dispatch}
+    weights = [
+        cls.make_weights(model, found, one, **options)
         for cls, found, one in zip(classes, targets, configs, strict=True)
     ]
+    infos = [[SparseModuleInfo(w.name, w.module, w) for w in members] for members in weights]
     try:
         controllers = [
             cls(model, members, one, batchnorm_data)
@@ -101,15 +102,3 @@ def _check_disjoint(
                     f"create_controller: {target.name!r} must be masked by one algorithm, got "
                     f"{other} and {taker}; part their weights by target_scopes and ignored_scopes"
                 )
-
-
-def _info(target: Target, operand: SparseWeight) -> SparseModuleInfo:
-    return SparseModuleInfo(
-        module_node_name=target.name,
-        module=target.users[0][0],
-        operand=operand,
-        parameter_name=target.users[0][1],
-        minimum_level=target.minimum_level,
-        maximum_level=target.maximum_level,
-        users=target.users,
-    )

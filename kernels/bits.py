@@ -368,3 +368,19 @@ def word_mask(
     out[:, :whole].unflatten(1, (full, pattern.cols)).copy_(words[:, :full, None])
     out[:, whole:] = words[:, full:]
     return out
+
+
+def count_kept(masks: Sequence[Tensor]) -> list[int]:
+    """Count what compact masks of one device keep, in one wait for it.
+
+    Args:
+        masks: bool, or uint8 with one bit an element.
+    """
+    bits = torch.tensor([byte.bit_count() for byte in range(256)], device=masks[0].device)
+    counts = [
+        mask.count_nonzero()
+        if mask.dtype == torch.bool
+        else torch.bincount(mask.flatten(), minlength=256) @ bits
+        for mask in masks
+    ]
+    return torch.stack(counts).tolist()

@@ -211,3 +211,11 @@ def block_score(
     if on_triton or (weight.is_cpu and not INTERPRET):
         return _op(weight, pattern.rows, pattern.cols, squared)
     return block_score_reference(weight, pattern, squared=squared)
+
+
+def norm_(gradient: Tensor) -> None:
+    """Divide a matrix by the root mean square of each row, then of each column, in place."""
+    for dim in (1, 0):
+        size = torch.linalg.vector_norm(gradient, dim=dim, keepdim=True, dtype=torch.float64)
+        size *= gradient.shape[dim] ** -0.5
+        gradient.div_(size.masked_fill_(size == 0, 1))

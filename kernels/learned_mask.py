@@ -21,6 +21,7 @@ Reading order: reference -> CPU (``draw.py``) -> kernels -> launchers -> operato
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -725,3 +726,39 @@ def _check(
             raise ValueError(f"{operation}: weight must not be float64 with backend='triton'")
         return False
     return on_triton or not (weight.is_cuda or INTERPRET)
+
+
+class _KeptGroups(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *logits: Tensor) -> Tensor:
+        ctx.save_for_backward(*logits)
+        return torch.stack([(s > 0).count_nonzero() for s in logits]).double()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        found = []
+        for grad, s in zip(grads[0].float(), ctx.saved_tensors, strict=True):
+            p = torch.sigmoid(s)
+            found.append(p.addcmul_(p, p, value=-1).mul_(grad))  # in the memory of the sigmoid
+        return tuple(found)
+
+
+def kept_groups(logits: Sequence[Tensor]) -> Tensor:
+    """Count s > 0 in each tensor of logits: float64; the gradient is that of sigmoid(s)."""
+    return _KeptGroups.apply(*logits)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """Return ``x``, its gradient multiplied. No hook, which copies and pickles would lose."""
+    return _ScaledGradient.apply(x, factor)

@@ -31,8 +31,10 @@ from .bits import (
     unpack,
     word_mask,
 )
-from .grid import ceil_div
+from .grid import ceil_div, pad_to_blocks
 from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
+from .pattern import NM, Pattern, Unstructured
+from .semi_structured import nm_complete
 from .table import find_tensor
 
 if TYPE_CHECKING:
@@ -485,3 +487,16 @@ def make_mask(
         else:
             _out_op(tensors, value, keep_ties, scales, packed, out)
     return list(out)
+
+
+def nonzero_groups(matrix: Tensor, pattern: Pattern) -> Tensor:
+    """Return a bool grid: True where a group has an element that is not zero.
+
+    Under N:M the grid is of elements, and a tuple of more than n that are not zero is kept whole.
+    """
+    nonzero = matrix != 0
+    if isinstance(pattern, NM):
+        return nm_complete(nonzero, pattern)
+    if isinstance(pattern, Unstructured):
+        return nonzero
+    return pad_to_blocks(nonzero, pattern.rows, pattern.cols).any(3).any(1)

@@ -713,3 +713,13 @@ def select(
     if reduce is None and backend == "auto":
         return Threshold(*_op(tensors, k, scales))
     return (_select_triton if runs_triton else _select_torch)(tensors, k, scales, reduce)
+
+
+def kth_smallest(tensors: Sequence[Tensor], k: int, backend: Backend) -> Tensor:
+    """Return the k-th smallest of signed values; one of the two magnitudes is 0, or both are."""
+    size = sum(tensor.numel() for tensor in tensors)
+    above = select([tensor.clamp(min=0) for tensor in tensors], k, backend=backend)
+    below = select(
+        [tensor.neg().clamp(min=0) for tensor in tensors], size - k + 1, backend=backend
+    )
+    return above.value - below.value

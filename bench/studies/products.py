@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...controller.masks.weight import SparseWeight, clear_, dense_weights
+from ...controller.masks.weight import SparseWeight, Target, clear_, dense_weights
 from ...kernels.block_sparse_linear import block_sparse_linear
 from ...kernels.pattern import Block
 from ...kernels.topology import block_topology
@@ -31,7 +31,7 @@ def sparse_weight(o: Operands) -> SparseWeight:
     """Return the weight as a layer of ours has it, zero where the mask prunes."""
     holder = nn.Module()
     holder.weight = nn.Parameter(o.weight)
-    sparse = SparseWeight(holder, "weight", "weight", o.pattern)
+    sparse = SparseWeight(Target("weight", ((holder, "weight"),), o.pattern))
     sparse.serve_product()
     with dense_weights([sparse]):
         sparse.set_grid(o.grid)

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ...kernels.dispatch import Dispatch
-from ...kernels.launch import Backend
 from ...kernels.pattern import NM, Pattern, maximum_level
 from ..api import CompressionStage, StripFormat
-from ..config.algorithm import AlgorithmConfig, BatchNormAdaptation, Pool
+from ..config.algorithm import AlgorithmConfig, Pool
 from ..config.schedule import Schedule
 from ..masks.export import export_onnx
 from ..masks.guard import Guard
@@ -30,8 +28,8 @@ from ..masks.linear import skip_blocks
 from ..masks.state import masks_state, read_masks, with_names_of
 from ..masks.statistics import SparsityStatistics, Statistics, summarise
 from ..masks.strip import strip_masks
-from ..masks.targets import Target, find_targets
-from ..masks.weight import SparseModuleInfo, SparseWeight, dense_weights
+from ..masks.targets import find_targets
+from ..masks.weight import SparseModuleInfo, SparseWeight, Target, dense_weights
 from ..selection.scorer import Scorer
 from ..selection.thresholds import (
     Scores,
@@ -55,17 +53,26 @@ Change = Callable[[], None]
 class BaseSparsityAlgoController:
     """Base of the sparsity algorithms' controllers.
 
+    A subclass is set up by ``_set_up``: what it has beyond this, and its first masks.
+
     Args:
         target_model: the model. Its linears that have blocks to skip change their class.
         sparsified_module_info: one entry a masked weight.
+        config: the algorithm's configuration: what to prune, and when.
+        batchnorm_data: batches for ``config.batchnorm_adaptation``.
     """
 
     name: ClassVar[str]
     # whether masks follow from scores that are trained
     learns: ClassVar[bool] = False
+    config: Any  # of the algorithm's own class
 
     def __init__(
-        self, target_model: nn.Module, sparsified_module_info: Sequence[SparseModuleInfo]
+        self,
+        target_model: nn.Module,
+        sparsified_module_info: Sequence[SparseModuleInfo],
+        config: AlgorithmConfig | None = None,
+        batchnorm_data: Iterable[Any] | None = None,
     ) -> None:
         self._model = target_model
         self.sparsified_module_info = list(sparsified_module_info)
@@ -78,48 +85,35 @@ class BaseSparsityAlgoController:
         self._pool: Pool = "global"
         self._keeps_values = False
         self._thresholds: dict[str, Tensor] = {}
-        self._config: AlgorithmConfig | None = None
         self._scorer: Scorer | None = None
         self._optimizer: Optimizer | None = None
-        self._batchnorm: BatchNormAdaptation | None = None
-        self._batchnorm_data: Iterable[Any] | None = None
         self._nearly_empty: set[str] = set()
+        self.config = config
+        self._batchnorm = None if config is None else config.batchnorm_adaptation
+        self._batchnorm_data = batchnorm_data
+        self._set_up()
+
+    def _set_up(self) -> None:
+        """Take up the configuration."""
 
     @classmethod
     def find_targets(cls, model: nn.Module, config: AlgorithmConfig) -> list[Target]:
         """List the weights of ``model`` that a configuration of this algorithm selects."""
-        return find_targets(
-            model,
-            pattern=config.pattern,
-            targets=config.targets,
-            target_scopes=config.target_scopes,
-            ignored_scopes=config.ignored_scopes,
-            validate_scopes=config.validate_scopes,
-            overrides=config.overrides,
-        )
+        return find_targets(model, config)
 
     @classmethod
     def make_weights(
-        cls,
-        model: nn.Module,
-        targets: Sequence[Target],
-        config: AlgorithmConfig,
-        backend: Backend,
-        dispatch: Dispatch,
+        cls, model: nn.Module, targets: Sequence[Target], config: Any, **options: Any
     ) -> list[SparseWeight]:
-        """Give each target a mask that keeps everything, of the kind that the algorithm needs."""
-        return [
-            SparseWeight(
-                *target.users[0],
-                target.name,
-                target.pattern,
-                transposed=target.transposed,
-                experts=target.experts,
-                backend=backend,
-                dispatch=dispatch,
-            )
-            for target in targets
-        ]
+        """Give each target a mask that keeps everything, of the kind that the algorithm needs.
+
+        Args:
+            model: it has the targets.
+            targets: as ``find_targets`` returns them.
+            config: as there.
+            options: ``SparseWeight``'s.
+        """
+        return [SparseWeight(target, **options) for target in targets]
 
     def _guarded(self, model: nn.Module) -> list[Guard]:
         """Have somebody keep the zeros; let linears skip blocks that are zero."""
@@ -136,14 +130,6 @@ class BaseSparsityAlgoController:
         """Score every group of the weights given. All of them share one pattern."""
         raise NotImplementedError(f"{type(self).__name__} must override group_scores()")
 
-    def _configure(
-        self, config: AlgorithmConfig, batchnorm_data: Iterable[Any] | None = None
-    ) -> None:
-        """Take over what every algorithm's configuration has."""
-        self._config = config
-        self._batchnorm = config.batchnorm_adaptation
-        self._batchnorm_data = batchnorm_data
-
     def _keep_values(self, keep: bool) -> None:
         """Keep pruned values, so that groups may return with them, until the masks are frozen."""
         self._keeps_values = keep
@@ -159,7 +145,7 @@ class BaseSparsityAlgoController:
             self._target_level = self._scheduler.target_level
             check_reachable("schedule: target_level", self._target_level, self._patterns)
         self.set_sparsity_level(initial_level)
-        if initial_level > 0 and self._batchnorm is not None:
+        if initial_level > 0:
             self._adapt_batchnorm()
 
     @property
@@ -406,11 +392,11 @@ class BaseSparsityAlgoController:
         return [target]
 
     def _adapt_batchnorm(self) -> None:
-        assert self._batchnorm is not None
-        assert self._batchnorm_data is not None
-        adapt_batchnorm(
-            self._model, self._batchnorm_data, self._batchnorm.num_bn_adaptation_samples
-        )
+        """Adapt BatchNorm to the masks, if that is configured."""
+        if self._batchnorm is not None:
+            assert self._batchnorm_data is not None
+            samples = self._batchnorm.num_bn_adaptation_samples
+            adapt_batchnorm(self._model, self._batchnorm_data, samples)
 
     def compression_stage(self) -> CompressionStage:
         """FULLY once the masks reach the target to within a group, UNCOMPRESSED at none pruned.
@@ -470,7 +456,7 @@ class BaseSparsityAlgoController:
 
     def builder_state(self) -> dict[str, Any]:
         """Return the configuration as plain values."""
-        return {} if self._config is None else self._config.model_dump(mode="json")
+        return {} if self.config is None else self.config.model_dump(mode="json")
 
     def get_compression_state(self) -> dict[str, Any]:
         """Return ``{"builder_state": {name: configuration}, "ctrl_state": get_state()}``."""

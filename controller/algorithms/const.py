@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-
-from ...kernels.pattern import NM, Pattern, grid_shape
-from ...kernels.semi_structured import nm_complete
+from ...kernels.mask import nonzero_groups
 from ..config.algorithm import AlgorithmConfig
 from ..masks.weight import SparseModuleInfo
 from .base import BaseSparsityAlgoController
@@ -42,28 +36,13 @@ class ConstSparsityController(BaseSparsityAlgoController):
 
     A masked group stays zero whatever optimises the model.
 
-    Args:
-        target_model: the model.
-        sparsified_module_info: one entry a masked weight.
-        config: which weights, in which pattern.
-        batchnorm_data: batches for ``config.batchnorm_adaptation``.
-
     Warns:
         UserWarning: no group of any weight is zero.
     """
 
     name = "const_sparsity"
 
-    def __init__(
-        self,
-        target_model: nn.Module,
-        sparsified_module_info: Sequence[SparseModuleInfo],
-        config: ConstSparsityConfig,
-        batchnorm_data: Iterable[Any] | None = None,
-    ) -> None:
-        super().__init__(target_model, sparsified_module_info)
-        self.config = config
-        self._configure(config, batchnorm_data)
+    def _set_up(self) -> None:
         self.frozen = True
         with self._changing(self.sparsified_module_info):
             for info in self.sparsified_module_info:
@@ -73,9 +52,9 @@ class ConstSparsityController(BaseSparsityAlgoController):
             warnings.warn(
                 "const_sparsity: no group of any target weight is zero, so nothing is masked "
                 "until load_state() brings masks",
-                stacklevel=4,
+                stacklevel=5,
             )
-        elif self._batchnorm is not None:
+        else:
             self._adapt_batchnorm()
 
     def freeze(self, freeze: bool = True) -> None:
@@ -93,20 +72,3 @@ class ConstSparsityController(BaseSparsityAlgoController):
             "set_sparsity_level: the masks of const_sparsity never change; use magnitude_sparsity "
             f"to reach the level {level!r}"
         )
-
-
-def nonzero_groups(matrix: Tensor, pattern: Pattern) -> Tensor:
-    """Return a bool grid: True where a group has an element that is not zero.
-
-    Under N:M the grid is of elements, and a tuple of more than n that are not zero is kept whole.
-    """
-    rows, cols = pattern.rows, pattern.cols
-    down, across = grid_shape(pattern, (matrix.shape[0], matrix.shape[1]))
-    nonzero = matrix != 0
-    if isinstance(pattern, NM):
-        return nm_complete(nonzero, pattern)
-    if rows == cols == 1:
-        return nonzero
-    bottom, right = down * rows - matrix.shape[0], across * cols - matrix.shape[1]
-    padded = functional.pad(nonzero, (0, right, 0, bottom))
-    return torch.any(padded.view(down, rows, across, cols).any(3), 1)

@@ -12,16 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...kernels.dispatch import Dispatch
 from ...kernels.draw import draw, keeps_draws
-from ...kernels.launch import Backend
-from ...kernels.learned_mask import sample_mask
-from ...kernels.pattern import Block, Pattern, grid_shape
+from ...kernels.learned_mask import kept_groups, sample_mask
+from ...kernels.pattern import Block
 from ..masks.learned import LearnedWeight, learned_weights
-from ..masks.targets import Target
-from ..masks.weight import SparseModuleInfo, SparseWeight
+from ..masks.weight import SparseModuleInfo, SparseWeight, Target
 from .learned import LearnedLoss
 
 INITIAL_LOGIT = 4.59512  # logit(0.99)
@@ -46,56 +43,27 @@ class LogitWeight(LearnedWeight):
     micro-batches, of a module used twice or of activation checkpointing, agree.
 
     Args:
-        module, parameter_name, name, pattern, transposed, experts, backend, dispatch, multiplier:
-            as ``LearnedWeight``'s.
+        target: which parameter, and the shape of its groups.
         draws: shared by the weights of one controller.
         stream: this weight's number.
+        options: as ``LearnedWeight``'s.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        parameter_name: str,
-        name: str,
-        pattern: Pattern,
-        draws: Draws,
-        stream: int,
-        *,
-        multiplier: float | None = None,
-        transposed: bool = False,
-        experts: bool = False,
-        backend: Backend = "auto",
-        dispatch: Dispatch = "auto",
-    ) -> None:
+    initial_score = INITIAL_LOGIT
+
+    def __init__(self, target: Target, draws: Draws, stream: int, **options: Any) -> None:
         self.draws = draws
         self.stream = stream
         self._read_at: tuple[Any, ...] | None = None
         self._drawn: Tensor | None = None
         self._drawn_at: tuple[Any, ...] | None = None
-        weight = module._parameters[parameter_name]
-        assert weight is not None
-        rows, cols = (
-            weight.flatten(0, -2).T
-            if transposed
-            else weight.flatten(0, 1)
-            if experts
-            else weight.flatten(1)
-        ).shape
-        down, across = grid_shape(pattern, (rows, cols))
-        super().__init__(
-            module,
-            parameter_name,
-            name,
-            pattern,
-            # as the weight is stored, so that both are read along their rows
-            shape=(across, down) if transposed else (down, across),
-            initial=INITIAL_LOGIT,
-            multiplier=multiplier,
-            transposed=transposed,
-            experts=experts,
-            backend=backend,
-            dispatch=dispatch,
-        )
+        super().__init__(target, **options)
+
+    @property
+    def scores_shape(self) -> tuple[int, int]:
+        # as the weight is stored, so that both are read along their rows
+        down, across = self.grid
+        return (across, down) if self.transposed else (down, across)
 
     def _move(self, weight: Tensor) -> None:
         super()._move(weight)
@@ -165,53 +133,12 @@ class LogitWeight(LearnedWeight):
 
 
 def logit_weights(
-    targets: Sequence[Target],
-    *,
-    seed: int | None,
-    multiplier: float | None,
-    backend: Backend,
-    dispatch: Dispatch,
+    targets: Sequence[Target], seed: int | None, **options: Any
 ) -> list[SparseWeight]:
     """Return each target under logits; they draw from one seed, each in a stream of its own."""
     # torch's seed may have 64 bits
     draws = Draws(torch.initial_seed() % 2**63 if seed is None else seed, targets[0].weight.device)
-    return [
-        LogitWeight(
-            *target.users[0],
-            target.name,
-            target.pattern,
-            draws,
-            stream,
-            multiplier=multiplier,
-            transposed=target.transposed,
-            experts=target.experts,
-            backend=backend,
-            dispatch=dispatch,
-        )
-        for stream, target in enumerate(targets)
-    ]
-
-
-class _KeptGroups(torch.autograd.Function):
-    """Count s > 0 in each tensor; the gradient is that of sigmoid(s)."""
-
-    @staticmethod
-    def forward(ctx: Any, *logits: Tensor) -> Tensor:
-        ctx.save_for_backward(*logits)
-        return torch.stack([(s > 0).count_nonzero() for s in logits]).double()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            _sigmoid_slope(s).mul_(grad)
-            for grad, s in zip(grads[0].float(), ctx.saved_tensors, strict=True)
-        )
-
-
-def _sigmoid_slope(s: Tensor) -> Tensor:
-    """Return the derivative of the sigmoid, in the memory of the sigmoid."""
-    p = torch.sigmoid(s)
-    return p.addcmul_(p, p, value=-1)
+    return [LogitWeight(target, draws, i, **options) for i, target in enumerate(targets)]
 
 
 class SparseLoss(LearnedLoss):
@@ -292,7 +219,7 @@ class SparseLoss(LearnedLoss):
                     f"loss: the mask of {info.module_node_name!r} is frozen, so that no loss can "
                     "move it; freeze all masks by controller.freeze(), or none"
                 )
-        kept = _KeptGroups.apply(*[operand.trained_scores() for operand in operands])
+        kept = kept_groups([operand.trained_scores() for operand in operands])
         device = kept.device
         sizes = [operand.groups for operand in operands]
         if self.local:

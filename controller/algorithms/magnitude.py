@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, StrictBool, model_validator
-from torch import nn
 
 from ...kernels.pattern import Block, maximum_level
 from ..config.algorithm import Pool, ScheduledConfig, ScheduleField
@@ -80,26 +79,12 @@ class MagnitudeSparsityConfig(ScheduledConfig):
 class MagnitudeSparsityController(BaseSparsityAlgoController):
     """Prunes by |w| or another criterion; masks are always found anew, with pruned values put
     back, so that a group may return. (Under SNIP it does not: a pruned group has no gradient.)
-
-    Args:
-        target_model: the model.
-        sparsified_module_info: one entry a masked weight.
-        config: what to prune, when, by which importance.
-        batchnorm_data: batches for ``config.batchnorm_adaptation``.
     """
 
     name = "magnitude_sparsity"
 
-    def __init__(
-        self,
-        target_model: nn.Module,
-        sparsified_module_info: Sequence[SparseModuleInfo],
-        config: MagnitudeSparsityConfig,
-        batchnorm_data: Iterable[Any] | None = None,
-    ) -> None:
-        super().__init__(target_model, sparsified_module_info)
-        self.config = config
-        self._configure(config, batchnorm_data)
+    def _set_up(self) -> None:
+        config: MagnitudeSparsityConfig = self.config
         infos = self.sparsified_module_info
         self._scorer = self._criterion = Scorer(infos, config.weight_importance, config.seed)
         self._pool = config.pool

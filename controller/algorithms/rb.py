@@ -8,7 +8,7 @@ group is kept where s > 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -16,15 +16,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from ...kernels.dispatch import Dispatch
-from ...kernels.launch import Backend
 from ..api import CompressionStage
-from ..config.algorithm import AlgorithmConfig, ScheduledConfig, ScheduleField
+from ..config.algorithm import ScheduledConfig, ScheduleField
 from ..config.schedule import ExponentialSchedule, Schedule
 from ..masks.learned import read_scores, scores_state
 from ..masks.statistics import SparsityStatistics, Statistics
-from ..masks.targets import Target
-from ..masks.weight import SparseModuleInfo, SparseWeight
+from ..masks.weight import SparseModuleInfo, SparseWeight, Target
 from .base import Change
 from .learned import LearnedController
 from .logits import Draws, SparseLoss, logit_weights
@@ -92,45 +89,19 @@ class RBSparsityStatistics(SparsityStatistics):
 
 
 class RBSparsityController(LearnedController):
-    """Controls masks that are drawn from trained logits, anew at each ``scheduler.step()``.
-
-    Args:
-        target_model: the model.
-        sparsified_module_info: one entry a masked weight, a ``LogitWeight``.
-        config: what to prune, and when.
-        batchnorm_data: batches for ``config.batchnorm_adaptation``.
-    """
+    """Controls masks that are drawn from trained logits, anew at each ``scheduler.step()``."""
 
     name = "rb_sparsity"
 
     @classmethod
     def make_weights(
-        cls,
-        model: nn.Module,
-        targets: Sequence[Target],
-        config: AlgorithmConfig,
-        backend: Backend,
-        dispatch: Dispatch,
+        cls, model: nn.Module, targets: Sequence[Target], config: Any, **options: Any
     ) -> list[SparseWeight]:
-        assert isinstance(config, RBSparsityConfig)
-        return logit_weights(
-            targets,
-            seed=config.seed,
-            multiplier=config.compression_lr_multiplier,
-            backend=backend,
-            dispatch=dispatch,
-        )
+        multiplier = config.compression_lr_multiplier
+        return logit_weights(targets, config.seed, multiplier=multiplier, **options)
 
-    def __init__(
-        self,
-        target_model: nn.Module,
-        sparsified_module_info: Sequence[SparseModuleInfo],
-        config: RBSparsityConfig,
-        batchnorm_data: Iterable[Any] | None = None,
-    ) -> None:
-        super().__init__(target_model, sparsified_module_info)
-        self.config = config
-        self._configure(config, batchnorm_data)
+    def _set_up(self) -> None:
+        config: RBSparsityConfig = self.config
         self._draws: Draws = self._weights[0].draws  # pyright: ignore[reportAttributeAccessIssue]
         self._sparse_loss = SparseLoss(
             self.sparsified_module_info, local=config.sparsity_level_setting_mode == "local"
@@ -161,11 +132,6 @@ class RBSparsityController(LearnedController):
                 self._sparse_loss.set_target(1 - level, info)
 
         return write
-
-    def adapt_to_frozen(self) -> None:
-        """Adapt BatchNorm to the masks that stay, if that is configured."""
-        if self._batchnorm is not None:
-            self._adapt_batchnorm()
 
     def compression_stage(self) -> CompressionStage:
         stage = super().compression_stage()
@@ -239,7 +205,7 @@ class SamplingScheduler(SparsityScheduler):
         if not self._sampler.frozen:
             super()._apply()
             if self._sampler.frozen:
-                self._sampler.adapt_to_frozen()
+                self._sampler._adapt_batchnorm()
 
     def step(self, next_step: int | None = None) -> None:
         super().step(next_step)

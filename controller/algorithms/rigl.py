@@ -9,12 +9,13 @@ so by default g is divided here by the root mean square of its row, then of its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...kernels.block_score import norm_
 from ..masks.weight import SparseModuleInfo
 from ..selection.criteria import Importance, scores_by_group
 from .base import Change
@@ -48,19 +49,13 @@ class RigLController(SETController):
 
     name = "rigl"
 
-    def __init__(
-        self,
-        target_model: nn.Module,
-        sparsified_module_info: Sequence[SparseModuleInfo],
-        config: RigLConfig,
-        batchnorm_data: Iterable[Any] | None = None,
-    ) -> None:
-        self._normed = config.growth == "normed_gradient"
+    def _set_up(self) -> None:
+        self._normed = self.config.growth == "normed_gradient"
         self._gradients: dict[str, Tensor] = {}
         self._watching = False
         self._overdue = False
         self._reduces = False
-        super().__init__(target_model, sparsified_module_info, config, batchnorm_data)
+        super()._set_up()
 
     def update(self, step: int) -> None:
         super().update(step)
@@ -119,9 +114,8 @@ class RigLController(SETController):
             weight = info.operand
             wanted = watch and not weight.all_kept and info.weight.requires_grad
             weight.dense_gradient_taker = self._taker(info) if wanted else None
-            if weight.product is not None and weight.product.dense_weight_grad != wanted:
-                weight.product.dense_weight_grad = wanted
-                weight.product.flag()
+            if weight.product is not None:
+                weight.product.want_dense_grad(wanted)
 
     def _taker(self, info: SparseModuleInfo) -> Callable[[Tensor], None]:
         name, weight = info.module_node_name, info.operand
@@ -191,11 +185,3 @@ class RigLController(SETController):
             }
 
         return take
-
-
-def norm_(gradient: Tensor) -> None:
-    """Divide a matrix by the root mean square of each row, then of each column, in place."""
-    for dim in (1, 0):
-        size = torch.linalg.vector_norm(gradient, dim=dim, keepdim=True, dtype=torch.float64)
-        size *= gradient.shape[dim] ** -0.5
-        gradient.div_(size.masked_fill_(size == 0, 1))

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...kernels.launch import Backend
 from ...kernels.mask import make_mask
@@ -106,34 +106,18 @@ class RegrowthScheduler(CompressionScheduler):
 
 
 class SETController(BaseSparsityAlgoController):
-    """Moves a fraction of the kept groups every ``delta_t`` steps; every weight's count stays.
-
-    Args:
-        target_model: the model.
-        sparsified_module_info: one entry a masked weight.
-        config: how sparse, and how masks move.
-        batchnorm_data: batches for ``config.batchnorm_adaptation``.
-    """
+    """Moves a fraction of the kept groups every ``delta_t`` steps; every weight's count stays."""
 
     name = "set"
 
-    def __init__(
-        self,
-        target_model: nn.Module,
-        sparsified_module_info: Sequence[SparseModuleInfo],
-        config: RegrowthConfig,
-        batchnorm_data: Iterable[Any] | None = None,
-    ) -> None:
-        super().__init__(target_model, sparsified_module_info)
-        self.config = config
-        self._configure(config, batchnorm_data)
+    def _set_up(self) -> None:
+        config: RegrowthConfig = self.config
         infos = self.sparsified_module_info
         self._scorer = self._criterion = Scorer(infos, config.weight_importance, config.seed)
         self._scheduler = RegrowthScheduler(self)
         self._target_level = config.level
         self.set_sparsity_level(config.level)
-        if self._batchnorm is not None:
-            self._adapt_batchnorm()
+        self._adapt_batchnorm()
 
     def drop_fraction(self, step: int) -> float:
         """Return alpha / 2 (1 + cos(pi step / t_end)), and 0 from ``t_end`` on."""
@@ -218,7 +202,10 @@ class SETController(BaseSparsityAlgoController):
             densities = [erdos_renyi(info.weight.shape) for info in pool]
         least, most = [0] * len(pool), groups
         if len(pool) > 1:
-            limits = [(i.minimum_level, i.maximum_level, i.operand.groups) for i in pool]
+            targets = [info.operand.target for info in pool]
+            limits = [
+                (t.minimum_level, t.maximum_level, n) for t, n in zip(targets, groups, strict=True)
+            ]
             least = [n - round(high * n) for _, high, n in limits]
             most = [max(n - round(low * n), n - round(high * n)) for low, high, n in limits]
         total = sum(groups) - round(level * sum(groups))

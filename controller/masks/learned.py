@@ -12,17 +12,15 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ...kernels.dispatch import Dispatch
-from ...kernels.launch import Backend
-from ...kernels.pattern import Pattern
+from ...kernels.learned_mask import scale_gradient
 from .linear import restore_class, skip_blocks
 from .module import MaskedModule, become
-from .weight import SparseModuleInfo, SparseWeight, take_values
+from .weight import SparseModuleInfo, SparseWeight, Target, take_values
 
 _WEIGHTS = "_learned_weights"
 
@@ -34,44 +32,21 @@ class LearnedWeight(SparseWeight):
     ``find_unused_parameters=True``.
 
     Args:
-        module, parameter_name, name, pattern, transposed, experts, backend, dispatch: as
-            ``SparseWeight``'s.
-        shape: of the scores.
-        initial: what they all start from.
+        target: which parameter, and the shape of its groups.
         multiplier: ``compression_lr_multiplier``, a factor of the scores' gradients; None: 1.
+        options: as ``SparseWeight``'s.
     """
 
     scores: nn.Parameter
+    # what all scores start from
+    initial_score: ClassVar[float] = 0.0
 
-    def __init__(
-        self,
-        module: nn.Module,
-        parameter_name: str,
-        name: str,
-        pattern: Pattern,
-        *,
-        shape: tuple[int, ...],
-        initial: float,
-        multiplier: float | None,
-        transposed: bool = False,
-        experts: bool = False,
-        backend: Backend = "auto",
-        dispatch: Dispatch = "auto",
-    ) -> None:
+    def __init__(self, target: Target, *, multiplier: float | None = None, **options: Any) -> None:
         self.frozen = False
-        super().__init__(
-            module,
-            parameter_name,
-            name,
-            pattern,
-            transposed=transposed,
-            experts=experts,
-            backend=backend,
-            dispatch=dispatch,
-        )
+        super().__init__(target, **options)
         self.multiplier = multiplier
-        scores = torch.full(shape, initial, dtype=torch.float32, device=self.weight.device)
-        self.scores = nn.Parameter(scores)  # pyright: ignore[reportIncompatibleVariableOverride]
+        scores = torch.full(self.scores_shape, self.initial_score, device=self.weight.device)
+        self.scores = nn.Parameter(scores.float())  # pyright: ignore[reportIncompatibleVariableOverride]
         # fused optimisers rewrite a parameter without a trace in its version
         self.optimizer_steps = 0
         # whether a backward pass has reached the scores since this was last set to False
@@ -93,6 +68,11 @@ class LearnedWeight(SparseWeight):
         """True where a forward pass goes by the scores, not by the mask as it is stored."""
         return self.module.training and not self.frozen
 
+    @property
+    @abstractmethod
+    def scores_shape(self) -> tuple[int, ...]:
+        """How many scores there are, down and across."""
+
     @abstractmethod
     def learned(self, weight: Tensor) -> Tensor:
         """Return the masked weight, with a gradient to the scores."""
@@ -110,7 +90,7 @@ class LearnedWeight(SparseWeight):
         weight = self.weight
         if self.frozen:
             return weight
-        if weight.device != self.scores.device or weight.dtype != self._dtype:
+        if not self._is_here(weight):
             self.follow()
         return self.learned(weight) if self.learning else self.evaluated(weight)
 
@@ -139,7 +119,7 @@ class LearnedWeight(SparseWeight):
         """Return the scores as the forward pass and the loss read them."""
         if self.multiplier is None:
             return self.scores
-        return _ScaledGradient.apply(self.scores, self.multiplier)
+        return scale_gradient(self.scores, self.multiplier)
 
     def scores_state(self) -> tuple[Any, ...]:
         """Return what differs once the scores may have other values."""
@@ -277,19 +257,6 @@ def _reader(name: str) -> Callable[[LearnedModule], Tensor]:
 
 def _scores_name(parameter: str) -> str:
     return f"{parameter}_scores"
-
-
-class _ScaledGradient(torch.autograd.Function):
-    """The identity; the gradient is multiplied. No hook, which copies and pickles would lose."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.factor, None
 
 
 def learned_weights(infos: Sequence[SparseModuleInfo]) -> list[LearnedWeight]:

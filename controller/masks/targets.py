@@ -15,13 +15,13 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ...kernels.pattern import NM, Pattern
-from ..config.algorithm import Override
+from ...kernels.pattern import NM
+from ..config.algorithm import AlgorithmConfig
 from ..config.scope import check_scopes, matches
 from .guard import is_guarded
 from .kinds import (
@@ -34,36 +34,9 @@ from .kinds import (
     transformer_blocks,
 )
 from .linear import conv1d_of
+from .weight import Target
 
 _log = logging.getLogger("triton_sparsity")
-
-
-@dataclass(frozen=True)
-class Target:
-    """One weight to mask.
-
-    Attributes:
-        name: dotted path of the module; with the parameter's name behind it where that is not
-            ``weight``.
-        users: every (module, parameter name) that holds this very parameter; the first is the
-            owner.
-        transposed: stored as (in, out).
-        experts: one matrix an expert.
-        pattern, minimum_level, maximum_level: what holds for this weight.
-    """
-
-    name: str
-    users: tuple[tuple[nn.Module, str], ...]
-    transposed: bool
-    experts: bool
-    pattern: Pattern
-    minimum_level: float
-    maximum_level: float
-
-    @property
-    def weight(self) -> Tensor:
-        module, name = self.users[0]
-        return module._parameters[name]  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
@@ -93,17 +66,8 @@ class Candidate:
         return any(matches(scope, name) for scope in scopes or () for name in self.names)
 
 
-def find_targets(
-    model: nn.Module,
-    *,
-    pattern: Pattern,
-    targets: str | None = None,
-    target_scopes: Sequence[str] | None = None,
-    ignored_scopes: Sequence[str] = (),
-    validate_scopes: bool = True,
-    overrides: Sequence[Override] = (),
-) -> list[Target]:
-    """List the weights of ``model`` that rule and scopes select, in module order, each once.
+def find_targets(model: nn.Module, config: AlgorithmConfig) -> list[Target]:
+    """List the weights that rule and scopes of ``config`` select, in module order, each once.
 
     A weight is a floating-point parameter of at least two dimensions of a linear, convolution,
     embedding, attention, recurrent or experts module, or any such parameter that a target scope
@@ -122,21 +86,22 @@ def find_targets(
         TypeError: a target is integer or complex.
     """
     candidates = weights_of(model)
-    if validate_scopes:
+    if config.validate_scopes:
         names = [name for candidate in candidates for name in candidate.names]
         known = [*names, *(path for path, _ in model.named_modules())]
-        check_scopes(target_scopes or (), known, "target_scopes")
-        check_scopes(ignored_scopes, known, "ignored_scopes")
-        check_scopes([o.scope for o in overrides], names, "overrides")
-    found, left = _select(model, candidates, targets, target_scopes, ignored_scopes)
-    chosen = [_target(candidate, pattern, overrides) for candidate in found]
+        check_scopes(config.target_scopes or (), known, "target_scopes")
+        check_scopes(config.ignored_scopes, known, "ignored_scopes")
+        check_scopes([o.scope for o in config.overrides], names, "overrides")
+    found, left = _select(model, candidates, config)
+    chosen = [_target(candidate, config) for candidate in found]
     for target in chosen:
         _check_weight(target)
     if not chosen:
         raise ValueError(
             f"create_controller: no weight to sparsify is left, of {len(candidates)} in the "
-            f"model; targets={targets!r}, target_scopes={target_scopes!r}, "
-            f"ignored_scopes={ignored_scopes!r}; left dense: {_in_words(left) or 'none by rule'}"
+            f"model; targets={config.targets!r}, target_scopes={config.target_scopes!r}, "
+            f"ignored_scopes={config.ignored_scopes!r}; "
+            f"left dense: {_in_words(left) or 'none by rule'}"
         )
     devices = {str(t.weight.device) for t in chosen}
     if len(devices) > 1:
@@ -166,27 +131,24 @@ _UNKNOWN = "of modules that are not known to read weights"
 
 
 def _select(
-    model: nn.Module,
-    candidates: Sequence[Candidate],
-    targets: str | None,
-    target_scopes: Sequence[str] | None,
-    ignored_scopes: Sequence[str],
+    model: nn.Module, candidates: Sequence[Candidate], config: AlgorithmConfig
 ) -> tuple[list[Candidate], dict[str, list[str]]]:
     """Return what is masked, and by reason the names of what is left dense without being asked."""
     blocks = transformer_blocks(model)
     beside = adapters(model)
-    only_linear = targets == "linear" or (targets is None and not target_scopes and bool(blocks))
+    scopes = config.target_scopes or ()
+    only_linear = config.targets == "linear" or (not (config.targets or scopes) and bool(blocks))
     chosen: list[Candidate] = []
     left: dict[str, list[str]] = {}
     for candidate in candidates:
-        if candidate.matches(ignored_scopes):
+        if candidate.matches(config.ignored_scopes):
             continue
-        if target_scopes is not None and not candidate.matches(target_scopes):
+        if scopes and not candidate.matches(scopes):
             continue
-        known = candidate.has(is_known) or any(n in (target_scopes or ()) for n in candidate.names)
+        known = candidate.has(is_known) or any(n in scopes for n in candidate.names)
         linear = candidate.has(is_linear)
         inside = not blocks or any(_is_below(n, blocks) for n in candidate.names)
-        if any(_is_adapter(n, beside, target_scopes or ()) for n in candidate.names):
+        if any(_is_adapter(n, beside, scopes) for n in candidate.names):
             reason = _ADAPTER
         elif only_linear and not (inside and (linear or not known)):
             reason = _RULE
@@ -196,11 +158,11 @@ def _select(
             chosen.append(candidate)
             continue
         left.setdefault(reason, []).append(candidate.names[0])
-    if target_scopes is None and chosen:
-        for candidate, nonzero in zip(chosen, _nonzero(chosen), strict=True):
-            if not nonzero:
-                left.setdefault(_ZERO, []).append(candidate.names[0])
-        chosen = [c for c in chosen if c.names[0] not in left.get(_ZERO, ())]
+    if not scopes and chosen:
+        nonzero = dict(zip(chosen, _nonzero(chosen), strict=True))
+        if zeros := [c.names[0] for c in chosen if not nonzero[c]]:
+            left[_ZERO] = zeros
+        chosen = [candidate for candidate in chosen if nonzero[candidate]]
     return chosen, left
 
 
@@ -232,18 +194,20 @@ def _is_adapter(name: str, beside: dict[str, str], target_scopes: Sequence[str])
     return False
 
 
-def _target(candidate: Candidate, pattern: Pattern, overrides: Sequence[Override]) -> Target:
-    override = next((o for o in overrides if candidate.matches([o.scope])), None)
+def _target(candidate: Candidate, config: AlgorithmConfig) -> Target:
+    override = next((o for o in config.overrides if candidate.matches([o.scope])), None)
     _, module, _ = candidate.users[0]
-    return Target(
-        name=candidate.names[0],
-        users=tuple((module, name) for _, module, name in candidate.users),
+    target = Target(
+        candidate.names[0],
+        tuple((module, name) for _, module, name in candidate.users),
+        config.pattern,
         transposed=is_transposed(module, candidate.weight),
         experts=holds_experts(module, candidate.weight),
-        pattern=override.pattern if override and override.pattern else pattern,
-        minimum_level=override.minimum_level if override else 0.0,
-        maximum_level=override.maximum_level if override else 1.0,
     )
+    if override is None:
+        return target
+    limits = {"minimum_level": override.minimum_level, "maximum_level": override.maximum_level}
+    return replace(target, pattern=override.pattern or config.pattern, **limits)
 
 
 def _check_weight(target: Target) -> None:
@@ -268,34 +232,24 @@ def _check_weight(target: Target) -> None:
                 f"create_controller: {target.name!r} is under the masks of another controller; "
                 "strip the model first, or put all algorithms into one configuration"
             )
-    rows, cols = weight.shape[1:] if target.experts else _matrix(target)
+    rows, cols = weight.shape[1:] if target.experts else target.matrix(weight).shape
     if target.experts and target.transposed:
         rows, cols = cols, rows
-    if isinstance(target.pattern, NM) or (target.experts and max(_sides(target.pattern)) > 1):
-        for side, length, step in zip(
-            ("out", "in"), (rows, cols), _sides(target.pattern), strict=True
-        ):
+    pattern = target.pattern
+    sides = pattern.group if isinstance(pattern, NM) else (pattern.rows, pattern.cols)
+    if isinstance(pattern, NM) or (target.experts and max(sides) > 1):
+        for side, length, step in zip(("out", "in"), (rows, cols), sides, strict=True):
             if length % step:
                 raise ValueError(
                     f"create_controller: {side}_features of {target.name!r} must be divisible by "
-                    f"{step} for {target.pattern}, got {length}; list it in ignored_scopes or "
+                    f"{step} for {pattern}, got {length}; list it in ignored_scopes or "
                     "give it a pattern in overrides"
                 )
-    if target.pattern.rows > rows or target.pattern.cols > cols:
+    if pattern.rows > rows or pattern.cols > cols:
         raise ValueError(
-            f"create_controller: {target.pattern} is larger than the weight of {target.name!r}, "
+            f"create_controller: {pattern} is larger than the weight of {target.name!r}, "
             f"{(rows, cols)}; list it in ignored_scopes or give it a pattern in overrides"
         )
-
-
-def _matrix(target: Target) -> tuple[int, int]:
-    weight = target.weight
-    rows, cols = (weight.T if target.transposed else weight.flatten(1)).shape
-    return rows, cols
-
-
-def _sides(pattern: Pattern) -> tuple[int, int]:
-    return pattern.group if isinstance(pattern, NM) else (pattern.rows, pattern.cols)
 
 
 def _tell(model: nn.Module, targets: Sequence[Target], left: dict[str, list[str]]) -> None:

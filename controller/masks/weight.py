@@ -15,6 +15,7 @@ Reading order: one weight -> entries of a controller -> several weights at once.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,13 +28,68 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional
 
 from ...kernels.dispatch import Dispatch
+from ...kernels.grid import side_lengths
 from ...kernels.launch import Backend, use_triton
 from ...kernels.mask import expand_mask, pack, unpack, word_mask
 from ...kernels.masked_weight import apply_mask_, count_leaks
 from ...kernels.pattern import NM, Block, Pattern, grid_shape
+from ...kernels.product import BlockProduct, has_blocks_to_skip
 from ...kernels.retained import put_back_, take_pruned
 from ...kernels.semi_structured import nm_fits
-from .product import BlockProduct, has_blocks_to_skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parameter that is to be under a mask.
+
+    Attributes:
+        name: dotted path of its module; with the parameter's name behind it where that is not
+            ``weight``.
+        users: every (module, parameter name) that holds this very parameter; the first is the
+            owner.
+        pattern: the shape of a group.
+        transposed: it is stored ``(in_features, out_features)``, as Hugging Face's Conv1D, or
+            ``(experts, in_features, out_features)``.
+        experts: it is one matrix an expert.
+        minimum_level, maximum_level: limits of its level inside a pool.
+    """
+
+    name: str
+    users: tuple[tuple[nn.Module, str], ...]
+    pattern: Pattern
+    transposed: bool = False
+    experts: bool = False
+    minimum_level: float = 0.0
+    maximum_level: float = 1.0
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter, as its module has it now.
+
+        Raises:
+            RuntimeError: it is a parameter of its module no longer.
+        """
+        module, name = self.users[0]
+        found = module._parameters.get(name)
+        if found is None:
+            raise RuntimeError(
+                f"the weight of {self.name!r} must stay a parameter of its module, got a "
+                f"{type(module).__name__} without it (a parametrization, quantisation or "
+                "deletion took its place); strip the model before, or create the controller after"
+            )
+        return found
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the weight's shape as a matrix (out, in): a view where strides allow.
+
+        A convolution's is ``(out, rest)``. Experts lie below one another, or, where they are
+        stored (in, out), side by side: no group reaches from one into the next.
+        """
+        if tensor.ndim == 1:
+            return tensor[None]
+        if self.transposed:
+            return tensor.flatten(0, -2).T
+        return tensor.flatten(0, 1) if self.experts else tensor.flatten(1)
 
 
 class SparseWeight:
@@ -43,44 +99,36 @@ class SparseWeight:
     mask is rewritten in place, so that compiled and captured graphs see an update.
 
     Args:
-        module: the owner of the weight.
-        parameter_name: what it calls it.
-        name: the weight's name in messages.
-        pattern: the shape of a group.
-        transposed: the weight is stored ``(in_features, out_features)``, as Hugging Face's Conv1D,
-            or ``(experts, in_features, out_features)``.
-        experts: the weight is that many matrices.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
-        dispatch: ``"auto"``, ``"sparse"`` or ``"dense"``, see ``BlockProduct``.
+        target: which parameter, and the shape of its groups.
+        backend, dispatch: as ``create_controller``'s.
     """
 
     # trained with the weight, where the mask follows from such
     scores: nn.Parameter | None = None
 
     def __init__(
-        self,
-        module: nn.Module,
-        parameter_name: str,
-        name: str,
-        pattern: Pattern,
-        *,
-        transposed: bool = False,
-        experts: bool = False,
-        backend: Backend = "auto",
-        dispatch: Dispatch = "auto",
+        self, target: Target, *, backend: Backend = "auto", dispatch: Dispatch = "auto"
     ) -> None:
-        self.module = module
-        self.parameter_name = parameter_name
-        self.name = name
-        self.pattern = pattern
-        self.transposed = transposed
-        self.experts = experts
+        self.target = target
+        self.module, self.parameter_name = target.users[0]
+        self.name = target.name
+        self.pattern = target.pattern
+        self.transposed = target.transposed
+        self.matrix = target.matrix
         self.backend: Backend = backend
         self.dispatch: Dispatch = dispatch
         weight = self.weight.detach()
         self.weight_shape = weight.shape
         rows, cols = self.matrix(weight).shape
         self.shape: tuple[int, int] = (rows, cols)
+        # groups down and across; under N:M elements, since a pruned group keeps some of its
+        self.grid = grid_shape(self.pattern, self.shape)
+        # what a level counts, and what is chosen among: under N:M elements, and its tuples
+        self.groups = self.choices = math.prod(self.grid)
+        if isinstance(self.pattern, NM):
+            self.choices //= math.prod(self.pattern.group)
+        # the mask holds one bit an element, not one bool a block
+        self.packed = not isinstance(self.pattern, Block)
         everything = torch.ones(self.grid, dtype=torch.bool, device=weight.device)
         self.mask = self._compact(everything)
         # number of kept groups, known on the host: what has nothing pruned needs no care
@@ -101,19 +149,8 @@ class SparseWeight:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The parameter, as its module has it now.
-
-        Raises:
-            RuntimeError: it is a parameter of its module no longer.
-        """
-        found = self.module._parameters.get(self.parameter_name)
-        if found is None:
-            raise RuntimeError(
-                f"the weight of {self.name!r} must stay a parameter of its module, got a "
-                f"{type(self.module).__name__} without it (a parametrization, quantisation or "
-                "deletion took its place); strip the model before, or create the controller after"
-            )
-        return found
+        """The parameter, as its module has it now; see ``Target.weight``."""
+        return self.target.weight
 
     def follow(self) -> nn.Parameter:
         """Return the parameter; the mask has moved to its device and dtype.
@@ -123,9 +160,13 @@ class SparseWeight:
         """
         weight = self.weight
         self.check_fits(weight)
-        if weight.device != self.mask.device or weight.dtype != self._dtype:
+        if not self._is_here(weight):
             self._move(weight)
         return weight
+
+    def _is_here(self, weight: Tensor) -> bool:
+        """Tell whether the mask is on the device of a weight, and made for its dtype."""
+        return weight.device == self.mask.device and weight.dtype == self._dtype
 
     def check_fits(self, weight: Tensor) -> None:
         """Refuse a weight that the mask cannot be of.
@@ -141,18 +182,6 @@ class SparseWeight:
                 "mask is of the old weight: strip the model before it is resized, replaced or "
                 "quantised, and then call create_controller again"
             )
-
-    def matrix(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of the weight's shape as a matrix (out, in): a view where strides allow.
-
-        A convolution's is ``(out, rest)``. Experts lie below one another, or, where they are
-        stored (in, out), side by side: no group reaches from one into the next.
-        """
-        if tensor.ndim == 1:
-            return tensor[None]
-        if self.transposed:
-            return tensor.flatten(0, -2).T
-        return tensor.flatten(0, 1) if self.experts else tensor.flatten(1)
 
     def like_weight(self, matrix: Tensor) -> Tensor:
         """Return a matrix (out, in) in the weight's shape."""
@@ -173,30 +202,6 @@ class SparseWeight:
             self.serve_product()
 
     # the mask
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Groups down and across; under N:M elements, since a pruned group keeps some of its."""
-        return grid_shape(self.pattern, self.shape)
-
-    @property
-    def groups(self) -> int:
-        """Number of what a level counts: groups, or elements under N:M."""
-        down, across = self.grid
-        return down * across
-
-    @property
-    def choices(self) -> int:
-        """Number of groups that are chosen among: as ``groups``, but under N:M its tuples."""
-        if isinstance(self.pattern, NM):
-            tall, wide = self.pattern.group
-            return self.groups // (tall * wide)
-        return self.groups
-
-    @property
-    def packed(self) -> bool:
-        """True where the mask holds one bit an element, False where one bool a block."""
-        return not isinstance(self.pattern, Block)
 
     @property
     def holds_zeros(self) -> bool:
@@ -268,16 +273,11 @@ class SparseWeight:
     def pruned_elements(self) -> int:
         """Count the pruned weight elements. Synchronises with the device."""
         self.settle()
-        if self.all_kept:
-            return 0
-        pruned = ~self.kept_grid()
-        if self.packed:
-            return int(pruned.sum())
-        heights, widths = (
-            torch.arange(0, side, step, device=pruned.device).neg().add(side).clamp(max=step)
-            for side, step in zip(self.shape, (self.pattern.rows, self.pattern.cols), strict=True)
-        )
-        return int((pruned * heights[:, None] * widths).sum())
+        if self.packed or self.all_kept:
+            return self.groups - self.kept
+        rows, cols = self.pattern.rows, self.pattern.cols
+        heights, widths = side_lengths(self.shape, rows, cols, device=self.mask.device)
+        return int((~self.mask * heights * widths).sum())
 
     def set_grid(self, grid: Tensor) -> None:
         """Take over a bool grid, in place. The parameter is the caller's to bring in line."""
@@ -317,15 +317,9 @@ class SparseWeight:
         self.product = None
         if has_blocks_to_skip(self.pattern, self.weight, self.dispatch):
             assert isinstance(self.pattern, Block)
-            self.product = BlockProduct(
-                self.mask,
-                self.kept,
-                self.pattern,
-                self.shape,
-                self._dtype,
-                backend=self.backend,
-                dispatch=self.dispatch,
-            )
+            sizes = self.pattern, self.shape, self._dtype
+            choice: Any = {"backend": self.backend, "dispatch": self.dispatch}
+            self.product = BlockProduct(self.mask, self.kept, *sizes, **choice)
 
     @property
     def path(self) -> str:
@@ -350,21 +344,20 @@ class SparseWeight:
         # tracing must not look at the paths: it would guard their values
         if torch.compiler.is_compiling():
             return product(x, matrix, bias)
-        if weight.device != self.mask.device or weight.dtype != self._dtype:
-            if weight is not self.weight:
-                return functional.linear(x, matrix, bias)
+        if not self._is_here(weight) and weight is self.weight:
             self.follow()
             return self.linear(x, weight, bias)
-        transformed = is_functorch_wrapped_tensor(x)
-        if transformed or not isinstance(weight, nn.Parameter):
+        transformed = is_functorch_wrapped_tensor(x) or not isinstance(weight, nn.Parameter)
+        if transformed or not self._is_here(weight):
             return functional.linear(x, matrix, bias)
         if product.unsafe and not self.is_as_left(weight):
             self.check_blocks()
-        if not product.skips(weight.device.type):
-            return functional.linear(x, matrix, bias)
-        if not self.is_as_left(weight):
+        skips = product.skips(weight.device.type)
+        if skips and not self.is_as_left(weight):
             self.check_blocks()
-        return functional.linear(x, matrix, bias) if product.unsafe else product(x, matrix, bias)
+        if skips and not product.unsafe:
+            return product(x, matrix, bias)
+        return functional.linear(x, matrix, bias)
 
     def check_blocks(self) -> None:
         """Look once whether pruned blocks are zero; while they are not, products are dense."""
@@ -378,9 +371,7 @@ class SparseWeight:
                 "merged, an average), so its products are dense until they are zero again",
                 stacklevel=2,
             )
-        if product.unsafe != bool(written):
-            product.unsafe = bool(written)
-            product.flag()
+        product.trust(not written)
         self.leave()
 
     # what others do to the parameter
@@ -394,7 +385,7 @@ class SparseWeight:
         """Make a parameter zero that is to be the weight; what was there is kept."""
         if not self.holds_zeros:
             return
-        if parameter.device != self.mask.device or parameter.dtype != self._dtype:
+        if not self._is_here(parameter):
             self._move(parameter)
         self.values, self.values_are_loaded = None, False
         if not self.all_kept:
@@ -435,28 +426,25 @@ class SparseModuleInfo:
     """One masked weight.
 
     Attributes:
-        module_node_name: dotted path of the module; with the parameter's name behind it where that
-            is not ``weight``.
+        module_node_name: the weight's name, as ``Target.name``.
         module: the module that owns the weight.
         operand: its mask; ``operand.binary_mask`` is a bool tensor of the weight's shape, True =
-            kept.
-        parameter_name: the weight's name in ``module``.
-        minimum_level, maximum_level: limits of this weight's level inside a pool.
-        users: every (module, parameter name) that holds the parameter, if it is tied.
+            kept. ``operand.target`` says what else was given for it.
     """
 
     module_node_name: str
     module: nn.Module
     operand: SparseWeight
-    parameter_name: str = "weight"
-    minimum_level: float = 0.0
-    maximum_level: float = 1.0
-    users: tuple[tuple[nn.Module, str], ...] = ()
+
+    @property
+    def parameter_name(self) -> str:
+        """The weight's name in ``module``."""
+        return self.operand.parameter_name
 
     @property
     def places(self) -> tuple[tuple[nn.Module, str], ...]:
         """Every module, with its name for it, that holds this very parameter."""
-        return self.users or ((self.module, self.parameter_name),)
+        return self.operand.target.users
 
     @property
     def weight(self) -> nn.Parameter:
@@ -595,7 +583,6 @@ def take_values(weights: Sequence[SparseWeight], *, keep: bool | None = None) ->
 
 def _settle(weight: SparseWeight) -> None:
     """Note that the pruned elements are zero."""
-    if weight.product is not None and weight.product.unsafe:
-        weight.product.unsafe = False
-        weight.product.flag()
+    if weight.product is not None:
+        weight.product.trust(True)
     weight.leave()

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.mask import make_mask, unpack
+from ...kernels.bits import count_kept
+from ...kernels.mask import make_mask
 from ...kernels.pattern import NM, Pattern, Unstructured, maximum_level
 from ...kernels.select import Threshold, select
 from ...kernels.semi_structured import nm_mask, nm_score
 from ..config.algorithm import Pool
-from ..masks.weight import SparseModuleInfo, SparseWeight
+from ..masks.weight import SparseModuleInfo
 from .allocation import allocate
 
 
@@ -103,12 +104,13 @@ def find_prunings(
     most = maximum_level(infos[0].operand.pattern)
     share = min(level / most, 1.0)
     total = round(share * sum(groups))
-    if not limits or all(i.minimum_level <= 0 and i.maximum_level >= 1 for i in infos):
+    targets = [info.operand.target for info in infos]
+    if not limits or all(t.minimum_level <= 0 and t.maximum_level >= 1 for t in targets):
         return [_threshold(infos, total, scores)]
     # a schedule passes levels below a weight's minimum on its way up
-    least = [min(info.minimum_level / most, share) for info in infos]
+    least = [min(target.minimum_level / most, share) for target in targets]
     minimum = [round(part * n) for part, n in zip(least, groups, strict=True)]
-    greatest = [min(info.maximum_level / most, 1.0) for info in infos]
+    greatest = [min(target.maximum_level / most, 1.0) for target in targets]
     maximum = [round(part * n) for part, n in zip(greatest, groups, strict=True)]
     minimum = [min(low, high) for low, high in zip(minimum, maximum, strict=True)]
     # each limit was rounded by itself: together they may miss the total by a group a weight
@@ -126,11 +128,8 @@ def find_prunings(
         check_finite([pruning])
         if pruning.threshold is None:
             return [groups[i] if k else 0 for i in members]
-        masks = _masks_of(pruning)
-        return [
-            groups[i] - _kept(mask, infos[i].operand)
-            for i, mask in zip(members, masks, strict=True)
-        ]
+        kept = count_kept(_masks_of(pruning))
+        return [groups[i] - n for i, n in zip(members, kept, strict=True)]
 
     fixed, free, left = allocate(total, minimum, maximum, natural)
     prunings = [_threshold([infos[i]], count, scores) for i, count in fixed.items()]
@@ -172,24 +171,9 @@ def apply_prunings(prunings: Sequence[Pruning]) -> None:
         else:
             _masks_of(pruning, out=masks)
     infos = [info for pruning in prunings for info in pruning.infos]
-    for info, kept in zip(infos, kept_groups(infos), strict=True):
+    counts = count_kept([info.operand.mask for info in infos])
+    for info, kept in zip(infos, counts, strict=True):
         info.operand.set_(None, kept)
-
-
-def kept_groups(infos: Sequence[SparseModuleInfo]) -> list[int]:
-    """Count the groups that each mask keeps, all in one wait for the device."""
-    counts = []
-    for operand in (info.operand for info in infos):
-        mask = operand.mask
-        if operand.packed:
-            bits = torch.tensor(_BITS_OF_BYTES, dtype=torch.int64, device=mask.device)
-            counts.append(torch.bincount(mask.flatten(), minlength=256) @ bits)
-        else:
-            counts.append(mask.count_nonzero())
-    return torch.stack(counts).tolist()
-
-
-_BITS_OF_BYTES = [byte.bit_count() for byte in range(256)]
 
 
 def _threshold(infos: list[SparseModuleInfo], pruned: int, scores: ScoresOf) -> Pruning:
@@ -225,8 +209,3 @@ def _masks_of(pruning: Pruning, out: list[Tensor] | None = None) -> list[Tensor]
         out=out,
         backend=operand.backend,
     )
-
-
-def _kept(mask: Tensor, operand: SparseWeight) -> int:
-    packed = isinstance(operand.pattern, Unstructured)
-    return int((unpack(mask, operand.shape[1]) if packed else mask).sum())

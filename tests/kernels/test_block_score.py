@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 import aot
 from triton_sparsity.kernels import block_score as module
-from triton_sparsity.kernels.block_score import block_score, block_score_reference
+from triton_sparsity.kernels.block_score import block_score, block_score_reference, norm_
 from triton_sparsity.kernels.launch import INTERPRET, tl
 from triton_sparsity.kernels.pattern import Block, Unstructured, grid_shape
 
@@ -291,3 +291,17 @@ def test_the_weight_is_read_16_bytes_at_a_time(arch, dtype, aligned, block):
     if aligned:
         assert set(compiled.global_loads()) == {16}
         assert block != (1, 1) or set(compiled.global_stores()) == {16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_norms_of_tiny_and_zero_rows(dtype):
+    gradient = torch.randn(6, 5).to(dtype)
+    gradient[1] = 0
+    gradient[:, 3] = 0
+    gradient[2] *= 1e-3 if dtype == torch.float16 else 1e-36
+    exact = gradient.double()
+    for dim in (1, 0):
+        size = exact.square().mean(dim, keepdim=True).sqrt()
+        exact = exact / size.where(size > 0, 1)
+    norm_(gradient)
+    assert torch.allclose(gradient.double(), exact, rtol=8 * torch.finfo(dtype).eps, atol=0)

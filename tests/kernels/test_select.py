@@ -14,7 +14,7 @@ import oracle
 from triton_sparsity.controller.selection.criteria import Importance, scores_by_group
 from triton_sparsity.kernels import select as module
 from triton_sparsity.kernels.launch import INTERPRET, tl
-from triton_sparsity.kernels.select import select, select_reference
+from triton_sparsity.kernels.select import kth_smallest, select, select_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_TRITON = INTERPRET or DEVICE == "cuda"
@@ -656,3 +656,12 @@ def test_the_narrowing_kernel_is_lean(arch, bins, sampled):
     }  # fmt: skip
     types = dict.fromkeys(names, "*i64") | {"k": "i64"}
     aot.assert_lean(aot.compile_for(arch, module._narrow_kernel, types, constants), arch)
+
+
+def test_kth_smallest_of_signed_values(backend):
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(50, generator=generator), torch.zeros(7), -torch.rand(3, 4)]
+    values = [tensor.to(DEVICE) for tensor in values]
+    ordered = torch.cat([v.flatten() for v in values]).sort().values
+    for k in range(1, len(ordered) + 1):
+        assert kth_smallest(values, k, backend) == ordered[k - 1]

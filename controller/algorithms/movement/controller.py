@@ -9,22 +9,20 @@ raises; then, in transformers, whole heads and channels are resolved, and the ma
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ....kernels.dispatch import Dispatch
-from ....kernels.launch import Backend
 from ....kernels.pattern import Unstructured
+from ....kernels.select import kth_smallest
 from ...api import CompressionStage
 from ...config.algorithm import AlgorithmConfig
 from ...masks.learned import read_scores, scores_state
 from ...masks.statistics import SparsityStatistics, Statistics
-from ...masks.targets import Target
-from ...masks.weight import SparseModuleInfo, SparseWeight
+from ...masks.weight import SparseModuleInfo, SparseWeight, Target
 from ...selection.thresholds import Scores
 from ..base import Change
 from ..learned import LearnedController
@@ -32,7 +30,6 @@ from .config import MovementSparsityConfig
 from .importance import (
     ImportanceLoss,
     MovementWeight,
-    kth_smallest,
     movement_targets,
     movement_weights,
     structure_groups,
@@ -70,14 +67,7 @@ class MovementSparsityStatistics(SparsityStatistics):
 
 
 class MovementSparsityController(LearnedController):
-    """Controls masks that follow from trained importances, at each ``scheduler.step()``.
-
-    Args:
-        target_model: the model.
-        sparsified_module_info: one entry a masked weight or bias, a ``MovementWeight``.
-        config: what to prune, and when.
-        batchnorm_data: batches for ``config.batchnorm_adaptation``.
-    """
+    """Controls masks that follow from trained importances, at each ``scheduler.step()``."""
 
     name = "movement_sparsity"
     _weights: list[MovementWeight]  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -91,31 +81,18 @@ class MovementSparsityController(LearnedController):
 
     @classmethod
     def make_weights(
-        cls,
-        model: nn.Module,
-        targets: Sequence[Target],
-        config: AlgorithmConfig,
-        backend: Backend,
-        dispatch: Dispatch,
+        cls, model: nn.Module, targets: Sequence[Target], config: Any, **options: Any
     ) -> list[SparseWeight]:
-        assert isinstance(config, MovementSparsityConfig)
-        return movement_weights(model, targets, config, backend, dispatch)
+        multiplier = config.compression_lr_multiplier
+        return movement_weights(model, targets, config, multiplier=multiplier, **options)
 
-    def __init__(
-        self,
-        target_model: nn.Module,
-        sparsified_module_info: Sequence[SparseModuleInfo],
-        config: MovementSparsityConfig,
-        batchnorm_data: Iterable[Any] | None = None,
-    ) -> None:
-        super().__init__(target_model, sparsified_module_info)
-        self.config = config
-        self._configure(config, batchnorm_data)
+    def _set_up(self) -> None:
+        config: MovementSparsityConfig = self.config
         self._groups: list[StructureGroup] = []
         if config.enable_structured_masking is not False:
             infos = self.sparsified_module_info
             named = {(i.module, i.parameter_name): i.module_node_name for i in infos}
-            self._groups = structure_groups(target_model, named, config)[0]
+            self._groups = structure_groups(self._model, named, config)[0]
         self._kept_units: dict[str, tuple[int, int]] = {}
         layers: dict[int, list[MovementWeight]] = {}
         for weight in self._weights:
@@ -191,8 +168,7 @@ class MovementSparsityController(LearnedController):
         """Resolve heads and channels, freeze the masks, adapt BatchNorm if that is configured."""
         self.resolve_structures()
         self.freeze()
-        if self._batchnorm is not None:
-            self._adapt_batchnorm()
+        self._adapt_batchnorm()
 
     def compression_stage(self) -> CompressionStage:
         """UNCOMPRESSED at none pruned, else FULLY once frozen, as after the warm-up."""

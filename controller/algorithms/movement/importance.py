@@ -12,19 +12,18 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ....kernels.dispatch import Dispatch
-from ....kernels.launch import Backend
 from ....kernels.learned_mask import straight_through
-from ....kernels.pattern import MAX_BLOCK_SIDE, Block, Pattern, Unstructured
-from ....kernels.select import select
+from ....kernels.pattern import MAX_BLOCK_SIDE, Block, Unstructured
+from ....kernels.select import kth_smallest
 from ...config.scope import check_scopes, matches
 from ...masks.learned import LearnedWeight
-from ...masks.targets import Target, weights_of
-from ...masks.weight import SparseWeight
+from ...masks.targets import weights_of
+from ...masks.weight import SparseWeight, Target
 from ..learned import LearnedLoss
 from .config import MovementSparsityConfig, SparseStructure
 from .structures import StructureGroup, find_structures, units
@@ -37,41 +36,23 @@ class MovementWeight(LearnedWeight):
     """A mask by importance, of a weight (a matrix) or a bias (a vector).
 
     Args:
-        module, parameter_name, name, backend, dispatch, multiplier: as ``LearnedWeight``'s.
+        target: which parameter, and what rows and columns a mask can tell apart: divisors of
+            ``factors``.
         factors: rows and columns of what has one importance; a bias's rows are 1.
-        tile: rows and columns that a mask can tell apart, divisors of ``factors``.
+        options: as ``LearnedWeight``'s.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        parameter_name: str,
-        name: str,
-        factors: tuple[int, int],
-        tile: tuple[int, int],
-        *,
-        multiplier: float | None = None,
-        backend: Backend = "auto",
-        dispatch: Dispatch = "auto",
-    ) -> None:
+    def __init__(self, target: Target, factors: tuple[int, int], **options: Any) -> None:
         self.factors = factors
-        self._repeats = factors[0] // tile[0], factors[1] // tile[1]
-        pattern: Pattern = Unstructured() if tile == (1, 1) else Block(*tile)
-        weight = module._parameters[parameter_name]
-        assert weight is not None
-        rows, cols = weight.shape if weight.ndim == 2 else (1, len(weight))
-        grid = rows // factors[0], cols // factors[1]
-        super().__init__(
-            module,
-            parameter_name,
-            name,
-            pattern,
-            shape=grid[1:] if weight.ndim == 1 else grid,
-            initial=0.0,
-            multiplier=multiplier,
-            backend=backend,
-            dispatch=dispatch,
-        )
+        pattern = target.pattern
+        self._repeats = factors[0] // pattern.rows, factors[1] // pattern.cols
+        super().__init__(target, **options)
+
+    @property
+    def scores_shape(self) -> tuple[int, ...]:
+        rows, cols = self.shape
+        grid = rows // self.factors[0], cols // self.factors[1]
+        return grid[1:] if len(self.weight_shape) == 1 else grid
 
     @property
     def learning(self) -> bool:
@@ -118,16 +99,6 @@ class MovementWeight(LearnedWeight):
         share = math.prod(self.factors)
         place = QUANTILE * (self.weight_shape.numel() - 1) // 100 // share
         return kth_smallest([self.scores.detach()], place + 1, self.backend)
-
-
-def kth_smallest(tensors: Sequence[Tensor], k: int, backend: Backend) -> Tensor:
-    """Return the k-th smallest of signed values; one of the two magnitudes is 0, or both are."""
-    size = sum(tensor.numel() for tensor in tensors)
-    above = select([tensor.clamp(min=0) for tensor in tensors], k, backend=backend)
-    below = select(
-        [tensor.neg().clamp(min=0) for tensor in tensors], size - k + 1, backend=backend
-    )
-    return above.value - below.value
 
 
 def movement_targets(targets: Sequence[Target]) -> list[Target]:
@@ -240,8 +211,7 @@ def movement_weights(
     model: nn.Module,
     targets: Sequence[Target],
     config: MovementSparsityConfig,
-    backend: Backend,
-    dispatch: Dispatch,
+    **options: Any,
 ) -> list[SparseWeight]:
     """Return each target under importances.
 
@@ -267,17 +237,8 @@ def movement_weights(
         tile = _tile(factors[0], unit[0]), _tile(factors[1], unit[1])
         if owner is not target:
             factors, tile = (1, factors[0]), (1, tile[0])
-        made.append(
-            MovementWeight(
-                *target.users[0],
-                target.name,
-                factors,
-                tile,
-                multiplier=config.compression_lr_multiplier,
-                backend=backend,
-                dispatch=dispatch,
-            )
-        )
+        pattern = Unstructured() if tile == (1, 1) else Block(*tile)
+        made.append(MovementWeight(replace(target, pattern=pattern), factors, **options))
     return made
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import triton_sparsity as ts
-from triton_sparsity.controller.algorithms.movement.importance import kth_smallest
 
 WARM_UP = {
     "warmup_start_epoch": 1,
@@ -232,14 +231,6 @@ def test_the_count_of_kept_groups_is_known_without_counting():
         controller.update_masks(threshold, 0.0)
         assert operand.kept == operand.kept_grid().sum()
         assert operand.all_kept == (threshold == -1)
-
-
-def test_kth_smallest_of_signed_values():
-    generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(50, generator=generator), torch.zeros(7), -torch.rand(3, 4)]
-    ordered = torch.cat([v.flatten() for v in values]).sort().values
-    for k in range(1, len(ordered) + 1):
-        assert kth_smallest(values, k, "auto") == ordered[k - 1]
 
 
 def test_masks_change_in_training_steps_alone_and_freeze_after_the_warm_up():

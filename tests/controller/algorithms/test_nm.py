@@ -10,7 +10,7 @@ from torch import nn
 
 import oracle
 import triton_sparsity as ts
-from triton_sparsity.controller.masks.weight import SparseWeight
+from triton_sparsity.controller.masks.weight import SparseWeight, Target
 
 TRANSPOSABLE = ts.NM(2, 4, transposable=True)
 PATTERNS = [ts.NM(2, 4), ts.NM(1, 4), ts.NM(2, 3), ts.NM(5, 12), ts.NM(16, 24), TRANSPOSABLE]
@@ -307,7 +307,7 @@ def test_zeros_follow_deep_copies():
 def test_binary_mask_takes_what_the_pattern_allows(pattern, transposed):
     layer = nn.Linear(24, 24, bias=False)
     weight = layer.weight
-    operand = SparseWeight(layer, "weight", "0", pattern, transposed=transposed)
+    operand = SparseWeight(Target("0", ((layer, "weight"),), pattern, transposed))
     address = operand.mask.data_ptr()
     array = weight.detach().numpy().T if transposed else weight.detach().numpy()
     (want,) = want_masks([array], pattern, 1 - pattern.n / pattern.m)
@@ -332,11 +332,11 @@ def test_binary_mask_takes_what_the_pattern_allows(pattern, transposed):
 
 def test_columns_of_a_transposable_mask_count_too():
     layer = nn.Linear(4, 4)
-    operand = SparseWeight(layer, "weight", "0", TRANSPOSABLE)
+    operand = SparseWeight(Target("0", ((layer, "weight"),), TRANSPOSABLE))
     mask = torch.tensor([[True, True, False, False]] * 4)
     with pytest.raises(ValueError, match="2:4 transposable"):
         operand.binary_mask = mask
-    SparseWeight(layer, "weight", "0", ts.NM(2, 4)).binary_mask = mask
+    SparseWeight(Target("0", ((layer, "weight"),), ts.NM(2, 4))).binary_mask = mask
 
 
 def test_convolutions_are_seen_as_matrices():

@@ -8,6 +8,7 @@ import triton_sparsity as ts
 from triton_sparsity.controller.masks.linear import skip_blocks
 from triton_sparsity.controller.masks.weight import (
     SparseWeight,
+    Target,
     clear_,
     dense_weights,
     leaks,
@@ -17,11 +18,11 @@ from triton_sparsity.kernels.dispatch import Paths
 PATTERNS = [ts.Unstructured(), ts.Block(4, 4), ts.Block(1, 8), ts.NM(2, 4)]
 
 
-def weight_of(shape, pattern, **options):
+def weight_of(shape, pattern, **layout):
     """A sparse weight of a module that is nothing else, filled at random."""
     module = nn.Module()
     module.weight = nn.Parameter(torch.randn(shape))
-    return SparseWeight(module, "weight", "fc", pattern, **options)
+    return SparseWeight(Target("fc", ((module, "weight"),), pattern, **layout))
 
 
 def halve(weight):
@@ -139,7 +140,8 @@ def linear_of(dispatch="auto", pattern=None, kept=0.1, transposed=False):
     """A linear, of whose weight's blocks the first ones are kept."""
     pattern = pattern or ts.Block(64, 64)
     layer = nn.Linear(512, 512)
-    weight = SparseWeight(layer, "weight", "fc", pattern, dispatch=dispatch, transposed=transposed)
+    target = Target("fc", ((layer, "weight"),), pattern, transposed)
+    weight = SparseWeight(target, dispatch=dispatch)
     skip_blocks(weight, layer, "weight")
     keep(weight, kept)
     return layer, weight
@@ -204,8 +206,7 @@ def test_a_weight_that_becomes_float64_goes_on_densely():
 @pytest.mark.parametrize("dispatch", ["sparse", "auto"])
 def test_a_dense_weight_gradient_reaches_pruned_groups(dispatch):
     layer, weight = linear_of(dispatch)
-    weight.product.dense_weight_grad = True
-    weight.product.flag()
+    weight.product.want_dense_grad(True)
     x = torch.randn(3, 512)
     layer(x).sum().backward()
     torch.testing.assert_close(layer.weight.grad, torch.ones(512, 3) @ x)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...kernels.block_sparse_linear import MIN_SIDE, block_sparse_linear
-from ...kernels.dispatch import Dispatch, Paths, as_tensor, choose
-from ...kernels.launch import Backend, use_triton
-from ...kernels.pattern import Block, Pattern
-from ...kernels.topology import Topology, block_topology
+from .block_sparse_linear import MIN_SIDE, block_sparse_linear
+from .dispatch import Dispatch, Paths, as_tensor, choose
+from .launch import Backend, use_triton
+from .pattern import Block, Pattern
+from .topology import Topology, block_topology
 
 DENSE = Paths(False, False, False)
 
@@ -58,9 +58,7 @@ class BlockProduct:
         self.backend: Backend = backend
         self.dispatch: Dispatch = dispatch
         self.topology: Topology | None = None
-        # the weight's gradient is wanted whole, as algorithms that grow groups do
         self.dense_weight_grad = False
-        # the weight was found not to be zero in its pruned blocks
         self.unsafe = False
         self._paths: dict[torch.dtype, Paths] = {}
         # as tensors too: a compiled graph reads them, and follows an update without a recompile
@@ -101,6 +99,18 @@ class BlockProduct:
         for dtype in self._paths:
             flags = as_tensor(self._in_force(dtype))
             self._flags.setdefault(dtype, flags).copy_(flags)
+
+    def trust(self, zero: bool) -> None:
+        """Take note whether the weight is zero in its pruned blocks: else no product skips any."""
+        if self.unsafe == zero:
+            self.unsafe = not zero
+            self.flag()
+
+    def want_dense_grad(self, wanted: bool) -> None:
+        """Let the gradient of the weight be whole, as algorithms need that grow groups; or not."""
+        if self.dense_weight_grad != wanted:
+            self.dense_weight_grad = wanted
+            self.flag()
 
     def _in_force(self, dtype: torch.dtype) -> Paths:
         if self.unsafe:
