@@ -556,6 +556,7 @@ class BaseSparsityAlgoController:
             for info, (_, values) in zip(infos, found, strict=True):
                 if values is not None:
                     info.operand.values = values
+                    info.operand.values_are_loaded = True
 
         return take
 

@@ -19,7 +19,7 @@ the gradients is written once, 0.8 x 16 GB, in one launch; under an elementwise 
 AdamW, nothing else. Another optimiser costs as much again, for the weights. The moments are
 cleared once an update, not a step. Nothing is done in a forward pass but comparing numbers.
 
-Reading order: the guard -> what it hangs on tensors and modules -> what it hangs on torch.
+Reading order: the guard -> its hooks on tensors and modules -> its hooks on torch.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .linear import note_adapter
 from .optimizers import keeps_zeros, moments, parameters_of
-from .weight import SparseModuleInfo, SparseWeight, clear_, drop_foreign, take_values
+from .weight import SparseModuleInfo, SparseWeight, clear_, drop_foreign, leaks, take_values
 
 
 class Guard:
@@ -76,11 +77,14 @@ class Guard:
         self._stepping: set[SparseWeight] = set()
         self._stepped: set[SparseWeight] = set()
         self._handles = [model.register_forward_pre_hook(_BeforeForward(self))]
+        self._names_in: dict[int, tuple[str, ...]] = {}
         for module in dict.fromkeys(module for module, _, _ in self.users):
             names = tuple(name for owner, name, _ in self.users if owner is module)
+            self._names_in[id(module)] = names
             hook = _AfterLoad(self, names)
             self._handles.append(module.register_load_state_dict_post_hook(hook))
-        self._handles += _hooks_of_torch(self)
+        _hook_torch()
+        _GUARDS.add(self)
         for parent in model.modules():
             for child in parent.children():
                 note_adapter(parent, child)
@@ -91,6 +95,7 @@ class Guard:
     def release(self) -> None:
         """Let go of model and weights."""
         self.released = True
+        _GUARDS.discard(self)
         for handle in (*self._handles, *self._gradient_hooks.values()):
             handle.remove()
         self._handles.clear()
@@ -128,6 +133,7 @@ class Guard:
         """Let go of pruned values that nothing will ask for any more: no state is loaded now."""
         self.began = True
         for weight in self.weights:
+            weight.values_are_loaded = False
             if not weight.keeps_values:
                 weight.values = None
 
@@ -160,7 +166,11 @@ class Guard:
             # a load may leave some out, and one that assigns has gone by the registration
             if weight.module is module and not weight.is_as_left(weight.weight)
         ]
-        take_values(loaded, keep=True)
+        for weight, written in zip(loaded, leaks(loaded), strict=True):
+            if weight.values_are_loaded and not written:
+                weight.leave()  # the model that goes with a state that was loaded before it
+            else:
+                take_values([weight], keep=True)
 
     def before_registration(self, module: nn.Module, name: str, parameter: Tensor | None) -> None:
         weight = self._weight_at.get((id(module), name))
@@ -172,6 +182,14 @@ class Guard:
         if type(parameter) is nn.Parameter and parameter.device.type != "meta":
             weight.take_from(parameter)
             self._watch_gradient(weight, parameter)
+
+    def after_registration(self, parent: nn.Module, child: nn.Module | None) -> None:
+        """A module has a new place: PEFT wraps it, or has merged into it and unwraps it."""
+        names = self._names_in.get(id(child), ())
+        for name in names:
+            self._weight_at[id(child), name].forget()
+        if names and child is not None:
+            note_adapter(parent, child)
 
     def after_accumulation(self, weight: SparseWeight, parameter: Tensor) -> None:
         gradient = parameter.grad
@@ -343,29 +361,23 @@ class _AfterLoad(_ModuleHook):
         self.guard.after_load(module, self.names)
 
 
-def _hooks_of_torch(guard: Guard) -> list[RemovableHandle]:
-    """Hang a guard on what torch calls for every optimiser and module, until either is gone."""
-    reference = weakref.ref(guard)
+# Torch tells these of every optimiser and module of the process. Its hooks are hung up with the
+# first guard, and never taken down: a guard may be collected while torch goes through them.
+_GUARDS: weakref.WeakSet[Guard] = weakref.WeakSet()
 
+
+@cache
+def _hook_torch() -> None:
     def tell(method: Callable[..., None]) -> Callable[..., None]:
         def hook(*args: Any) -> None:
-            if (alive := reference()) is not None:
-                method(alive, *args)
+            for guard in list(_GUARDS):
+                method(guard, *args)
 
         return hook
 
-    handles = [
-        register_optimizer_step_pre_hook(
-            tell(lambda alive, optimizer, *_: alive.before_optimizer_step(optimizer))
-        ),
-        register_optimizer_step_post_hook(
-            tell(lambda alive, optimizer, *_: alive.after_optimizer_step(optimizer))
-        ),
-        register_module_parameter_registration_hook(tell(Guard.before_registration)),
-        register_module_module_registration_hook(
-            tell(lambda _, parent, __, child: note_adapter(parent, child))
-        ),
-    ]
-    for handle in handles:
-        weakref.finalize(guard, handle.remove)
-    return handles
+    register_optimizer_step_pre_hook(tell(lambda g, it, *_: g.before_optimizer_step(it)))
+    register_optimizer_step_post_hook(tell(lambda g, it, *_: g.after_optimizer_step(it)))
+    register_module_parameter_registration_hook(tell(Guard.before_registration))
+    register_module_module_registration_hook(
+        tell(lambda g, parent, _, child: g.after_registration(parent, child))
+    )

@@ -264,7 +264,8 @@ def _class_of(dense: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
     base: type[nn.Module] = _LearnedRNN if issubclass(dense, nn.RNNBase) else LearnedModule
     # a property comes before a registered parameter; assigning one still registers it
     attributes: dict[str, Any] = {name: property(_reader(name)) for name in names}
-    return type(f"Learned{dense.__name__}", (base, dense), attributes | {"dense_class": dense})
+    attributes |= {"dense_class": dense}
+    return type(f"Learned{dense.__name__}", (base, dense), attributes)  # pyright: ignore[reportReturnType]
 
 
 def _reader(name: str) -> Callable[[LearnedModule], Tensor]:

@@ -79,6 +79,8 @@ def read_masks(
     for info in infos:
         name, operand = info.module_node_name, info.operand
         saved = weights[name]
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"load_state: {name!r} must have a mapping, got {saved!r}")
         for key, here in (
             ("shape", list(operand.weight_shape)),
             ("pattern", str(operand.pattern)),

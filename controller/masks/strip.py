@@ -83,10 +83,11 @@ def _places_in(model: nn.Module, guards: Sequence[Guard]) -> list[User]:
     }
     found = match(names.values(), there)
     if found is None:
-        missing = [n for n in names.values() if canonical(n) not in there][:3]
+        missing = [user[2].name for user, n in names.items() if canonical(n) not in there][:3]
         raise ValueError(
             f"strip_model: model must be the controlled model, a copy of it or a wrapper, got a "
-            f"{type(model).__name__} without {', '.join(missing) or 'one such part'}"
+            f"{type(model).__name__} without {', '.join(map(repr, missing)) or 'one such part'}; "
+            "strip a model before it is quantised or rebuilt"
         )
     places = []
     for user, name in names.items():

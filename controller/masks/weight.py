@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional
 
 from ...kernels.dispatch import Dispatch
@@ -87,6 +88,7 @@ class SparseWeight:
         # whether pruned values are kept until the masks freeze, and those that are
         self.keeps_values = False
         self.values: Tensor | None = None
+        self.values_are_loaded = False  # with a state, and the model may yet be
         self.product: BlockProduct | None = None
         # the algorithm takes the gradient of pruned elements before it becomes zero
         self.dense_gradient_taker: Callable[[Tensor], None] | None = None
@@ -353,7 +355,7 @@ class SparseWeight:
                 return functional.linear(x, matrix, bias)
             self.follow()
             return self.linear(x, weight, bias)
-        transformed = torch._C._functorch.is_functorch_wrapped_tensor(x)
+        transformed = is_functorch_wrapped_tensor(x)
         if transformed or not isinstance(weight, nn.Parameter):
             return functional.linear(x, matrix, bias)
         if product.unsafe and not self.is_as_left(weight):
@@ -394,7 +396,7 @@ class SparseWeight:
             return
         if parameter.device != self.mask.device or parameter.dtype != self._dtype:
             self._move(parameter)
-        self.values = None
+        self.values, self.values_are_loaded = None, False
         if not self.all_kept:
             matrix = self.matrix(parameter)
             self.values = take_pruned(matrix, self.mask_for(matrix), self.pattern)
@@ -405,6 +407,10 @@ class SparseWeight:
         """Write a matrix back that is no view: a convolution's whose channels lie last."""
         if matrix.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
             parameter.copy_(self.like_weight(matrix))
+
+    def forget(self) -> None:
+        """Take the parameter for written."""
+        self._as_left = self._as_left[:1]
 
     def knows(self, weight: Tensor) -> bool:
         """Tell whether this is the parameter that was left."""
