@@ -49,3 +49,25 @@ def test_a_step_clears_gradients_at_once_and_weights_at_once(
         for info in controller.sparsified_module_info:
             assert not info.weight[~info.operand.binary_mask].any()
     assert lists == [layers] * launches * 2
+
+
+def test_a_backward_pass_that_fails_leaves_none_behind(monkeypatch):
+    monkeypatch.setattr(Guard, "waits_for", staticmethod(lambda parameter: True))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    schedule = ts.PolynomialSchedule(initial_level=0.5, target_level=0.5)
+    controller = ts.create_controller(model, ts.MagnitudeSparsityConfig(schedule=schedule))
+    fails = [True]
+
+    def out_of_memory(gradient):
+        if fails.pop():
+            raise RuntimeError("out of memory")
+
+    hidden = model[0](torch.randn(3, 8))
+    hidden.register_hook(out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model[1](hidden).sum().backward()
+    for _ in range(2):
+        model(torch.randn(3, 8)).square().sum().backward()
+        for info in controller.sparsified_module_info:
+            assert info.weight.grad.any()
+            assert not info.weight.grad[~info.operand.binary_mask].any()
