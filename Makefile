@@ -6,13 +6,17 @@ PYTEST := $(PYTHON) -m pytest
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2
 SETUP := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready)
 
-.PHONY: demo test lint test-reference test-interpret test-aot test-gpu bench bench-gpu figures clean
+.PHONY: demo test test-fast lint test-reference test-interpret test-aot test-gpu bench bench-gpu figures clean
 
 demo: $(SETUP)
 	$(PYTHON) -m triton_sparsity.bench.demo
 
 # cheapest first
 test: lint test-reference test-interpret test-aot
+
+# for those who work on it: under two minutes
+test-fast: $(SETUP)
+	$(PARALLEL) -m "not gpu and not aot and not slow"
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff format --check .

@@ -118,6 +118,9 @@ def finetune(
     importance: Annotated[
         Text, _option("abs, normed_abs, snip, snip_momentum, wanda or random.", "abs")
     ] = None,
+    pool: Annotated[
+        Text, _option("Of magnitude: global or weight.", "weight for blocks, else global")
+    ] = None,
     initial_masks: Annotated[
         Text, _option("Of set and rigl: importance or random.", "importance")
     ] = None,

@@ -5,14 +5,15 @@ import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 import triton_sparsity as ts
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("kernels", "controller", "bench")
+# of the controller, from the ground
+FLOORS = ("__init__", "api", "config", "masks", "selection", "algorithms", "nncf", "create")
 SOURCES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 
 
@@ -24,35 +25,57 @@ def test_the_packages_list_is_the_tree():
     assert sorted(tree) == listed
 
 
-def imported_layers(path):
-    """Yield the root folders of this package that ``path`` imports from."""
+def imports(path):
+    """Yield what ``path`` imports from this package, as paths below its root.
+
+    Wherever in the file it does so: inside functions and under ``TYPE_CHECKING`` too.
+    """
     here = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            target = (*here[: len(here) - node.level + 1], *(node.module or "").split("."))
-            yield target[0]
+            base = (*here[: len(here) - node.level + 1], *(node.module or "").split("."))
+            base = tuple(part for part in base if part)
+            for alias in node.names:
+                inner = (*base, alias.name)
+                yield inner if (ROOT.joinpath(*inner).with_suffix(".py")).exists() else base
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names = (
                 [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
             )
             assert not any(n and n.startswith("triton_sparsity") for n in names), (
-                "import relatively"
+                f"{path}: import relatively"
             )
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_from_bench_to_controller_to_kernels(path):
-    layer = LAYERS.index(path.relative_to(ROOT).parts[0])
-    assert set(imported_layers(path)) <= set(LAYERS[: layer + 1])
+def test_imports_go_down_through_layers_and_floors():
+    wrong = []
+    for path in SOURCES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        for target in imports(path):
+            up = LAYERS.index(target[0]) > LAYERS.index(parts[0])
+            if parts[0] == target[0] == "controller" and len(parts) > 1 < len(target):
+                up = FLOORS.index(target[1]) > FLOORS.index(parts[1])
+            if up:
+                wrong.append(f"{'/'.join(parts)} imports {'/'.join(target)}")
+    assert not wrong
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_kernels_live_in_kernels_and_no_file_names_a_device(path):
-    text = path.read_text()
-    if "kernels" not in path.parts:
-        assert "triton.jit" not in text
-    assert not re.search(r"""device=["']cuda["']""", text)
-    assert "environ" not in text or "bench" in path.parts
+def test_files_of_the_controller_import_one_another_in_no_circle():
+    graph = {}
+    for path in SOURCES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] == "controller":
+            graph[parts] = {target for target in imports(path) if target[0] == "controller"}
+    # raises CycleError, which names the circle
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(graph)
+
+
+def test_kernels_live_in_kernels_and_no_file_names_a_device():
+    for path in SOURCES:
+        text = path.read_text()
+        assert "kernels" in path.parts or "triton.jit" not in text, path
+        assert not re.search(r"""device=["']cuda["']""", text), path
+        assert "environ" not in text or "bench" in path.parts, path
 
 
 def test_importing_touches_no_gpu():

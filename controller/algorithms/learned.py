@@ -106,6 +106,7 @@ class LearnedController(BaseSparsityAlgoController):
         self._loss.disabled = self.frozen
         for weight in self._weights:
             weight.freeze(self.frozen)
+        self._steps = 0  # an epoch that was frozen in part shows nothing
         self._guard.masks_changed(self._weights)
 
     def _read_state(self, state: Mapping[str, Mapping[str, Any]]) -> Change:
@@ -133,16 +134,24 @@ class LearnedController(BaseSparsityAlgoController):
     def check_epoch(self) -> None:
         """Look at the epoch that ends: its steps must have trained every score, and by the loss.
 
+        Every mask must have had a part in the task's loss. Compiled code does not say what it
+        reads: there it is enough that the scores had a gradient, of the algorithm's loss even.
+
         Raises:
             RuntimeError: some scores had no gradient, or nobody added the loss.
         """
         steps, self._steps = self._steps, 0
-        untrained = [weight.name for weight in self._weights if not weight.has_learned]
+        seen = any(weight.was_read for weight in self._weights)
+        untrained = [
+            weight.name
+            for weight in self._weights
+            if not (weight.has_learned if seen else weight.has_gradient)
+        ]
         trains = self._guard.optimizer_steps > 0 or len(untrained) < len(self._weights)
         added, self._loss.was_added = self._loss.was_added, False
         self._guard.optimizer_steps = 0
         for weight in self._weights:
-            weight.has_learned = False
+            weight.was_read = weight.has_learned = weight.has_gradient = False
         if steps == 0 or self.frozen or not trains:
             return
         if untrained:

@@ -49,14 +49,18 @@ class LearnedWeight(SparseWeight):
         self.scores = nn.Parameter(scores.float())  # pyright: ignore[reportIncompatibleVariableOverride]
         # fused optimisers rewrite a parameter without a trace in its version
         self.optimizer_steps = 0
-        # whether a backward pass has reached the scores since this was last set to False
-        self.has_learned = False
+        # since these were last set to False: whether the weight was read in training, whether a
+        # backward pass has reached what was read, and whether one has reached the scores
+        self.was_read = self.has_learned = self.has_gradient = False
         # weakly: torch holds a tensor's hooks where the garbage collector cannot see the circle
         note = weakref.WeakMethod(self._note_gradient)
         self.scores.register_post_accumulate_grad_hook(lambda _: (note() or bool)())
         self._folded: tuple[tuple[Any, ...], weakref.ref[nn.Parameter]] | None = None
 
     def _note_gradient(self) -> None:
+        self.has_gradient = True
+
+    def _note_learning(self, _: Tensor) -> None:
         self.has_learned = True
 
     @property
@@ -92,7 +96,13 @@ class LearnedWeight(SparseWeight):
             return weight
         if not self._is_here(weight):
             self.follow()
-        return self.learned(weight) if self.learning else self.evaluated(weight)
+        if not self.learning:
+            return self.evaluated(weight)
+        masked = self.learned(weight)
+        if masked.requires_grad and not torch.compiler.is_compiling():
+            self.was_read = True
+            masked.register_hook(self._note_learning)
+        return masked
 
     def _move(self, weight: Tensor) -> None:
         super()._move(weight)
