@@ -9,14 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from .algorithms.table import ALGORITHMS
-from .config.algorithm import (
-    SCHEDULES,
-    AlgorithmConfig,
-    BatchNormAdaptation,
-    ScheduledConfig,
-    listed,
-)
-from .config.declaration import Declaration, DeclarationError, did_you_mean
+from .config.algorithm import SCHEDULES, AlgorithmConfig, BatchNormAdaptation, ScheduledConfig
+from .config.declaration import Declaration, DeclarationError, did_you_mean, listed
 from .config.schedule import Schedule
 
 _Declaration = TypeVar("_Declaration", bound=Declaration)

@@ -236,6 +236,15 @@ class BaseSparsityAlgoController:
         if self._scorer is not None and not self.frozen:
             self._scorer.observe()
 
+    def check_epoch(self) -> None:
+        """Look at the epoch that ends; the scheduler calls it at each ``epoch_step()``."""
+
+    def follow(self, level: float, *, last: bool) -> None:
+        """Take up a scheduled level; freeze the masks then, if it is the last."""
+        self.set_sparsity_level(level)
+        if last:
+            self.freeze()
+
     @torch.no_grad()
     def set_sparsity_level(
         self,

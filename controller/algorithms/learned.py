@@ -23,6 +23,7 @@ from ..masks.learned import LearnedWeight, learned_weights, read_masked
 from ..masks.module import MaskedModule
 from .base import BaseSparsityAlgoController, Change
 from .loss import CompressionLoss
+from .scheduler import StubScheduler
 
 PATIENCE = 20  # steps; a gradient scaler may skip the first few
 SAMPLE = 256  # scores of each weight that are compared
@@ -120,6 +121,9 @@ class LearnedController(BaseSparsityAlgoController):
 
         return take
 
+    def disable_scheduler(self) -> None:
+        self._scheduler = StubScheduler(self.begin_step, self.check_epoch)
+
     def begin_step(self) -> None:
         super().begin_step()
         self._steps += 1
@@ -132,7 +136,7 @@ class LearnedController(BaseSparsityAlgoController):
             )
 
     def check_epoch(self) -> None:
-        """Look at the epoch that ends: its steps must have trained every score, and by the loss.
+        """Look at the epoch that ends: its steps must have trained every score, by the loss too.
 
         Every mask must have had a part in the task's loss. Compiled code does not say what it
         reads: there it is enough that the scores had a gradient, of the algorithm's loss even.

@@ -8,18 +8,14 @@ from typing import Any, Literal
 from pydantic import Field, StrictBool, model_validator
 
 from ...kernels.pattern import Block, maximum_level
-from ..config.algorithm import Pool, ScheduledConfig, ScheduleField
-from ..config.schedule import PolynomialSchedule, Whole
+from ..config.algorithm import Pool, ScheduledConfig, ScheduleField, default_schedule
+from ..config.declaration import Whole
+from ..config.schedule import PolynomialSchedule
 from ..masks.weight import SparseModuleInfo
 from ..selection.criteria import WeightImportance
 from ..selection.scorer import Scorer
 from ..selection.thresholds import Scores, is_reachable
 from .base import BaseSparsityAlgoController
-
-
-def _default_schedule(data: dict[str, Any]) -> PolynomialSchedule | None:
-    local = data.get("sparsity_level_setting_mode") == "local"
-    return None if local else PolynomialSchedule()
 
 
 def _default_pool(data: dict[str, Any]) -> Pool:
@@ -30,17 +26,12 @@ class MagnitudeSparsityConfig(ScheduledConfig):
     """Prune the groups of smallest magnitude, or of least importance by another criterion.
 
     For example ``MagnitudeSparsityConfig(pattern=Block(32, 32),
-    schedule=PolynomialSchedule(target_level=0.8, target_epoch=3))``. Pattern, scopes, overrides
-    and BatchNorm adaptation are ``AlgorithmConfig``'s.
+    schedule=PolynomialSchedule(target_level=0.8, target_epoch=3))``. Further arguments are
+    ``ScheduledConfig``'s and ``AlgorithmConfig``'s.
 
     Args:
         algorithm: its name, fixed.
-        sparsity_level_setting_mode: ``"global"``: a schedule sets the level of all target weights
-            as one pool; ``"local"``: no schedule, levels are set weight by weight through the
-            controller.
-        schedule: which level holds when, the initial one included; by default
-            ``PolynomialSchedule()``. None in ``local`` mode.
-        sparsity_init: in ``local`` mode the level before any is set, in [0, 1).
+        schedule: by default ``PolynomialSchedule()``.
         weight_importance: ``"abs"``: |w|; ``"normed_abs"``: |w| / ||w||_2, the norm of its tensor;
             ``"snip"``, ``"snip_momentum"``, ``"wanda"``, ``"random"``: see ``criteria.py``.
         pool: ``"global"``: all weights of one pattern are compared with one another; ``"weight"``:
@@ -59,7 +50,7 @@ class MagnitudeSparsityConfig(ScheduledConfig):
     takes_nm = True
 
     algorithm: Literal["magnitude_sparsity"] = "magnitude_sparsity"
-    schedule: ScheduleField = Field(default_factory=_default_schedule)
+    schedule: ScheduleField = Field(default_factory=default_schedule(PolynomialSchedule))
     weight_importance: WeightImportance = "normed_abs"
     pool: Pool = Field(default_factory=_default_pool)
     keep_pruned_values: StrictBool = True

@@ -17,37 +17,29 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from ..api import CompressionStage
-from ..config.algorithm import ScheduledConfig, ScheduleField
-from ..config.schedule import ExponentialSchedule, Schedule
+from ..config.algorithm import ScheduledConfig, ScheduleField, default_schedule
+from ..config.declaration import NotNegative
+from ..config.schedule import ExponentialSchedule
+from ..config.state import check_keys, integer
 from ..masks.learned import read_scores, scores_state
 from ..masks.statistics import SparsityStatistics, Statistics
 from ..masks.weight import SparseModuleInfo, SparseWeight, Target
 from .base import Change
 from .learned import LearnedController
 from .logits import Draws, SparseLoss, logit_weights
-from .scheduler import SparsityScheduler, StubScheduler
-
-
-def _default_schedule(data: dict[str, Any]) -> ExponentialSchedule | None:
-    local = data.get("sparsity_level_setting_mode") == "local"
-    return None if local else ExponentialSchedule()
+from .scheduler import SparsityScheduler
 
 
 class RBSparsityConfig(ScheduledConfig):
     """Learn which groups stay.
 
     For example ``RBSparsityConfig(pattern=Block(32, 32),
-    schedule=ExponentialSchedule(target_level=0.8, target_epoch=3))``. Pattern, scopes, overrides
-    (of patterns) and BatchNorm adaptation are ``AlgorithmConfig``'s.
+    schedule=ExponentialSchedule(target_level=0.8, target_epoch=3))``. Further arguments are
+    ``ScheduledConfig``'s and ``AlgorithmConfig``'s; overrides are of patterns.
 
     Args:
         algorithm: its name, fixed.
-        sparsity_level_setting_mode: ``"global"``: a schedule sets the level that the loss pulls
-            all target weights together to; ``"local"``: no schedule, and each weight is pulled to
-            a level of its own, set through the controller.
-        schedule: which level holds when, the initial one included; by default
-            ``ExponentialSchedule()``. None in ``local`` mode.
-        sparsity_init: in ``local`` mode the level before any is set, in [0, 1).
+        schedule: of the level that the loss pulls to; by default ``ExponentialSchedule()``.
         compression_lr_multiplier: a factor of the logits' gradients, not negative; None: 1.
         seed: of the draws, from 0 to 2^63 - 1; None: torch's (``torch.initial_seed()``).
 
@@ -56,10 +48,8 @@ class RBSparsityConfig(ScheduledConfig):
     """
 
     algorithm: Literal["rb_sparsity"] = "rb_sparsity"
-    schedule: ScheduleField = Field(default_factory=_default_schedule)
-    compression_lr_multiplier: (
-        Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] | None
-    ) = None
+    schedule: ScheduleField = Field(default_factory=default_schedule(ExponentialSchedule))
+    compression_lr_multiplier: NotNegative | None = None
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = None
 
     @model_validator(mode="after")
@@ -107,19 +97,23 @@ class RBSparsityController(LearnedController):
             self.sparsified_module_info, local=config.sparsity_level_setting_mode == "local"
         )
         self._loss = self._sparse_loss
-        if config.schedule is None:
-            self._scheduler = SamplingStub(self)
-        else:
-            self._scheduler = SamplingScheduler(self, config.schedule)
+        self.disable_scheduler()
+        if config.schedule is not None:
+            self._scheduler = SparsityScheduler(self, config.schedule)
             self._target_level = config.schedule.target_level
         self.set_sparsity_level(config.initial_level)
 
-    def draw_masks(self) -> None:
-        """Draw new masks for the coming optimiser step."""
+    def begin_step(self) -> None:
+        """Draw new masks for the coming optimiser step, besides."""
+        super().begin_step()
         self._draws.random[1] += 1
 
-    def disable_scheduler(self) -> None:
-        self._scheduler = SamplingStub(self)
+    def follow(self, level: float, *, last: bool) -> None:
+        """Adapt BatchNorm too to the masks that stay. Masks that the user froze before stay."""
+        if not self.frozen:
+            super().follow(level, last=last)
+            if last:
+                self._adapt_batchnorm()
 
     def _find_masks(self, infos: list[SparseModuleInfo], level: float) -> Change:
         """Set the level that the loss pulls to; training takes the masks there."""
@@ -170,15 +164,8 @@ class RBSparsityController(LearnedController):
         return {"seed": seed, "draw": draw, "logits": scores_state(self.sparsified_module_info)}
 
     def _read_own_state(self, state: Mapping[str, Any]) -> Change:
-        if set(state) != {"seed", "draw", "logits"}:
-            raise ValueError(
-                f"load_state: algorithm_state must have seed, draw and logits, got {sorted(state)}"
-            )
-        for key, end in (("seed", 2**63), ("draw", 2**32)):
-            if type(state[key]) is not int or not 0 <= state[key] < end:
-                raise ValueError(
-                    f"load_state: {key} must be an integer from 0, got {state[key]!r}"
-                )
+        check_keys("algorithm_state", state, ("seed", "draw", "logits"))
+        numbers = [integer(state, "seed", end=2**63), integer(state, "draw", end=2**32)]
         logits = read_scores(state["logits"], self.sparsified_module_info)
 
         @torch.no_grad()
@@ -186,46 +173,6 @@ class RBSparsityController(LearnedController):
             for weight, saved in zip(self._weights, logits, strict=True):
                 weight.scores.copy_(saved)
             random = self._draws.random
-            random.copy_(torch.tensor([state["seed"], state["draw"]], device=random.device))
+            random.copy_(torch.tensor(numbers, device=random.device))
 
         return take
-
-
-class SamplingScheduler(SparsityScheduler):
-    """Has the controller draw masks at each step, and look at each epoch that ends, besides
-    following the schedule.
-    """
-
-    def __init__(self, controller: RBSparsityController, schedule: Schedule) -> None:
-        super().__init__(controller, schedule)
-        self._sampler = controller
-
-    def _apply(self) -> None:
-        # masks that the user froze before the schedule does
-        if not self._sampler.frozen:
-            super()._apply()
-            if self._sampler.frozen:
-                self._sampler._adapt_batchnorm()
-
-    def step(self, next_step: int | None = None) -> None:
-        super().step(next_step)
-        self._sampler.draw_masks()
-
-    def epoch_step(self, next_epoch: int | None = None) -> None:
-        self._sampler.check_epoch()
-        super().epoch_step(next_epoch)
-
-
-class SamplingStub(StubScheduler):
-    """Changes no level; has the controller draw masks at each step."""
-
-    def __init__(self, controller: RBSparsityController) -> None:
-        super().__init__(controller.begin_step)
-        self._sampler = controller
-
-    def step(self, next_step: int | None = None) -> None:
-        super().step(next_step)
-        self._sampler.draw_masks()
-
-    def epoch_step(self, next_epoch: int | None = None) -> None:
-        self._sampler.check_epoch()

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ..config.schedule import AdaptiveSchedule, AdaptiveState, PolynomialSchedule, Schedule
+from ..config.state import check_keys, integer, number
 
 
 class ScheduledController(Protocol):
-    """What a scheduler needs of a controller."""
+    """What a scheduler drives; ``BaseSparsityAlgoController`` says what each method does."""
 
-    def set_sparsity_level(self, level: float, /) -> None:
-        """Find the masks anew for ``level``, from today's weights; do nothing to frozen masks."""
-        ...
-
-    def freeze(self) -> None:
-        """Stop updating the masks."""
-        ...
-
-    def begin_step(self) -> None:
-        """Take in the gradients of the step that has ended."""
-        ...
-
-    def mask_level(self) -> float:
-        """Return the level that the masks have."""
-        ...
+    def begin_step(self) -> None: ...
+    def check_epoch(self) -> None: ...
+    def mask_level(self) -> float: ...
+    def follow(self, level: float, *, last: bool) -> None: ...
 
 
 class CompressionScheduler:
@@ -37,10 +28,16 @@ class CompressionScheduler:
 
     Args:
         begin_step: called at each ``step()``, before anything else.
+        end_epoch: called at each ``epoch_step()``, likewise.
     """
 
-    def __init__(self, begin_step: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        begin_step: Callable[[], None] = lambda: None,
+        end_epoch: Callable[[], None] = lambda: None,
+    ) -> None:
         self._begin_step = begin_step
+        self._end_epoch = end_epoch
         self._current_step = -1
         self._current_epoch = -1
 
@@ -76,9 +73,9 @@ class CompressionScheduler:
         Raises:
             ValueError: ``next_epoch`` is no integer from 0.
         """
-        self._current_epoch = _next_index(
-            "epoch_step: next_epoch", next_epoch, self._current_epoch
-        )
+        ahead = _next_index("epoch_step: next_epoch", next_epoch, self._current_epoch)
+        self._end_epoch()
+        self._current_epoch = ahead
 
     def get_state(self) -> dict[str, Any]:
         """Return what ``load_state`` needs, in plain Python values."""
@@ -92,7 +89,7 @@ class CompressionScheduler:
         Raises:
             ValueError: a key is missing, foreign, or of a wrong value; nothing is changed then.
         """
-        check_keys(state, self.get_state())
+        check_keys("the scheduler's state", state, self.get_state())
         step = integer(state, "current_step", least=-1)
         epoch = integer(state, "current_epoch", least=-1)
         self._current_step, self._current_epoch = step, epoch
@@ -105,13 +102,55 @@ class StubScheduler(CompressionScheduler):
         self._begin_step()
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
-        pass
+        self._end_epoch()
 
     def get_state(self) -> dict[str, Any]:
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         pass
+
+
+class EpochLength:
+    """How many optimiser steps an epoch has: as configured, or as many as the first had.
+
+    Args:
+        configured: steps; None: they are counted.
+        advice: what else an error says.
+    """
+
+    def __init__(self, configured: int | None, advice: str = "") -> None:
+        self.configured = self.known = configured
+        self.done = 0  # in this epoch
+        self._advice = advice
+
+    def end_epoch(self, epoch: int) -> None:
+        """Take the number of steps of the epoch that ends, or hold it against the known one."""
+        self.known = self.known or self.done or None
+        if self.done not in (0, self.known):
+            raise ValueError(
+                f"epoch_step: epoch {epoch} must have steps_per_epoch = {self.known} steps, got "
+                f"{self.done}{self._advice}"
+            )
+
+    def get_state(self) -> dict[str, Any]:
+        return {"_steps_per_epoch": self.known, "_steps_in_current_epoch": self.done}
+
+    def read_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Check ``get_state``'s result; return what takes it over."""
+        done, known = integer(state, "_steps_in_current_epoch"), self.configured
+        if state["_steps_per_epoch"] is not None:
+            known = integer(state, "_steps_per_epoch", least=1)
+            if self.configured not in (None, known):
+                raise ValueError(
+                    f"load_state: _steps_per_epoch must be {self.configured} as configured, got "
+                    f"{known}"
+                )
+
+        def take() -> None:
+            self.known, self.done = known, done
+
+        return take
 
 
 class SparsityScheduler(CompressionScheduler):
@@ -132,17 +171,21 @@ class SparsityScheduler(CompressionScheduler):
     """
 
     def __init__(self, controller: ScheduledController, schedule: Schedule) -> None:
-        super().__init__(controller.begin_step)
+        super().__init__(controller.begin_step, controller.check_epoch)
         self._controller = controller
         self._schedule = schedule
-        self._configured_steps_per_epoch = _steps_per_epoch(schedule)
-        self._steps_in_current_epoch = 0
         self._adaptive = AdaptiveState(schedule.initial_level, bad_epochs=0)
+        self._epoch: EpochLength | None = None  # where levels change at each step
+        if isinstance(schedule, PolynomialSchedule) and schedule.update_per_optimizer_step:
+            advice = "; to begin it again, give its index as next_epoch"
+            self._epoch = EpochLength(schedule.steps_per_epoch, advice)
 
     @property
     def schedule(self) -> Schedule:
         """The schedule; once they are counted, with its ``steps_per_epoch``."""
-        return self._schedule
+        if self._epoch is None:
+            return self._schedule
+        return self._schedule.model_copy(update={"steps_per_epoch": self._epoch.known})
 
     @property
     def target_level(self) -> float:
@@ -152,27 +195,26 @@ class SparsityScheduler(CompressionScheduler):
     @property
     def current_sparsity_level(self) -> float:
         """The scheduled level of this epoch, or step; before the first the initial level."""
-        if isinstance(self._schedule, AdaptiveSchedule):
+        schedule = self.schedule
+        if isinstance(schedule, AdaptiveSchedule):
             return self._adaptive.level
         if self._current_epoch == -1:
-            return self._schedule.initial_level
-        return self._schedule.level(
-            self._current_epoch, step=max(self._steps_in_current_epoch - 1, 0)
-        )
+            return schedule.initial_level
+        step = 0 if self._epoch is None else max(self._epoch.done - 1, 0)
+        return schedule.level(self._current_epoch, step)
 
     def step(self, next_step: int | None = None) -> None:
-        if not self._updates_per_step:
+        if self._epoch is None:
             super().step(next_step)
-            return
-        if _steps_per_epoch(self._schedule) is None:
+        elif self._epoch.known is None:
             self._begin_step()
-            self._steps_in_current_epoch += 1
-            return
-        super().step(next_step)
-        frozen = self._freeze_is_due and self._steps_in_current_epoch > 0
-        self._steps_in_current_epoch += 1
-        if not frozen:
-            self._apply()
+            self._epoch.done += 1
+        else:
+            super().step(next_step)
+            frozen = self._freeze_is_due and self._epoch.done > 0
+            self._epoch.done += 1
+            if not frozen:
+                self._apply()
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
         """Begin an epoch; see ``CompressionScheduler``.
@@ -181,63 +223,50 @@ class SparsityScheduler(CompressionScheduler):
             ValueError: with ``update_per_optimizer_step``, the epoch that ends had another number
                 of steps than ``steps_per_epoch``.
         """
-        ahead = _next_index("epoch_step: next_epoch", next_epoch, self._current_epoch)
-        if self._updates_per_step:
-            # an epoch that is begun again, after a resume within it, has not ended
-            if ahead > self._current_epoch:
-                self._count_epoch()
-            if _steps_per_epoch(self._schedule) is None:
-                return
-            self._steps_in_current_epoch = 0
+        if self._epoch is None:
+            frozen = self._freeze_is_due
             super().epoch_step(next_epoch)
-            return
-        frozen = self._freeze_is_due
-        if isinstance(self._schedule, AdaptiveSchedule) and not frozen:
-            self._adaptive = self._schedule.advance(self._adaptive, self._controller.mask_level())
-        super().epoch_step(next_epoch)
-        if not frozen:
+            if frozen:
+                return
+            if isinstance(self._schedule, AdaptiveSchedule):
+                level = self._controller.mask_level()
+                self._adaptive = self._schedule.advance(self._adaptive, level)
             self._apply()
+            return
+        # an epoch that is begun again, after a resume within it, has not ended
+        ahead = _next_index("epoch_step: next_epoch", next_epoch, self._current_epoch)
+        if ahead > self._current_epoch:
+            self._epoch.end_epoch(self._current_epoch)
+        if self._epoch.known is None:
+            self._end_epoch()
+            warnings.warn(
+                "update_per_optimizer_step without steps_per_epoch: the schedule begins once an "
+                "epoch has been counted, at the second epoch_step()",
+                stacklevel=2,
+            )
+        else:
+            self._epoch.done = 0
+            super().epoch_step(next_epoch)
 
     def get_state(self) -> dict[str, Any]:
-        state = super().get_state()
-        if self._updates_per_step:
-            state["_steps_per_epoch"] = _steps_per_epoch(self._schedule)
-            state["_steps_in_current_epoch"] = self._steps_in_current_epoch
+        state = super().get_state() | (self._epoch.get_state() if self._epoch else {})
         if isinstance(self._schedule, AdaptiveSchedule):
             state["num_bad_epochs"] = self._adaptive.bad_epochs
             state["current_sparsity_level"] = self._adaptive.level
         return state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        schedule, adaptive = self._schedule, self._adaptive
-        steps_in_current_epoch = 0
-        check_keys(state, self.get_state())
-        if self._updates_per_step:
-            steps_in_current_epoch = integer(state, "_steps_in_current_epoch", least=0)
-            steps = self._configured_steps_per_epoch
-            if state["_steps_per_epoch"] is not None:
-                stored = integer(state, "_steps_per_epoch", least=1)
-                if steps not in (None, stored):
-                    raise ValueError(
-                        f"load_state: _steps_per_epoch must be {steps} as configured, got {stored}"
-                    )
-                steps = stored
-            schedule = schedule.model_copy(update={"steps_per_epoch": steps})
-        if isinstance(schedule, AdaptiveSchedule):
-            level = state["current_sparsity_level"]
-            if type(level) not in (int, float) or not 0 <= level < 1:
-                raise ValueError(
-                    f"load_state: current_sparsity_level must be in [0, 1), got {level!r}"
-                )
-            adaptive = AdaptiveState(level, integer(state, "num_bad_epochs", least=0))
+        check_keys("the scheduler's state", state, self.get_state())
+        take = None if self._epoch is None else self._epoch.read_state(state)
+        adaptive = self._adaptive
+        if isinstance(self._schedule, AdaptiveSchedule):
+            below_1 = math.nextafter(1, 0)
+            level = number(state, "current_sparsity_level", "in [0, 1)", 0, below_1)
+            adaptive = AdaptiveState(level, integer(state, "num_bad_epochs"))
         super().load_state(state)
-        self._schedule, self._adaptive = schedule, adaptive
-        self._steps_in_current_epoch = steps_in_current_epoch
-
-    @property
-    def _updates_per_step(self) -> bool:
-        schedule = self._schedule
-        return isinstance(schedule, PolynomialSchedule) and schedule.update_per_optimizer_step
+        self._adaptive = adaptive
+        if take is not None:
+            take()
 
     @property
     def _freeze_is_due(self) -> bool:
@@ -247,30 +276,7 @@ class SparsityScheduler(CompressionScheduler):
         return self._current_epoch >= epoch
 
     def _apply(self) -> None:
-        self._controller.set_sparsity_level(self.current_sparsity_level)
-        if self._freeze_is_due:
-            self._controller.freeze()
-
-    def _count_epoch(self) -> None:
-        """Take the number of steps of the epoch that ends, or hold it against the known one."""
-        want, got = _steps_per_epoch(self._schedule), self._steps_in_current_epoch
-        if want is None and got == 0:
-            warnings.warn(
-                "update_per_optimizer_step without steps_per_epoch: the schedule begins once an "
-                "epoch has been counted, at the second epoch_step()",
-                stacklevel=3,
-            )
-        elif want is None:
-            self._schedule = self._schedule.model_copy(update={"steps_per_epoch": got})
-        elif got not in (0, want):
-            raise ValueError(
-                f"epoch_step: epoch {self._current_epoch} must have steps_per_epoch = {want} "
-                f"steps, got {got}; to begin it again, give its index as next_epoch"
-            )
-
-
-def _steps_per_epoch(schedule: Schedule) -> int | None:
-    return schedule.steps_per_epoch if isinstance(schedule, PolynomialSchedule) else None
+        self._controller.follow(self.current_sparsity_level, last=self._freeze_is_due)
 
 
 def _next_index(name: str, given: int | None, current: int) -> int:
@@ -279,24 +285,3 @@ def _next_index(name: str, given: int | None, current: int) -> int:
     if type(given) is not int or given < 0:
         raise ValueError(f"{name} must be an integer from 0, got {given!r}")
     return given
-
-
-def check_keys(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    if not isinstance(state, Mapping):
-        raise ValueError(f"load_state: the scheduler's state must be a mapping, got {state!r}")
-    for what, keys in (
-        ("lacks", own.keys() - state.keys()),
-        ("has the foreign", state.keys() - own.keys()),
-    ):
-        if keys:
-            raise ValueError(
-                f"load_state: the scheduler's state {what} {', '.join(sorted(map(repr, keys)))}; "
-                f"its keys must be {', '.join(map(repr, own))}"
-            )
-
-
-def integer(state: Mapping[str, Any], key: str, least: int) -> int:
-    value = state[key]
-    if type(value) is not int or value < least:
-        raise ValueError(f"load_state: {key} must be an integer from {least}, got {value!r}")
-    return value

@@ -12,17 +12,17 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from ...kernels.launch import Backend
 from ...kernels.mask import make_mask
 from ...kernels.select import select
 from ..config.algorithm import AlgorithmConfig
-from ..config.schedule import Level, Positive, Whole
+from ..config.declaration import Level, Positive, Share, Whole
 from ..masks.names import canonical
 from ..masks.weight import SparseModuleInfo
 from ..selection.allocation import distribute, erdos_renyi
@@ -60,7 +60,7 @@ class RegrowthConfig(AlgorithmConfig):
     distribution: Literal["erk", "uniform"] = "erk"
     initial_masks: Literal["random", "importance"] = "random"
     weight_importance: WeightImportance = "abs"
-    alpha: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] = 0.3
+    alpha: Share = 0.3
     delta_t: Positive = 100
     seed: Whole = 0
 

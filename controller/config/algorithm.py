@@ -1,12 +1,11 @@
 """What every algorithm's configuration shares: pattern, scopes, overrides, BatchNorm adaptation.
 
-Each algorithm's own configuration is a subclass beside its controller; ``nncf_config.py``
-translates NNCF's dictionary into one.
+Each algorithm's own configuration is a subclass beside its controller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -21,15 +20,13 @@ from pydantic import (
 )
 
 from ...kernels.pattern import NM, Block, Pattern, Unstructured
-from .declaration import Declaration
+from .declaration import Declaration, Level, Listed, Share, Whole
 from .schedule import (
     AdaptiveSchedule,
     ExponentialSchedule,
-    Level,
     MultistepSchedule,
     PolynomialSchedule,
     Schedule,
-    Whole,
 )
 from .scope import check_scope
 
@@ -77,21 +74,6 @@ def _spell_pattern(pattern: Pattern) -> str | dict[str, Any]:
             return {"nm": [n, m]} | ({"transposable": True} if transposable else {})
 
 
-def _scope(scope: str) -> str:
-    check_scope(scope)
-    return scope
-
-
-def listed(scopes: Any) -> Any:
-    """Let one scope, or JSON's list, stand for a tuple; what else it is, is left to be refused."""
-    match scopes:
-        case str():
-            return (scopes,)
-        case list():
-            return tuple(scopes)
-    return scopes
-
-
 def _known_schedule(schedule: object) -> object:
     known = isinstance(schedule, Mapping) and str(schedule.get("kind")) in SCHEDULES
     if schedule is None or isinstance(schedule, Schedule) or known:
@@ -105,12 +87,17 @@ def _known_schedule(schedule: object) -> object:
 Pool = Literal["global", "weight"]
 
 PatternField = Annotated[Pattern, PlainValidator(parse_pattern), PlainSerializer(_spell_pattern)]
-Scope = Annotated[str, Field(strict=True), AfterValidator(_scope)]
-Scopes = Annotated[tuple[Scope, ...], BeforeValidator(listed), Field(strict=True)]
+Scope = Annotated[str, Field(strict=True), AfterValidator(check_scope)]
+Scopes = Listed[Scope]
 # the field `schedule` of an algorithm that follows one; None is for the algorithm to judge
 ScheduleField = Annotated[
     Annotated[Schedule, Field(discriminator="kind")] | None, BeforeValidator(_known_schedule)
 ]
+
+
+def default_schedule(kind: type[Schedule]) -> Callable[[dict[str, Any]], Schedule | None]:
+    """Return what makes a configuration's schedule: ``kind()``, and None in ``local`` mode."""
+    return lambda data: None if data.get("sparsity_level_setting_mode") == "local" else kind()
 
 
 class BatchNormAdaptation(Declaration):
@@ -143,7 +130,7 @@ class Override(Declaration):
     scope: Scope
     pattern: PatternField | None = None
     minimum_level: Level = 0.0
-    maximum_level: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] = 1.0
+    maximum_level: Share = 1.0
 
     @model_validator(mode="after")
     def _check_limits(self) -> Override:
@@ -185,27 +172,16 @@ class AlgorithmConfig(Declaration):
     target_scopes: Scopes | None = None
     ignored_scopes: Scopes = ()
     validate_scopes: StrictBool = True
-    overrides: Annotated[tuple[Override, ...], BeforeValidator(listed), Field(strict=True)] = ()
+    overrides: Listed[Override] = ()
     batchnorm_adaptation: BatchNormAdaptation | None = None
 
-    @field_validator("pattern")
+    @field_validator("pattern", "overrides")
     @classmethod
-    def _check_pattern(cls, pattern: PatternField) -> Pattern:
-        return cls._fitting(pattern)
-
-    @field_validator("overrides")
-    @classmethod
-    def _check_overrides(cls, overrides: tuple[Override, ...]) -> tuple[Override, ...]:
-        for override in overrides:
-            if override.pattern is not None:
-                cls._fitting(override.pattern)
-        return overrides
-
-    @classmethod
-    def _fitting(cls, pattern: Pattern) -> Pattern:
-        if isinstance(pattern, NM) and not cls.takes_nm:
-            raise ValueError(f"must be Unstructured() or Block(rows, cols), got {pattern!r}")
-        return pattern
+    def _check_patterns(cls, given: Any) -> Any:
+        for pattern in [o.pattern for o in given] if isinstance(given, tuple) else [given]:
+            if isinstance(pattern, NM) and not cls.takes_nm:
+                raise ValueError(f"must be Unstructured() or Block(rows, cols), got {pattern!r}")
+        return given
 
     @field_validator("target_scopes")
     @classmethod
@@ -219,8 +195,8 @@ class ScheduledConfig(AlgorithmConfig):
     """Base of the configurations of what follows a schedule, or has levels set weight by weight.
 
     Args:
-        sparsity_level_setting_mode: ``"global"``: by a schedule; ``"local"``: through the
-            controller, without one.
+        sparsity_level_setting_mode: ``"global"``: a schedule sets the level of all target weights
+            together; ``"local"``: no schedule, each weight's is set through the controller.
         schedule: which level holds when, the initial one included. None in ``local`` mode.
         sparsity_init: in ``local`` mode the level before any is set, in [0, 1).
 

@@ -1,14 +1,42 @@
-"""What the objects that a user writes share: frozen, no unknown field, errors in one line."""
+"""What the objects that a user writes share: frozen, no unknown field, errors in one line; and
+the kinds of values that their fields have.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..api import DeclarationError, Problem
+
+
+def _whole(value: Any) -> Any:
+    """Let JSON's ``3.0`` stand for 3; what else is no int is left for the strict check."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def listed(value: Any) -> Any:
+    """Let one string, or JSON's list, stand for a tuple; a set, which has no order, is left to be
+    refused, as is anything else.
+    """
+    return (
+        (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+    )
+
+
+_Item = TypeVar("_Item")
+
+Listed = Annotated[tuple[_Item, ...], BeforeValidator(listed), Field(strict=True)]
+Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=0)]
+Positive = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+NotNegative = Annotated[Finite, Field(ge=0)]
+AboveZero = Annotated[Finite, Field(gt=0)]
+Level = Annotated[Finite, Field(ge=0, lt=1)]
+Share = Annotated[Finite, Field(ge=0, le=1)]
 
 
 class Declaration(BaseModel):

@@ -10,34 +10,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field, StrictBool, field_validator, model_validator
+from pydantic import Field, StrictBool, field_validator, model_validator
 
-from .declaration import Declaration
-
-
-def _whole(value: Any) -> Any:
-    """Let JSON's ``3.0`` stand for 3; what else is no int is left for the strict check."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+from .declaration import AboveZero, Declaration, Level, Listed, NotNegative, Positive, Whole
 
 
-def _listed(value: Any) -> Any:
-    """Let JSON's list stand for a tuple; a set, which has no order, is left to be refused."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-Level = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)]
-Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=0)]
-Positive = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1)]
-
-
-class PolynomialSchedule(Declaration):
-    """From ``initial_level`` I to ``target_level`` T along a polynomial.
-
-    With the progress p = epoch / target_epoch, concave, fast at first: T - (T - I) (1 - p)^power
-    (Zhu and Gupta, https://arxiv.org/abs/1710.01878, with power 3); convex, slow at first:
-    I + (T - I) p^power.
+class _Ramp(Declaration):
+    """From one level to another, and the epoch in which it is there.
 
     Args:
         initial_level: I, the level before the first epoch, in [0, 1).
@@ -45,6 +26,23 @@ class PolynomialSchedule(Declaration):
         target_epoch: zero-based; 0 means the target at once.
         freeze_epoch: masks are frozen once the level of this epoch is applied, but not before
             ``target_epoch``.
+    """
+
+    initial_level: Level = 0.0
+    target_level: Level = 0.5
+    target_epoch: Whole = 90
+    freeze_epoch: Whole = 100
+
+
+class PolynomialSchedule(_Ramp):
+    """From ``initial_level`` I to ``target_level`` T along a polynomial.
+
+    With the progress p = epoch / target_epoch, concave, fast at first: T - (T - I) (1 - p)^power
+    (Zhu and Gupta, https://arxiv.org/abs/1710.01878, with power 3); convex, slow at first:
+    I + (T - I) p^power.
+
+    Args:
+        initial_level, target_level, target_epoch, freeze_epoch: as any ramp's.
         power: positive.
         concave: which of the two formulas.
         update_per_optimizer_step: change the level at each optimiser step, not each epoch.
@@ -56,11 +54,7 @@ class PolynomialSchedule(Declaration):
     """
 
     kind: Literal["polynomial"] = Field(default="polynomial", repr=False)
-    initial_level: Level = 0.0
-    target_level: Level = 0.5
-    target_epoch: Whole = 90
-    freeze_epoch: Whole = 100
-    power: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = 0.9
+    power: AboveZero = 0.9
     concave: StrictBool = True
     update_per_optimizer_step: StrictBool = False
     steps_per_epoch: Positive | None = None
@@ -85,27 +79,20 @@ class PolynomialSchedule(Declaration):
         return min(max(level, min(start, end)), max(start, end))
 
 
-class ExponentialSchedule(Declaration):
+class ExponentialSchedule(_Ramp):
     """The density, 1 - level, decays exponentially.
 
     It is max((1 - I) ((1 - T) / (1 - I))^(epoch / target_epoch), 1 - T).
 
     Args:
-        initial_level: I, the level before the first epoch, in [0, 1).
-        target_level: T, the level from ``target_epoch`` on, in [0, 1). Below I it holds at once.
-        target_epoch: zero-based; 0 means the target at once.
-        freeze_epoch: masks are frozen once the level of this epoch is applied, but not before
-            ``target_epoch``.
+        initial_level, target_level, target_epoch, freeze_epoch: as any ramp's; with T below I it
+            is T at once.
 
     Raises:
         ValueError: an argument is unknown or out of its range.
     """
 
     kind: Literal["exponential"] = Field(default="exponential", repr=False)
-    initial_level: Level = 0.0
-    target_level: Level = 0.5
-    target_epoch: Whole = 90
-    freeze_epoch: Whole = 100
 
     def level(self, epoch: int, step: int = 0) -> float:
         """Return the level in ``epoch``, counted from zero; it is the same at each ``step``."""
@@ -132,8 +119,8 @@ class MultistepSchedule(Declaration):
     """
 
     kind: Literal["multistep"] = Field(default="multistep", repr=False)
-    steps: Annotated[tuple[Whole, ...], BeforeValidator(_listed), Field(strict=True)] = (90,)
-    levels: Annotated[tuple[Level, ...], BeforeValidator(_listed), Field(strict=True)] = (0.1, 0.5)
+    steps: Listed[Whole] = (90,)
+    levels: Listed[Level] = (0.1, 0.5)
     # not Level: pydantic 2.10 cannot join its constraints with a default_factory
     initial_level: float = Field(
         default_factory=lambda data: next(iter(data.get("levels", ())), 0.0),
@@ -200,8 +187,8 @@ class AdaptiveSchedule(Declaration):
     kind: Literal["adaptive"] = Field(default="adaptive", repr=False)
     initial_level: Level = 0.0
     target_level: Level = 0.5
-    step: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = 0.05
-    eps: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] = 0.03
+    step: AboveZero = 0.05
+    eps: NotNegative = 0.03
     patience: Whole = 1
     freeze_epoch: Whole = 100
 

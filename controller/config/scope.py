@@ -18,8 +18,8 @@ from .declaration import did_you_mean
 _REGEX = "{re}"
 
 
-def check_scope(scope: str) -> None:
-    """Refuse what can be no scope.
+def check_scope(scope: str) -> str:
+    """Return ``scope``; refuse what can be none.
 
     Raises:
         ValueError: ``scope`` is no string, or empty, or its regular expression is invalid.
@@ -28,6 +28,7 @@ def check_scope(scope: str) -> None:
         raise ValueError(f"must be a module path, a glob or a '{{re}}' expression, got {scope!r}")
     if scope.startswith(_REGEX):
         _compile(scope)
+    return scope
 
 
 def matches(scope: str, name: str) -> bool:

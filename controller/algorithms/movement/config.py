@@ -7,9 +7,17 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, StrictBool, model_validator
 
-from ...config.algorithm import AlgorithmConfig, Scopes, listed
-from ...config.declaration import Declaration
-from ...config.schedule import Positive, Whole
+from ...config.algorithm import AlgorithmConfig, Scopes
+from ...config.declaration import (
+    AboveZero,
+    Declaration,
+    Finite,
+    Listed,
+    NotNegative,
+    Positive,
+    Whole,
+    listed,
+)
 
 
 class SparseStructure(Declaration):
@@ -89,22 +97,14 @@ class MovementSparsityConfig(AlgorithmConfig):
     algorithm: Literal["movement_sparsity"] = "movement_sparsity"
     warmup_start_epoch: Whole
     warmup_end_epoch: Whole
-    importance_regularization_factor: Annotated[
-        float, Field(strict=True, ge=0, allow_inf_nan=False)
-    ]
-    sparse_structure_by_scopes: Annotated[
-        tuple[SparseStructure, ...], BeforeValidator(listed), Field(strict=True)
-    ] = ()
+    importance_regularization_factor: NotNegative
+    sparse_structure_by_scopes: Listed[SparseStructure] = ()
     enable_structured_masking: StrictBool | None = None
-    init_importance_threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = (
-        None
-    )
-    final_importance_threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] = 0.0
-    power: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] = 3.0
+    init_importance_threshold: Finite | None = None
+    final_importance_threshold: Finite = 0.0
+    power: AboveZero = 3.0
     steps_per_epoch: Positive | None = None
-    compression_lr_multiplier: (
-        Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] | None
-    ) = None
+    compression_lr_multiplier: NotNegative | None = None
 
     @model_validator(mode="after")
     def _check(self) -> MovementSparsityConfig:

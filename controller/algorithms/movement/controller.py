@@ -20,6 +20,7 @@ from ....kernels.pattern import Unstructured
 from ....kernels.select import kth_smallest
 from ...api import CompressionStage
 from ...config.algorithm import AlgorithmConfig
+from ...config.state import check_keys, number
 from ...masks.learned import read_scores, scores_state
 from ...masks.statistics import SparsityStatistics, Statistics
 from ...masks.weight import SparseModuleInfo, SparseWeight, Target
@@ -198,15 +199,9 @@ class MovementSparsityController(LearnedController):
         }
 
     def _read_own_state(self, state: Mapping[str, Any]) -> Change:
-        keys = {"threshold", "factor", "structures", "importances"}
-        if set(state) != keys:
-            raise ValueError(
-                f"load_state: algorithm_state must have {', '.join(sorted(keys))}, "
-                f"got {sorted(state)}"
-            )
+        check_keys("algorithm_state", state, ("threshold", "factor", "structures", "importances"))
         for key in ("threshold", "factor"):
-            if type(state[key]) not in (int, float) or math.isnan(state[key]):
-                raise ValueError(f"load_state: {key} must be a number, got {state[key]!r}")
+            number(state, key, "a number")
         units = _read_units(state["structures"])
         importances = read_scores(state["importances"], self.sparsified_module_info)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ..scheduler import CompressionScheduler, check_keys, integer
+from ...config.state import check_keys, number
+from ..scheduler import CompressionScheduler, EpochLength
 from .config import MovementSparsityConfig
 
 
@@ -37,21 +39,20 @@ class MovementScheduler(CompressionScheduler):
     """
 
     def __init__(self, controller: ThresholdController, config: MovementSparsityConfig) -> None:
-        super().__init__(controller.begin_step)
+        super().__init__(controller.begin_step, controller.check_epoch)
         self._controller = controller
         self._config = config
-        self._steps_per_epoch = config.steps_per_epoch
-        self._steps_in_current_epoch = 0
+        self._epoch = EpochLength(config.steps_per_epoch)
         self._start = config.init_importance_threshold
 
     @property
     def progress(self) -> float:
         """Share of the warm-up that has passed: below 0 before it, from 1 on after it."""
-        if self._steps_per_epoch is None:
+        if self._epoch.known is None:
             return -1.0
         start, end = self._config.warmup_start_epoch, self._config.warmup_end_epoch
-        steps = self._current_step - start * self._steps_per_epoch
-        return steps / ((end - start) * self._steps_per_epoch)
+        steps = self._current_step - start * self._epoch.known
+        return steps / ((end - start) * self._epoch.known)
 
     @property
     def current_importance_threshold(self) -> float:
@@ -74,7 +75,7 @@ class MovementScheduler(CompressionScheduler):
 
     def step(self, next_step: int | None = None) -> None:
         super().step(next_step)
-        self._steps_in_current_epoch += 1
+        self._epoch.done += 1
         controller = self._controller
         if self._start is None and 0 <= self.progress < 1:
             self._start = controller.initial_threshold()
@@ -98,41 +99,21 @@ class MovementScheduler(CompressionScheduler):
         Raises:
             ValueError: the epoch that ends had another number of steps than those before it.
         """
-        steps = self._steps_in_current_epoch
-        if self._steps_per_epoch is None and steps:
-            self._steps_per_epoch = steps
-        if steps not in (0, self._steps_per_epoch):
-            raise ValueError(
-                f"epoch_step: epoch {self._current_epoch} must have steps_per_epoch = "
-                f"{self._steps_per_epoch} steps, got {steps}"
-            )
-        self._controller.check_epoch()
+        self._epoch.end_epoch(self._current_epoch)
         super().epoch_step(next_epoch)
-        self._steps_in_current_epoch = 0
+        self._epoch.done = 0
 
     def get_state(self) -> dict[str, Any]:
-        return super().get_state() | {
-            "_init_importance_threshold": self._start,
-            "_steps_per_epoch": self._steps_per_epoch,
-            "_steps_in_current_epoch": self._steps_in_current_epoch,
-        }
+        start = {"_init_importance_threshold": self._start}
+        return super().get_state() | start | self._epoch.get_state()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        check_keys(state, self.get_state())
-        start, configured = state["_init_importance_threshold"], self._config.steps_per_epoch
-        if start is not None and (type(start) not in (int, float) or not math.isfinite(start)):
-            raise ValueError(
-                "load_state: _init_importance_threshold must be a finite number or None, got "
-                f"{start!r}"
-            )
-        steps = configured
-        if state["_steps_per_epoch"] is not None:
-            steps = integer(state, "_steps_per_epoch", least=1)
-            if configured not in (None, steps):
-                raise ValueError(
-                    f"load_state: _steps_per_epoch must be {configured} as configured, got {steps}"
-                )
-        steps_in_current_epoch = integer(state, "_steps_in_current_epoch", least=0)
+        check_keys("the scheduler's state", state, self.get_state())
+        start, key = None, "_init_importance_threshold"
+        if state[key] is not None:
+            largest = sys.float_info.max
+            start = number(state, key, "a finite number or None", -largest, largest)
+        take_epoch = self._epoch.read_state(state)
         super().load_state(state)
-        self._start, self._steps_per_epoch = start, steps
-        self._steps_in_current_epoch = steps_in_current_epoch
+        self._start = start
+        take_epoch()

@@ -42,16 +42,16 @@ class Controller:
     def __init__(self, lag=0.0):
         self.level, self.frozen, self.lag, self.calls = 0.0, False, lag, []
 
-    def set_sparsity_level(self, level):
-        self.calls.append(level)
+    def follow(self, level, *, last):
+        self.calls += [level, "freeze"] if last else [level]
         if not self.frozen:
             self.level = level
-
-    def freeze(self):
-        self.calls.append("freeze")
-        self.frozen = True
+        self.frozen = self.frozen or last
 
     def begin_step(self):
+        pass
+
+    def check_epoch(self):
         pass
 
     def mask_level(self):
