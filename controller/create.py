@@ -13,7 +13,7 @@ from .algorithms.base import BaseSparsityAlgoController
 from .algorithms.composite import CompositeController
 from .algorithms.table import algorithm_of
 from .config.algorithm import AlgorithmConfig
-from .masks.guard import release_guards
+from .masks.guard import guards_of
 from .masks.learned import read_plain
 from .masks.linear import restore_class
 from .masks.weight import SparseModuleInfo, Target, restore_
@@ -81,10 +81,11 @@ def create_controller(
 
 def _undo(infos: Sequence[SparseModuleInfo]) -> None:
     """Take back what half a creation has done."""
-    release_guards(infos)
     restore_([info.operand for info in infos])
     for info in infos:
-        for module, _ in info.places:
+        for module, name in info.places:
+            for guard in guards_of(module, name):
+                guard.release()
             restore_class(module)
             read_plain(module)
 

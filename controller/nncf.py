@@ -1,6 +1,6 @@
 """NNCF's ``compression`` dictionary, translated into configurations.
 
-Reading order: the entry point, one translation an algorithm, what they share.
+Reading order: the entry point, one algorithm's dictionary, its parts.
 """
 
 from __future__ import annotations
@@ -39,14 +39,8 @@ _MULTIPLIER = "compression_lr_multiplier"
 _BESIDE = (_MULTIPLIER, "sparse_structure_by_scopes")
 # fields that are read from several keys
 _LEVELS = ("algorithm", "schedule", "sparsity_init")
-_SECTION_KEYS = (
-    "algorithm",
-    "sparsity_init",
-    *_SCOPE_KEYS,
-    "params",
-    "initializer",
-    _MULTIPLIER,
-)
+_SECTION_KEYS = ("algorithm", "sparsity_init", *_SCOPE_KEYS, "params", "initializer", _MULTIPLIER)
+_ADAPTATION = "batchnorm_adaptation"
 # what an NNCF configuration holds beside `compression`
 _NNCF_KEYS = (
     "compression",
@@ -128,96 +122,44 @@ def from_nncf(section: Mapping[str, Any]) -> AlgorithmConfig:
             f"got {algorithm!r}"
         )
     config = ALGORITHMS[algorithm].config
+    scheduled = issubclass(config, ScheduledConfig)
     fields = [name for name in config.model_fields if name not in AlgorithmConfig.model_fields]
     beside = [name for name in _BESIDE if name in fields]
     own = [name for name in fields if name not in (*_LEVELS, *beside)]
     inside = section.get("params")
     if isinstance(inside, Mapping) and (wrong := [name for name in beside if name in inside]):
         raise ValueError(f"compression: {wrong[0]} must stand beside params, got it inside")
-    if issubclass(config, ScheduledConfig):
-        given, spelled = _with_levels(section, own, beside, config)
-    else:
-        if "sparsity_init" in section:
-            raise ValueError(
-                f"compression: sparsity_init must be left out; {config.sets_levels_by}, got "
-                f"{section['sparsity_init']!r}"
-            )
-        params, given, spelled = _shared(section, own, beside)
-        given |= {key: params[key] for key in own if key in params}
-        spelled |= {key: f"params.{key}" for key in own}
-    given |= {key: section[key] for key in beside if key in section}
-    return _build(config, given, spelled)
-
-
-def _with_levels(
-    section: Mapping[str, Any],
-    own: Sequence[str],
-    beside: Sequence[str],
-    config: type[ScheduledConfig],
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read what an algorithm has that is given levels, by a schedule or weight by weight.
-
-    Args:
-        section: the dictionary.
-        own: keys of ``params`` that are fields of the configuration.
-        beside: keys beside ``params`` that are.
-        config: the configuration's class.
-
-    Returns:
-        Arguments for the configuration; how the dictionary spells each argument.
-    """
-    params, given, spelled = _shared(section, ("schedule", *own, *_SCHEDULE_KEYS), beside)
-    given |= {key: params[key] for key in own if key in params}
-    spelled |= {key: f"params.{key}" for key in own}
+    if not scheduled and "sparsity_init" in section:
+        raise ValueError(
+            f"compression: sparsity_init must be left out; {config.sets_levels_by}, got "
+            f"{section['sparsity_init']!r}"
+        )
+    _check_keys("compression", section, (*_SECTION_KEYS, *beside))
+    scheduling = ("schedule", *_SCHEDULE_KEYS) if scheduled else ()
+    known = (*scheduling[:1], *own, *scheduling[1:], *_SHARED_PARAMS)
+    params = _subsection(section, "params", "compression", known)
+    given = {key: section[key] for key in (*_SCOPE_KEYS, *beside) if key in section}
+    given |= {key: params[key] for key in (*own, *_SHARED_PARAMS) if key in params}
+    initializer = _subsection(section, "initializer", "compression", (_ADAPTATION,))
+    if _ADAPTATION in initializer:
+        fields = tuple(BatchNormAdaptation.model_fields)
+        adaptation = _subsection(initializer, _ADAPTATION, "compression.initializer", fields)
+        spelled = {key: f"initializer.{_ADAPTATION}.{key}" for key in adaptation}
+        given[_ADAPTATION] = _build(BatchNormAdaptation, adaptation, spelled)
     if params.get("sparsity_level_setting_mode") == "local":
-        scheduled = [key for key in ("schedule", *_SCHEDULE_KEYS) if key in params]
-        if scheduled:
+        if found := [key for key in scheduling if key in params]:
             raise ValueError(
-                f"compression: params.{scheduled[0]} must be left out with "
+                f"compression: params.{found[0]} must be left out with "
                 "sparsity_level_setting_mode 'local', which has no schedule, got "
-                f"{params[scheduled[0]]!r}"
+                f"{params[found[0]]!r}"
             )
-        if "sparsity_init" in section:
-            given["sparsity_init"] = section["sparsity_init"]
-    else:
+        given |= {key: section[key] for key in ("sparsity_init",) if key in section}
+    elif scheduled:
         default = config.model_fields["schedule"].get_default(
             call_default_factory=True, validated_data={}
         )
         given["schedule"] = _nncf_schedule(section, params, default=default.kind)
-    return given, spelled
-
-
-def _shared(
-    section: Mapping[str, Any], own_params: Sequence[str], own_keys: Sequence[str] = ()
-) -> tuple[Mapping[str, Any], dict[str, Any], dict[str, str]]:
-    """Read what every algorithm's dictionary has.
-
-    Args:
-        section: the dictionary.
-        own_params: keys of ``params`` that the algorithm knows beyond the shared ones.
-        own_keys: keys beside ``params``, likewise.
-
-    Returns:
-        ``params``; arguments for the configuration; how the dictionary spells each argument.
-    """
-    _check_keys("compression", section, (*_SECTION_KEYS, *own_keys))
-    params = _subsection(section, "params", "compression", (*own_params, *_SHARED_PARAMS))
-    initializer = _subsection(section, "initializer", "compression", ("batchnorm_adaptation",))
-    given = {key: section[key] for key in _SCOPE_KEYS if key in section}
-    given |= {key: params[key] for key in _SHARED_PARAMS if key in params}
-    if "batchnorm_adaptation" in initializer:
-        adaptation = _subsection(
-            initializer,
-            "batchnorm_adaptation",
-            "compression.initializer",
-            tuple(BatchNormAdaptation.model_fields),
-        )
-        given["batchnorm_adaptation"] = _build(
-            BatchNormAdaptation,
-            adaptation,
-            {key: f"initializer.batchnorm_adaptation.{key}" for key in adaptation},
-        )
-    return params, given, {key: f"params.{key}" for key in _SHARED_PARAMS}
+    return _build(config, given, {key: f"params.{key}" for key in (*own, *_SHARED_PARAMS)})
 
 
 def _nncf_schedule(
@@ -230,13 +172,12 @@ def _nncf_schedule(
             f"got {kind!r}"
         )
     schedule = SCHEDULES[kind]
-    keys = {
-        field: key
+    spelled = {
+        field: f"params.{key}"
         for key, field in _SCHEDULE_KEYS.items()
         if key in params and field in schedule.model_fields
     }
-    given = {field: params[key] for field, key in keys.items()}
-    spelled = {field: f"params.{key}" for field, key in keys.items()}
+    given = {field: params[key.removeprefix("params.")] for field, key in spelled.items()}
     if "sparsity_init" in section:
         given["initial_level"] = section["sparsity_init"]
         spelled["initial_level"] = "sparsity_init"

@@ -715,11 +715,25 @@ def select(
     return (_select_triton if runs_triton else _select_torch)(tensors, k, scales, reduce)
 
 
-def kth_smallest(tensors: Sequence[Tensor], k: int, backend: Backend) -> Tensor:
-    """Return the k-th smallest of signed values; one of the two magnitudes is 0, or both are."""
-    size = sum(tensor.numel() for tensor in tensors)
+def kth_smallest(
+    tensors: Sequence[Tensor], k: int, backend: Backend, shares: Sequence[int] | None = None
+) -> Tensor:
+    """Return the k-th smallest of signed values.
+
+    Args:
+        tensors: of the values.
+        k: from 1.
+        backend: as ``select``'s.
+        shares: how often each value of a tensor counts; None: once.
+    """
+    shares = [1] * len(tensors) if shares is None else shares
+    if len(set(shares)) > 1:
+        values, order = torch.cat([tensor.flatten() for tensor in tensors]).sort()
+        sizes = torch.tensor([tensor.numel() for tensor in tensors], device=values.device)
+        counts = torch.tensor(shares, device=values.device).repeat_interleave(sizes)
+        return values[(counts[order].cumsum(0) < k).sum()]
+    k, size = ceil_div(k, shares[0]), sum(tensor.numel() for tensor in tensors)
+    # one of the two magnitudes is 0, or both are
     above = select([tensor.clamp(min=0) for tensor in tensors], k, backend=backend)
-    below = select(
-        [tensor.neg().clamp(min=0) for tensor in tensors], size - k + 1, backend=backend
-    )
+    below = select([t.neg().clamp(min=0) for t in tensors], size - k + 1, backend=backend)
     return above.value - below.value

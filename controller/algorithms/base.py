@@ -21,12 +21,11 @@ from torch.optim import Optimizer
 from ...kernels.pattern import NM, Pattern, maximum_level
 from ..api import CompressionStage, StripFormat
 from ..config.algorithm import AlgorithmConfig, Pool
-from ..config.schedule import Schedule
 from ..masks.export import export_onnx
 from ..masks.guard import Guard
 from ..masks.linear import skip_blocks
 from ..masks.state import masks_state, read_masks, with_names_of
-from ..masks.statistics import SparsityStatistics, Statistics, summarise
+from ..masks.statistics import SparsifiedModelStatistics, SparsityStatistics, Statistics, summarise
 from ..masks.strip import strip_masks
 from ..masks.targets import find_targets
 from ..masks.weight import SparseModuleInfo, SparseWeight, Target, dense_weights
@@ -77,6 +76,7 @@ class BaseSparsityAlgoController:
         self._model = target_model
         self.sparsified_module_info = list(sparsified_module_info)
         self.frozen = False
+        self._weights: list[Any] = [info.operand for info in self.sparsified_module_info]
         self._guards = self._guarded(target_model)
         device = self.sparsified_module_info[0].weight.device
         self._loss: CompressionLoss = ZeroCompressionLoss(device)
@@ -105,13 +105,8 @@ class BaseSparsityAlgoController:
     def make_weights(
         cls, model: nn.Module, targets: Sequence[Target], config: Any, **options: Any
     ) -> list[SparseWeight]:
-        """Give each target a mask that keeps everything, of the kind that the algorithm needs.
-
-        Args:
-            model: it has the targets.
-            targets: as ``find_targets`` returns them.
-            config: as there.
-            options: ``SparseWeight``'s.
+        """Give each of ``find_targets``'s a mask that keeps everything, of the kind that the
+        algorithm needs; ``options`` are ``SparseWeight``'s.
         """
         return [SparseWeight(target, **options) for target in targets]
 
@@ -120,7 +115,7 @@ class BaseSparsityAlgoController:
         for info in self.sparsified_module_info:
             for module, name in info.places:
                 skip_blocks(info.operand, module, name)
-        return [Guard(model, self.sparsified_module_info)]
+        return [Guard(model, self._weights)]
 
     @property
     def _guard(self) -> Guard:
@@ -133,20 +128,8 @@ class BaseSparsityAlgoController:
     def _keep_values(self, keep: bool) -> None:
         """Keep pruned values, so that groups may return with them, until the masks are frozen."""
         self._keeps_values = keep
-        for info in self.sparsified_module_info:
-            info.operand.keeps_values = keep and not self.frozen
-
-    def _follow(self, schedule: Schedule | None, initial_level: float) -> None:
-        """Take up a schedule, if there is one, and set the initial level."""
-        if schedule is None:
-            self._scheduler = StubScheduler(self._guard.begin_step)
-        else:
-            self._scheduler = SparsityScheduler(self, schedule)
-            self._target_level = self._scheduler.target_level
-            check_reachable("schedule: target_level", self._target_level, self._patterns)
-        self.set_sparsity_level(initial_level)
-        if initial_level > 0:
-            self._adapt_batchnorm()
+        for weight in self._weights:
+            weight.keeps_values = keep and not self.frozen
 
     @property
     def model(self) -> nn.Module:
@@ -185,12 +168,10 @@ class BaseSparsityAlgoController:
 
     @optimizer.setter
     def optimizer(self, optimizer: Optimizer | None) -> None:
-        self._use_optimizer(optimizer)
-
-    def _use_optimizer(self, optimizer: Optimizer | None) -> None:
         self._optimizer = optimizer
         if isinstance(optimizer, Optimizer):
-            self._guard.know(optimizer)
+            for guard in self._guards:
+                guard.know(optimizer)
 
     @property
     def current_sparsity_level(self) -> float:
@@ -201,9 +182,8 @@ class BaseSparsityAlgoController:
 
     def mask_level(self) -> float:
         """Return pruned groups over all groups of the target weights. Waits for the device."""
-        infos = self.sparsified_module_info
-        pruned = sum(info.operand.pruned_groups() for info in infos)
-        return pruned / sum(info.operand.groups for info in infos)
+        pruned = sum(weight.pruned_groups() for weight in self._weights)
+        return pruned / sum(weight.groups for weight in self._weights)
 
     def freeze(self, freeze: bool = True) -> None:
         """Stop updating the masks, or go on. Frozen, pruned values are let go."""
@@ -303,9 +283,8 @@ class BaseSparsityAlgoController:
                 "set_sparsity_level: masks are frozen and their loss is disabled; freeze(False) "
                 "goes on"
             )
-        check_reachable(
-            "set_sparsity_level: level", level, [info.operand.pattern for info in infos]
-        )
+        patterns = [info.operand.pattern for info in infos]
+        check_reachable("set_sparsity_level: level", level, patterns)
         return infos
 
     @contextmanager
@@ -321,32 +300,22 @@ class BaseSparsityAlgoController:
         self._guard.masks_changed(weights)
 
     def _find_masks(self, infos: list[SparseModuleInfo], level: float) -> Change:
-        """Find the masks of a level: those that prune the groups of lowest score.
-
-        Returns:
-            What writes them. Whatever is refused is refused before.
+        """Find the masks of a level, those that prune the groups of lowest score; return what
+        writes them. Whatever is refused is refused before.
         """
-        prunings = [
-            pruning
-            for members in pools(infos, self._pool)
-            for pruning in find_prunings(
-                members,
-                level,
-                self.group_scores,
-                # a weight that is set by itself is asked for outright
-                limits=len(infos) > 1,
-            )
-        ]
+        # a weight that is set by itself is asked for outright
+        limits, prunings = len(infos) > 1, []
+        for members in pools(infos, self._pool):
+            prunings += find_prunings(members, level, self.group_scores, limits=limits)
         check_finite(prunings)
 
         def write() -> None:
             apply_prunings(prunings)
-            for pruning in prunings:
-                for info in pruning.infos:
-                    if pruning.threshold is None:
-                        self._thresholds.pop(info.module_node_name, None)
-                    else:
-                        self._thresholds[info.module_node_name] = pruning.threshold.value
+            for infos, cut in prunings:
+                for info in infos:
+                    self._thresholds.pop(info.module_node_name, None)
+                    if cut is not None and cut.threshold is not None:
+                        self._thresholds[info.module_node_name] = cut.threshold.value
 
         return write
 
@@ -372,7 +341,7 @@ class BaseSparsityAlgoController:
 
     @property
     def _patterns(self) -> list[Pattern]:
-        return [info.operand.pattern for info in self.sparsified_module_info]
+        return [weight.pattern for weight in self._weights]
 
     def _resolve(self, target: SparseModuleInfo | None) -> list[SparseModuleInfo]:
         if any(guard.released for guard in self._guards):
@@ -413,11 +382,10 @@ class BaseSparsityAlgoController:
         Without a target any masks are where they shall be, once something is pruned.
         """
         infos = self.sparsified_module_info
-        pruned = sum(info.operand.pruned_groups() for info in infos)
+        pruned = sum(weight.pruned_groups() for weight in self._weights)
         wanted = 0
         if self._target_level is not None:
-            members = pools(infos, self._pool)
-            for pool in members:
+            for pool in pools(infos, self._pool):
                 target = min(self._target_level, maximum_level(pool[0].operand.pattern))
                 wanted += round(target * sum(info.operand.groups for info in pool))
             wanted -= max(p.dropped if isinstance(p, NM) else 1 for p in self._patterns)
@@ -434,16 +402,21 @@ class BaseSparsityAlgoController:
 
     @compression_rate.setter
     def compression_rate(self, compression_rate: float) -> None:
-        if self.learns:
-            self.set_sparsity_level(compression_rate)
-            return
-        frozen = self.frozen
-        self.frozen = False
+        frozen = self._thaw()
+        done = False
         try:
             self.set_sparsity_level(compression_rate)
-            frozen = True
+            done = True
         finally:
-            self.frozen = frozen
+            for part, was_frozen in frozen.items():
+                part.frozen = done or was_frozen
+
+    def _thaw(self) -> dict[BaseSparsityAlgoController, bool]:
+        """Let masks change that are frozen, where they are not learned; return whose were."""
+        if self.learns:
+            return {}
+        frozen, self.frozen = self.frozen, False
+        return {self: frozen}
 
     @property
     def maximal_compression_rate(self) -> float:
@@ -451,17 +424,21 @@ class BaseSparsityAlgoController:
         return 1.0
 
     def statistics(self, quickly_collected_only: bool = False) -> Statistics:
-        """Return the statistics under the algorithm's name; ``to_str()`` draws the tables.
-
-        Args:
-            quickly_collected_only: there is nothing slow to leave out.
+        """Return the statistics under the algorithm's name; ``to_str()`` draws the tables. There
+        is nothing slow that ``quickly_collected_only`` could leave out.
         """
         scheduler = self._scheduler
         level = (
             scheduler.current_sparsity_level if isinstance(scheduler, SparsityScheduler) else None
         )
         model = summarise(self._model, self.sparsified_module_info, self._thresholds)
-        return Statistics(**{self.name: SparsityStatistics(model, level)})
+        return Statistics(**{self.name: self._statistics(model, level)})
+
+    def _statistics(
+        self, model: SparsifiedModelStatistics, level: float | None
+    ) -> SparsityStatistics:
+        """Return the algorithm's own, of the model's and the scheduled level."""
+        return SparsityStatistics(model, level)
 
     def builder_state(self) -> dict[str, Any]:
         """Return the configuration as plain values."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ..api import CompressionStage
 from ..masks.guard import Guard
@@ -22,11 +21,7 @@ from .scheduler import CompressionScheduler
 
 
 class CompositeLoss(CompressionLoss):
-    """The sum of the algorithms' losses.
-
-    Args:
-        losses: by the algorithm's name.
-    """
+    """The sum of the losses, by the algorithm's name."""
 
     def __init__(self, losses: Mapping[str, CompressionLoss]) -> None:
         super().__init__()
@@ -37,11 +32,7 @@ class CompositeLoss(CompressionLoss):
 
 
 class CompositeScheduler(CompressionScheduler):
-    """Steps the scheduler of every algorithm; it has no state of its own.
-
-    Args:
-        controllers: whose schedulers; each may still replace its own.
-    """
+    """Steps the scheduler that each controller has; it has no state of its own."""
 
     def __init__(self, controllers: Sequence[BaseSparsityAlgoController]) -> None:
         super().__init__()
@@ -88,15 +79,15 @@ class CompositeController(BaseSparsityAlgoController):
         self, target_model: nn.Module, controllers: Sequence[BaseSparsityAlgoController]
     ) -> None:
         self._parts = list(controllers)
-        infos = [info for part in controllers for info in part.sparsified_module_info]
+        infos = [info for part in self._parts for info in part.sparsified_module_info]
         super().__init__(target_model, infos)
         self.controllers: dict[str, BaseSparsityAlgoController] = {}
-        for part in controllers:
+        for part in self._parts:
             earlier = sum(other.name == part.name for other in self.controllers.values())
             name = f"{part.name}_{earlier + 1}" if earlier else part.name
             self.controllers[name] = part
         self._loss = CompositeLoss({name: part.loss for name, part in self.controllers.items()})
-        self._scheduler = CompositeScheduler(list(controllers))
+        self._scheduler = CompositeScheduler(self._parts)
 
     def _guarded(self, model: nn.Module) -> list[Guard]:
         return [guard for part in self._parts for guard in part._guards]
@@ -104,29 +95,24 @@ class CompositeController(BaseSparsityAlgoController):
     @property
     def current_sparsity_level(self) -> float:
         """The algorithms' current levels, each weighted by its groups."""
-        sizes = {
-            name: sum(info.operand.groups for info in part.sparsified_module_info)
-            for name, part in self.controllers.items()
-        }
-        levels = (sizes[n] * part.current_sparsity_level for n, part in self.controllers.items())
-        return sum(levels) / sum(sizes.values())
+        sizes = [sum(i.operand.groups for i in p.sparsified_module_info) for p in self._parts]
+        levels = (part.current_sparsity_level for part in self._parts)
+        return sum(map(operator.mul, sizes, levels)) / sum(sizes)
 
     def compression_stage(self) -> CompressionStage:
-        return reduce(
-            operator.add, [part.compression_stage() for part in self.controllers.values()]
-        )
+        return reduce(operator.add, [part.compression_stage() for part in self._parts])
 
     def parameters(self) -> list[nn.Parameter]:
-        return [own for part in self.controllers.values() for own in part.parameters()]
+        return [own for part in self._parts for own in part.parameters()]
 
     def disable_scheduler(self) -> None:
         super().disable_scheduler()
-        for part in self.controllers.values():
+        for part in self._parts:
             part.disable_scheduler()
 
     def freeze(self, freeze: bool = True) -> None:
         super().freeze(freeze)
-        for part in self.controllers.values():
+        for part in self._parts:
             part.freeze(freeze)
 
     def set_sparsity_level(
@@ -144,7 +130,7 @@ class CompositeController(BaseSparsityAlgoController):
         self._resolve(target)
         with ExitStack() as stack, torch.no_grad():
             found: list[Change] = []
-            for part in self.controllers.values():
+            for part in self._parts:
                 if target is None or any(info is target for info in part.sparsified_module_info):
                     infos = part._check_level(level, target, run_batchnorm_adaptation)
                     if not part.frozen:
@@ -152,49 +138,40 @@ class CompositeController(BaseSparsityAlgoController):
                         found.append(part._find_masks(infos, level))
             for write in found:
                 write()
-        for part in self.controllers.values():
+        for part in self._parts:
             part._warn_about_empty(part.sparsified_module_info, level)
             if run_batchnorm_adaptation:
                 part._adapt_batchnorm()
 
-    @property
-    def compression_rate(self) -> float:
-        return self.mask_level()
-
-    @compression_rate.setter
-    def compression_rate(self, compression_rate: float) -> None:
-        frozen = {part: part.frozen for part in self.controllers.values() if not part.learns}
-        for part in frozen:
-            part.frozen = False
-        try:
-            self.set_sparsity_level(compression_rate)
-            frozen = dict.fromkeys(frozen, True)
-        finally:
-            for part, was in frozen.items():
-                part.frozen = was
+    def _thaw(self) -> dict[BaseSparsityAlgoController, bool]:
+        return {one: was for part in self._parts for one, was in part._thaw().items()}
 
     def statistics(self, quickly_collected_only: bool = False) -> Statistics:
         """Return the statistics of every algorithm under its name."""
-        return Statistics(
-            **{
-                name: getattr(part.statistics(quickly_collected_only), part.name)
-                for name, part in self.controllers.items()
-            }
-        )
+        found = {name: part.statistics() for name, part in self.controllers.items()}
+        own = {name: getattr(one, self.controllers[name].name) for name, one in found.items()}
+        return Statistics(**own)
 
-    def calibration(self) -> Any:
+    @contextmanager
+    def _calibrating(self, parts: Sequence[BaseSparsityAlgoController]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(part.calibration())
+            yield
+
+    def calibration(self) -> AbstractContextManager[None]:
         """Measure the inputs for every algorithm whose importance needs it.
 
         Raises:
             ValueError: none needs it; a module's inputs cannot be measured.
         """
-        needing = [part for part in self.controllers.values() if part.needs_calibration]
+        needing = [part for part in self._parts if part.needs_calibration]
         if not needing:
             raise ValueError("calibration: no algorithm has an importance that needs one")
-        return _all_open([part.calibration() for part in needing])
+        return self._calibrating(needing)
 
     def distributed(self) -> None:
-        for part in self.controllers.values():
+        for part in self._parts:
             part.distributed()
 
     def get_compression_state(self) -> dict[str, Any]:
@@ -205,34 +182,18 @@ class CompositeController(BaseSparsityAlgoController):
         """Return the whole state of each algorithm under its name."""
         return {name: part.get_state()[part.name] for name, part in self.controllers.items()}
 
-    def load_state(self, state: dict[str, dict[str, Any]]) -> None:
-        """Go on from ``get_state()``'s result, bit for bit.
-
-        Raises:
-            ValueError: the state is of other algorithms, or one does not fit; nothing has changed
-                then.
-        """
+    def _read_state(self, state: Mapping[str, Mapping[str, Any]]) -> Change:
         if set(state) != set(self.controllers):
             raise ValueError(
                 f"load_state: state must be of {sorted(self.controllers)}, got one of "
                 f"{sorted(state)}"
             )
         found = [part._read_state({part.name: state[n]}) for n, part in self.controllers.items()]
-        for take in found:
-            take()
+
+        def take() -> None:
+            for take_part in found:
+                take_part()
+
+        return take
 
     state_dict = get_state
-    load_state_dict = load_state
-
-    def _use_optimizer(self, optimizer: Optimizer | None) -> None:
-        super()._use_optimizer(optimizer)
-        for part in self.controllers.values():
-            part.optimizer = optimizer
-
-
-@contextmanager
-def _all_open(contexts: Sequence[Any]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield

@@ -16,12 +16,6 @@ class ConstSparsityConfig(AlgorithmConfig):
 
     Pattern, scopes, overrides and BatchNorm adaptation are ``AlgorithmConfig``'s; an override's
     limits have no bearing.
-
-    Args:
-        algorithm: its name, fixed.
-
-    Raises:
-        ValueError: an argument is unknown or out of its range.
     """
 
     takes_nm = True
@@ -45,10 +39,10 @@ class ConstSparsityController(BaseSparsityAlgoController):
     def _set_up(self) -> None:
         self.frozen = True
         with self._changing(self.sparsified_module_info):
-            for info in self.sparsified_module_info:
-                weight = info.operand.matrix(info.weight.detach())
-                info.operand.set_grid(nonzero_groups(weight, info.operand.pattern))
-        if all(info.operand.all_kept for info in self.sparsified_module_info):
+            for weight in self._weights:
+                matrix = weight.matrix(weight.weight.detach())
+                weight.set_grid(nonzero_groups(matrix, weight.pattern))
+        if all(weight.all_kept for weight in self._weights):
             warnings.warn(
                 "const_sparsity: no group of any target weight is zero, so nothing is masked "
                 "until load_state() brings masks",
@@ -63,11 +57,7 @@ class ConstSparsityController(BaseSparsityAlgoController):
     def _check_level(
         self, level: float, target: SparseModuleInfo | None, run_batchnorm_adaptation: bool
     ) -> list[SparseModuleInfo]:
-        """Refuse any level: the masks never change.
-
-        Raises:
-            RuntimeError: always.
-        """
+        """Refuse any level: the masks never change."""
         raise RuntimeError(
             "set_sparsity_level: the masks of const_sparsity never change; use magnitude_sparsity "
             f"to reach the level {level!r}"

@@ -13,13 +13,14 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..config.state import check_keys
 from ..masks.guard import Guard
-from ..masks.learned import LearnedWeight, learned_weights, read_masked
+from ..masks.learned import LearnedWeight, read_masked, read_scores
 from ..masks.module import MaskedModule
 from .base import BaseSparsityAlgoController, Change
 from .loss import CompressionLoss
@@ -30,11 +31,7 @@ SAMPLE = 256  # scores of each weight that are compared
 
 
 class LearnedLoss(CompressionLoss):
-    """The term by which an algorithm pulls its scores.
-
-    Args:
-        weights: whose scores.
-    """
+    """The term by which an algorithm pulls the scores of ``weights``."""
 
     def __init__(self, weights: Sequence[LearnedWeight]) -> None:
         super().__init__()
@@ -75,13 +72,14 @@ class LearnedController(BaseSparsityAlgoController):
     """Base of the two: freezes scores and loss together, and tells when nothing trains them."""
 
     learns = True
+    scores_name: ClassVar[str]  # what a state calls them
+    _weights: list[LearnedWeight]
     _loss: LearnedLoss  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def _guarded(self, model: nn.Module) -> list[Guard]:
-        self._weights = learned_weights(self.sparsified_module_info)
         members: dict[nn.Module, dict[str, LearnedWeight]] = {}
-        for info, weight in zip(self.sparsified_module_info, self._weights, strict=True):
-            for module, name in info.places:
+        for weight in self._weights:
+            for module, name in weight.target.users:
                 members.setdefault(module, {})[name] = weight
         for module, weights in members.items():
             read_masked(module, weights)
@@ -89,7 +87,7 @@ class LearnedController(BaseSparsityAlgoController):
         self._samples: list[Tensor] = []
         self._idle = 0
         self._steps = 0
-        return [Guard(model, self.sparsified_module_info)]
+        return [Guard(model, self._weights)]
 
     def parameters(self) -> list[nn.Parameter]:
         return [weight.scores for weight in self._weights]
@@ -123,6 +121,31 @@ class LearnedController(BaseSparsityAlgoController):
 
     def disable_scheduler(self) -> None:
         self._scheduler = StubScheduler(self.begin_step, self.check_epoch)
+
+    def _state_beside_scores(self) -> dict[str, Any]:
+        """Return what else the algorithm's own state has."""
+        return {}
+
+    @abstractmethod
+    def _read_beside_scores(self, state: Mapping[str, Any]) -> Change:
+        """Check that; return what takes it over."""
+
+    def _own_state(self) -> dict[str, Any]:
+        scores = {w.name: w.scores.detach().to("cpu", copy=True) for w in self._weights}
+        return self._state_beside_scores() | {self.scores_name: scores}
+
+    def _read_own_state(self, state: Mapping[str, Any]) -> Change:
+        check_keys("algorithm_state", state, (*self._state_beside_scores(), self.scores_name))
+        take_rest = self._read_beside_scores(state)
+        scores = read_scores(state[self.scores_name], self._weights)
+
+        @torch.no_grad()
+        def take() -> None:
+            for weight, saved in zip(self._weights, scores, strict=True):
+                weight.scores.copy_(saved)
+            take_rest()
+
+        return take
 
     def begin_step(self) -> None:
         super().begin_step()

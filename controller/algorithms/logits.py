@@ -9,6 +9,7 @@ Reading order: one weight's -> those of all -> what they are pulled by.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,23 +18,21 @@ from torch import Tensor
 from ...kernels.draw import draw, keeps_draws
 from ...kernels.learned_mask import kept_groups, sample_mask
 from ...kernels.pattern import Block
-from ..masks.learned import LearnedWeight, learned_weights
-from ..masks.weight import SparseModuleInfo, SparseWeight, Target
+from ..masks.learned import LearnedWeight
+from ..masks.weight import SparseWeight, Target
 from .learned import LearnedLoss
 
 INITIAL_LOGIT = 4.59512  # logit(0.99)
 TOLERANCE = 0.05  # NNCF's p: a miss of the target by so much of the groups costs 1
 
 
+@dataclass
 class Draws:
-    """What the operands of one controller draw their masks from.
-
-    Attributes:
-        random: int64 ``(2,)``: the seed and the number of the draw.
+    """What the weights of one controller draw their masks from: int64 ``(2,)``, the seed and the
+    number of the draw.
     """
 
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.random = torch.tensor([seed, 0], device=device)
+    random: Tensor
 
 
 class LogitWeight(LearnedWeight):
@@ -137,7 +136,8 @@ def logit_weights(
 ) -> list[SparseWeight]:
     """Return each target under logits; they draw from one seed, each in a stream of its own."""
     # torch's seed may have 64 bits
-    draws = Draws(torch.initial_seed() % 2**63 if seed is None else seed, targets[0].weight.device)
+    seed = torch.initial_seed() % 2**63 if seed is None else seed
+    draws = Draws(torch.tensor([seed, 0], device=targets[0].weight.device))
     return [LogitWeight(target, draws, i, **options) for i, target in enumerate(targets)]
 
 
@@ -149,102 +149,78 @@ class SparseLoss(LearnedLoss):
     straight-through, so that a logit's gradient is that of sigmoid(s).
 
     Args:
-        infos: the weights, whose operands hold the logits.
+        weights: whose logits.
         local: a target for each of them.
         p: how far off the target costs 1.
     """
 
     def __init__(
-        self, infos: Sequence[SparseModuleInfo], *, local: bool = False, p: float = TOLERANCE
+        self, weights: Sequence[LearnedWeight], *, local: bool = False, p: float = TOLERANCE
     ) -> None:
-        super().__init__(learned_weights(infos))
+        super().__init__(weights)
         self.local = local
         self.p = p
-        self._infos = list(infos)
-        self._targets: list[float] = [1.0] * (len(infos) if local else 1)
+        # shares of groups to keep, of all weights or of each
+        self.densities: list[float] = [1.0] * (len(weights) if local else 1)
 
     @property
     def target(self) -> float | list[float]:
         """Share of groups to keep, 1 - level; in ``local`` mode one a weight."""
-        return list(self._targets) if self.local else self._targets[0]
+        return list(self.densities) if self.local else self.densities[0]
 
-    @property
-    def densities(self) -> list[float]:
-        """Share of groups to keep, of all weights or of each."""
-        return list(self._targets)
-
-    def set_target(self, density: float, info: SparseModuleInfo | None = None) -> None:
+    def set_target(self, density: float, weight: SparseWeight | None = None) -> None:
         """Set the target of all weights, or of one.
 
         Args:
             density: share of groups to keep, in [0, 1].
-            info: one of the weights, in ``local`` mode.
+            weight: one of the weights, in ``local`` mode.
 
         Raises:
             ValueError: the density is outside [0, 1], or one target is for all weights.
         """
         if not 0 <= density <= 1:
             raise ValueError(f"set_target: density must be in [0, 1], got {density!r}")
-        self.check_target(info)
-        if info is None:
-            self._targets = [density] * len(self._targets)
-        else:
-            self._targets[next(i for i, own in enumerate(self._infos) if own is info)] = density
+        self.check_target(weight)
+        for i, own in enumerate(self._weights if self.local else [None]):
+            if weight is None or own is weight:
+                self.densities[i] = density
 
-    def check_target(self, info: SparseModuleInfo | None) -> None:
-        """Refuse a target of one weight where one target is for all.
-
-        Raises:
-            ValueError: as said.
-        """
-        if info is not None and not self.local:
+    def check_target(self, weight: SparseWeight | None) -> None:
+        """Refuse a target of one weight where one target is for all."""
+        if weight is not None and not self.local:
             raise ValueError(
                 "set_sparsity_level: target_sparsified_module_info must be None with "
                 "sparsity_level_setting_mode 'global', where one loss is for all weights, got "
-                f"{info.module_node_name!r}"
+                f"{weight.name!r}"
             )
 
     def trained(self) -> Tensor | None:
-        """Return the loss; None once masks are frozen.
-
-        Raises:
-            RuntimeError: a mask alone is frozen.
-        """
-        operands = learned_weights(self._infos)
         if self.disabled:
             return None
-        for info, operand in zip(self._infos, operands, strict=True):
-            if operand.frozen:
-                raise RuntimeError(
-                    f"loss: the mask of {info.module_node_name!r} is frozen, so that no loss can "
-                    "move it; freeze all masks by controller.freeze(), or none"
-                )
-        kept = kept_groups([operand.trained_scores() for operand in operands])
-        device = kept.device
-        sizes = [operand.groups for operand in operands]
+        if frozen := [weight.name for weight in self._weights if weight.frozen]:
+            raise RuntimeError(
+                f"loss: the mask of {frozen[0]!r} is frozen, so that no loss can move it; freeze "
+                "all masks by controller.freeze(), or none"
+            )
+        kept = kept_groups([weight.trained_scores() for weight in self._weights])
+        sizes = [weight.groups for weight in self._weights]
         if self.local:
-            rates = kept / torch.tensor(sizes, device=device)
-            targets = torch.tensor(self._targets, dtype=torch.float64, device=device)
-            miss = -(rates - targets).abs().sum()
+            rates = kept / torch.tensor(sizes, device=kept.device)
+            miss = -(rates - rates.new_tensor(self.densities)).abs().sum()
         else:
-            miss = kept.sum() / sum(sizes) - self._targets[0]
+            miss = kept.sum() / sum(sizes) - self.densities[0]
         return (miss / self.p).square().float()
 
     def get_state(self) -> dict[str, Any]:
-        return {"targets": list(self._targets)}
+        return {"targets": list(self.densities)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over the targets.
-
-        Raises:
-            ValueError: there are more or fewer, or one is outside [0, 1].
-        """
         targets = state.get("targets", ()) if set(state) == {"targets"} else ()
-        if len(targets) != len(self._targets) or not all(
+        if len(targets) != len(self.densities) or not all(
             type(target) in (int, float) and 0 <= target <= 1 for target in targets
         ):
             raise ValueError(
-                f"load_state: the loss's state must hold {len(self._targets)} targets in [0, 1], "
+                f"load_state: the loss's state must hold {len(self.densities)} targets in [0, 1], "
                 f"got {dict(state)!r}"
             )
-        self._targets = list(targets)
+        self.densities = list(targets)

@@ -30,7 +30,7 @@ class CompressionLoss(nn.Module):
         """Take over the state of another loss of this class.
 
         Raises:
-            ValueError: ``state`` has a key, though this loss has no state.
+            ValueError: it does not fit.
         """
         if state:
             raise ValueError(
@@ -39,10 +39,8 @@ class CompressionLoss(nn.Module):
 
 
 class ZeroCompressionLoss(CompressionLoss):
-    """The loss of an algorithm that adds none.
-
-    Args:
-        device: where the zero lives, so that adding it moves nothing.
+    """The loss of an algorithm that adds none: a zero on ``device``, so that adding it moves
+    nothing.
     """
 
     def __init__(self, device: torch.device | str) -> None:

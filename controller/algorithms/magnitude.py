@@ -14,8 +14,9 @@ from ..config.schedule import PolynomialSchedule
 from ..masks.weight import SparseModuleInfo
 from ..selection.criteria import WeightImportance
 from ..selection.scorer import Scorer
-from ..selection.thresholds import Scores, is_reachable
+from ..selection.thresholds import Scores, check_reachable, is_reachable
 from .base import BaseSparsityAlgoController
+from .scheduler import SparsityScheduler
 
 
 def _default_pool(data: dict[str, Any]) -> Pool:
@@ -30,7 +31,6 @@ class MagnitudeSparsityConfig(ScheduledConfig):
     ``ScheduledConfig``'s and ``AlgorithmConfig``'s.
 
     Args:
-        algorithm: its name, fixed.
         schedule: by default ``PolynomialSchedule()``.
         weight_importance: ``"abs"``: |w|; ``"normed_abs"``: |w| / ||w||_2, the norm of its tensor;
             ``"snip"``, ``"snip_momentum"``, ``"wanda"``, ``"random"``: see ``criteria.py``.
@@ -42,9 +42,6 @@ class MagnitudeSparsityConfig(ScheduledConfig):
             return with the value that it had; costs ``level`` x the weights' bytes for blocks, and
             once the weights' for other patterns. False: a returning group starts at zero.
         seed: of ``"random"``, which ranks the groups alike at every update.
-
-    Raises:
-        ValueError: an argument is unknown or out of its range, or two do not go together.
     """
 
     takes_nm = True
@@ -80,7 +77,14 @@ class MagnitudeSparsityController(BaseSparsityAlgoController):
         self._scorer = self._criterion = Scorer(infos, config.weight_importance, config.seed)
         self._pool = config.pool
         self._keep_values(config.keep_pruned_values)
-        self._follow(config.schedule, config.initial_level)
+        self.disable_scheduler()
+        if config.schedule is not None:
+            self._scheduler = SparsityScheduler(self, config.schedule)
+            self._target_level = config.schedule.target_level
+            check_reachable("schedule: target_level", self._target_level, self._patterns)
+        self.set_sparsity_level(config.initial_level)
+        if config.initial_level > 0:
+            self._adapt_batchnorm()
 
     def group_scores(self, infos: Sequence[SparseModuleInfo]) -> Scores:
         """The criterion's importance; a block's is the mean over its elements."""

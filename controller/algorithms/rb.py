@@ -20,9 +20,8 @@ from ..api import CompressionStage
 from ..config.algorithm import ScheduledConfig, ScheduleField, default_schedule
 from ..config.declaration import NotNegative
 from ..config.schedule import ExponentialSchedule
-from ..config.state import check_keys, integer
-from ..masks.learned import read_scores, scores_state
-from ..masks.statistics import SparsityStatistics, Statistics
+from ..config.state import integer
+from ..masks.statistics import SparsifiedModelStatistics, SparsityStatistics
 from ..masks.weight import SparseModuleInfo, SparseWeight, Target
 from .base import Change
 from .learned import LearnedController
@@ -38,13 +37,9 @@ class RBSparsityConfig(ScheduledConfig):
     ``ScheduledConfig``'s and ``AlgorithmConfig``'s; overrides are of patterns.
 
     Args:
-        algorithm: its name, fixed.
         schedule: of the level that the loss pulls to; by default ``ExponentialSchedule()``.
         compression_lr_multiplier: a factor of the logits' gradients, not negative; None: 1.
         seed: of the draws, from 0 to 2^63 - 1; None: torch's (``torch.initial_seed()``).
-
-    Raises:
-        ValueError: an argument is unknown or out of its range, or two do not go together.
     """
 
     algorithm: Literal["rb_sparsity"] = "rb_sparsity"
@@ -82,6 +77,7 @@ class RBSparsityController(LearnedController):
     """Controls masks that are drawn from trained logits, anew at each ``scheduler.step()``."""
 
     name = "rb_sparsity"
+    scores_name = "logits"
 
     @classmethod
     def make_weights(
@@ -93,9 +89,8 @@ class RBSparsityController(LearnedController):
     def _set_up(self) -> None:
         config: RBSparsityConfig = self.config
         self._draws: Draws = self._weights[0].draws  # pyright: ignore[reportAttributeAccessIssue]
-        self._sparse_loss = SparseLoss(
-            self.sparsified_module_info, local=config.sparsity_level_setting_mode == "local"
-        )
+        local = config.sparsity_level_setting_mode == "local"
+        self._sparse_loss = SparseLoss(self._weights, local=local)
         self._loss = self._sparse_loss
         self.disable_scheduler()
         if config.schedule is not None:
@@ -117,24 +112,15 @@ class RBSparsityController(LearnedController):
 
     def _find_masks(self, infos: list[SparseModuleInfo], level: float) -> Change:
         """Set the level that the loss pulls to; training takes the masks there."""
-        targets = [None] if infos is self.sparsified_module_info else infos
-        for info in targets:
-            self._sparse_loss.check_target(info)
-
-        def write() -> None:
-            for info in targets:
-                self._sparse_loss.set_target(1 - level, info)
-
-        return write
+        target = None if infos is self.sparsified_module_info else infos[0].operand
+        self._sparse_loss.check_target(target)
+        return lambda: self._sparse_loss.set_target(1 - level, target)
 
     def compression_stage(self) -> CompressionStage:
         stage = super().compression_stage()
         if stage is CompressionStage.FULLY_COMPRESSED and self._sparse_loss.local:
-            for info, density in zip(
-                self.sparsified_module_info, self._sparse_loss.densities, strict=True
-            ):
-                operand = info.operand
-                if operand.pruned_groups() < round((1 - density) * operand.groups) - 1:
+            for weight, density in zip(self._weights, self._sparse_loss.densities, strict=True):
+                if weight.pruned_groups() < round((1 - density) * weight.groups) - 1:
                     return CompressionStage.PARTIALLY_COMPRESSED
         return stage
 
@@ -151,28 +137,22 @@ class RBSparsityController(LearnedController):
             )
         torch.distributed.broadcast(self._draws.random, src=0)
 
-    def statistics(self, quickly_collected_only: bool = False) -> Statistics:
-        found: SparsityStatistics = getattr(super().statistics(), self.name)
-        with torch.no_grad():
-            kept = sum(op.scores.sigmoid().sum(dtype=torch.float64) for op in self._weights)
-        mean = 1 - float(kept) / sum(operand.groups for operand in self._weights)
-        own = RBSparsityStatistics(found.model_statistics, found.target_sparsity_level, mean)
-        return Statistics(**{self.name: own})
+    @torch.no_grad()
+    def _statistics(
+        self, model: SparsifiedModelStatistics, level: float | None
+    ) -> SparsityStatistics:
+        kept = sum(weight.scores.sigmoid().sum(dtype=torch.float64) for weight in self._weights)
+        mean = 1 - float(kept) / sum(weight.groups for weight in self._weights)
+        return RBSparsityStatistics(model, level, mean)
 
-    def _own_state(self) -> dict[str, Any]:
+    def _state_beside_scores(self) -> dict[str, Any]:
         seed, draw = self._draws.random.tolist()
-        return {"seed": seed, "draw": draw, "logits": scores_state(self.sparsified_module_info)}
+        return {"seed": seed, "draw": draw}
 
-    def _read_own_state(self, state: Mapping[str, Any]) -> Change:
-        check_keys("algorithm_state", state, ("seed", "draw", "logits"))
+    def _read_beside_scores(self, state: Mapping[str, Any]) -> Change:
         numbers = [integer(state, "seed", end=2**63), integer(state, "draw", end=2**32)]
-        logits = read_scores(state["logits"], self.sparsified_module_info)
 
-        @torch.no_grad()
         def take() -> None:
-            for weight, saved in zip(self._weights, logits, strict=True):
-                weight.scores.copy_(saved)
-            random = self._draws.random
-            random.copy_(torch.tensor(numbers, device=random.device))
+            self._draws.random.copy_(torch.tensor(numbers))
 
         return take

@@ -55,7 +55,7 @@ class CompressionScheduler:
         """Begin an optimiser step.
 
         Args:
-            next_step: its index, from 0; by default one more than the current.
+            next_step: its index; by default one more than the current.
 
         Raises:
             ValueError: ``next_step`` is no integer from 0.
@@ -112,12 +112,7 @@ class StubScheduler(CompressionScheduler):
 
 
 class EpochLength:
-    """How many optimiser steps an epoch has: as configured, or as many as the first had.
-
-    Args:
-        configured: steps; None: they are counted.
-        advice: what else an error says.
-    """
+    """How many optimiser steps an epoch has: as configured, or, with None, as the first had."""
 
     def __init__(self, configured: int | None, advice: str = "") -> None:
         self.configured = self.known = configured

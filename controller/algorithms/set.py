@@ -18,9 +18,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from ...kernels.launch import Backend
-from ...kernels.mask import make_mask
-from ...kernels.select import select
+from ...kernels.cut import keep_highest
 from ..config.algorithm import AlgorithmConfig
 from ..config.declaration import Level, Positive, Share, Whole
 from ..masks.names import canonical
@@ -48,9 +46,6 @@ class RegrowthConfig(AlgorithmConfig):
             to 0 at ``t_end``.
         delta_t: optimiser steps between two updates, and before the first.
         seed: of random masks and growth; the same on every rank.
-
-    Raises:
-        ValueError: an argument is missing, unknown or out of its range, or no update would happen.
     """
 
     sets_levels_by = "the level holds from the start, params.level"
@@ -227,20 +222,10 @@ class SETController(BaseSparsityAlgoController):
 
 
 def _highest(info: SparseModuleInfo, scores: Tensor, count: int, *, among: Tensor) -> Tensor:
-    """Return a bool grid: the ``count`` groups of highest |score| among some, the first of equals.
-
-    Raises:
-        ValueError: a score is NaN or Inf.
-    """
-    backend: Backend = info.operand.backend
-    candidates = scores[among][None]
-    threshold = select([candidates], candidates.numel() - count, backend=backend)
-    if threshold.nonfinite:
+    grid = keep_highest(scores, count, among, info.operand.backend)
+    if grid is None:
         raise ValueError(
             f"set_sparsity_level: the importance of {info.module_node_name!r} holds NaN or Inf; "
             "masks are left as they were"
         )
-    (chosen,) = make_mask([candidates], threshold, packed=False, backend=backend)
-    grid = torch.zeros_like(among)
-    grid[among] = chosen[0]
     return grid

@@ -106,9 +106,6 @@ class BatchNormAdaptation(Declaration):
     Args:
         num_bn_adaptation_samples: inputs to run through the model, rounded up to whole batches; 0
             runs none.
-
-    Raises:
-        ValueError: an argument is unknown or out of its range.
     """
 
     num_bn_adaptation_samples: Whole = 2000
@@ -122,9 +119,6 @@ class Override(Declaration):
         pattern: their pattern; None: the configuration's.
         minimum_level: each of them is pruned at least this far, in [0, 1).
         maximum_level: each of them is pruned at most this far, in [0, 1].
-
-    Raises:
-        ValueError: an argument is unknown or out of its range, or the limits cross.
     """
 
     scope: Scope
@@ -143,7 +137,7 @@ class Override(Declaration):
 
 
 class AlgorithmConfig(Declaration):
-    """Base of the algorithms' configurations.
+    """Base of the algorithms' configurations; ``algorithm``, a subclass's field, is its name.
 
     Args:
         pattern: what is pruned together. Under ``NM`` a level counts elements, and a schedule may
@@ -157,9 +151,6 @@ class AlgorithmConfig(Declaration):
         validate_scopes: whether a scope that matches nothing is an error.
         overrides: patterns and limits of single weights.
         batchnorm_adaptation: None runs none.
-
-    Raises:
-        ValueError: an argument is unknown or out of its range, or two do not go together.
     """
 
     # whether masks are chosen within tuples; else an element or a block has a fate of its own
@@ -199,9 +190,6 @@ class ScheduledConfig(AlgorithmConfig):
             together; ``"local"``: no schedule, each weight's is set through the controller.
         schedule: which level holds when, the initial one included. None in ``local`` mode.
         sparsity_init: in ``local`` mode the level before any is set, in [0, 1).
-
-    Raises:
-        ValueError: an argument is unknown or out of its range, or two do not go together.
     """
 
     sparsity_level_setting_mode: Literal["global", "local"] = "global"

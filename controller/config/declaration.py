@@ -40,7 +40,12 @@ Share = Annotated[Finite, Field(ge=0, le=1)]
 
 
 class Declaration(BaseModel):
-    """Base of schedules and configurations."""
+    """Base of schedules and configurations: frozen.
+
+    Raises:
+        DeclarationError: an argument, by its keyword, is missing, unknown or out of its range, or
+            two do not go together.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 

@@ -48,9 +48,6 @@ class PolynomialSchedule(_Ramp):
         update_per_optimizer_step: change the level at each optimiser step, not each epoch.
         steps_per_epoch: optimiser steps in an epoch, for ``update_per_optimizer_step``; None: the
             scheduler spends the first epoch counting them.
-
-    Raises:
-        ValueError: an argument is unknown or out of its range.
     """
 
     kind: Literal["polynomial"] = Field(default="polynomial", repr=False)
@@ -87,9 +84,6 @@ class ExponentialSchedule(_Ramp):
     Args:
         initial_level, target_level, target_epoch, freeze_epoch: as any ramp's; with T below I it
             is T at once.
-
-    Raises:
-        ValueError: an argument is unknown or out of its range.
     """
 
     kind: Literal["exponential"] = Field(default="exponential", repr=False)
@@ -113,9 +107,6 @@ class MultistepSchedule(Declaration):
         initial_level: the level before the first epoch, in [0, 1); by default ``levels[0]``.
         freeze_epoch: masks are frozen once the level of this epoch is applied, but not before
             the last of ``steps``.
-
-    Raises:
-        ValueError: an argument is unknown or out of its range, or the lengths do not fit.
     """
 
     kind: Literal["multistep"] = Field(default="multistep", repr=False)
@@ -179,9 +170,6 @@ class AdaptiveSchedule(Declaration):
         eps: how far the measured level may lag behind and still have kept up, at least 0.
         patience: epochs that the model must have kept up for.
         freeze_epoch: masks are frozen once the level of this epoch is applied.
-
-    Raises:
-        ValueError: an argument is unknown or out of its range.
     """
 
     kind: Literal["adaptive"] = Field(default="adaptive", repr=False)

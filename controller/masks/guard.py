@@ -45,20 +45,15 @@ from torch.utils.hooks import RemovableHandle
 
 from .linear import note_adapter
 from .optimizers import keeps_zeros, moments, parameters_of
-from .weight import SparseModuleInfo, SparseWeight, clear_, drop_foreign, leaks, take_values
+from .weight import SparseWeight, clear_, drop_foreign, leaks, take_values
 
 
 class Guard:
-    """Keeps the zeros of some weights of one model, from creation until ``release``.
+    """Keeps the zeros of some weights of one model, from creation until ``release``."""
 
-    Args:
-        model: whose forward pass begins a step.
-        infos: the weights.
-    """
-
-    def __init__(self, model: nn.Module, infos: Sequence[SparseModuleInfo]) -> None:
-        self.weights = [info.operand for info in infos]
-        self.users = [(*place, info.operand) for info in infos for place in info.places]
+    def __init__(self, model: nn.Module, weights: Sequence[SparseWeight]) -> None:
+        self.weights = list(weights)
+        self.users = [(*place, weight) for weight in weights for place in weight.target.users]
         self.released = False
         # until training begins a state may be loaded, whose masks are others
         self.began = False
@@ -76,12 +71,12 @@ class Guard:
         # what an optimiser is at work on
         self._stepping: set[SparseWeight] = set()
         self._stepped: set[SparseWeight] = set()
-        self._handles = [model.register_forward_pre_hook(_BeforeForward(self))]
+        self._handles = [model.register_forward_pre_hook(_ModuleHook(self, "before_forward"))]
         self._names_in: dict[int, tuple[str, ...]] = {}
         for module in dict.fromkeys(module for module, _, _ in self.users):
             names = tuple(name for owner, name, _ in self.users if owner is module)
             self._names_in[id(module)] = names
-            hook = _AfterLoad(self, names)
+            hook = _ModuleHook(self, "after_load")
             self._handles.append(module.register_load_state_dict_post_hook(hook))
         _hook_torch()
         _GUARDS.add(self)
@@ -139,7 +134,7 @@ class Guard:
 
     # what torch tells
 
-    def before_forward(self, model: nn.Module) -> None:
+    def before_forward(self, model: nn.Module, _: Any) -> None:
         if not (model.training and torch.is_grad_enabled()):
             return
         if self._pending:  # of a backward pass that has failed
@@ -160,8 +155,8 @@ class Guard:
             "before a forward pass of training",
         )
 
-    def after_load(self, module: nn.Module, names: Sequence[str]) -> None:
-        loaded = [self._weight_at[id(module), name] for name in names]
+    def after_load(self, module: nn.Module, _: Any) -> None:
+        loaded = [self._weight_at[id(module), name] for name in self._names_in[id(module)]]
         loaded = [
             weight
             for weight in loaded
@@ -294,19 +289,11 @@ class Guard:
         self._gradient_hooks[weight] = handle
 
 
-def release_guards(infos: Sequence[SparseModuleInfo]) -> None:
-    """Let whoever guards these weights go."""
-    for info in infos:
-        for module, _ in info.places:
-            for hook in list(module._load_state_dict_post_hooks.values()):
-                if isinstance(hook, _AfterLoad) and info.operand in hook.guard.weights:
-                    hook.guard.release()
-
-
-def is_guarded(module: nn.Module, parameter_name: str) -> bool:
-    """Tell whether a controller has this weight under a mask."""
+def guards_of(module: nn.Module, parameter_name: str) -> list[Guard]:
+    """List the guards that have this weight under a mask: one, or none."""
     hooks = module._load_state_dict_post_hooks.values()
-    return any(isinstance(h, _AfterLoad) and parameter_name in h.names for h in hooks)
+    guards = [hook.guard for hook in hooks if isinstance(hook, _ModuleHook)]
+    return [guard for guard in guards if (id(module), parameter_name) in guard._weight_at]
 
 
 def _clear_rows(weight: SparseWeight, gradient: Tensor) -> None:
@@ -332,8 +319,13 @@ class _ModuleHook:
     masks, it becomes a method of the standard library that takes anything and does nothing.
     """
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Guard, method: str) -> None:
         self.guard = guard
+        self._method = method
+
+    def __call__(self, module: nn.Module, more: Any) -> None:
+        if not torch.compiler.is_compiling():
+            getattr(self.guard, self._method)(module, more)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
@@ -346,21 +338,6 @@ def drop_remains(model: nn.Module) -> None:
             for key, hook in list(hooks.items()):
                 if getattr(hook, "__func__", None) is nullcontext.__exit__:
                     del hooks[key]
-
-
-class _BeforeForward(_ModuleHook):
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.guard.before_forward(module)
-
-
-class _AfterLoad(_ModuleHook):
-    def __init__(self, guard: Guard, names: tuple[str, ...]) -> None:
-        super().__init__(guard)
-        self.names = names
-
-    def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
-        self.guard.after_load(module, self.names)
 
 
 # Torch tells these of every optimiser and module of the process. Its hooks are hung up with the

@@ -7,18 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .linear import conv1d_of
 
 _LINEAR = (nn.Linear, nn.Bilinear)
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -54,7 +47,7 @@ def is_known(module: nn.Module, name: str, parameter: Tensor) -> bool:
     """Tell whether a parameter is a weight by its module's kind."""
     return (
         is_linear(module, name, parameter)
-        or (isinstance(module, (*_CONVOLUTIONS, *_EMBEDDINGS)) and name == "weight")
+        or (isinstance(module, (_ConvNd, *_EMBEDDINGS)) and name == "weight")
         or (isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and name.startswith("weight_"))
     )
 

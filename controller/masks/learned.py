@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...kernels.learned_mask import scale_gradient
 from .linear import restore_class, skip_blocks
 from .module import MaskedModule, become
-from .weight import SparseModuleInfo, SparseWeight, Target, take_values
+from .weight import SparseWeight, Target, take_values
 
 _WEIGHTS = "_learned_weights"
 
@@ -269,34 +269,18 @@ def _scores_name(parameter: str) -> str:
     return f"{parameter}_scores"
 
 
-def learned_weights(infos: Sequence[SparseModuleInfo]) -> list[LearnedWeight]:
-    """Return the operands of ``infos``, which all have scores."""
-    weights = [info.operand for info in infos]
-    assert all(isinstance(weight, LearnedWeight) for weight in weights)
-    return weights  # pyright: ignore[reportReturnType]
-
-
-def scores_state(infos: Sequence[SparseModuleInfo]) -> dict[str, Tensor]:
-    """Return each weight's scores by name, on the CPU."""
-    return {
-        info.module_node_name: weight.scores.detach().cpu().clone()
-        for info, weight in zip(infos, learned_weights(infos), strict=True)
-    }
-
-
-def read_scores(state: Mapping[str, Any], infos: Sequence[SparseModuleInfo]) -> list[Tensor]:
-    """Return ``scores_state``'s tensors in the order of ``infos``.
+def read_scores(state: Any, weights: Sequence[LearnedWeight]) -> list[Tensor]:
+    """Return the scores of a saved state, which has them by name, in the order of ``weights``.
 
     Raises:
         ValueError: the state is of another model or structure, or damaged.
     """
-    if not isinstance(state, Mapping) or set(state) != {i.module_node_name for i in infos}:
+    if not isinstance(state, Mapping) or set(state) != {weight.name for weight in weights}:
         raise ValueError("load_state: the scores are of another model")
-    for info, weight in zip(infos, learned_weights(infos), strict=True):
-        name, saved = info.module_node_name, state[info.module_node_name]
-        want = weight.scores
+    for weight in weights:
+        saved, want = state[weight.name], weight.scores
         if not isinstance(saved, Tensor) or (saved.shape, saved.dtype) != (want.shape, want.dtype):
             raise ValueError(
-                f"load_state: scores of {name!r} must be {want.dtype} {tuple(want.shape)}"
+                f"load_state: scores of {weight.name!r} must be {want.dtype} {tuple(want.shape)}"
             )
-    return [state[info.module_node_name] for info in infos]
+    return [state[weight.name] for weight in weights]

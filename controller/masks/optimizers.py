@@ -11,32 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor, nn
-from torch.optim import (
-    SGD,
-    Adadelta,
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    NAdam,
-    Optimizer,
-    RAdam,
-    RMSprop,
-    SparseAdam,
-)
+from torch import Tensor, nn, optim
+from torch.optim import Optimizer
 
 ELEMENTWISE = (
-    SGD,
-    Adadelta,
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    NAdam,
-    RAdam,
-    RMSprop,
-    SparseAdam,
+    *(optim.SGD, optim.Adadelta, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW),
+    *(optim.NAdam, optim.RAdam, optim.RMSprop, optim.SparseAdam),
 )
 
 # what torch's optimisers, Muon and most others call the moments that they keep of each element;

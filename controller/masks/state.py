@@ -20,20 +20,17 @@ def masks_state(infos: Sequence[SparseModuleInfo]) -> dict[str, dict[str, Any]]:
     where it is kept; None where none are retained.
     """
     return {
-        info.module_node_name: {
-            "shape": list(info.operand.weight_shape),
-            "pattern": str(info.operand.pattern),
-            "mask": pack(info.operand.kept_grid()).cpu(),
-            "values": _retained(info.operand),
+        weight.name: {
+            "shape": list(weight.weight_shape),
+            "pattern": str(weight.pattern),
+            "mask": pack(weight.kept_grid()).cpu(),
+            # those kept for good, not until training begins
+            "values": None
+            if weight.values is None or not weight.keeps_values
+            else weight.values.to("cpu", copy=True),
         }
-        for info in infos
+        for weight in (info.operand for info in infos)
     }
-
-
-def _retained(weight: SparseWeight) -> Tensor | None:
-    """Return a copy of the values that are kept for good, not until training begins."""
-    values = weight.values if weight.keeps_values else None
-    return None if values is None else values.to("cpu", copy=True)
 
 
 def with_names_of(infos: Sequence[SparseModuleInfo], state: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,9 +44,9 @@ def with_names_of(infos: Sequence[SparseModuleInfo], state: Mapping[str, Any]) -
     """
     weights = state.get("weights")
     names = [info.module_node_name for info in infos]
-    found = match(names, weights) if isinstance(weights, Mapping) else None
-    if found is None or len(found) != len(weights or ()):
-        there = set(weights) if isinstance(weights, Mapping) else set()
+    there = set(weights) if isinstance(weights, Mapping) else set()
+    found = match(names, there)
+    if found is None or len(found) != len(there):
         raise ValueError(
             "load_state: state is of another model; "
             f"without a mask there: {sorted(set(names) - there)}, "
@@ -77,14 +74,12 @@ def read_masks(
     """
     found = []
     for info in infos:
-        name, operand = info.module_node_name, info.operand
+        operand, name = info.operand, info.module_node_name
         saved = weights[name]
         if not isinstance(saved, Mapping):
             raise ValueError(f"load_state: {name!r} must have a mapping, got {saved!r}")
-        for key, here in (
-            ("shape", list(operand.weight_shape)),
-            ("pattern", str(operand.pattern)),
-        ):
+        wanted = {"shape": list(operand.weight_shape), "pattern": str(operand.pattern)}
+        for key, here in wanted.items():
             if saved.get(key) != here:
                 raise ValueError(
                     f"load_state: {key} of {name!r} must be {here}, got {saved.get(key)}"
@@ -105,12 +100,7 @@ def read_masks(
 def _read_values(values: Any, grid: Tensor, weight: SparseWeight) -> Tensor | None:
     if values is None:
         return None
-    shape = weight.shape
-    if not weight.packed:
-        rows, cols = weight.pattern.rows, weight.pattern.cols
-        kept = grid.repeat_interleave(rows, 0)[: shape[0]]
-        kept = kept.repeat_interleave(cols, 1)[:, : shape[1]]
-        shape = (int(kept.numel() - kept.sum()),)
+    shape = weight.shape if weight.packed else (weight.elements_of(~grid),)
     if not isinstance(values, Tensor) or values.shape != shape or not values.is_floating_point():
         raise ValueError(
             f"load_state: values of {weight.name!r} must be the pruned elements, float {shape}"

@@ -94,11 +94,8 @@ class SparsityStatistics:
             for layer in model.sparsified_layers_summary
         ]
         headers = ("Layer", "Weight", "Pattern", "Level", "% of parameters", "Threshold", "Path")
-        return (
-            tabulate(figures, disable_numparse=True)
-            + "\n\n"
-            + tabulate(layers, headers, disable_numparse=True)
-        )
+        tables = ((figures, ()), (layers, headers))
+        return "\n\n".join(tabulate(rows, head, disable_numparse=True) for rows, head in tables)
 
 
 class Statistics(SimpleNamespace):
@@ -109,42 +106,32 @@ class Statistics(SimpleNamespace):
         return "\n\n".join(f"{name}\n{part.to_str()}" for name, part in vars(self).items())
 
 
-def collect_layers(
-    infos: Sequence[SparseModuleInfo], thresholds: Mapping[str, Tensor], parameters: int
-) -> tuple[SparsifiedLayerSummary, ...]:
-    """Count each weight's groups. Synchronises with the device.
-
-    Args:
-        infos: the masked weights.
-        thresholds: scalar tensor of the last threshold by name.
-        parameters: elements of all parameters of the model.
-    """
-    return tuple(
-        SparsifiedLayerSummary(
-            name=(name := info.module_node_name),
-            weight_shape=tuple(info.operand.weight_shape),
-            pattern=str(info.operand.pattern),
-            groups=info.operand.groups,
-            pruned_groups=info.operand.pruned_groups(),
-            pruned_elements=info.operand.pruned_elements(),
-            weight_percentage=100 * info.operand.weight_shape.numel() / parameters,
-            threshold=float(thresholds[name]) if name in thresholds else None,
-            path=info.operand.path,
-        )
-        for info in infos
-    )
-
-
 def summarise(
     model: nn.Module, infos: Sequence[SparseModuleInfo], thresholds: Mapping[str, Tensor]
 ) -> SparsifiedModelStatistics:
-    """Put the layers' figures together."""
+    """Count each weight's groups, and put the figures together; ``thresholds`` are scalar
+    tensors, by name. Synchronises with the device.
+    """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     parameters -= sum(scores.numel() for scores in score_parameters(model))
-    layers = collect_layers(infos, thresholds, parameters)
+    weights = [info.operand for info in infos]
+    layers = tuple(
+        SparsifiedLayerSummary(
+            name=weight.name,
+            weight_shape=tuple(weight.weight_shape),
+            pattern=str(weight.pattern),
+            groups=weight.groups,
+            pruned_groups=weight.pruned_groups(),
+            pruned_elements=weight.pruned_elements(),
+            weight_percentage=100 * weight.weight_shape.numel() / parameters,
+            threshold=float(thresholds[weight.name]) if weight.name in thresholds else None,
+            path=weight.path,
+        )
+        for weight in weights
+    )
+    groups = sum(layer.groups for layer in layers)
     return SparsifiedModelStatistics(
-        sparsity_level=sum(layer.pruned_elements for layer in layers) / parameters,
-        sparsity_level_for_layers=sum(layer.pruned_groups for layer in layers)
-        / sum(layer.groups for layer in layers),
-        sparsified_layers_summary=layers,
+        sum(layer.pruned_elements for layer in layers) / parameters,
+        sum(layer.pruned_groups for layer in layers) / groups,
+        layers,
     )

@@ -43,7 +43,7 @@ def strip_masks(
         raise ValueError(
             f"strip_model: {type(model).__name__} holds no masks; it is stripped already"
         )
-    places = list(users) if controlled else _places_in(model, guards)
+    places = users if controlled else _places_in(model, guards)
     if strip_format == StripFormat.SEMI_STRUCTURED:
         _check_semi_structured(places)
     if controlled:
@@ -58,12 +58,11 @@ def strip_masks(
         for module in dict.fromkeys(module for module, _, _ in users):
             restore_class(module)
             read_plain(module)
+        for weight in weights:
+            weight.values = None
     drop_remains(model)
     # the weights of a model that is no longer guarded, or never was
     _fold(places, warn=not controlled)
-    if controlled and not do_copy:
-        for weight in weights:
-            weight.values = None
     if strip_format == StripFormat.SEMI_STRUCTURED:
         _pack(places)
     return model
@@ -126,14 +125,18 @@ def _fold(places: Sequence[User], *, warn: bool) -> None:
         )
 
 
+def _is_2_4(weight: SparseWeight) -> bool:
+    return isinstance(weight.pattern, NM) and (weight.pattern.n, weight.pattern.m) == (2, 4)
+
+
+def _packed(module: nn.Module, name: str) -> Tensor:
+    return pack_semi_structured(getattr(module, name).detach().contiguous())
+
+
 def _check_semi_structured(places: Sequence[User]) -> None:
     """Refuse what cannot be packed before anything is changed."""
-    found = False
+    places = [place for place in places if _is_2_4(place[2])]
     for module, name, weight in places:
-        pattern = weight.pattern
-        if not isinstance(pattern, NM) or (pattern.n, pattern.m) != (2, 4):
-            continue
-        found = True
         refused = f"strip_model: {weight.name!r} cannot become semi-structured: "
         if not isinstance(module, nn.Linear):
             raise ValueError(f"{refused}it must be a Linear, got {type(module).__name__}")
@@ -142,10 +145,10 @@ def _check_semi_structured(places: Sequence[User]) -> None:
             level = weight.pruned_elements() / weight.groups
             raise ValueError(f"{refused}its level must be at least 0.5, got {level:g}")
         try:
-            pack_semi_structured(module._parameters[name].detach().contiguous())  # pyright: ignore[reportOptionalMemberAccess]
+            _packed(module, name)
         except ValueError as error:
             raise ValueError(f"{refused}{error}") from None
-    if not found:
+    if not places:
         raise ValueError(
             "strip_model: strip_format 'semi_structured' needs a Linear under NM(2, 4), got none"
         )
@@ -155,9 +158,7 @@ def _pack(places: Sequence[User]) -> None:
     """Make the weights under 2:4 semi-structured; a tied one is packed once."""
     known: dict[SparseWeight, nn.Parameter] = {}
     for module, name, weight in places:
-        if isinstance(weight.pattern, NM) and (weight.pattern.n, weight.pattern.m) == (2, 4):
+        if _is_2_4(weight):
             if weight not in known:
-                dense = module._parameters[name].detach().contiguous()  # pyright: ignore[reportOptionalMemberAccess]
-                packed = pack_semi_structured(dense)
-                known[weight] = nn.Parameter(packed, requires_grad=False)
+                known[weight] = nn.Parameter(_packed(module, name), requires_grad=False)
             setattr(module, name, known[weight])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ...kernels.pattern import NM
 from ..config.algorithm import AlgorithmConfig
 from ..config.scope import check_scopes, matches
-from .guard import is_guarded
+from .guard import guards_of
 from .kinds import (
     adapters,
     holds_experts,
@@ -227,7 +227,7 @@ def _check_weight(target: Target) -> None:
             "yet; create the controller before the model is sharded"
         )
     for module, name in target.users:
-        if is_guarded(module, name):
+        if guards_of(module, name):
             raise ValueError(
                 f"create_controller: {target.name!r} is under the masks of another controller; "
                 "strip the model first, or put all algorithms into one configuration"

@@ -169,11 +169,7 @@ class SparseWeight:
         return weight.device == self.mask.device and weight.dtype == self._dtype
 
     def check_fits(self, weight: Tensor) -> None:
-        """Refuse a weight that the mask cannot be of.
-
-        Raises:
-            ValueError: as ``follow``.
-        """
+        """Refuse a weight that the mask cannot be of, as ``follow`` does."""
         wide = weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         if weight.shape != self.weight_shape or not wide:
             raise ValueError(
@@ -213,7 +209,12 @@ class SparseWeight:
 
     @property
     def binary_mask(self) -> Tensor:
-        """Bool tensor of the weight's shape, True = kept. A copy: assign to change the mask."""
+        """Bool tensor of the weight's shape, True = kept. A copy: assign to change the mask.
+
+        Raises:
+            ValueError: what is assigned has another shape, differs within a group, or keeps too
+                many of one.
+        """
         self.settle()
         return self.like_weight(expand_mask(self.mask, self.pattern, self.shape))
 
@@ -227,11 +228,7 @@ class SparseWeight:
             self.set_grid(grid)
 
     def _grid_of(self, mask: Tensor) -> Tensor:
-        """Return the bool grid of a mask of the weight's shape.
-
-        Raises:
-            ValueError: it has another shape, differs within a group, or keeps too many of one.
-        """
+        """Return the bool grid of a mask of the weight's shape."""
         if mask.shape != self.weight_shape:
             raise ValueError(
                 f"binary_mask: must have the shape {tuple(self.weight_shape)} of {self.name!r}, "
@@ -275,9 +272,13 @@ class SparseWeight:
         self.settle()
         if self.packed or self.all_kept:
             return self.groups - self.kept
+        return self.elements_of(~self.mask)
+
+    def elements_of(self, blocks: Tensor) -> int:
+        """Count the elements in the blocks that are True: those at the edges have fewer."""
         rows, cols = self.pattern.rows, self.pattern.cols
-        heights, widths = side_lengths(self.shape, rows, cols, device=self.mask.device)
-        return int((~self.mask * heights * widths).sum())
+        heights, widths = side_lengths(self.shape, rows, cols, device=blocks.device)
+        return int((blocks * heights * widths).sum())
 
     def set_grid(self, grid: Tensor) -> None:
         """Take over a bool grid, in place. The parameter is the caller's to bring in line."""
@@ -470,39 +471,30 @@ def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def leaks(weights: Sequence[SparseWeight], tensors: Sequence[Tensor] | None = None) -> list[int]:
-    """Count what is not zero though it is pruned. Waits for the device once.
-
-    Args:
-        weights: whose masks.
-        tensors: one each, of its weight's shape; None: the weights themselves.
-    """
-    tensors = [weight.weight for weight in weights] if tensors is None else tensors
-    counts = [0] * len(weights)
-    places = [i for i, weight in enumerate(weights) if not weight.all_kept]
+def leaks(weights: Sequence[SparseWeight]) -> list[int]:
+    """Count, in each weight, what is not zero though it is pruned. Waits for the device once."""
+    pairs = [(weight, weight.weight.detach()) for weight in weights if not weight.all_kept]
     found: list[Tensor] = []
-    order: list[int] = []
-    pairs = [(weights[i], (i, tensors[i].detach())) for i in places]
+    order: list[SparseWeight] = []
     for pattern, backend, members in _alike(pairs):
-        matrices = [weight.matrix(tensor) for weight, (_, tensor) in members]
-        masks = [weight.mask_for(tensor) for weight, (_, tensor) in members]
+        matrices = [weight.matrix(tensor) for weight, tensor in members]
+        masks = [weight.mask_for(tensor) for weight, tensor in members]
         found.append(count_leaks(matrices, masks, pattern, backend=backend))
-        order += [i for _, (i, _) in members]
-    if found:
-        for i, count in zip(order, torch.cat(found).tolist(), strict=True):
-            counts[i] = count
-    return counts
+        order += [weight for weight, _ in members]
+    counts = torch.cat(found).tolist() if found else []
+    by_weight = dict(zip(order, counts, strict=True))
+    return [by_weight.get(weight, 0) for weight in weights]
 
 
 def _alike(
-    pairs: Sequence[tuple[SparseWeight, Any]],
-) -> Iterator[tuple[Pattern, Backend, list[tuple[SparseWeight, Any]]]]:
+    pairs: Sequence[tuple[SparseWeight, Tensor]],
+) -> Iterator[tuple[Pattern, Backend, list[tuple[SparseWeight, Tensor]]]]:
     """Part pairs by what one launch has in common."""
-    found: dict[tuple[Pattern, Backend], list[tuple[SparseWeight, Any]]] = {}
-    for weight, other in pairs:
-        found.setdefault((weight.pattern, weight.backend), []).append((weight, other))
-    for (pattern, backend), members in found.items():
-        yield pattern, backend, members
+    found: dict[tuple[Pattern, Backend], list[tuple[SparseWeight, Tensor]]] = {}
+    for pair in pairs:
+        found.setdefault((pair[0].pattern, pair[0].backend), []).append(pair)
+    for alike, members in found.items():
+        yield *alike, members
 
 
 def drop_foreign(weights: Sequence[SparseWeight], when: str) -> None:

@@ -147,29 +147,20 @@ def random_numbers(shape: tuple[int, int], *seed: int) -> Tensor:
 
 def criterion(name: WeightImportance) -> Criterion:
     """Return the criterion that a configuration names."""
-    match name:
-        case "abs":
-            return magnitude
-        case "normed_abs":
-            return normed_magnitude
-        case "snip":
-            return snip
-        case "snip_momentum":
-            return snip_momentum
-        case "wanda":
-            return wanda
-        case "random":
-            return random
+    return {
+        "abs": magnitude,
+        "normed_abs": normed_magnitude,
+        "snip": snip,
+        "snip_momentum": snip_momentum,
+        "wanda": wanda,
+        "random": random,
+    }[name]
 
 
 def check_gradients(
     name: WeightImportance, infos: Sequence[SparseModuleInfo], importances: Sequence[Importance]
 ) -> None:
-    """Refuse a pool whose gradients say nothing: of equals the masks would go by position.
-
-    Raises:
-        RuntimeError: the importance is 0 throughout.
-    """
+    """Refuse a pool whose gradients say nothing: of equals the masks would go by position."""
     if not torch.stack([found.values.any() for found in importances]).any():
         raise RuntimeError(
             f"{name}: |w g| is 0 throughout the pool of {infos[0].module_node_name!r}, "

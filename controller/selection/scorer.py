@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+from ...kernels.squares import convolution_squares
 from ..masks.weight import SparseModuleInfo
 from .criteria import Evidence, WeightImportance, check_gradients, criterion, scores_by_group
 from .thresholds import Scores
@@ -20,13 +20,7 @@ BY_GRADIENT = ("snip", "snip_momentum")
 
 
 class Scorer:
-    """Scores by a criterion, and what has been gathered for it so far.
-
-    Args:
-        infos: the weights.
-        importance: the criterion's name.
-        seed: of random numbers.
-    """
+    """Scores by a criterion, called ``importance``, and what has been gathered for it so far."""
 
     def __init__(
         self, infos: Sequence[SparseModuleInfo], importance: WeightImportance, seed: int
@@ -56,9 +50,7 @@ class Scorer:
         """
         if self.importance != "snip_momentum":
             return
-        used = [
-            (info, gradient) for info in self._infos if (gradient := info.weight.grad) is not None
-        ]
+        used = [(i, gradient) for i in self._infos if (gradient := i.weight.grad) is not None]
         if not used:
             return
         # stays on the device: a step must not wait for it
@@ -104,13 +96,8 @@ class Scorer:
 
         Where the next update looks at gradients, the weights' present ones are part of it.
         """
-        gradients: dict[str, Tensor] = {}
-        if self.importance in BY_GRADIENT:
-            gradients = {
-                info.module_node_name: gradient
-                for info in self._infos
-                if (gradient := info.weight.grad) is not None
-            }
+        looks = self._infos if self.importance in BY_GRADIENT else []
+        gradients = {i.module_node_name: g for i in looks if (g := i.weight.grad) is not None}
         return {
             # copies: the next backward pass may add to a gradient in place
             key: {name: tensor.detach().to("cpu", copy=True) for name, tensor in gathered.items()}
@@ -183,6 +170,8 @@ def _measure(
     """Return a forward hook that adds up squared inputs a column of the weight's matrix."""
     name, module = info.module_node_name, info.module
     convolves = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    keys = ("stride", "padding", "dilation", "groups")
+    settings: Any = {key: getattr(module, key, None) for key in keys}
     plain = convolves and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     if not (isinstance(module, nn.Linear) or info.operand.transposed or plain):
         raise ValueError(
@@ -197,7 +186,7 @@ def _measure(
         if x.numel() == 0:  # an expert that no token has gone to
             return
         if convolves:
-            total, count = _convolution_inputs(module, x, output)
+            total, count = convolution_squares(x, output, info.weight.shape, **settings)
         else:
             rows = x.reshape(-1, x.shape[-1])
             total, count = rows.square().sum(0), len(rows)
@@ -206,19 +195,3 @@ def _measure(
         sums[name] = total, count
 
     return add
-
-
-def _convolution_inputs(module: Any, x: Tensor, output: Tensor) -> tuple[Tensor, int]:
-    """Sum the squares that each kernel element meets: the weight gradient for squares and ones."""
-    gradient = {3: conv1d_weight, 4: conv2d_weight, 5: conv3d_weight}[module.weight.ndim]
-    if x.ndim < module.weight.ndim:  # without a batch
-        x, output = x[None], output[None]
-    groups, spatial = module.groups, output.shape[2:]
-    ones = x.new_ones((len(x), groups, *spatial))
-    shape = (groups, *module.weight.shape[1:])
-    total = gradient(
-        x.square(), shape, ones, module.stride, module.padding, module.dilation, groups
-    ).flatten(1)
-    # the rows of a group share its inputs
-    rows = total.repeat_interleave(module.out_channels // groups, 0) if groups > 1 else total[0]
-    return rows, len(x) * spatial.numel()

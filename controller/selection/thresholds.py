@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.bits import count_kept
-from ...kernels.mask import make_mask
-from ...kernels.pattern import NM, Pattern, Unstructured, maximum_level
-from ...kernels.select import Threshold, select
-from ...kernels.semi_structured import nm_mask, nm_score
+from ...kernels.cut import Cut, find_cut
+from ...kernels.pattern import Pattern, maximum_level
 from ..config.algorithm import Pool
 from ..masks.weight import SparseModuleInfo
 from .allocation import allocate
@@ -34,19 +32,10 @@ class Scores(NamedTuple):
 
 
 class Pruning(NamedTuple):
-    """A threshold found and not yet applied.
-
-    Under N:M the scores are those of tuples, and ``elements`` has those of their elements. Where
-    nothing or every tuple is pruned there is no threshold, and ``masks`` are found.
-    ``nonfinite`` counts the scores that are NaN or Inf, on the device.
-    """
+    """Where some weights of one pattern are cut; None: nothing is pruned."""
 
     infos: list[SparseModuleInfo]
-    scores: Scores
-    threshold: Threshold | None
-    nonfinite: Tensor
-    elements: list[Tensor]
-    masks: list[Tensor]
+    cut: Cut | None
 
 
 ScoresOf = Callable[[Sequence[SparseModuleInfo]], Scores]
@@ -106,7 +95,7 @@ def find_prunings(
     total = round(share * sum(groups))
     targets = [info.operand.target for info in infos]
     if not limits or all(t.minimum_level <= 0 and t.maximum_level >= 1 for t in targets):
-        return [_threshold(infos, total, scores)]
+        return [_prune(infos, total, scores)]
     # a schedule passes levels below a weight's minimum on its way up
     least = [min(target.minimum_level / most, share) for target in targets]
     minimum = [round(part * n) for part, n in zip(least, groups, strict=True)]
@@ -124,29 +113,26 @@ def find_prunings(
         )
 
     def natural(members: list[int], k: int) -> list[int]:
-        pruning = _threshold([infos[i] for i in members], k, scores)
+        pruning = _prune([infos[i] for i in members], k, scores)
         check_finite([pruning])
-        if pruning.threshold is None:
+        if pruning.cut is None or pruning.cut.threshold is None:
             return [groups[i] if k else 0 for i in members]
-        kept = count_kept(_masks_of(pruning))
+        kept = count_kept(pruning.cut.kept())
         return [groups[i] - n for i, n in zip(members, kept, strict=True)]
 
     fixed, free, left = allocate(total, minimum, maximum, natural)
-    prunings = [_threshold([infos[i]], count, scores) for i, count in fixed.items()]
+    prunings = [_prune([infos[i]], count, scores) for i, count in fixed.items()]
     if free:
-        prunings.append(_threshold([infos[i] for i in free], left, scores))
+        prunings.append(_prune([infos[i] for i in free], left, scores))
     return prunings
 
 
 def check_finite(prunings: Sequence[Pruning]) -> None:
-    """Refuse thresholds of scores that hold NaN or Inf, in one wait for the device.
-
-    Raises:
-        ValueError: one does; the message names the weight.
-    """
-    if prunings and torch.stack([p.nonfinite for p in prunings]).any():
-        for pruning in prunings:
-            for info, tensor in zip(pruning.infos, pruning.scores.tensors, strict=True):
+    """Refuse scores that hold NaN or Inf, by their weight, in one wait for the device."""
+    found = [(pruning.infos, pruning.cut) for pruning in prunings if pruning.cut is not None]
+    if found and torch.stack([cut.nonfinite for _, cut in found]).any():
+        for infos, cut in found:
+            for info, tensor in zip(infos, cut.scores, strict=True):
                 if not torch.isfinite(tensor).all():
                     what = "importance" if torch.isfinite(info.weight).all() else "weight"
                     raise ValueError(
@@ -157,55 +143,21 @@ def check_finite(prunings: Sequence[Pruning]) -> None:
 
 def apply_prunings(prunings: Sequence[Pruning]) -> None:
     """Write the masks, in place. The parameters are the caller's to bring in line."""
-    for pruning in prunings:
-        masks = [info.operand.mask for info in pruning.infos]
-        pattern = pruning.infos[0].operand.pattern
-        if pruning.threshold is None:
-            for mask, found in zip(masks, pruning.masks, strict=True):
-                mask.copy_(found)
-        elif isinstance(pattern, NM):
-            backend = pruning.infos[0].operand.backend
-            tuples = zip(pruning.elements, _masks_of(pruning), masks, strict=True)
-            for elements, whole, mask in tuples:
-                nm_mask(elements, pattern, whole=whole, out=mask, backend=backend)
-        else:
-            _masks_of(pruning, out=masks)
+    for infos, cut in prunings:
+        if cut is not None:
+            cut.write([info.operand.mask for info in infos])
+            continue
+        for info in infos:
+            info.operand.mask.copy_(info.operand.full_mask())
     infos = [info for pruning in prunings for info in pruning.infos]
     counts = count_kept([info.operand.mask for info in infos])
     for info, kept in zip(infos, counts, strict=True):
         info.operand.set_(None, kept)
 
 
-def _threshold(infos: list[SparseModuleInfo], pruned: int, scores: ScoresOf) -> Pruning:
-    operands = [info.operand for info in infos]
-    pattern, backend = operands[0].pattern, operands[0].backend
+def _prune(infos: list[SparseModuleInfo], pruned: int, scores: ScoresOf) -> Pruning:
     if not pruned:
         # a criterion need not have its evidence, and no weight is read
-        masks = [operand.full_mask() for operand in operands]
-        fine = torch.zeros((), dtype=torch.int64, device=masks[0].device)
-        return Pruning(infos, Scores([], None), None, fine, [], masks)
-    found = scores(infos)
-    elements = found.tensors
-    if isinstance(pattern, NM):
-        if pruned == sum(operand.choices for operand in operands):
-            ends = [nm_mask(tensor, pattern, backend=backend) for tensor in elements]
-            nonfinite = torch.stack([end.nonfinite for end in ends]).sum()
-            return Pruning(infos, found, None, nonfinite, elements, [end.mask for end in ends])
-        tuples = [nm_score(tensor, pattern, backend=backend) for tensor in elements]
-        found = Scores(tuples, found.scales)
-    threshold = select(found.tensors, pruned, scales=found.scales, backend=backend)
-    return Pruning(infos, found, threshold, threshold.nonfinite, elements, [])
-
-
-def _masks_of(pruning: Pruning, out: list[Tensor] | None = None) -> list[Tensor]:
-    """Return which of the scores' groups are kept: packed if unstructured, else bool."""
-    assert pruning.threshold is not None
-    operand = pruning.infos[0].operand
-    return make_mask(
-        pruning.scores.tensors,
-        pruning.threshold,
-        scales=pruning.scores.scales,
-        packed=isinstance(operand.pattern, Unstructured),
-        out=out,
-        backend=operand.backend,
-    )
+        return Pruning(infos, None)
+    operand, (tensors, scales) = infos[0].operand, scores(infos)
+    return Pruning(infos, find_cut(tensors, pruned, operand.pattern, scales, operand.backend))

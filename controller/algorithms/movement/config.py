@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, StrictBool, model_validator
@@ -29,10 +30,6 @@ class SparseStructure(Declaration):
         sparse_factors: rows and columns of a block, which must divide the weight's; any integers.
         axis: the dimension whose indices have an importance each.
         target_scopes: the layers; see ``scope.py`` for what a scope is.
-
-    Raises:
-        ValueError: an argument is missing, unknown or out of its range, or does not go with
-            ``mode``.
     """
 
     target_scopes: Scopes
@@ -56,7 +53,7 @@ class SparseStructure(Declaration):
             raise ValueError("target_scopes must name a scope, got ()")
         return self
 
-    def factors(self, shape: tuple[int, int]) -> tuple[int, int]:
+    def factors(self, shape: Sequence[int]) -> tuple[int, int]:
         """Return rows and columns of a group in a weight of ``shape``."""
         if self.mode == "per_dim":
             return (1, shape[1]) if self.axis == 0 else (shape[0], 1)
@@ -71,7 +68,6 @@ class MovementSparsityConfig(AlgorithmConfig):
     are ``AlgorithmConfig``'s.
 
     Args:
-        algorithm: its name, fixed.
         warmup_start_epoch, warmup_end_epoch: zero-based; the threshold rises from the start of the
             first to the start of the second, at every step.
         importance_regularization_factor: of the loss, at the end of the warm-up; not negative.
@@ -87,9 +83,6 @@ class MovementSparsityConfig(AlgorithmConfig):
         steps_per_epoch: optimiser steps in an epoch; None: counted in the first, which must come
             before the warm-up.
         compression_lr_multiplier: a factor of the importances' gradients, not negative; None: 1.
-
-    Raises:
-        ValueError: an argument is missing, unknown or out of its range, or two do not go together.
     """
 
     sets_levels_by = "the importances and their threshold decide"

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ....kernels.bits import count_kept
 from ....kernels.pattern import Unstructured
 from ....kernels.select import kth_smallest
 from ...api import CompressionStage
 from ...config.algorithm import AlgorithmConfig
-from ...config.state import check_keys, number
-from ...masks.learned import read_scores, scores_state
-from ...masks.statistics import SparsityStatistics, Statistics
+from ...config.state import number
+from ...masks.statistics import SparsifiedModelStatistics, SparsityStatistics
 from ...masks.weight import SparseModuleInfo, SparseWeight, Target
 from ...selection.thresholds import Scores
 from ..base import Change
@@ -56,21 +56,19 @@ class MovementSparsityStatistics(SparsityStatistics):
     structures: Mapping[str, tuple[int, int]]
 
     def to_str(self) -> str:
+        units = [f"{name}: {kept} of {n} kept" for name, (kept, n) in self.structures.items()]
         figures = [
             f"Importance threshold: {self.importance_threshold:.6g}",
             f"Importance regularization factor: {self.importance_regularization_factor:.6g}",
-            *(
-                f"{name}: {kept} of {count} kept"
-                for name, (kept, count) in self.structures.items()
-            ),
         ]
-        return "\n".join((super().to_str(), "", *figures))
+        return "\n".join((super().to_str(), "", *figures, *units))
 
 
 class MovementSparsityController(LearnedController):
     """Controls masks that follow from trained importances, at each ``scheduler.step()``."""
 
     name = "movement_sparsity"
+    scores_name = "importances"
     _weights: list[MovementWeight]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @classmethod
@@ -91,8 +89,7 @@ class MovementSparsityController(LearnedController):
         config: MovementSparsityConfig = self.config
         self._groups: list[StructureGroup] = []
         if config.enable_structured_masking is not False:
-            infos = self.sparsified_module_info
-            named = {(i.module, i.parameter_name): i.module_node_name for i in infos}
+            named = {weight.target.users[0]: weight.name for weight in self._weights}
             self._groups = structure_groups(self._model, named, config)[0]
         self._kept_units: dict[str, tuple[int, int]] = {}
         layers: dict[int, list[MovementWeight]] = {}
@@ -105,61 +102,44 @@ class MovementSparsityController(LearnedController):
 
     def group_scores(self, infos: Sequence[SparseModuleInfo]) -> Scores:
         """Importances above the least of all: ``set_sparsity_level`` prunes the lowest."""
-        found = [
-            operand.spread(operand.scores.detach())
-            for operand in self._weights
-            if any(info.operand is operand for info in infos)
-        ]
+        wanted = [info.operand for info in infos]
+        found = [w.spread(w.scores.detach()) for w in self._weights if w in wanted]
         least = torch.stack([grid.min() for grid in found]).min()
         return Scores([grid - least for grid in found], None)
 
     def initial_threshold(self) -> float:
         """Return the k-th smallest importance, k = int(n * 0.001) + 1 of the n elements."""
-        shares = [math.prod(operand.factors) for operand in self._weights]
-        sizes = [operand.weight_shape.numel() for operand in self._weights]
-        k = int(sum(sizes) * INITIAL_PERCENTAGE) + 1
-        tensors = [operand.scores.detach() for operand in self._weights]
-        if len(set(shares)) == 1:
-            return float(kth_smallest(tensors, -(-k // shares[0]), self._weights[0].backend))
-        values, order = torch.cat([tensor.flatten() for tensor in tensors]).sort()
-        counts = torch.tensor(shares, device=values.device).repeat_interleave(
-            torch.tensor([tensor.numel() for tensor in tensors], device=values.device)
-        )
-        return float(values[(counts[order].cumsum(0) < k).sum()])
+        shares = [math.prod(weight.factors) for weight in self._weights]
+        k = int(sum(weight.weight_shape.numel() for weight in self._weights) * INITIAL_PERCENTAGE)
+        tensors = [weight.scores.detach() for weight in self._weights]
+        return float(kth_smallest(tensors, k + 1, self._weights[0].backend, shares))
 
     @torch.no_grad()
     def update_masks(self, threshold: float, factor: float) -> None:
-        """Keep the groups whose importance is above the threshold, or above a weight's cap.
+        """Keep the groups whose importance is above the threshold, or above a weight's cap; let
+        ``factor`` be the loss's.
 
         Waits for the device once; for each weight at its cap, in blocks to skip, once more.
-
-        Args:
-            threshold: of importance.
-            factor: of the loss.
         """
         self._importance_loss.factor = factor
         if self.frozen or threshold == self.threshold == -math.inf:
             return
         self.threshold = threshold
-        kept = [operand.scores > threshold for operand in self._weights]
-        counts = torch.stack([mask.count_nonzero() for mask in kept]).tolist()
-        for operand, mask, count in zip(self._weights, kept, counts, strict=True):
-            if mask.numel() - count > operand.most:
-                capped = operand.scores > operand.cap()
-                operand.take(capped, int(capped.sum()))
-            else:
-                operand.take(mask, count)
+        kept = [weight.scores > threshold for weight in self._weights]
+        for weight, mask, count in zip(self._weights, kept, count_kept(kept), strict=True):
+            if mask.numel() - count > weight.most:
+                mask = weight.scores > weight.cap()
+                count = int(mask.sum())
+            weight.take(mask, count)
 
     @torch.no_grad()
     def resolve_structures(self) -> None:
         """Make the masks of heads and channels keep or prune them whole."""
-        infos = self.sparsified_module_info
-        masks = {(i.module, i.parameter_name): i.operand.binary_mask for i in infos}
+        weights = {weight.target.users[0]: weight for weight in self._weights}
+        masks = {place: weight.binary_mask for place, weight in weights.items()}
         resolved, kept = resolve(self._groups, masks)
-        for info in infos:
-            mask = resolved.get((info.module, info.parameter_name))
-            if mask is not None:
-                info.operand.binary_mask = mask
+        for place, mask in resolved.items():
+            weights[place].binary_mask = mask
         self._kept_units = {
             f"{group.name or 'model'} {group.kind}": (int(units.sum()), group.count)
             for group, units in zip(self._groups, kept, strict=True)
@@ -179,38 +159,23 @@ class MovementSparsityController(LearnedController):
             return CompressionStage.FULLY_COMPRESSED
         return CompressionStage.PARTIALLY_COMPRESSED
 
-    def statistics(self, quickly_collected_only: bool = False) -> Statistics:
-        found: SparsityStatistics = getattr(super().statistics(), self.name)
-        own = MovementSparsityStatistics(
-            found.model_statistics,
-            found.target_sparsity_level,
-            self.threshold,
-            self._importance_loss.factor,
-            dict(self._kept_units),
-        )
-        return Statistics(**{self.name: own})
+    def _statistics(
+        self, model: SparsifiedModelStatistics, level: float | None
+    ) -> SparsityStatistics:
+        factor, units = self._importance_loss.factor, dict(self._kept_units)
+        return MovementSparsityStatistics(model, level, self.threshold, factor, units)
 
-    def _own_state(self) -> dict[str, Any]:
-        return {
-            "threshold": self.threshold,
-            "factor": self._importance_loss.factor,
-            "structures": {name: list(units) for name, units in self._kept_units.items()},
-            "importances": scores_state(self.sparsified_module_info),
-        }
+    def _state_beside_scores(self) -> dict[str, Any]:
+        units = {name: list(units) for name, units in self._kept_units.items()}
+        factor = self._importance_loss.factor
+        return {"threshold": self.threshold, "factor": factor, "structures": units}
 
-    def _read_own_state(self, state: Mapping[str, Any]) -> Change:
-        check_keys("algorithm_state", state, ("threshold", "factor", "structures", "importances"))
-        for key in ("threshold", "factor"):
-            number(state, key, "a number")
+    def _read_beside_scores(self, state: Mapping[str, Any]) -> Change:
+        threshold, factor = (number(state, key, "a number") for key in ("threshold", "factor"))
         units = _read_units(state["structures"])
-        importances = read_scores(state["importances"], self.sparsified_module_info)
 
-        @torch.no_grad()
         def take() -> None:
-            for weight, saved in zip(self._weights, importances, strict=True):
-                weight.scores.copy_(saved)
-            self.threshold = state["threshold"]
-            self._importance_loss.factor = state["factor"]
+            self.threshold, self._importance_loss.factor = threshold, factor
             self._kept_units = units
 
         return take

@@ -75,12 +75,7 @@ class MovementWeight(LearnedWeight):
         return grid
 
     def take(self, kept: Tensor, count: int) -> None:
-        """Take over which importances are kept.
-
-        Args:
-            kept: bool, of the scores' shape.
-            count: how many are True.
-        """
+        """Take over which importances are kept: bool, of the scores' shape, ``count`` True."""
         grid = self.spread(kept).contiguous()
         self.set_(self._compact(grid), count * math.prod(self._repeats))
 
@@ -131,20 +126,17 @@ def movement_targets(targets: Sequence[Target]) -> list[Target]:
 def structure_groups(
     model: nn.Module, names: Mapping[tuple[nn.Module, str], str], config: MovementSparsityConfig
 ) -> tuple[list[StructureGroup], list[StructureGroup]]:
-    """Find the heads and channels that masks can be resolved to, and those that they cannot.
-
-    Args:
-        model: the model.
-        names: of the masked weights, by module and parameter name.
-        config: a structure along one dimension rules out units along the other.
+    """Find the heads and channels that masks can be resolved to, and those that they cannot: all
+    members must be among ``names``, the masked weights, and no structure along other dimensions.
     """
     found, left_out = [], []
     for group in find_structures(model):
-        fits = all(
-            (member.module, member.weight) in names
-            and _axis(names[member.module, member.weight], config) in (None, member.dim)
-            for member in group.members
-        )
+        fits = True
+        for member in group.members:
+            name = names.get((member.module, member.weight))
+            structure = None if name is None else _structure(name, config)
+            along = None if structure is None else structure.axis
+            fits = fits and name is not None and along in (None, member.dim)
         (found if fits else left_out).append(group)
     return found, left_out
 
@@ -179,10 +171,8 @@ def _warn_about_dense(
     masked = {id(target.weight) for target in targets}
     left_out = []
     for candidate in weights_of(model):
-        if config.target_scopes is None:
-            chosen = candidate.is_conv1d
-        else:
-            chosen = candidate.matches(config.target_scopes)
+        scopes = config.target_scopes
+        chosen = candidate.is_conv1d if scopes is None else candidate.matches(scopes)
         ignored = candidate.matches(config.ignored_scopes)
         if chosen and not ignored and id(candidate.weight) not in masked:
             left_out.append(candidate.names[0])
@@ -193,11 +183,6 @@ def _warn_about_dense(
             "silence this",
             stacklevel=6,
         )
-
-
-def _axis(name: str, config: MovementSparsityConfig) -> int | None:
-    structure = _structure(name, config)
-    return None if structure is None else structure.axis
 
 
 def _structure(name: str, config: MovementSparsityConfig) -> SparseStructure | None:
@@ -250,11 +235,8 @@ def _tile(factor: int, unit: int) -> int:
 
 def _factors(target: Target, config: MovementSparsityConfig) -> tuple[int, int]:
     shape = target.weight.shape
-    structure = _structure(target.name, config)
-    if structure is None:
-        factors = config.pattern.rows, config.pattern.cols
-    else:
-        factors = structure.factors((shape[0], shape[1]))
+    structure, pattern = _structure(target.name, config), config.pattern
+    factors = structure.factors(shape) if structure else (pattern.rows, pattern.cols)
     if shape[0] % factors[0] or shape[1] % factors[1]:
         raise ValueError(
             f"create_controller: sparse_factors {list(factors)} must divide the weight of "

@@ -99,38 +99,40 @@ def _attention(model: nn.Module, path: str, module: nn.Module) -> Iterator[Struc
         yield StructureGroup(path, "heads", module.num_heads, size, (*inputs, out))
         return
     for names in _ATTENTIONS:
-        inputs = [_linear(module, name) for name in names]
-        found = [linear for linear in inputs if linear is not None]
-        if len(found) < len(names):
+        found = _linears(module, *names)
+        if found is None:
             continue
         out = next(filter(None, (_linear(module, name) for name in _OUTPUTS)), None)
         if out is None and path:
-            parent = model.get_submodule(path.rpartition(".")[0])
-            out = _linear(parent, _PARENT_OUTPUT)
-        heads = _heads(module)
-        width = found[0].out_features
-        if out is None or heads is None or width % heads:
-            continue
+            out = _linear(model.get_submodule(path.rpartition(".")[0]), _PARENT_OUTPUT)
+        heads, width = _heads(module), found[0].out_features
         # with fewer key than query heads a head is no unit
-        if any(linear.out_features != width for linear in found) or out.in_features != width:
-            continue
-        members = (*(Member(linear, "weight", "bias", 0) for linear in found), _columns(out))
-        yield StructureGroup(path, "heads", heads, width // heads, members)
+        alike = all(linear.out_features == width for linear in found)
+        if alike and heads and width % heads == 0 and out and out.in_features == width:
+            yield StructureGroup(path, "heads", heads, width // heads, _members(*found, out))
 
 
 def _feed_forward(path: str, module: nn.Module) -> Iterator[StructureGroup]:
     for names, last in _FEED_FORWARDS:
-        ups, down = [_linear(module, name) for name in names], _linear(module, last)
-        found = [linear for linear in ups if linear is not None]
-        if down is None or len(found) < len(names):
-            continue
-        if all(linear.out_features == down.in_features for linear in found):
-            members = (*(Member(linear, "weight", "bias", 0) for linear in found), _columns(down))
-            yield StructureGroup(path, "channels", down.in_features, 1, members)
+        found = _linears(module, *names, last)
+        if found is not None:
+            count = found[-1].in_features
+            if all(linear.out_features == count for linear in found[:-1]):
+                yield StructureGroup(path, "channels", count, 1, _members(*found))
 
 
-def _columns(linear: nn.Linear) -> Member:
-    return Member(linear, "weight", "bias", 1)
+def _members(*linears: nn.Linear) -> tuple[Member, ...]:
+    """Return the rows of all but the last, and its columns."""
+    last = len(linears) - 1
+    return tuple(
+        Member(linear, "weight", "bias", int(i == last)) for i, linear in enumerate(linears)
+    )
+
+
+def _linears(module: nn.Module, *paths: str) -> list[nn.Linear] | None:
+    """Return all of them, or None."""
+    found = [linear for path in paths if (linear := _linear(module, path)) is not None]
+    return found if len(found) == len(paths) else None
 
 
 def _linear(module: nn.Module, path: str) -> nn.Linear | None:
@@ -182,28 +184,24 @@ def resolve(
     kept_units = []
     for group in groups:
         keep = torch.zeros(group.count, dtype=torch.bool, device="cpu")
-        for member in group.members:
+        spans = [slice(m.start, m.start + group.count * group.size) for m in group.members]
+        for member, span in zip(group.members, spans, strict=True):
             alive = masks[member.module, member.weight].any(1 - member.dim)
             bias = masks.get((member.module, member.bias))
             if member.dim == 0 and bias is not None:
                 alive = alive | bias
-            span = slice(member.start, member.start + group.count * group.size)
             keep = keep.to(alive.device) | alive[span].view(group.count, group.size).any(1)
         kept_units.append(keep)
         spread = keep.repeat_interleave(group.size)
-        for member in group.members:
-            span = slice(member.start, member.start + group.count * group.size)
-            key = member.module, member.weight
-            mask = new.setdefault(key, torch.ones_like(masks[key]))
+        for member, span in zip(group.members, spans, strict=True):
+            own, biases = (member.module, member.weight), (member.module, member.bias)
+            for key in (own, biases) if biases in masks else (own,):
+                new.setdefault(key, torch.ones_like(masks[key]))
             if member.dim == 0:
-                mask[span] &= spread[:, None]
+                new[own][span] &= spread[:, None]
             else:
-                mask[:, span] &= spread
-            key = member.module, member.bias
-            if key in masks:
-                bias = new.setdefault(key, torch.ones_like(masks[key]))
-                if member.dim == 0:
-                    bias[span] &= spread
-                else:
-                    bias &= keep.any()
+                new[own][:, span] &= spread
+            if biases in masks:
+                part = new[biases][span] if member.dim == 0 else new[biases]
+                part &= spread if member.dim == 0 else keep.any()
     return new, kept_units

@@ -1,0 +1,104 @@
+"""Which groups of a pool are pruned: those of the k lowest scores, under any pattern.
+
+Under N:M tuples compete by what they lose, and the pruned ones keep n of m; else the groups do.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import Backend
+from .mask import make_mask
+from .pattern import NM, Pattern, Unstructured
+from .select import Threshold, select
+from .semi_structured import nm_mask, nm_score
+
+
+class Cut(NamedTuple):
+    """A threshold found and not yet applied.
+
+    Attributes:
+        pattern: of all tensors.
+        elements: what was given; under N:M scores of elements.
+        scores: those of the groups, or of the tuples.
+        scales: a factor of each tensor's, or None.
+        threshold: None where every tuple is pruned, and ``whole`` masks are found.
+        nonfinite: how many scores are NaN or Inf, on the device.
+        whole: these masks.
+        backend: what runs.
+    """
+
+    pattern: Pattern
+    elements: list[Tensor]
+    scores: list[Tensor]
+    scales: Tensor | None
+    threshold: Threshold | None
+    nonfinite: Tensor
+    whole: list[Tensor]
+    backend: Backend
+
+    def kept(self, out: list[Tensor] | None = None) -> list[Tensor]:
+        """Return which of the scores' groups are kept: packed if unstructured, else bool."""
+        assert self.threshold is not None
+        return make_mask(
+            self.scores,
+            self.threshold,
+            scales=self.scales,
+            packed=isinstance(self.pattern, Unstructured),
+            out=out,
+            backend=self.backend,
+        )
+
+    def write(self, out: list[Tensor]) -> None:
+        """Write the masks, compact, in place."""
+        if self.threshold is None:
+            for mask, found in zip(out, self.whole, strict=True):
+                mask.copy_(found)
+        elif isinstance(self.pattern, NM):
+            for elements, whole, mask in zip(self.elements, self.kept(), out, strict=True):
+                nm_mask(elements, self.pattern, whole=whole, out=mask, backend=self.backend)
+        else:
+            self.kept(out)
+
+
+def find_cut(
+    tensors: list[Tensor], k: int, pattern: Pattern, scales: Tensor | None, backend: Backend
+) -> Cut:
+    """Find where the ``k`` lowest groups of a pool end; at least 1.
+
+    Args:
+        tensors: scores of groups, or under N:M of elements.
+        k: how many groups are pruned, or tuples.
+        pattern: of all tensors.
+        scales: float32 ``(len(tensors),)``, a factor of each tensor's scores; None: 1.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+    """
+    scores = tensors
+    if isinstance(pattern, NM):
+        rows, cols = pattern.group
+        if k == sum(tensor.numel() // (rows * cols) for tensor in tensors):
+            ends = [nm_mask(tensor, pattern, backend=backend) for tensor in tensors]
+            nonfinite = torch.stack([end.nonfinite for end in ends]).sum()
+            masks = [end.mask for end in ends]
+            return Cut(pattern, tensors, tensors, scales, None, nonfinite, masks, backend)
+        scores = [nm_score(tensor, pattern, backend=backend) for tensor in tensors]
+    threshold = select(scores, k, scales=scales, backend=backend)
+    return Cut(pattern, tensors, scores, scales, threshold, threshold.nonfinite, [], backend)
+
+
+def keep_highest(scores: Tensor, count: int, among: Tensor, backend: Backend) -> Tensor | None:
+    """Return a bool grid: the ``count`` groups of highest |score| among some, the first of equals.
+
+    None where a score among them is NaN or Inf.
+    """
+    candidates = scores[among][None]
+    threshold = select([candidates], candidates.numel() - count, backend=backend)
+    if threshold.nonfinite:
+        return None
+    (chosen,) = make_mask([candidates], threshold, packed=False, backend=backend)
+    grid = torch.zeros_like(among)
+    grid[among] = chosen[0]
+    return grid
