@@ -112,16 +112,16 @@ class BaseSparsityAlgoController:
 
     def _guarded(self, model: nn.Module) -> list[Guard]:
         """Have somebody keep the zeros; let linears skip blocks that are zero."""
-        for info in self.sparsified_module_info:
-            for module, name in info.places:
-                skip_blocks(info.operand, module, name)
+        for weight in self._weights:
+            for module, name in weight.target.users:
+                skip_blocks(weight, module, name)
         return [Guard(model, self._weights)]
 
     @property
     def _guard(self) -> Guard:
         return self._guards[0]
 
-    def group_scores(self, infos: Sequence[SparseModuleInfo]) -> Scores:
+    def group_scores(self, weights: Sequence[SparseWeight]) -> Scores:
         """Score every group of the weights given. All of them share one pattern."""
         raise NotImplementedError(f"{type(self).__name__} must override group_scores()")
 
@@ -257,18 +257,18 @@ class BaseSparsityAlgoController:
                 adaptation configured.
             RuntimeError: the model has been stripped; masks are learned and frozen.
         """
-        infos = self._check_level(level, target_sparsified_module_info, run_batchnorm_adaptation)
+        weights = self._check_level(level, target_sparsified_module_info, run_batchnorm_adaptation)
         if self.frozen:
             return
-        with self._changing(infos):
-            self._find_masks(infos, float(level))()
-        self._warn_about_empty(infos, level)
+        with self._changing(weights):
+            self._find_masks(weights, float(level))()
+        self._warn_about_empty(weights, level)
         if run_batchnorm_adaptation:
             self._adapt_batchnorm()
 
     def _check_level(
         self, level: float, target: SparseModuleInfo | None, run_batchnorm_adaptation: bool
-    ) -> list[SparseModuleInfo]:
+    ) -> list[Any]:
         """Return the weights that a level is set of; see ``set_sparsity_level``."""
         if not (isinstance(level, (int, float)) and 0 <= level < 1):
             raise ValueError(f"set_sparsity_level: level must be in [0, 1), got {level!r}")
@@ -277,61 +277,59 @@ class BaseSparsityAlgoController:
                 "set_sparsity_level: run_batchnorm_adaptation needs batchnorm_adaptation in the "
                 "configuration"
             )
-        infos = self._resolve(target)
+        weights = self._resolve(target)
         if self.learns and self.frozen:
             raise RuntimeError(
                 "set_sparsity_level: masks are frozen and their loss is disabled; freeze(False) "
                 "goes on"
             )
-        patterns = [info.operand.pattern for info in infos]
+        patterns = [weight.pattern for weight in weights]
         check_reachable("set_sparsity_level: level", level, patterns)
-        return infos
+        return weights
 
     @contextmanager
-    def _changing(self, infos: Sequence[SparseModuleInfo]) -> Iterator[None]:
+    def _changing(self, weights: Sequence[SparseWeight]) -> Iterator[None]:
         """Let weights be dense while their masks change; leave them zero where the new ones prune.
 
         Before training begins all that is pruned is kept: a state that is loaded then has other
         masks than those of creation.
         """
-        weights = [info.operand for info in infos]
         with dense_weights(weights, keep=None if self._guard.began else True):
             yield
         self._guard.masks_changed(weights)
 
-    def _find_masks(self, infos: list[SparseModuleInfo], level: float) -> Change:
+    def _find_masks(self, weights: list[Any], level: float) -> Change:
         """Find the masks of a level, those that prune the groups of lowest score; return what
         writes them. Whatever is refused is refused before.
         """
         # a weight that is set by itself is asked for outright
-        limits, prunings = len(infos) > 1, []
-        for members in pools(infos, self._pool):
+        limits, prunings = len(weights) > 1, []
+        for members in pools(weights, self._pool):
             prunings += find_prunings(members, level, self.group_scores, limits=limits)
         check_finite(prunings)
 
         def write() -> None:
             apply_prunings(prunings)
-            for infos, cut in prunings:
-                for info in infos:
-                    self._thresholds.pop(info.module_node_name, None)
+            for members, cut in prunings:
+                for weight in members:
+                    self._thresholds.pop(weight.name, None)
                     if cut is not None and cut.threshold is not None:
-                        self._thresholds[info.module_node_name] = cut.threshold.value
+                        self._thresholds[weight.name] = cut.threshold.value
 
         return write
 
-    def _warn_about_empty(self, infos: Sequence[SparseModuleInfo], level: float) -> None:
+    def _warn_about_empty(self, weights: Sequence[SparseWeight], level: float) -> None:
         """Name weights that are pruned to nothing, or nearly, while others are spared."""
         found = []
-        for info in infos:
-            operand, name = info.operand, info.module_node_name
-            if operand.all_kept or len(operand.weight_shape) == 1:
+        for weight in weights:
+            name, kept, groups = weight.name, weight.kept, weight.groups
+            if weight.all_kept or len(weight.weight_shape) == 1:
                 continue
-            share = 1 - operand.kept / operand.groups
-            if operand.kept == 0 or (share > NEARLY_ALL and level <= NEARLY_ALL):
+            if kept == 0 or (1 - kept / groups > NEARLY_ALL and level <= NEARLY_ALL):
                 if name not in self._nearly_empty:
-                    found.append(f"{name} ({operand.kept} of {operand.groups} groups kept)")
+                    found.append(f"{name} ({kept} of {groups} groups kept)")
                 self._nearly_empty.add(name)
-        if found and len(infos) > 1:
+        if found and len(weights) > 1:
             warnings.warn(
                 f"at level {level:g} these weights are pruned to nothing, or nearly: "
                 f"{', '.join(found)}; pool='weight' prunes each weight alike, an override's "
@@ -343,16 +341,16 @@ class BaseSparsityAlgoController:
     def _patterns(self) -> list[Pattern]:
         return [weight.pattern for weight in self._weights]
 
-    def _resolve(self, target: SparseModuleInfo | None) -> list[SparseModuleInfo]:
+    def _resolve(self, target: SparseModuleInfo | None) -> list[Any]:
         if any(guard.released for guard in self._guards):
             raise RuntimeError(
                 "set_sparsity_level: the model has been stripped; create a new controller for it"
             )
         inside = {id(module) for module in self._model.modules()}
         gone = [
-            info.module_node_name
-            for info in self.sparsified_module_info
-            if not any(id(module) in inside for module, _ in info.places)
+            weight.name
+            for weight in self._weights
+            if not any(id(module) in inside for module, _ in weight.target.users)
         ]
         if gone:
             raise RuntimeError(
@@ -361,13 +359,13 @@ class BaseSparsityAlgoController:
                 "create_controller after"
             )
         if target is None:
-            return self.sparsified_module_info
+            return self._weights
         if not any(info is target for info in self.sparsified_module_info):
             raise ValueError(
                 "set_sparsity_level: target_sparsified_module_info must be an entry of this "
                 f"controller's sparsified_module_info, got {target!r}"
             )
-        return [target]
+        return [target.operand]
 
     def _adapt_batchnorm(self) -> None:
         """Adapt BatchNorm to the masks, if that is configured."""
@@ -381,13 +379,12 @@ class BaseSparsityAlgoController:
 
         Without a target any masks are where they shall be, once something is pruned.
         """
-        infos = self.sparsified_module_info
         pruned = sum(weight.pruned_groups() for weight in self._weights)
         wanted = 0
         if self._target_level is not None:
-            for pool in pools(infos, self._pool):
-                target = min(self._target_level, maximum_level(pool[0].operand.pattern))
-                wanted += round(target * sum(info.operand.groups for info in pool))
+            for pool in pools(self._weights, self._pool):
+                target = min(self._target_level, maximum_level(pool[0].pattern))
+                wanted += round(target * sum(weight.groups for weight in pool))
             wanted -= max(p.dropped if isinstance(p, NM) else 1 for p in self._patterns)
         if pruned == 0 and (wanted > 0 or self._target_level is None):
             return CompressionStage.UNCOMPRESSED
@@ -431,7 +428,7 @@ class BaseSparsityAlgoController:
         level = (
             scheduler.current_sparsity_level if isinstance(scheduler, SparsityScheduler) else None
         )
-        model = summarise(self._model, self.sparsified_module_info, self._thresholds)
+        model = summarise(self._model, self._weights, self._thresholds)
         return Statistics(**{self.name: self._statistics(model, level)})
 
     def _statistics(
@@ -472,7 +469,7 @@ class BaseSparsityAlgoController:
             "scheduler_state": self._scheduler.get_state(),
             "compression_stage": int(self.compression_stage()),
             "frozen": self.frozen,
-            "weights": masks_state(self.sparsified_module_info),
+            "weights": masks_state(self._weights),
         }
         own = self._own_state()
         return {self.name: state | ({"algorithm_state": own} if own else {})}
@@ -495,7 +492,6 @@ class BaseSparsityAlgoController:
             raise ValueError(
                 f"load_state: state must be of {self.name!r}, got one of {sorted(state)}"
             )
-        infos = self.sparsified_module_info
         own = state[self.name]
         if own.get("version") != STATE_VERSION:
             raise ValueError(
@@ -504,8 +500,8 @@ class BaseSparsityAlgoController:
         lacking = {"weights", "frozen", "scheduler_state", "loss_state"} - set(own)
         if lacking:
             raise ValueError(f"load_state: state lacks {sorted(lacking)}")
-        own = with_names_of(infos, own)
-        found = read_masks(own["weights"], infos)
+        own = with_names_of(self._weights, own)
+        found = read_masks(own["weights"], self._weights)
         take_own = self._read_own_state(own.get("algorithm_state", {}))
         # these check and take over in one: they are put back if what follows is refused
         before = self._scheduler.get_state(), self._loss.get_state()
@@ -522,13 +518,12 @@ class BaseSparsityAlgoController:
             self.frozen = bool(own["frozen"])
             self._keep_values(self._keeps_values)
             take_own()
-            with self._changing(infos):
-                for info, (grid, _) in zip(infos, found, strict=True):
-                    info.operand.set_grid(grid)
-            for info, (_, values) in zip(infos, found, strict=True):
+            with self._changing(self._weights):
+                for weight, (grid, _) in zip(self._weights, found, strict=True):
+                    weight.set_grid(grid)
+            for weight, (_, values) in zip(self._weights, found, strict=True):
                 if values is not None:
-                    info.operand.values = values
-                    info.operand.values_are_loaded = True
+                    weight.values, weight.values_are_loaded = values, True
 
         return take
 

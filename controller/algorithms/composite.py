@@ -95,7 +95,7 @@ class CompositeController(BaseSparsityAlgoController):
     @property
     def current_sparsity_level(self) -> float:
         """The algorithms' current levels, each weighted by its groups."""
-        sizes = [sum(i.operand.groups for i in p.sparsified_module_info) for p in self._parts]
+        sizes = [sum(weight.groups for weight in part._weights) for part in self._parts]
         levels = (part.current_sparsity_level for part in self._parts)
         return sum(map(operator.mul, sizes, levels)) / sum(sizes)
 
@@ -132,14 +132,14 @@ class CompositeController(BaseSparsityAlgoController):
             found: list[Change] = []
             for part in self._parts:
                 if target is None or any(info is target for info in part.sparsified_module_info):
-                    infos = part._check_level(level, target, run_batchnorm_adaptation)
+                    weights = part._check_level(level, target, run_batchnorm_adaptation)
                     if not part.frozen:
-                        stack.enter_context(part._changing(infos))
-                        found.append(part._find_masks(infos, level))
+                        stack.enter_context(part._changing(weights))
+                        found.append(part._find_masks(weights, level))
             for write in found:
                 write()
         for part in self._parts:
-            part._warn_about_empty(part.sparsified_module_info, level)
+            part._warn_about_empty(part._weights, level)
             if run_batchnorm_adaptation:
                 part._adapt_batchnorm()
 

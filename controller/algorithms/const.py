@@ -7,7 +7,7 @@ from typing import Literal
 
 from ...kernels.mask import nonzero_groups
 from ..config.algorithm import AlgorithmConfig
-from ..masks.weight import SparseModuleInfo
+from ..masks.weight import SparseModuleInfo, SparseWeight
 from .base import BaseSparsityAlgoController
 
 
@@ -38,7 +38,7 @@ class ConstSparsityController(BaseSparsityAlgoController):
 
     def _set_up(self) -> None:
         self.frozen = True
-        with self._changing(self.sparsified_module_info):
+        with self._changing(self._weights):
             for weight in self._weights:
                 matrix = weight.matrix(weight.weight.detach())
                 weight.set_grid(nonzero_groups(matrix, weight.pattern))
@@ -56,7 +56,7 @@ class ConstSparsityController(BaseSparsityAlgoController):
 
     def _check_level(
         self, level: float, target: SparseModuleInfo | None, run_batchnorm_adaptation: bool
-    ) -> list[SparseModuleInfo]:
+    ) -> list[SparseWeight]:
         """Refuse any level: the masks never change."""
         raise RuntimeError(
             "set_sparsity_level: the masks of const_sparsity never change; use magnitude_sparsity "

@@ -11,7 +11,7 @@ from ...kernels.pattern import Block, maximum_level
 from ..config.algorithm import Pool, ScheduledConfig, ScheduleField, default_schedule
 from ..config.declaration import Whole
 from ..config.schedule import PolynomialSchedule
-from ..masks.weight import SparseModuleInfo
+from ..masks.weight import SparseWeight
 from ..selection.criteria import WeightImportance
 from ..selection.scorer import Scorer
 from ..selection.thresholds import Scores, check_reachable, is_reachable
@@ -73,8 +73,9 @@ class MagnitudeSparsityController(BaseSparsityAlgoController):
 
     def _set_up(self) -> None:
         config: MagnitudeSparsityConfig = self.config
-        infos = self.sparsified_module_info
-        self._scorer = self._criterion = Scorer(infos, config.weight_importance, config.seed)
+        self._scorer = self._criterion = Scorer(
+            self._weights, config.weight_importance, config.seed
+        )
         self._pool = config.pool
         self._keep_values(config.keep_pruned_values)
         self.disable_scheduler()
@@ -86,6 +87,6 @@ class MagnitudeSparsityController(BaseSparsityAlgoController):
         if config.initial_level > 0:
             self._adapt_batchnorm()
 
-    def group_scores(self, infos: Sequence[SparseModuleInfo]) -> Scores:
+    def group_scores(self, weights: Sequence[SparseWeight]) -> Scores:
         """The criterion's importance; a block's is the mean over its elements."""
-        return self._criterion.scores(infos)
+        return self._criterion.scores(weights)

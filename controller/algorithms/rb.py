@@ -22,7 +22,7 @@ from ..config.declaration import NotNegative
 from ..config.schedule import ExponentialSchedule
 from ..config.state import integer
 from ..masks.statistics import SparsifiedModelStatistics, SparsityStatistics
-from ..masks.weight import SparseModuleInfo, SparseWeight, Target
+from ..masks.weight import SparseWeight, Target
 from .base import Change
 from .learned import LearnedController
 from .logits import Draws, SparseLoss, logit_weights
@@ -110,9 +110,9 @@ class RBSparsityController(LearnedController):
             if last:
                 self._adapt_batchnorm()
 
-    def _find_masks(self, infos: list[SparseModuleInfo], level: float) -> Change:
+    def _find_masks(self, weights: list[Any], level: float) -> Change:
         """Set the level that the loss pulls to; training takes the masks there."""
-        target = None if infos is self.sparsified_module_info else infos[0].operand
+        target = None if weights is self._weights else weights[0]
         self._sparse_loss.check_target(target)
         return lambda: self._sparse_loss.set_target(1 - level, target)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.block_score import norm_
-from ..masks.weight import SparseModuleInfo
+from ..masks.weight import SparseWeight
 from ..selection.criteria import Importance, scores_by_group
 from .base import Change
 from .set import RegrowthConfig, RegrowthScheduler, SETController
@@ -65,21 +65,21 @@ class RigLController(SETController):
     def _is_due(self, step: int) -> bool:
         return super()._is_due(step) or (self._overdue and step < self.config.t_end)
 
-    def _grow_scores(self, infos: Sequence[SparseModuleInfo], step: int) -> list[Tensor]:
+    def _grow_scores(self, weights: Sequence[SparseWeight], step: int) -> list[Tensor]:
         scores: list[Tensor] = []
         # one by one: of a block pattern no more than one weight's copy is there at a time
-        for info in infos:
-            gradient = info.operand.matrix(self._gradients[info.module_node_name])
+        for weight in weights:
+            gradient = weight.matrix(self._gradients[weight.name])
             if self._normed:
                 # a copy: an update that is refused yet is made by the same gradients later
                 gradient = gradient.clone()
                 norm_(gradient)
-            scores += scores_by_group([info], [Importance(gradient)]).tensors
+            scores += scores_by_group([weight], [Importance(gradient)]).tensors
         return scores
 
-    def _regrowing(self) -> list[SparseModuleInfo]:
+    def _regrowing(self) -> list[SparseWeight]:
         # a weight that the step did not use has nothing to grow by
-        return [i for i in super()._regrowing() if i.module_node_name in self._gradients]
+        return [i for i in super()._regrowing() if i.name in self._gradients]
 
     def _regrow(self, step: int) -> None:
         if not self._gradients and super()._regrowing():
@@ -93,10 +93,8 @@ class RigLController(SETController):
             return
         if self._reduces:
             # in the same order on every rank, also where this one has not used a weight
-            for info in super()._regrowing():
-                gradient = self._gradients.setdefault(
-                    info.module_node_name, torch.zeros_like(info.weight)
-                )
+            for weight in super()._regrowing():
+                gradient = self._gradients.setdefault(weight.name, torch.zeros_like(weight.weight))
                 torch.distributed.all_reduce(gradient)
         self._overdue = not all(bool(g.isfinite().all()) for g in self._gradients.values())
         if not self._overdue:
@@ -110,15 +108,14 @@ class RigLController(SETController):
     def _watch(self, watch: bool) -> None:
         """Keep the dense gradients of this step; or stop that."""
         self._watching = watch
-        for info in self.sparsified_module_info:
-            weight = info.operand
-            wanted = watch and not weight.all_kept and info.weight.requires_grad
-            weight.dense_gradient_taker = self._taker(info) if wanted else None
+        for weight in self._weights:
+            wanted = watch and not weight.all_kept and weight.weight.requires_grad
+            weight.dense_gradient_taker = self._taker(weight) if wanted else None
             if weight.product is not None:
                 weight.product.want_dense_grad(wanted)
 
-    def _taker(self, info: SparseModuleInfo) -> Callable[[Tensor], None]:
-        name, weight = info.module_node_name, info.operand
+    def _taker(self, weight: SparseWeight) -> Callable[[Tensor], None]:
+        name = weight.name
 
         @torch.no_grad()
         def take(gradient: Tensor) -> None:
@@ -168,19 +165,19 @@ class RigLController(SETController):
         missing = {"overdue", "dense_gradients"} - set(state)
         if missing:
             raise ValueError(f"load_state: algorithm_state lacks {sorted(missing)}")
-        infos = {info.module_node_name: info for info in self.sparsified_module_info}
+        weights = {weight.name: weight.weight for weight in self._weights}
         gradients = dict(state["dense_gradients"])
         for name, gradient in gradients.items():
-            if name not in infos or gradient.shape != infos[name].weight.shape:
+            if name not in weights or gradient.shape != weights[name].shape:
                 raise ValueError(f"load_state: dense_gradients of {name!r} must fit its weight")
-        rest = {k: v for k, v in state.items() if k not in ("overdue", "dense_gradients")}
+        rest = {key: state[key] for key in state if key not in ("overdue", "dense_gradients")}
         take_rest = super()._read_own_state(rest)
 
         def take() -> None:
             take_rest()
             self._overdue = bool(state["overdue"])
             self._gradients = {
-                name: gradient.to(infos[name].weight.device, copy=True)
+                name: gradient.to(weights[name].device, copy=True)
                 for name, gradient in gradients.items()
             }
 

@@ -22,8 +22,8 @@ from ...kernels.cut import keep_highest
 from ..config.algorithm import AlgorithmConfig
 from ..config.declaration import Level, Positive, Share, Whole
 from ..masks.names import canonical
-from ..masks.weight import SparseModuleInfo
-from ..selection.allocation import distribute, erdos_renyi
+from ..masks.weight import SparseWeight
+from ..selection.allocation import distribute, erdos_renyi, within
 from ..selection.criteria import WeightImportance, random_numbers
 from ..selection.scorer import Scorer
 from ..selection.thresholds import pools
@@ -107,8 +107,9 @@ class SETController(BaseSparsityAlgoController):
 
     def _set_up(self) -> None:
         config: RegrowthConfig = self.config
-        infos = self.sparsified_module_info
-        self._scorer = self._criterion = Scorer(infos, config.weight_importance, config.seed)
+        self._scorer = self._criterion = Scorer(
+            self._weights, config.weight_importance, config.seed
+        )
         self._scheduler = RegrowthScheduler(self)
         self._target_level = config.level
         self.set_sparsity_level(config.level)
@@ -129,103 +130,97 @@ class SETController(BaseSparsityAlgoController):
     def _is_due(self, step: int) -> bool:
         return step > 0 and step % self.config.delta_t == 0 and self.drop_fraction(step) > 0
 
-    def _drop_scores(self, infos: Sequence[SparseModuleInfo]) -> list[Tensor]:
+    def _drop_scores(self, weights: Sequence[SparseWeight]) -> list[Tensor]:
         """Return grids, of weights of one pattern: the groups of lowest score are dropped."""
-        return self._criterion.scores(infos).tensors
+        return self._criterion.scores(weights).tensors
 
-    def _grow_scores(self, infos: Sequence[SparseModuleInfo], step: int) -> list[Tensor]:
+    def _grow_scores(self, weights: Sequence[SparseWeight], step: int) -> list[Tensor]:
         """Return grids, of weights of one pattern: the groups of highest score are grown."""
-        return [self._random_grid(info, step) for info in infos]
+        return [self._random_grid(weight, step) for weight in weights]
 
-    def _regrowing(self) -> list[SparseModuleInfo]:
+    def _regrowing(self) -> list[SparseWeight]:
         """Return the weights that have something to grow."""
-        return [info for info in self.sparsified_module_info if not info.operand.all_kept]
+        return [weight for weight in self._weights if not weight.all_kept]
 
     @torch.no_grad()
     def _regrow(self, step: int) -> None:
         """Drop and grow; a refused update has changed nothing."""
         fraction = self.drop_fraction(step)
         growing = self._regrowing()
-        found: list[tuple[SparseModuleInfo, Tensor]] = []
+        found: list[tuple[SparseWeight, Tensor]] = []
         with self._changing(growing):
-            for infos in pools(growing):
+            for weights in pools(growing):
                 scores = zip(
-                    infos, self._drop_scores(infos), self._grow_scores(infos, step), strict=True
+                    weights,
+                    self._drop_scores(weights),
+                    self._grow_scores(weights, step),
+                    strict=True,
                 )
-                for info, drop, grow in scores:
-                    before, kept = info.operand.kept_grid(), info.operand.kept
+                for weight, drop, grow in scores:
+                    before, kept = weight.kept_grid(), weight.kept
                     moving = int(fraction * kept)
-                    after = _highest(info, drop, kept - moving, among=before)
-                    after |= _highest(info, grow, moving, among=~after)
-                    found.append((info, after))
-            for info, after in found:
-                info.operand.set_grid(after)
+                    after = _highest(weight, drop, kept - moving, among=before)
+                    after |= _highest(weight, grow, moving, among=~after)
+                    found.append((weight, after))
+            for weight, after in found:
+                weight.set_grid(after)
 
-    def _find_masks(self, infos: list[SparseModuleInfo], level: float) -> Change:
+    def _find_masks(self, weights: list[SparseWeight], level: float) -> Change:
         """Distribute the level; drop the least important, or grow at random, to reach it.
 
         The first masks, of a model with none, are those of the configuration.
         """
-        first = all(info.operand.all_kept for info in self.sparsified_module_info)
+        first = all(weight.all_kept for weight in self._weights)
         at_random = first and self.config.initial_masks == "random"
-        found: list[tuple[SparseModuleInfo, Tensor]] = []
-        for pool in pools(infos):
+        found: list[tuple[SparseWeight, Tensor]] = []
+        for pool in pools(weights):
             counts = self._counts(pool, level)
-            drop = [self._random_grid(info, 0) for info in pool]
-            shrinking = any(n < i.operand.kept for i, n in zip(pool, counts, strict=True))
+            drop = [self._random_grid(weight, 0) for weight in pool]
+            shrinking = any(n < i.kept for i, n in zip(pool, counts, strict=True))
             if shrinking and not at_random:
                 drop = self._drop_scores(pool)
-            for info, count, score in zip(pool, counts, drop, strict=True):
-                before, kept = info.operand.kept_grid(), info.operand.kept
-                after = _highest(info, score, min(kept, count), among=before)
+            for weight, count, score in zip(pool, counts, drop, strict=True):
+                before, kept = weight.kept_grid(), weight.kept
+                after = _highest(weight, score, min(kept, count), among=before)
                 if count > kept:
-                    grow = self._random_grid(info, max(self._scheduler.current_step, 0))
-                    after |= _highest(info, grow, count - kept, among=~after)
-                found.append((info, after))
+                    grow = self._random_grid(weight, max(self._scheduler.current_step, 0))
+                    after |= _highest(weight, grow, count - kept, among=~after)
+                found.append((weight, after))
 
         def write() -> None:
-            for info, after in found:
-                info.operand.set_grid(after)
+            for weight, after in found:
+                weight.set_grid(after)
 
         return write
 
-    def _counts(self, pool: list[SparseModuleInfo], level: float) -> list[int]:
+    def _counts(self, pool: list[SparseWeight], level: float) -> list[int]:
         """Return how many groups each weight of a pool keeps."""
-        groups = [info.operand.groups for info in pool]
+        groups = [weight.groups for weight in pool]
         densities = [1.0] * len(pool)
         if self.config.distribution == "erk":
-            densities = [erdos_renyi(info.weight.shape) for info in pool]
+            densities = [erdos_renyi(weight.weight.shape) for weight in pool]
         least, most = [0] * len(pool), groups
         if len(pool) > 1:
-            targets = [info.operand.target for info in pool]
-            limits = [
-                (t.minimum_level, t.maximum_level, n) for t, n in zip(targets, groups, strict=True)
-            ]
-            least = [n - round(high * n) for _, high, n in limits]
-            most = [max(n - round(low * n), n - round(high * n)) for low, high, n in limits]
+            targets = [weight.target for weight in pool]
+            pairs = list(zip(groups, targets, strict=True))
+            least = [n - round(t.maximum_level * n) for n, t in pairs]
+            most = [n - round(t.minimum_level * n) for n, t in pairs]
+            most = list(map(max, most, least))
         total = sum(groups) - round(level * sum(groups))
-        # each limit was rounded by itself: together they may miss the total by a group a weight
-        if sum(least) - len(pool) < total < sum(most) + len(pool):
-            total = min(max(total, sum(least)), sum(most))
-        if not sum(least) <= total <= sum(most):
-            raise ValueError(
-                f"set_sparsity_level: level {level} cannot be reached within the limits of "
-                f"overrides: {total} of {sum(groups)} groups to keep, between {sum(least)} and "
-                f"{sum(most)} allowed"
-            )
+        total = within(level, "keep", total, least, most, sum(groups))
         return distribute(total, groups, densities, least, most)
 
-    def _random_grid(self, info: SparseModuleInfo, step: int) -> Tensor:
-        name = zlib.crc32(canonical(info.module_node_name).encode())
-        numbers = random_numbers(info.operand.grid, self.config.seed, step, name)
-        return numbers.to(info.weight.device)
+    def _random_grid(self, weight: SparseWeight, step: int) -> Tensor:
+        name = zlib.crc32(canonical(weight.name).encode())
+        numbers = random_numbers(weight.grid, self.config.seed, step, name)
+        return numbers.to(weight.weight.device)
 
 
-def _highest(info: SparseModuleInfo, scores: Tensor, count: int, *, among: Tensor) -> Tensor:
-    grid = keep_highest(scores, count, among, info.operand.backend)
+def _highest(weight: SparseWeight, scores: Tensor, count: int, *, among: Tensor) -> Tensor:
+    grid = keep_highest(scores, count, among, weight.backend)
     if grid is None:
         raise ValueError(
-            f"set_sparsity_level: the importance of {info.module_node_name!r} holds NaN or Inf; "
+            f"set_sparsity_level: the importance of {weight.name!r} holds NaN or Inf; "
             "masks are left as they were"
         )
     return grid

@@ -45,8 +45,9 @@ class LearnedWeight(SparseWeight):
         self.frozen = False
         super().__init__(target, **options)
         self.multiplier = multiplier
-        scores = torch.full(self.scores_shape, self.initial_score, device=self.weight.device)
-        self.scores = nn.Parameter(scores.float())  # pyright: ignore[reportIncompatibleVariableOverride]
+        options = {"dtype": torch.float32, "device": self.weight.device}
+        scores = torch.full(self.scores_shape, self.initial_score, **options)
+        self.scores = nn.Parameter(scores)  # pyright: ignore[reportIncompatibleVariableOverride]
         # fused optimisers rewrite a parameter without a trace in its version
         self.optimizer_steps = 0
         # since these were last set to False: whether the weight was read in training, whether a

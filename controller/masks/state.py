@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ...kernels.mask import pack, unpack
 from .names import match
-from .weight import SparseModuleInfo, SparseWeight
+from .weight import SparseWeight
 
 
-def masks_state(infos: Sequence[SparseModuleInfo]) -> dict[str, dict[str, Any]]:
+def masks_state(weights: Sequence[SparseWeight]) -> dict[str, dict[str, Any]]:
     """Return shape, pattern, packed mask and pruned values of each weight by name; on the CPU.
 
     A mask has one bit a group, its rows padded to bytes. Values are those of the pruned elements,
@@ -29,11 +29,11 @@ def masks_state(infos: Sequence[SparseModuleInfo]) -> dict[str, dict[str, Any]]:
             if weight.values is None or not weight.keeps_values
             else weight.values.to("cpu", copy=True),
         }
-        for weight in (info.operand for info in infos)
+        for weight in weights
     }
 
 
-def with_names_of(infos: Sequence[SparseModuleInfo], state: Mapping[str, Any]) -> dict[str, Any]:
+def with_names_of(weights: Sequence[SparseWeight], state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a controller's state with the weights called as they are here.
 
     A state that was made on a wrapper of the model (``module.`` before each name) becomes one of
@@ -42,9 +42,9 @@ def with_names_of(infos: Sequence[SparseModuleInfo], state: Mapping[str, Any]) -
     Raises:
         ValueError: the state is of another model.
     """
-    weights = state.get("weights")
-    names = [info.module_node_name for info in infos]
-    there = set(weights) if isinstance(weights, Mapping) else set()
+    saved = state.get("weights")
+    names = [weight.name for weight in weights]
+    there = set(saved) if isinstance(saved, Mapping) else set()
     found = match(names, there)
     if found is None or len(found) != len(there):
         raise ValueError(
@@ -63,7 +63,7 @@ def _renamed(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
 
 
 def read_masks(
-    weights: Mapping[str, Mapping[str, Any]], infos: Sequence[SparseModuleInfo]
+    state: Mapping[str, Mapping[str, Any]], weights: Sequence[SparseWeight]
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Return ``masks_state``'s masks as bool grids of one element a group, and its pruned values.
 
@@ -73,27 +73,24 @@ def read_masks(
         ValueError: the state is of another pattern, or damaged.
     """
     found = []
-    for info in infos:
-        operand, name = info.operand, info.module_node_name
-        saved = weights[name]
+    for weight in weights:
+        name, saved = weight.name, state[weight.name]
         if not isinstance(saved, Mapping):
             raise ValueError(f"load_state: {name!r} must have a mapping, got {saved!r}")
-        wanted = {"shape": list(operand.weight_shape), "pattern": str(operand.pattern)}
+        wanted = {"shape": list(weight.weight_shape), "pattern": str(weight.pattern)}
         for key, here in wanted.items():
             if saved.get(key) != here:
                 raise ValueError(
                     f"load_state: {key} of {name!r} must be {here}, got {saved.get(key)}"
                 )
-        down, across = operand.grid
+        down, across = weight.grid
         mask, shape = saved.get("mask"), (down, -(-across // 8))
         if not isinstance(mask, Tensor) or mask.shape != shape or mask.element_size() != 1:
             raise ValueError(f"load_state: mask of {name!r} must be packed bits, uint8 {shape}")
-        grid = unpack(mask.to(operand.mask.device), across)
-        if not operand.fits(grid):
-            raise ValueError(
-                f"load_state: mask of {name!r} must be {operand.pattern}, got another"
-            )
-        found.append((grid, _read_values(saved.get("values"), grid, operand)))
+        grid = unpack(mask.to(weight.mask.device), across)
+        if not weight.fits(grid):
+            raise ValueError(f"load_state: mask of {name!r} must be {weight.pattern}, got another")
+        found.append((grid, _read_values(saved.get("values"), grid, weight)))
     return found
 
 

@@ -10,7 +10,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from .learned import score_parameters
-from .weight import SparseModuleInfo
+from .weight import SparseWeight
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class SparsifiedLayerSummary:
     """One masked weight.
 
     Attributes:
-        name: as in ``SparseModuleInfo``.
+        name: as ``SparseModuleInfo.module_node_name``.
         weight_shape: its shape.
         pattern: the shape of a group.
         groups, pruned_groups: how many there are; under N:M of elements.
@@ -107,14 +107,13 @@ class Statistics(SimpleNamespace):
 
 
 def summarise(
-    model: nn.Module, infos: Sequence[SparseModuleInfo], thresholds: Mapping[str, Tensor]
+    model: nn.Module, weights: Sequence[SparseWeight], thresholds: Mapping[str, Tensor]
 ) -> SparsifiedModelStatistics:
     """Count each weight's groups, and put the figures together; ``thresholds`` are scalar
     tensors, by name. Synchronises with the device.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     parameters -= sum(scores.numel() for scores in score_parameters(model))
-    weights = [info.operand for info in infos]
     layers = tuple(
         SparsifiedLayerSummary(
             name=weight.name,

@@ -41,26 +41,25 @@ _log = logging.getLogger("triton_sparsity")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A parameter that may be masked, under all the names that it has."""
+    """A parameter that may be masked: every (module, parameter name) that holds it, and what each
+    of these is called.
+    """
 
-    users: tuple[tuple[str, nn.Module, str], ...]
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name, _, _ in self.users]
+    users: tuple[tuple[nn.Module, str], ...]
+    names: tuple[str, ...]
 
     @property
     def weight(self) -> Tensor:
-        _, module, name = self.users[0]
+        module, name = self.users[0]
         return module._parameters[name]  # pyright: ignore[reportReturnType]
 
     @property
     def is_conv1d(self) -> bool:
-        return conv1d_of(type(self.users[0][1])) is not None
+        return conv1d_of(type(self.users[0][0])) is not None
 
     def has(self, kind: Callable[[nn.Module, str, Tensor], bool]) -> bool:
         """Tell whether the parameter is of a kind in any of its modules."""
-        return any(kind(module, name, self.weight) for _, module, name in self.users)
+        return any(kind(module, name, self.weight) for module, name in self.users)
 
     def matches(self, scopes: Sequence[str] | None) -> bool:
         return any(matches(scope, name) for scope in scopes or () for name in self.names)
@@ -114,13 +113,12 @@ def find_targets(model: nn.Module, config: AlgorithmConfig) -> list[Target]:
 
 def weights_of(model: nn.Module) -> list[Candidate]:
     """List what may be weights, each parameter once, in module order."""
-    found: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    found: dict[int, dict[tuple[nn.Module, str], str]] = {}
     for path, module in model.named_modules():
-        for parameter_name, parameter in may_be_weights(module):
-            name = parameter_name if not path else f"{path}.{parameter_name}"
-            name = path if path and parameter_name == "weight" else name
-            found.setdefault(id(parameter), []).append((name, module, parameter_name))
-    return [Candidate(tuple(users)) for users in found.values()]
+        for own, parameter in may_be_weights(module):
+            name = path if path and own == "weight" else f"{path}.{own}".lstrip(".")
+            found.setdefault(id(parameter), {})[module, own] = name
+    return [Candidate(tuple(users), tuple(users.values())) for users in found.values()]
 
 
 # why a weight is left dense
@@ -196,14 +194,12 @@ def _is_adapter(name: str, beside: dict[str, str], target_scopes: Sequence[str])
 
 def _target(candidate: Candidate, config: AlgorithmConfig) -> Target:
     override = next((o for o in config.overrides if candidate.matches([o.scope])), None)
-    _, module, _ = candidate.users[0]
-    target = Target(
-        candidate.names[0],
-        tuple((module, name) for _, module, name in candidate.users),
-        config.pattern,
-        transposed=is_transposed(module, candidate.weight),
-        experts=holds_experts(module, candidate.weight),
-    )
+    module, weight = candidate.users[0][0], candidate.weight
+    kind = {
+        "transposed": is_transposed(module, weight),
+        "experts": holds_experts(module, weight),
+    }
+    target = Target(candidate.names[0], candidate.users, config.pattern, **kind)
     if override is None:
         return target
     limits = {"minimum_level": override.minimum_level, "maximum_level": override.maximum_level}

@@ -46,6 +46,28 @@ def allocate(
     return fixed, free, total - sum(fixed.values())
 
 
+def within(
+    level: float,
+    verb: str,
+    total: int,
+    minimum: Sequence[int],
+    maximum: Sequence[int],
+    groups: int,
+) -> int:
+    """Return how many of ``groups`` to prune, or keep: ``total``, or the nearest within limits.
+
+    Each limit was rounded by itself: together they may miss the total by a group a weight. A total
+    further off is refused.
+    """
+    least, most = sum(minimum), sum(maximum)
+    if not least - len(minimum) < total < most + len(maximum):
+        raise ValueError(
+            f"set_sparsity_level: level {level} cannot be reached within the limits of overrides: "
+            f"{total} of {groups} groups to {verb}, between {least} and {most} allowed"
+        )
+    return min(max(total, least), most)
+
+
 def erdos_renyi(shape: Sequence[int]) -> float:
     """Return the density, up to a common factor, that Erdos-Renyi-Kernel gives a weight.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...kernels.block_score import block_score
 from ..masks.names import canonical
-from ..masks.weight import SparseModuleInfo
+from ..masks.weight import SparseWeight
 from .thresholds import Scores
 
 WeightImportance = Literal["abs", "normed_abs", "snip", "snip_momentum", "wanda", "random"]
@@ -158,27 +158,25 @@ def criterion(name: WeightImportance) -> Criterion:
 
 
 def check_gradients(
-    name: WeightImportance, infos: Sequence[SparseModuleInfo], importances: Sequence[Importance]
+    name: WeightImportance, weights: Sequence[SparseWeight], importances: Sequence[Importance]
 ) -> None:
     """Refuse a pool whose gradients say nothing: of equals the masks would go by position."""
     if not torch.stack([found.values.any() for found in importances]).any():
         raise RuntimeError(
-            f"{name}: |w g| is 0 throughout the pool of {infos[0].module_node_name!r}, "
-            f"{len(infos)} weights in all, so that nothing ranks their groups; run a backward "
+            f"{name}: |w g| is 0 throughout the pool of {weights[0].name!r}, "
+            f"{len(weights)} weights in all, so that nothing ranks their groups; run a backward "
             "pass with finite gradients first, and call zero_grad() only after the scheduler's "
             "step() or epoch_step()"
         )
 
 
-def scores_by_group(
-    infos: Sequence[SparseModuleInfo], importances: Sequence[Importance]
-) -> Scores:
+def scores_by_group(weights: Sequence[SparseWeight], importances: Sequence[Importance]) -> Scores:
     """Return the scores of the groups of several weights of one pattern."""
-    operand = infos[0].operand
+    first = weights[0]
     tensors = [
         found.values
-        if operand.packed or found.per_group
-        else block_score(found.values, operand.pattern, backend=operand.backend)
+        if first.packed or found.per_group
+        else block_score(found.values, first.pattern, backend=first.backend)
         for found in importances
     ]
     if all(found.scale is None for found in importances):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.squares import convolution_squares
-from ..masks.weight import SparseModuleInfo
+from ..masks.weight import SparseWeight
 from .criteria import Evidence, WeightImportance, check_gradients, criterion, scores_by_group
 from .thresholds import Scores
 
@@ -23,25 +23,25 @@ class Scorer:
     """Scores by a criterion, called ``importance``, and what has been gathered for it so far."""
 
     def __init__(
-        self, infos: Sequence[SparseModuleInfo], importance: WeightImportance, seed: int
+        self, weights: Sequence[SparseWeight], importance: WeightImportance, seed: int
     ) -> None:
         self.importance: WeightImportance = importance
-        self._infos = list(infos)
+        self._weights = list(weights)
         self._seed = seed
         self._momenta: dict[str, Tensor] = {}
         self._input_norms: dict[str, Tensor] = {}
 
-    def scores(self, infos: Sequence[SparseModuleInfo]) -> Scores:
+    def scores(self, weights: Sequence[SparseWeight]) -> Scores:
         """Score every group of the weights given, which share one pattern.
 
         Raises:
             RuntimeError: what the criterion needs has not been gathered, or is 0 throughout.
         """
         importance_of = criterion(self.importance)
-        importances = [importance_of(self._evidence(info)) for info in infos]
+        importances = [importance_of(self._evidence(weight)) for weight in weights]
         if self.importance in BY_GRADIENT:
-            check_gradients(self.importance, infos, importances)
-        return scores_by_group(infos, importances)
+            check_gradients(self.importance, weights, importances)
+        return scores_by_group(weights, importances)
 
     def observe(self) -> None:
         """Take in the gradients of the step that has ended, where the criterion sums them.
@@ -50,17 +50,17 @@ class Scorer:
         """
         if self.importance != "snip_momentum":
             return
-        used = [(i, gradient) for i in self._infos if (gradient := i.weight.grad) is not None]
+        used = [(i, gradient) for i in self._weights if (gradient := i.weight.grad) is not None]
         if not used:
             return
         # stays on the device: a step must not wait for it
         finite = torch.stack([gradient.isfinite().all() for _, gradient in used]).all()
         decay = torch.full((), MOMENTUM_DECAY, dtype=torch.float32, device=finite.device)
         decay.masked_fill_(~finite, 1)
-        for info, gradient in used:
-            operand, name = info.operand, info.module_node_name
-            weight = operand.matrix(info.weight.detach())
-            product = (weight.float() * operand.matrix(gradient.detach()).float()).abs_()
+        for weight, gradient in used:
+            name, matrix = weight.name, weight.matrix
+            values, slopes = matrix(weight.weight.detach()), matrix(gradient.detach())
+            product = (values.float() * slopes.float()).abs_()
             product.masked_fill_(~finite, 0)
             if name in self._momenta:
                 self._momenta[name].mul_(decay).add_(product)
@@ -82,9 +82,9 @@ class Scorer:
         sums: dict[str, tuple[Tensor, int]] = {}
         handles = []
         try:
-            for info in self._infos:
-                hook = _measure(info, sums)
-                handles.append(info.module.register_forward_hook(hook, with_kwargs=True))
+            for weight in self._weights:
+                hook = _measure(weight, sums)
+                handles.append(weight.module.register_forward_hook(hook, with_kwargs=True))
             yield
         finally:
             for handle in handles:
@@ -96,8 +96,8 @@ class Scorer:
 
         Where the next update looks at gradients, the weights' present ones are part of it.
         """
-        looks = self._infos if self.importance in BY_GRADIENT else []
-        gradients = {i.module_node_name: g for i in looks if (g := i.weight.grad) is not None}
+        looks = self._weights if self.importance in BY_GRADIENT else []
+        gradients = {i.name: g for i in looks if (g := i.weight.grad) is not None}
         return {
             # copies: the next backward pass may add to a gradient in place
             key: {name: tensor.detach().to("cpu", copy=True) for name, tensor in gathered.items()}
@@ -117,21 +117,23 @@ class Scorer:
         Raises:
             ValueError: a key is unknown, or a tensor is of another model.
         """
-        infos = {info.module_node_name: info for info in self._infos}
+        weights = {weight.name: weight for weight in self._weights}
         for key, gathered in state.items():
             if key not in ("momenta", "input_norms", "gradients"):
                 raise ValueError(f"load_state: algorithm_state has the unknown key {key!r}")
             for name, tensor in gathered.items():
-                if name not in infos or not _fits(key, tensor, infos[name]):
+                if name not in weights or not _fits(key, tensor, weights[name]):
                     raise ValueError(f"load_state: {key} of {name!r} must fit its weight")
 
         def take() -> None:
-            device = self._infos[0].weight.device
+            device = self._weights[0].weight.device
             if self.importance in BY_GRADIENT:
                 gradients = state.get("gradients", {})
-                for name, info in infos.items():
+                for name, weight in weights.items():
                     gradient = gradients.get(name)
-                    info.weight.grad = None if gradient is None else gradient.to(device, copy=True)
+                    weight.weight.grad = (
+                        None if gradient is None else gradient.to(device, copy=True)
+                    )
             self._momenta, self._input_norms = (
                 # a copy: a tensor of the caller's must not change with ours
                 {name: tensor.to(device, copy=True) for name, tensor in state.get(key, {}).items()}
@@ -140,40 +142,39 @@ class Scorer:
 
         return take
 
-    def _evidence(self, info: SparseModuleInfo) -> Evidence:
-        operand, name = info.operand, info.module_node_name
-        gradient = info.weight.grad
+    def _evidence(self, weight: SparseWeight) -> Evidence:
+        gradient = weight.weight.grad
         return Evidence(
-            name=name,
-            weight=operand.matrix(info.weight.detach()),
-            grid=operand.grid,
-            gradient=None if gradient is None else operand.matrix(gradient),
-            momentum=self._momenta.get(name),
-            input_norm=self._input_norms.get(name),
+            name=weight.name,
+            weight=weight.matrix(weight.weight.detach()),
+            grid=weight.grid,
+            gradient=None if gradient is None else weight.matrix(gradient),
+            momentum=self._momenta.get(weight.name),
+            input_norm=self._input_norms.get(weight.name),
             seed=(self._seed,),
         )
 
 
-def _fits(key: str, tensor: Tensor, info: SparseModuleInfo) -> bool:
-    rows, cols = info.operand.shape
+def _fits(key: str, tensor: Tensor, weight: SparseWeight) -> bool:
+    rows, cols = weight.shape
     match key:
         case "gradients":
-            return tensor.shape == info.weight.shape and tensor.dtype == info.weight.dtype
+            return tensor.shape == weight.weight.shape and tensor.dtype == weight.weight.dtype
         case "momenta":
             return tensor.shape == (rows, cols)
     return tensor.shape in ((cols,), (rows, cols))
 
 
 def _measure(
-    info: SparseModuleInfo, sums: dict[str, tuple[Tensor, int]]
+    weight: SparseWeight, sums: dict[str, tuple[Tensor, int]]
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
     """Return a forward hook that adds up squared inputs a column of the weight's matrix."""
-    name, module = info.module_node_name, info.module
+    name, module = weight.name, weight.module
     convolves = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     keys = ("stride", "padding", "dilation", "groups")
     settings: Any = {key: getattr(module, key, None) for key in keys}
     plain = convolves and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    if not (isinstance(module, nn.Linear) or info.operand.transposed or plain):
+    if not (isinstance(module, nn.Linear) or weight.transposed or plain):
         raise ValueError(
             f"calibration: the inputs of {name!r}, a {type(module).__name__}, cannot be measured; "
             "they must be those of a linear layer or of a convolution padded with zeros; list it "
@@ -186,7 +187,7 @@ def _measure(
         if x.numel() == 0:  # an expert that no token has gone to
             return
         if convolves:
-            total, count = convolution_squares(x, output, info.weight.shape, **settings)
+            total, count = convolution_squares(x, output, weight.weight.shape, **settings)
         else:
             rows = x.reshape(-1, x.shape[-1])
             total, count = rows.square().sum(0), len(rows)

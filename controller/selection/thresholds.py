@@ -13,8 +13,8 @@ from ...kernels.bits import count_kept
 from ...kernels.cut import Cut, find_cut
 from ...kernels.pattern import Pattern, maximum_level
 from ..config.algorithm import Pool
-from ..masks.weight import SparseModuleInfo
-from .allocation import allocate
+from ..masks.weight import SparseWeight
+from .allocation import allocate, within
 
 
 class Scores(NamedTuple):
@@ -34,24 +34,22 @@ class Scores(NamedTuple):
 class Pruning(NamedTuple):
     """Where some weights of one pattern are cut; None: nothing is pruned."""
 
-    infos: list[SparseModuleInfo]
+    weights: list[SparseWeight]
     cut: Cut | None
 
 
-ScoresOf = Callable[[Sequence[SparseModuleInfo]], Scores]
+ScoresOf = Callable[[Sequence[SparseWeight]], Scores]
 
 
-def pools(
-    infos: Sequence[SparseModuleInfo], pool: Pool = "global"
-) -> list[list[SparseModuleInfo]]:
+def pools(weights: Sequence[SparseWeight], pool: Pool = "global") -> list[list[SparseWeight]]:
     """Part the weights: each by itself, or by pattern, since in a mixed pool an element would
     count as much as a block.
     """
     if pool == "weight":
-        return [[info] for info in infos]
-    found: dict[Pattern, list[SparseModuleInfo]] = {}
-    for info in infos:
-        found.setdefault(info.operand.pattern, []).append(info)
+        return [[weight] for weight in weights]
+    found: dict[Pattern, list[SparseWeight]] = {}
+    for weight in weights:
+        found.setdefault(weight.pattern, []).append(weight)
     return list(found.values())
 
 
@@ -73,12 +71,12 @@ def check_reachable(what: str, level: float, patterns: Sequence[Pattern]) -> Non
 
 
 def find_prunings(
-    infos: list[SparseModuleInfo], level: float, scores: ScoresOf, *, limits: bool
+    weights: list[SparseWeight], level: float, scores: ScoresOf, *, limits: bool
 ) -> list[Pruning]:
     """Find the thresholds of one pool; several where limits hold some weights apart.
 
     Args:
-        infos: the weights, of one pattern.
+        weights: the weights, of one pattern.
         level: ``round(level * groups)`` groups are pruned; of N:M tuples that share of what it
             can prune.
         scores: scores every group of the weights given.
@@ -89,31 +87,23 @@ def find_prunings(
         ValueError: the level is beyond what the limits allow. Whether scores are finite is for
             ``check_finite`` to say.
     """
-    groups = [info.operand.choices for info in infos]
-    most = maximum_level(infos[0].operand.pattern)
+    groups = [weight.choices for weight in weights]
+    most = maximum_level(weights[0].pattern)
     share = min(level / most, 1.0)
     total = round(share * sum(groups))
-    targets = [info.operand.target for info in infos]
+    targets = [weight.target for weight in weights]
     if not limits or all(t.minimum_level <= 0 and t.maximum_level >= 1 for t in targets):
-        return [_prune(infos, total, scores)]
+        return [_prune(weights, total, scores)]
     # a schedule passes levels below a weight's minimum on its way up
     least = [min(target.minimum_level / most, share) for target in targets]
     minimum = [round(part * n) for part, n in zip(least, groups, strict=True)]
     greatest = [min(target.maximum_level / most, 1.0) for target in targets]
     maximum = [round(part * n) for part, n in zip(greatest, groups, strict=True)]
     minimum = [min(low, high) for low, high in zip(minimum, maximum, strict=True)]
-    # each limit was rounded by itself: together they may miss the total by a group a weight
-    if sum(minimum) - len(infos) < total < sum(maximum) + len(infos):
-        total = min(max(total, sum(minimum)), sum(maximum))
-    if not sum(minimum) <= total <= sum(maximum):
-        raise ValueError(
-            f"set_sparsity_level: level {level} cannot be reached within the limits of "
-            f"overrides: {total} of {sum(groups)} groups to prune, between {sum(minimum)} "
-            f"and {sum(maximum)} allowed"
-        )
+    total = within(level, "prune", total, minimum, maximum, sum(groups))
 
     def natural(members: list[int], k: int) -> list[int]:
-        pruning = _prune([infos[i] for i in members], k, scores)
+        pruning = _prune([weights[i] for i in members], k, scores)
         check_finite([pruning])
         if pruning.cut is None or pruning.cut.threshold is None:
             return [groups[i] if k else 0 for i in members]
@@ -121,43 +111,43 @@ def find_prunings(
         return [groups[i] - n for i, n in zip(members, kept, strict=True)]
 
     fixed, free, left = allocate(total, minimum, maximum, natural)
-    prunings = [_prune([infos[i]], count, scores) for i, count in fixed.items()]
+    prunings = [_prune([weights[i]], count, scores) for i, count in fixed.items()]
     if free:
-        prunings.append(_prune([infos[i] for i in free], left, scores))
+        prunings.append(_prune([weights[i] for i in free], left, scores))
     return prunings
 
 
 def check_finite(prunings: Sequence[Pruning]) -> None:
     """Refuse scores that hold NaN or Inf, by their weight, in one wait for the device."""
-    found = [(pruning.infos, pruning.cut) for pruning in prunings if pruning.cut is not None]
+    found = [(pruning.weights, pruning.cut) for pruning in prunings if pruning.cut is not None]
     if found and torch.stack([cut.nonfinite for _, cut in found]).any():
-        for infos, cut in found:
-            for info, tensor in zip(infos, cut.scores, strict=True):
+        for weights, cut in found:
+            for weight, tensor in zip(weights, cut.scores, strict=True):
                 if not torch.isfinite(tensor).all():
-                    what = "importance" if torch.isfinite(info.weight).all() else "weight"
+                    what = "importance" if torch.isfinite(weight.weight).all() else "weight"
                     raise ValueError(
-                        f"set_sparsity_level: the {what} of {info.module_node_name!r} holds NaN "
+                        f"set_sparsity_level: the {what} of {weight.name!r} holds NaN "
                         "or Inf; masks are left as they were"
                     )
 
 
 def apply_prunings(prunings: Sequence[Pruning]) -> None:
     """Write the masks, in place. The parameters are the caller's to bring in line."""
-    for infos, cut in prunings:
+    for weights, cut in prunings:
         if cut is not None:
-            cut.write([info.operand.mask for info in infos])
+            cut.write([weight.mask for weight in weights])
             continue
-        for info in infos:
-            info.operand.mask.copy_(info.operand.full_mask())
-    infos = [info for pruning in prunings for info in pruning.infos]
-    counts = count_kept([info.operand.mask for info in infos])
-    for info, kept in zip(infos, counts, strict=True):
-        info.operand.set_(None, kept)
+        for weight in weights:
+            weight.mask.copy_(weight.full_mask())
+    weights = [weight for pruning in prunings for weight in pruning.weights]
+    counts = count_kept([weight.mask for weight in weights])
+    for weight, kept in zip(weights, counts, strict=True):
+        weight.set_(None, kept)
 
 
-def _prune(infos: list[SparseModuleInfo], pruned: int, scores: ScoresOf) -> Pruning:
+def _prune(weights: list[SparseWeight], pruned: int, scores: ScoresOf) -> Pruning:
     if not pruned:
         # a criterion need not have its evidence, and no weight is read
-        return Pruning(infos, None)
-    operand, (tensors, scales) = infos[0].operand, scores(infos)
-    return Pruning(infos, find_cut(tensors, pruned, operand.pattern, scales, operand.backend))
+        return Pruning(weights, None)
+    (tensors, scales), first = scores(weights), weights[0]
+    return Pruning(weights, find_cut(tensors, pruned, first.pattern, scales, first.backend))

@@ -345,10 +345,10 @@ def test_torchs_defaults_do_not_matter(k, default, backend):
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.device("meta")], ids=str)
 def test_torchs_defaults_do_not_matter_to_scales_of_one(default):
-    info = SimpleNamespace(operand=SimpleNamespace(packed=True))
+    weight = SimpleNamespace(packed=True)
     scale = torch.tensor(1 / 3, device=DEVICE)
     with other_default(default):
-        _, scales = scores_by_group([info] * 2, [Importance(scale), Importance(scale, scale)])
+        _, scales = scores_by_group([weight] * 2, [Importance(scale), Importance(scale, scale)])
     assert torch.equal(scales, torch.tensor([1, 1 / 3], device=DEVICE))
 
 

@@ -23,7 +23,7 @@ from ...api import CompressionStage
 from ...config.algorithm import AlgorithmConfig
 from ...config.state import number
 from ...masks.statistics import SparsifiedModelStatistics, SparsityStatistics
-from ...masks.weight import SparseModuleInfo, SparseWeight, Target
+from ...masks.weight import SparseWeight, Target
 from ...selection.thresholds import Scores
 from ..base import Change
 from ..learned import LearnedController
@@ -100,10 +100,9 @@ class MovementSparsityController(LearnedController):
         self._scheduler = MovementScheduler(self, config)
         self.threshold = -math.inf
 
-    def group_scores(self, infos: Sequence[SparseModuleInfo]) -> Scores:
+    def group_scores(self, weights: Sequence[SparseWeight]) -> Scores:
         """Importances above the least of all: ``set_sparsity_level`` prunes the lowest."""
-        wanted = [info.operand for info in infos]
-        found = [w.spread(w.scores.detach()) for w in self._weights if w in wanted]
+        found = [w.spread(w.scores.detach()) for w in self._weights if w in weights]
         least = torch.stack([grid.min() for grid in found]).min()
         return Scores([grid - least for grid in found], None)
 
