@@ -13,9 +13,11 @@ from torch.optim.optimizer import (
     _global_optimizer_post_hooks,
     register_optimizer_step_post_hook,
 )
+from torch.utils.checkpoint import checkpoint
 from transformers import Adafactor
 
 import triton_sparsity as ts
+from triton_sparsity.controller.masks.guard import Guard
 
 SCHEDULE = ts.PolynomialSchedule(initial_level=0.25, target_level=0.75, target_epoch=2, power=1.0)
 HALF = ts.PolynomialSchedule(initial_level=0.5, target_level=0.5)
@@ -291,6 +293,64 @@ def test_a_gradient_is_zero_at_once_under_autograd_of_a_part_of_the_model():
     torch.autograd.backward(model[0](data(0)).sum(), inputs=[model[0].weight])
     (info, _) = controller.sparsified_module_info
     assert (info.weight.grad[~info.operand.binary_mask] == 0).all()
+
+
+@pytest.fixture
+def all_at_once(monkeypatch):
+    """Clear gradients at the end of a backward pass, as on a GPU."""
+    monkeypatch.setattr(Guard, "waits_for", staticmethod(lambda parameter: True))
+
+
+@pytest.mark.usefixtures("all_at_once")
+@pytest.mark.parametrize("algorithm", ["magnitude", "magnitude, blocks", "rigl", "composite"])
+def test_gradients_cleared_all_at_once_are_zero_behind_the_backward_pass(algorithm):
+    controller = build(algorithm)
+    for step in range(4):
+        controller.scheduler.step()
+        backward(controller.model, step)
+        assert_zeros(controller, gradient)
+
+
+class Once(torch.autograd.Function):
+    """The identity, whose backward pass fails when it is told to, as for want of memory."""
+
+    fails = False
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if Once.fails:
+            raise RuntimeError("out of memory")
+        return grads[0]
+
+
+@pytest.mark.usefixtures("all_at_once")
+def test_a_backward_pass_that_fails_does_not_spoil_the_next(monkeypatch):
+    controller = build()
+    model = controller.model
+    monkeypatch.setattr(Once, "fails", True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model[2](Once.apply(model[1](model[0](data(0))))).square().mean().backward()
+    monkeypatch.setattr(Once, "fails", False)
+    for accumulated in range(2):
+        model[2](Once.apply(model[1](model[0](data(accumulated))))).square().mean().backward()
+        assert_zeros(controller, gradient)
+
+
+@pytest.mark.usefixtures("all_at_once")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradients_of_a_recomputed_part_are_zero(reentrant):
+    controller = build()
+    model = controller.model
+    x = data(0).requires_grad_()
+    for _ in range(2):
+        checkpoint(model, x, use_reentrant=reentrant).square().mean().backward()
+        assert_zeros(controller, gradient)
+        model[2](checkpoint(model[0], x, use_reentrant=reentrant)).square().mean().backward()
+        assert_zeros(controller, gradient)
 
 
 @pytest.mark.parametrize("kind", [optim.SGD, optim.AdamW, optim.Rprop])
