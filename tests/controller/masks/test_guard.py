@@ -543,6 +543,42 @@ def test_an_optimisers_state_loaded_later_does_not_leak(kind):
         assert_zeros(controller)
 
 
+@pytest.mark.parametrize("kind", ["SGD momentum", "AdamW", "RMSprop"])
+def test_momentum_does_not_leak_into_a_mask_that_is_assigned(kind):
+    controller = build()
+    model = controller.model
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    for step in range(2):
+        advance(model, optimizer, step)
+    for info in controller.sparsified_module_info:
+        info.operand.binary_mask = ~info.operand.binary_mask
+    assert_zeros(controller)
+    for step in range(2):
+        advance(model, optimizer, step)
+        assert_zeros(controller)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW", "Rprop"])
+@pytest.mark.parametrize("algorithm", ["magnitude", "magnitude, blocks", "set", "assigned"])
+def test_masks_that_change_between_backward_pass_and_step_do_not_leak(algorithm, kind):
+    controller = build("magnitude" if algorithm == "assigned" else algorithm)
+    model = controller.model
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    for step in range(4):
+        optimizer.zero_grad()
+        backward(model, step)
+        if algorithm == "assigned":
+            for info in controller.sparsified_module_info:
+                info.operand.binary_mask = ~info.operand.binary_mask
+        else:
+            controller.scheduler.epoch_step()
+            controller.scheduler.step()
+        assert_zeros(controller)
+        assert_zeros(controller, gradient)
+        optimizer.step()
+        assert_zeros(controller)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_zeros_hold_under_optimisers_that_step_within_the_backward_pass(when):
     model = net()
