@@ -142,6 +142,8 @@ class Guard:
     def before_forward(self, model: nn.Module) -> None:
         if not (model.training and torch.is_grad_enabled()):
             return
+        if self._pending:  # of a backward pass that has failed
+            self._clear_pending()
         changed = []
         for weight in self.weights:
             parameter = weight.weight
