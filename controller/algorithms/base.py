@@ -323,7 +323,7 @@ class BaseSparsityAlgoController:
         weights = [info.operand for info in infos]
         with dense_weights(weights, keep=None if self._guard.began else True):
             yield
-        self._guard.masks_changed(weights)
+        self._guard.masks_changed()
 
     def _find_masks(self, infos: list[SparseModuleInfo], level: float) -> Change:
         """Find the masks of a level: those that prune the groups of lowest score.
