@@ -748,6 +748,7 @@ def test_zeros_outlive_the_controller(algorithm, kind):
             assert (model.get_submodule(name).weight.grad[~mask] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["magnitude, skipped blocks", "rigl", "composite"])
 def test_nothing_outlives_the_model(algorithm):
     def live():
@@ -767,7 +768,8 @@ def test_nothing_outlives_the_model(algorithm):
     assert live() == before
 
 
-def test_a_model_may_die_in_the_middle_of_another_ones_step():
+
+@pytest.mark.slowdef test_a_model_may_die_in_the_middle_of_another_ones_step():
     gc.collect()
     gc.disable()
     handles = []
