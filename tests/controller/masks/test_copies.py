@@ -127,7 +127,6 @@ def test_a_copy_may_have_a_controller_of_its_own(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["unstructured", "blocks", "rb"])
 def test_a_pickle_loads_where_this_package_is_not(kind, tmp_path):
     model, _ = build(kind)

@@ -768,8 +768,8 @@ def test_nothing_outlives_the_model(algorithm):
     assert live() == before
 
 
-
-@pytest.mark.slowdef test_a_model_may_die_in_the_middle_of_another_ones_step():
+@pytest.mark.slow
+def test_a_model_may_die_in_the_middle_of_another_ones_step():
     gc.collect()
     gc.disable()
     handles = []
