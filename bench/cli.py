@@ -116,7 +116,7 @@ def finetune(
         Real, _option("Fraction of the sparse epochs in which the level rises.", "0.7")
     ] = None,
     importance: Annotated[
-        Text, _option("abs, normed_abs, snip, snip_momentum, wanda or random.", "abs")
+        Text, _option("abs, normed_abs, snip, snip_momentum, wanda or random.", "normed_abs")
     ] = None,
     pool: Annotated[
         Text, _option("Of magnitude: global or weight.", "weight for blocks, else global")

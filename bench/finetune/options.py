@@ -87,7 +87,7 @@ class Options:
     initial_level: float = 0.0
     schedule: str = "polynomial"
     ramp: float = 0.7
-    importance: str = "abs"
+    importance: str = "normed_abs"
     pool: str | None = None
     initial_masks: str = "importance"
     distribution: str = "erk"

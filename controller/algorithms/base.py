@@ -296,7 +296,7 @@ class BaseSparsityAlgoController:
         """
         with dense_weights(weights, keep=None if self._guard.began else True):
             yield
-        self._guard.masks_changed(weights)
+        self._guard.masks_changed()
 
     def _find_masks(self, weights: list[Any], level: float) -> Change:
         """Find the masks of a level, those that prune the groups of lowest score; return what

@@ -106,7 +106,7 @@ class LearnedController(BaseSparsityAlgoController):
         for weight in self._weights:
             weight.freeze(self.frozen)
         self._steps = 0  # an epoch that was frozen in part shows nothing
-        self._guard.masks_changed(self._weights)
+        self._guard.masks_changed()
 
     def _read_state(self, state: Mapping[str, Mapping[str, Any]]) -> Change:
         take_state = super()._read_state(state)

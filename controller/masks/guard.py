@@ -27,7 +27,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -63,9 +63,11 @@ class Guard:
         self.paths = {id(module): path for path, module in model.named_modules()}
         self._weight_at = {(id(module), name): weight for module, name, weight in self.users}
         self._gradient_hooks: dict[SparseWeight, RemovableHandle] = {}
-        self._pending: list[SparseWeight] = []
-        # each mask's number of changes, and of each optimiser that and the moments that are clear
-        self._changes = dict.fromkeys(self.weights, 0)
+        # by backward pass: what is cleared at its end
+        self._pending: dict[int, list[SparseWeight]] = {}
+        # by identity, since the last step
+        self._cleared_gradients: dict[SparseWeight, int] = {}
+        # of each optimiser the moments that are clear, and of which change of the mask
         self._cleared: weakref.WeakKeyDictionary[Optimizer, dict[SparseWeight, tuple[int, ...]]]
         self._cleared = weakref.WeakKeyDictionary()
         # what an optimiser is at work on
@@ -98,10 +100,8 @@ class Guard:
 
     # the masks' owner tells
 
-    def masks_changed(self, weights: Sequence[SparseWeight]) -> None:
+    def masks_changed(self) -> None:
         """Clear what known optimisers remember of elements that are pruned now."""
-        for weight in weights:
-            self._changes[weight] += 1
         for optimizer in list(self._cleared) if self.began else ():
             self._clear_moments(optimizer)
 
@@ -137,8 +137,6 @@ class Guard:
     def before_forward(self, model: nn.Module, _: Any) -> None:
         if not (model.training and torch.is_grad_enabled()):
             return
-        if self._pending:  # of a backward pass that has failed
-            self._clear_pending()
         changed = []
         for weight in self.weights:
             parameter = weight.weight
@@ -156,12 +154,14 @@ class Guard:
         )
 
     def after_load(self, module: nn.Module, _: Any) -> None:
-        loaded = [self._weight_at[id(module), name] for name in self._names_in[id(module)]]
+        names = self._names_in[id(module)]
+        places = [(name, self._weight_at[id(module), name]) for name in names]
         loaded = [
             weight
-            for weight in loaded
+            for name, weight in places
             # a load may leave some out, and one that assigns has gone by the registration
-            if weight.module is module and not weight.is_as_left(weight.weight)
+            if module._parameters.get(name) is weight.weight
+            and not weight.is_as_left(weight.weight)
         ]
         for weight, written in zip(loaded, leaks(loaded), strict=True):
             if weight.values_are_loaded and not written:
@@ -195,16 +195,21 @@ class Guard:
         if weight.mask.device != gradient.device:
             weight.follow()
         if gradient.layout == torch.sparse_coo:
+            self._cleared_gradients[weight] = id(gradient)
             _clear_rows(weight, gradient)
             return
         if weight.dense_gradient_taker is not None:
             weight.dense_gradient_taker(gradient)
+        self._cleared_gradients[weight] = id(gradient)
         if not self.waits_for(parameter):
             clear_([weight], [gradient])
             return
-        if not self._pending:
-            torch.autograd.Variable._execution_engine.queue_callback(self._clear_pending)
-        self._pending.append(weight)
+        backward = torch._C._current_graph_task_id()
+        if backward not in self._pending:
+            self._pending[backward] = []
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            queue(partial(self._clear_pending, backward))
+        self._pending[backward].append(weight)
 
     @staticmethod
     def waits_for(parameter: Tensor) -> bool:
@@ -217,9 +222,9 @@ class Guard:
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
         return parameter.is_cuda and not others and not ranks
 
-    def _clear_pending(self) -> None:
-        found = [(w, g) for w in self._pending if (g := w.weight.grad) is not None]
-        self._pending.clear()
+    def _clear_pending(self, backward: int) -> None:
+        pending = self._pending.pop(backward, [])
+        found = [(w, g) for w in pending if (g := w.weight.grad) is not None]
         clear_([weight for weight, _ in found], [gradient for _, gradient in found])
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -230,8 +235,23 @@ class Guard:
         changed = [weight for weight in members if not weight.is_clean(weight.weight)]
         if changed:
             drop_foreign(changed, "before an optimiser's step")
+        self._clear_assigned_gradients(members)
         self._clear_moments(optimizer, members)
         self._stepping.update(members)
+
+    def _clear_assigned_gradients(self, members: Sequence[SparseWeight]) -> None:
+        """Clear gradients that no backward pass has brought, and watch for those to come."""
+        found = []
+        for weight in members:
+            gradient, seen = weight.weight.grad, self._cleared_gradients.pop(weight, None)
+            if gradient is not None and id(gradient) != seen:
+                self._watch_gradient(weight, weight.weight)
+                found.append((weight, gradient))
+        # a backward pass that has failed left some behind
+        left = [weight for rest in self._pending.values() for weight in rest]
+        found += [(w, g) for w in left if (g := w.weight.grad) is not None]
+        self._pending.clear()
+        clear_([weight for weight, _ in found], [gradient for _, gradient in found])
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
         self.optimizer_steps += 1
@@ -264,7 +284,7 @@ class Guard:
         done = self._cleared.setdefault(optimizer, {})
         members = self._members(optimizer) if members is None else members
         here = {weight: list(moments(optimizer, weight.weight)) for weight in members}
-        keys = {w: (self._changes[w], *(m.data_ptr() for m in here[w])) for w in members}
+        keys = {w: (w.changes, *(m.data_ptr() for m in here[w])) for w in members}
         due = [(w, moment) for w in members if done.get(w) != keys[w] for moment in here[w]]
         clear_([weight for weight, _ in due], [moment for _, moment in due])
         done.update(keys)

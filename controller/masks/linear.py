@@ -103,7 +103,9 @@ def restore_class(module: nn.Module) -> None:
 
 @cache
 def _class_of(dense: type[nn.Module]) -> type[nn.Module]:
-    return type(f"BlockSparse{dense.__name__}", (BlockSparseLinear, dense), {"dense_class": dense})
+    # torch.fx takes a module of torch.nn for a leaf
+    attributes = {"dense_class": dense, "__module__": dense.__module__}
+    return type(f"BlockSparse{dense.__name__}", (BlockSparseLinear, dense), attributes)
 
 
 def note_adapter(parent: nn.Module, child: nn.Module) -> None:

@@ -133,6 +133,7 @@ class SparseWeight:
         self.mask = self._compact(everything)
         # number of kept groups, known on the host: what has nothing pruned needs no care
         self.kept = self.groups
+        self.changes = 0  # of the mask
         # whether pruned values are kept until the masks freeze, and those that are
         self.keeps_values = False
         self.values: Tensor | None = None
@@ -294,6 +295,7 @@ class SparseWeight:
         if mask is not None:
             self.mask.copy_(mask)
         self.kept = kept
+        self.changes += 1
         if self._words is not None:
             word_mask(self.mask, self.pattern, self.shape, self._dtype, out=self._words)
         if self.product is not None:
@@ -345,12 +347,13 @@ class SparseWeight:
         # tracing must not look at the paths: it would guard their values
         if torch.compiler.is_compiling():
             return product(x, matrix, bias)
-        if not self._is_here(weight) and weight is self.weight:
+        if is_functorch_wrapped_tensor(x) or not isinstance(weight, nn.Parameter):
+            return functional.linear(x, matrix, bias)
+        if not self._is_here(weight):
+            if weight is not self.weight:
+                return functional.linear(x, matrix, bias)
             self.follow()
             return self.linear(x, weight, bias)
-        transformed = is_functorch_wrapped_tensor(x) or not isinstance(weight, nn.Parameter)
-        if transformed or not self._is_here(weight):
-            return functional.linear(x, matrix, bias)
         if product.unsafe and not self.is_as_left(weight):
             self.check_blocks()
         skips = product.skips(weight.device.type)
@@ -569,6 +572,10 @@ def take_values(weights: Sequence[SparseWeight], *, keep: bool | None = None) ->
             weight.values = None
             cleared += [weight] if weight.holds_zeros else []
     clear_(cleared, [weight.weight for weight in cleared])
+    # of a backward pass before the masks changed
+    found = [(w, g) for w in weights if w.holds_zeros and (g := w.weight.grad) is not None]
+    found = [(w, g) for w, g in found if g.layout == torch.strided]
+    clear_([weight for weight, _ in found], [gradient for _, gradient in found])
     for weight in weights:
         _settle(weight)
 

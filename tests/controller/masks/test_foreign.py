@@ -474,6 +474,14 @@ def test_torch_func_differentiates(pattern):
 
 
 @both_paths
+def test_symbolic_traces_and_exports_compute_the_same(pattern):
+    model, _ = build(pattern)
+    model.eval()
+    close(torch.fx.symbolic_trace(model)(data()), model(data()))
+    close(torch.export.export(model, (data(),)).module()(data()), model(data()))
+
+
+@both_paths
 def test_torch_func_maps_over_a_batch(pattern):
     model, _ = build(pattern)
     close(torch.func.vmap(lambda x: model(x[None])[0])(data()), model(data()))

@@ -10,6 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import triton_sparsity as ts
 
+pytestmark = pytest.mark.slow  # it looks at every tensor that lives
+
 SIDE, LAYERS = 256, 4
 ONE = 4 * SIDE * SIDE  # bytes of a weight
 ALL = LAYERS * ONE
