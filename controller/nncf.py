@@ -136,7 +136,7 @@ def from_nncf(section: Mapping[str, Any]) -> AlgorithmConfig:
         )
     _check_keys("compression", section, (*_SECTION_KEYS, *beside))
     scheduling = ("schedule", *_SCHEDULE_KEYS) if scheduled else ()
-    known = (*scheduling[:1], *own, *scheduling[1:], *_SHARED_PARAMS)
+    known = (*scheduling, *own, *_SHARED_PARAMS)
     params = _subsection(section, "params", "compression", known)
     given = {key: section[key] for key in (*_SCOPE_KEYS, *beside) if key in section}
     given |= {key: params[key] for key in (*own, *_SHARED_PARAMS) if key in params}

@@ -400,13 +400,12 @@ class BaseSparsityAlgoController:
     @compression_rate.setter
     def compression_rate(self, compression_rate: float) -> None:
         frozen = self._thaw()
-        done = False
         try:
             self.set_sparsity_level(compression_rate)
-            done = True
+            frozen = dict.fromkeys(frozen, True)
         finally:
             for part, was_frozen in frozen.items():
-                part.frozen = done or was_frozen
+                part.frozen = was_frozen
 
     def _thaw(self) -> dict[BaseSparsityAlgoController, bool]:
         """Let masks change that are frozen, where they are not learned; return whose were."""

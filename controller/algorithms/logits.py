@@ -1,9 +1,6 @@
-"""Logits: what rb sparsity trains, and draws masks from.
+"""Logits: what rb sparsity trains, and draws masks from; one a group.
 
-Of a weight each group has one; ``rb.py`` says when masks are drawn, and which level the loss pulls
-to.
-
-Reading order: one weight's -> those of all -> what they are pulled by.
+``rb.py`` says when masks are drawn, and which level the loss pulls to.
 """
 
 from __future__ import annotations

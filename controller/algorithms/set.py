@@ -3,8 +3,6 @@
 Every ``delta_t`` steps each weight drops a fraction of its kept groups, those of least importance,
 and grows as many others: at random here, by gradient in ``rigl.py``. What returns starts at zero,
 with moments of zero: both were cleared when it was pruned.
-
-Reading order: configurations, controller, what it is made of.
 """
 
 from __future__ import annotations

@@ -149,15 +149,10 @@ class MultistepSchedule(Declaration):
 
 
 class AdaptiveState(NamedTuple):
-    """Where an adaptive schedule stands.
-
-    Attributes:
-        level: its level.
-        bad_epochs: epochs in which the model had kept up, since the level was last raised.
-    """
+    """Where an adaptive schedule stands."""
 
     level: float
-    bad_epochs: int
+    bad_epochs: int  # in which the model had kept up, since the level was last raised
 
 
 class AdaptiveSchedule(Declaration):

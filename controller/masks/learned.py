@@ -28,9 +28,6 @@ _WEIGHTS = "_learned_weights"
 class LearnedWeight(SparseWeight):
     """A weight whose mask has trained scores.
 
-    Frozen, the scores take part in no graph: ``DistributedDataParallel`` needs
-    ``find_unused_parameters=True``.
-
     Args:
         target: which parameter, and the shape of its groups.
         multiplier: ``compression_lr_multiplier``, a factor of the scores' gradients; None: 1.

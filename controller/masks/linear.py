@@ -1,8 +1,7 @@
 """Linear layers that skip pruned blocks: the one kind of module whose class a mask changes.
 
-``skip_blocks`` turns a linear into a subclass of its own class, in place: parameters, hooks,
-state-dict keys and ``isinstance`` stay as they were. ``restore_class`` turns it back. A copy or a
-pickle is of the original class: the zeros are in the weight.
+``skip_blocks`` turns a linear into a subclass of its own class, in place, and ``restore_class``
+turns it back; see ``module.py`` for what stays.
 """
 
 from __future__ import annotations

@@ -157,27 +157,25 @@ def _select(
             continue
         left.setdefault(reason, []).append(candidate.names[0])
     if not scopes and chosen:
-        nonzero = dict(zip(chosen, _nonzero(chosen), strict=True))
+        nonzero = _nonzero(chosen)
         if zeros := [c.names[0] for c in chosen if not nonzero[c]]:
             left[_ZERO] = zeros
         chosen = [candidate for candidate in chosen if nonzero[candidate]]
     return chosen, left
 
 
-def _nonzero(candidates: Sequence[Candidate]) -> list[bool]:
+def _nonzero(candidates: Sequence[Candidate]) -> dict[Candidate, bool]:
     """Tell of each weight whether an element differs from zero; waits for each device once."""
-    found: dict[int, bool] = {}
-    by_device: dict[torch.device, list[int]] = {}
-    for i, candidate in enumerate(candidates):
-        by_device.setdefault(candidate.weight.device, []).append(i)
-    for device, places in by_device.items():
+    found: dict[Candidate, bool] = {}
+    for device in dict.fromkeys(candidate.weight.device for candidate in candidates):
+        members = [candidate for candidate in candidates if candidate.weight.device == device]
         if device.type == "meta":  # refused later, by name
-            found |= dict.fromkeys(places, True)
+            found |= dict.fromkeys(members, True)
             continue
         # a sum of magnitudes would overflow; NaN is not zero
-        flags = torch.stack([candidates[i].weight.detach().any() for i in places]).tolist()
-        found |= dict(zip(places, flags, strict=True))
-    return [found[i] for i in range(len(candidates))]
+        flags = torch.stack([candidate.weight.detach().any() for candidate in members]).tolist()
+        found |= dict(zip(members, flags, strict=True))
+    return found
 
 
 def _is_below(name: str, paths: Sequence[str]) -> bool:
@@ -195,11 +193,8 @@ def _is_adapter(name: str, beside: dict[str, str], target_scopes: Sequence[str])
 def _target(candidate: Candidate, config: AlgorithmConfig) -> Target:
     override = next((o for o in config.overrides if candidate.matches([o.scope])), None)
     module, weight = candidate.users[0][0], candidate.weight
-    kind = {
-        "transposed": is_transposed(module, weight),
-        "experts": holds_experts(module, weight),
-    }
-    target = Target(candidate.names[0], candidate.users, config.pattern, **kind)
+    layout = is_transposed(module, weight), holds_experts(module, weight)
+    target = Target(candidate.names[0], candidate.users, config.pattern, *layout)
     if override is None:
         return target
     limits = {"minimum_level": override.minimum_level, "maximum_level": override.maximum_level}

@@ -49,18 +49,11 @@ class Evidence:
 
 
 class Importance(NamedTuple):
-    """How important the elements are: ``|values| * scale``.
+    """How important the elements are: ``|values| * scale``."""
 
-    Attributes:
-        values: matrix of the weight's shape; the weight itself where that will do, so that no copy
-            is made.
-        scale: float32 scalar, or None for 1.
-        per_group: ``values`` has one element a group.
-    """
-
-    values: Tensor
-    scale: Tensor | None = None
-    per_group: bool = False
+    values: Tensor  # matrix; the weight itself where that will do, so that no copy is made
+    scale: Tensor | None = None  # float32 scalar, or 1
+    per_group: bool = False  # one value a group
 
 
 Criterion = Callable[[Evidence], Importance]

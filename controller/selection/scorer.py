@@ -130,10 +130,8 @@ class Scorer:
             if self.importance in BY_GRADIENT:
                 gradients = state.get("gradients", {})
                 for name, weight in weights.items():
-                    gradient = gradients.get(name)
-                    weight.weight.grad = (
-                        None if gradient is None else gradient.to(device, copy=True)
-                    )
+                    found = gradients.get(name)
+                    weight.weight.grad = None if found is None else found.to(device, copy=True)
             self._momenta, self._input_norms = (
                 # a copy: a tensor of the caller's must not change with ours
                 {name: tensor.to(device, copy=True) for name, tensor in state.get(key, {}).items()}

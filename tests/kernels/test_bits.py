@@ -240,3 +240,11 @@ def test_bools_move_in_16_byte_accesses(shape, arch):
 def test_generic_variants_compile(name, arch):
     for shape in ((1, 1001), (300, 5), (7, 4097)):
         compile_bits(name, arch, shape, aligned=False)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 13), (16, 64), (0, 5)])
+def test_masks_are_counted_packed_or_not(shape):
+    masks = [torch.rand(shape, device=DEVICE) < p for p in (0.0, 0.3, 1.0)]
+    want = [int(mask.sum()) for mask in masks]
+    assert bits.count_kept(masks) == want
+    assert bits.count_kept([pack(mask) for mask in masks]) == want

@@ -541,3 +541,22 @@ def test_weights_and_logits_move_16_bytes_at_a_time(arch, width, aligned, varian
         # what else there is: the random state, mask bytes, logits and sums of blocks
         assert len(compiled.global_loads()) - reads <= 8
         assert len(compiled.global_stores()) - compiled.global_stores().count(16) <= 2
+
+
+def test_kept_groups_are_counted_with_the_gradient_of_the_sigmoid():
+    logits = [torch.randn(5, 3, dtype=torch.float32, device=DEVICE) for _ in range(2)]
+    leaves = [s.clone().requires_grad_() for s in logits]
+    counts = module.kept_groups(leaves)
+    assert counts.tolist() == [int((s > 0).sum()) for s in logits]
+    (counts * counts.new_tensor([1.0, 3.0])).sum().backward()
+    for leaf, factor in zip(leaves, (1, 3), strict=True):
+        p = leaf.detach().sigmoid()
+        torch.testing.assert_close(leaf.grad, factor * p * (1 - p))
+
+
+def test_a_scaled_gradient_leaves_the_value():
+    x = torch.randn(4, device=DEVICE, requires_grad=True)
+    y = module.scale_gradient(x, 2.5)
+    assert torch.equal(y, x)
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2.5))

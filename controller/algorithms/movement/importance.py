@@ -1,7 +1,6 @@
-"""Importances: what movement sparsity trains, and masks by.
+"""Importances: what movement sparsity trains, and masks by; of a weight or bias one a group.
 
-Of a weight or bias each group has one; ``movement.py`` says when the masks follow them, and to
-which threshold.
+``controller.py`` says when the masks follow them, and to which threshold.
 
 Reading order: one weight's -> which weights -> what they are pulled by.
 """

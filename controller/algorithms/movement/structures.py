@@ -39,38 +39,23 @@ _FEED_FORWARDS = (
 
 @dataclass(frozen=True)
 class Member:
-    """Rows, or columns, of one weight that belong to the units of a group, in their order.
-
-    Attributes:
-        module: owner of the weight.
-        weight, bias: names of its parameters.
-        dim: 0: rows, with the bias's elements; 1: columns.
-        start: the first of them.
-    """
+    """Rows, or columns, of one weight that belong to the units of a group, in their order."""
 
     module: nn.Module
-    weight: str
+    weight: str  # names of parameters
     bias: str
-    dim: int
-    start: int = 0
+    dim: int  # 0: rows, with the bias's elements; 1: columns
+    start: int = 0  # the first of them
 
 
 @dataclass(frozen=True)
 class StructureGroup:
-    """The heads of one attention, or the channels of one feed-forward block.
+    """The heads of one attention, or the channels of one feed-forward block."""
 
-    Attributes:
-        name: dotted path of the module that holds them.
-        kind: ``"heads"`` or ``"channels"``.
-        count: how many.
-        size: rows or columns of each.
-        members: where they are.
-    """
-
-    name: str
-    kind: str
+    name: str  # dotted path of the module that holds them
+    kind: str  # "heads" or "channels"
     count: int
-    size: int
+    size: int  # rows or columns of each
     members: tuple[Member, ...]
 
 
