@@ -43,11 +43,8 @@ class Problem(NamedTuple):
 
 
 class DeclarationError(ValueError):
-    """A declaration was refused; the message names each field and shows its value.
-
-    Args:
-        owner: the declaration's class name.
-        problems: what is wrong with it.
+    """A declaration, of the class called ``owner``, was refused; the message names each field and
+    shows its value.
     """
 
     def __init__(self, owner: str, problems: list[Problem]) -> None:

@@ -43,15 +43,11 @@ def matches(scope: str, name: str) -> bool:
 
 
 def check_scopes(scopes: Iterable[str], names: Collection[str], argument: str = "scopes") -> None:
-    """Refuse scopes that name nothing.
-
-    Args:
-        scopes: the scopes that a user gave.
-        names: the module paths there are.
-        argument: what to call ``scopes`` in the message.
+    """Refuse scopes that match none of ``names``, the module paths there are.
 
     Raises:
-        ValueError: a scope matches none of ``names``; the message lists each, with near matches.
+        ValueError: there are such; the message calls them ``argument``, and lists each, with near
+            matches.
     """
     unmatched = [s for s in scopes if not any(matches(s, name) for name in names)]
     if unmatched:

@@ -22,10 +22,6 @@ def canonical(name: str) -> str:
 def match(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str] | None:
     """Find names of one model in another, which may be a copy of it or hold such a copy.
 
-    Args:
-        wanted: the names to find.
-        there: the other model's.
-
     Returns:
         For each name wanted the one there; None where some are missing, or where several parts of
         the other model fit.

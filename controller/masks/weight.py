@@ -460,9 +460,7 @@ class SparseModuleInfo:
 def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
     """Set what the masks prune to zero, in place: in one launch for all of one pattern and width.
 
-    Args:
-        weights: whose masks.
-        tensors: one each, of its weight's shape: the weight, its gradient, an optimiser's state.
+    ``tensors`` has one each, of its shape: the weight, its gradient, an optimiser's state.
     """
     pairs = [(w, t) for w, t in zip(weights, tensors, strict=True) if not w.all_kept]
     for pattern, backend, members in _alike(pairs):
@@ -527,11 +525,8 @@ def dense_weights(weights: Sequence[SparseWeight], *, keep: bool | None = None) 
     """Put pruned values back for as long as the context is open, and take them out by the masks
     that there are then. A context that ends in an error has changed nothing.
 
-    In place, weight by weight: beside the values nothing as large as a weight is allocated.
-
-    Args:
-        weights: whose masks may change.
-        keep: keep what is taken out; None: where the weight itself ``keeps_values``.
+    In place, weight by weight: beside the values nothing as large as a weight is allocated. For
+    ``keep`` see ``take_values``.
     """
     drop_foreign(weights, "set_sparsity_level")
     restore_(weights)
@@ -557,11 +552,8 @@ def restore_(weights: Sequence[SparseWeight]) -> None:
 
 @torch.no_grad()
 def take_values(weights: Sequence[SparseWeight], *, keep: bool | None = None) -> None:
-    """Make parameters zero where their masks prune; what was there is kept where that is asked.
-
-    Args:
-        weights: whose parameters are dense, but for what ``values`` holds already.
-        keep: keep the values; None: where the weight itself ``keeps_values``.
+    """Make dense parameters zero where their masks prune. What was there is kept if ``keep``, or,
+    with None, where the weight itself ``keeps_values``.
     """
     cleared = []
     for weight in weights:

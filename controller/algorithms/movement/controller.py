@@ -92,10 +92,7 @@ class MovementSparsityController(LearnedController):
             named = {weight.target.users[0]: weight.name for weight in self._weights}
             self._groups = structure_groups(self._model, named, config)[0]
         self._kept_units: dict[str, tuple[int, int]] = {}
-        layers: dict[int, list[MovementWeight]] = {}
-        for weight in self._weights:
-            layers.setdefault(id(weight.module), []).append(weight)
-        self._importance_loss = ImportanceLoss(list(layers.values()))
+        self._importance_loss = ImportanceLoss(self._weights)
         self._loss = self._importance_loss
         self._scheduler = MovementScheduler(self, config)
         self.threshold = -math.inf

@@ -247,15 +247,10 @@ def _factors(target: Target, config: MovementSparsityConfig) -> tuple[int, int]:
 class ImportanceLoss(LearnedLoss):
     """Pulls importances down: the mean over layers of ``(mean sigmoid(S) * r * c + mean
     sigmoid(S_bias) * r) * 0.5 * factor``, with r x c elements an importance.
-
-    Args:
-        layers: the weights of each layer: its own, and its bias if that is masked.
     """
 
-    def __init__(self, layers: Sequence[Sequence[MovementWeight]]) -> None:
-        super().__init__([weight for layer in layers for weight in layer])
-        self.factor = 0.0
-        self._layers = layers
+    _weights: list[MovementWeight]  # pyright: ignore[reportIncompatibleVariableOverride]
+    factor = 0.0
 
     @property
     def is_live(self) -> bool:
@@ -267,7 +262,8 @@ class ImportanceLoss(LearnedLoss):
             return None
         means = [
             torch.sigmoid(weight.trained_scores()).mean() * math.prod(weight.factors)
-            for layer in self._layers
-            for weight in layer
+            for weight in self._weights
         ]
-        return torch.stack(means).sum() * (LAYER_FACTOR * self.factor / len(self._layers))
+        # a bias is of its weight's layer
+        layers = len({weight.module for weight in self._weights})
+        return torch.stack(means).sum() * (LAYER_FACTOR * self.factor / layers)
