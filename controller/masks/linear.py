@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ...kernels.product import has_blocks_to_skip
 from .module import MaskedModule, become
 from .weight import SparseWeight
 
@@ -84,9 +85,11 @@ def skip_blocks(weight: SparseWeight, module: nn.Module, parameter_name: str) ->
         or parameter_name != "weight"
     ):
         return
-    if weight.product is None:
-        weight.serve_product()
-    if weight.product is not None:
+    if has_blocks_to_skip(weight.pattern, weight.weight, weight.dispatch):
+        weight.skips_blocks = True
+        # a controller's creation ends with a mask, which brings the lists
+        if weight.product is None and not weight.all_kept:
+            weight.serve_product()
         module.__dict__["_sparse_weight"] = weight
         become(module, _class_of(dense))
 
@@ -94,7 +97,7 @@ def skip_blocks(weight: SparseWeight, module: nn.Module, parameter_name: str) ->
 def restore_class(module: nn.Module) -> None:
     """Give a module the class back that it had before ``skip_blocks``; its weight stays."""
     if isinstance(module, BlockSparseLinear):
-        module._sparse_weight.product = None
+        module._sparse_weight.product, module._sparse_weight.skips_blocks = None, False
         for name in _OWN:
             module.__dict__.pop(name, None)
         become(module, type(module).dense_class)

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn import functional
 
 from ...kernels.dispatch import Dispatch
@@ -138,6 +140,8 @@ class SparseWeight:
         self.keeps_values = False
         self.values: Tensor | None = None
         self.values_are_loaded = False  # with a state, and the model may yet be
+        # a module skips its blocks: with the first mask it gets their lists
+        self.skips_blocks = False
         self.product: BlockProduct | None = None
         # the algorithm takes the gradient of pruned elements before it becomes zero
         self.dense_gradient_taker: Callable[[Tensor], None] | None = None
@@ -300,6 +304,8 @@ class SparseWeight:
             word_mask(self.mask, self.pattern, self.shape, self._dtype, out=self._words)
         if self.product is not None:
             self.product.update(self.mask, kept)
+        elif self.skips_blocks:
+            self.serve_product()
 
     def mask_for(self, tensor: Tensor) -> Tensor:
         """Return the form of the mask in which ``tensor`` is masked fastest."""
@@ -421,6 +427,8 @@ class SparseWeight:
 
 
 def _state_of(weight: Tensor) -> tuple[Any, ...]:
+    if isinstance(weight, DTensor):
+        return id(weight), weight.to_local().data_ptr(), weight._version, weight.requires_grad
     version = 0 if weight.is_inference() else weight._version
     return id(weight), weight.data_ptr(), version, weight.requires_grad
 
@@ -464,6 +472,11 @@ def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
     """
     pairs = [(w, t) for w, t in zip(weights, tensors, strict=True) if not w.all_kept]
     for pattern, backend, members in _alike(pairs):
+        sharded = [(w, t) for w, t in members if isinstance(t, DTensor)]
+        for weight, tensor in sharded:
+            local, pruned = _shard(weight, tensor)
+            local.masked_fill_(pruned, 0)
+        members = [(w, t) for w, t in members if not isinstance(t, DTensor)]
         matrices = [weight.matrix(tensor) for weight, tensor in members]
         masks = [weight.mask_for(tensor) for weight, tensor in members]
         apply_mask_(matrices, masks, pattern, backend=backend)
@@ -478,13 +491,30 @@ def leaks(weights: Sequence[SparseWeight]) -> list[int]:
     found: list[Tensor] = []
     order: list[SparseWeight] = []
     for pattern, backend, members in _alike(pairs):
-        matrices = [weight.matrix(tensor) for weight, tensor in members]
-        masks = [weight.mask_for(tensor) for weight, tensor in members]
-        found.append(count_leaks(matrices, masks, pattern, backend=backend))
-        order += [weight for weight, _ in members]
+        for weight, tensor in members:
+            if isinstance(tensor, DTensor):
+                local, pruned = _shard(weight, tensor)
+                found.append(local[pruned].count_nonzero()[None])
+                order.append(weight)
+        members = [(w, t) for w, t in members if not isinstance(t, DTensor)]
+        if members:
+            matrices = [weight.matrix(tensor) for weight, tensor in members]
+            masks = [weight.mask_for(tensor) for weight, tensor in members]
+            found.append(count_leaks(matrices, masks, pattern, backend=backend))
+            order += [weight for weight, _ in members]
     counts = torch.cat(found).tolist() if found else []
     by_weight = dict(zip(order, counts, strict=True))
     return [by_weight.get(weight, 0) for weight in weights]
+
+
+def _shard(weight: SparseWeight, tensor: DTensor) -> tuple[Tensor, Tensor]:
+    """Return the local part of a sharded tensor, and which of its elements are pruned."""
+    local = tensor.to_local()
+    _, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    part = tuple(slice(at, at + n) for at, n in zip(offsets, local.shape, strict=True))
+    return local, ~weight.binary_mask[part].to(local.device)
 
 
 def _alike(
@@ -528,6 +558,12 @@ def dense_weights(weights: Sequence[SparseWeight], *, keep: bool | None = None) 
     In place, weight by weight: beside the values nothing as large as a weight is allocated. For
     ``keep`` see ``take_values``.
     """
+    for weight in weights:
+        if isinstance(weight.weight, DTensor):
+            raise RuntimeError(
+                f"set_sparsity_level: the weight of {weight.name!r} must not be sharded, got a "
+                "DTensor; masks hold on shards but cannot change there yet: freeze them before"
+            )
     drop_foreign(weights, "set_sparsity_level")
     restore_(weights)
     try:

@@ -13,6 +13,7 @@ from triton_sparsity.controller.masks.weight import (
     dense_weights,
     leaks,
 )
+from triton_sparsity.kernels import product as product_module
 from triton_sparsity.kernels.dispatch import Paths
 
 PATTERNS = [ts.Unstructured(), ts.Block(4, 4), ts.Block(1, 8), ts.NM(2, 4)]
@@ -261,3 +262,18 @@ def test_a_method_that_outlives_the_strip_goes_on():
     controller.strip(do_copy=False)
     assert type(model[0]) is nn.Linear
     torch.testing.assert_close(forward(x), want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.9])
+def test_creation_builds_the_lists_of_blocks_once(monkeypatch, level):
+    built, build = [], product_module.block_topology
+
+    def count(*args, **options):
+        built.append(1)
+        return build(*args, **options)
+
+    monkeypatch.setattr(product_module, "block_topology", count)
+    schedule = ts.PolynomialSchedule(initial_level=level, target_level=0.9)
+    config = ts.MagnitudeSparsityConfig(pattern=ts.Block(64, 64), schedule=schedule)
+    ts.create_controller(nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512)), config)
+    assert len(built) == 2
