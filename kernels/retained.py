@@ -5,13 +5,14 @@ lie elsewhere. Of blocks that is one flat tensor with the pruned elements and no
 ``level`` times the weight's bytes. Of fine patterns it is a tensor like the weight, zero where
 kept: positions would cost as much as the zeros, and putting back is then one OR.
 
-Plain torch on any device; bits are moved, whichever floats they make up.
+Plain torch on any device, but for the zeros in blocks, which `apply_mask_` writes; bits are moved,
+whichever floats they make up.
 
-Cost, blocks: the pruned elements, read and written once each way, in two launches (taking: three)
-a region of equal blocks, of which a matrix has one, or up to four if its sides are no multiples of
-a block's. The positions of the pruned blocks are found anew, which waits for the device once a
-region. Fine patterns: three passes over the weight to take, one to put back; a packed mask is
-unpacked a chunk at a time, some ten launches for every 2^24 elements.
+Cost, blocks: the pruned elements, read and written once each way, in two launches a region of
+equal blocks, of which a matrix has one, or up to four if its sides are no multiples of a block's.
+Taking them writes the zeros in one launch more. The positions of the pruned blocks are found anew,
+which waits for the device once a region. Fine patterns: three passes over the weight to take, one
+to put back; a packed mask is unpacked a chunk at a time, about ten launches per 2^24 elements.
 
 Reading order: blocks -> fine patterns -> public functions.
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from .bits import WORDS, bytes_of, chunk_of, chunks, word_mask
 from .grid import regions, view_blocks
-from .masked_weight import check_mask
+from .masked_weight import apply_mask_, check_mask
 from .pattern import Block, Pattern
 
 
@@ -52,7 +53,6 @@ def _take_blocks(bits: Tensor, mask: Tensor, pattern: Block) -> Tensor:
         # into place: as blocks[at] the values would exist twice
         out = part.view(len(at[0]), *blocks.shape[2:])
         torch.ops.aten.index.Tensor_out(blocks, [*at], out=out)
-        blocks[at] = 0
     return values
 
 
@@ -106,6 +106,7 @@ def take_pruned(weight: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
     check_mask("take_pruned", weight, mask, pattern)
     if isinstance(pattern, Block):
         values = _take_blocks(_bits(weight), mask, pattern)
+        apply_mask_(weight, mask, pattern)
     else:
         values = _take_elements(_bits(weight), mask, pattern, weight.dtype)
     return values.view(weight.dtype)
