@@ -19,7 +19,7 @@ Reading order: blocks -> fine patterns -> public functions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -45,15 +45,40 @@ def _pruned_blocks(
         yield blocks, (down, across)
 
 
-def _take_blocks(bits: Tensor, mask: Tensor, pattern: Block) -> Tensor:
+def _take_blocks(weight: Tensor, mask: Tensor, pattern: Block, out: Tensor | None) -> Tensor:
+    bits = _bits(weight)
     found = list(_pruned_blocks(bits, mask, pattern))
     sizes = [len(at[0]) * blocks[0, 0].numel() for blocks, at in found]
-    values = bits.new_empty(sum(sizes))
+    if out is not None:
+        _check_out(out, (sum(sizes),), weight)
+    values = bits.new_empty(sum(sizes)) if out is None else _bits(out)
     for (blocks, at), part in zip(found, values.split(sizes) if sizes else (), strict=True):
         # into place: as blocks[at] the values would exist twice
-        out = part.view(len(at[0]), *blocks.shape[2:])
-        torch.ops.aten.index.Tensor_out(blocks, [*at], out=out)
+        _gather(blocks, at, part.view(len(at[0]), *blocks.shape[2:]))
     return values
+
+
+def _gather(blocks: Tensor, at: tuple[Tensor, Tensor], out: Tensor) -> None:
+    """Copy the blocks at ``(down, across)`` to ``out``, ``(blocks, rows, cols)``."""
+    _, across, rows, cols = blocks.shape
+    matrix = blocks.transpose(1, 2)
+    if not matrix.is_contiguous():
+        torch.ops.aten.index.Tensor_out(blocks, [*at], out=out)
+        return
+    # whole lines of blocks: on a CPU three times as fast, since it need not look at each element
+    row = at[0][:, None] * rows + torch.arange(rows, device=out.device)
+    line = row.mul_(across).add_(at[1][:, None]).flatten()
+    torch.index_select(matrix.reshape(-1, cols), 0, line, out=out.view(-1, cols))
+
+
+def _check_out(out: Tensor, shape: Sequence[int], weight: Tensor) -> None:
+    if out.dtype != weight.dtype:
+        raise TypeError(f"take_pruned: out must be {weight.dtype}, got {out.dtype}")
+    if out.shape != torch.Size(shape) or out.device != weight.device:
+        raise ValueError(
+            f"take_pruned: out must have shape {tuple(shape)} and be on {weight.device}, got "
+            f"{tuple(out.shape)} on {out.device}"
+        )
 
 
 def _put_back_blocks(bits: Tensor, values: Tensor, mask: Tensor, pattern: Block) -> None:
@@ -68,13 +93,16 @@ def _put_back_blocks(bits: Tensor, values: Tensor, mask: Tensor, pattern: Block)
         blocks[at] = part.view(len(at[0]), *blocks.shape[2:])
 
 
-def _take_elements(bits: Tensor, mask: Tensor, pattern: Pattern, dtype: torch.dtype) -> Tensor:
-    values = torch.empty_like(bits)
+def _take_elements(weight: Tensor, mask: Tensor, pattern: Pattern, out: Tensor | None) -> Tensor:
+    bits = _bits(weight)
+    if out is not None:
+        _check_out(out, bits.shape, weight)
+    values = torch.empty_like(bits) if out is None else _bits(out)
     if mask.dtype in WORDS.values():
         parts = [(bits, values, mask)]
     else:
         parts = (
-            (here, values[at], word_mask(mask[bytes_of(at)], pattern, here.shape, dtype))
+            (here, values[at], word_mask(mask[bytes_of(at)], pattern, here.shape, weight.dtype))
             for at in chunks(bits.shape, chunk_of(bits.device))
             for here in (bits[at],)
         )
@@ -86,13 +114,17 @@ def _take_elements(bits: Tensor, mask: Tensor, pattern: Pattern, dtype: torch.dt
 
 
 @torch.no_grad()
-def take_pruned(weight: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
+def take_pruned(
+    weight: Tensor, mask: Tensor, pattern: Pattern, *, out: Tensor | None = None
+) -> Tensor:
     """Take the pruned values out of ``weight``, in place: exact +0 stays behind.
 
     Args:
         weight: float of 16, 32 or 64 bits, shape ``(R, C)``, any strides.
         mask: on the weight's device, compact or words, as for ``apply_mask``.
         pattern: the pattern that the mask belongs to.
+        out: memory for the values, of their shape and the weight's dtype: on a CPU fresh memory
+            takes longer to get than to fill. Contiguous for ``Block``.
 
     Returns:
         The values, of the weight's dtype. For ``Block`` one dimension, as long as there are
@@ -101,14 +133,15 @@ def take_pruned(weight: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
         elements too. For other patterns the weight's shape, with zero bits where kept.
 
     Raises:
-        TypeError, ValueError: as ``apply_mask``.
+        TypeError: ``out`` has another dtype than ``weight``; or as ``apply_mask``.
+        ValueError: ``out`` does not fit; or as ``apply_mask``. The weight is as it was.
     """
     check_mask("take_pruned", weight, mask, pattern)
     if isinstance(pattern, Block):
-        values = _take_blocks(_bits(weight), mask, pattern)
+        values = _take_blocks(weight, mask, pattern, out)
         apply_mask_(weight, mask, pattern)
     else:
-        values = _take_elements(_bits(weight), mask, pattern, weight.dtype)
+        values = _take_elements(weight, mask, pattern, out)
     return values.view(weight.dtype)
 
 

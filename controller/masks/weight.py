@@ -139,6 +139,8 @@ class SparseWeight:
         # whether pruned values are kept until the masks freeze, and those that are
         self.keeps_values = False
         self.values: Tensor | None = None
+        # memory of those that were put back, for the next
+        self._spare: Tensor | None = None
         self.values_are_loaded = False  # with a state, and the model may yet be
         # a module skips its blocks: with the first mask it gets their lists
         self.skips_blocks = False
@@ -193,6 +195,7 @@ class SparseWeight:
             self.mask = self.mask.to(weight.device)
         if self.values is not None:
             self.values = self.values.to(weight.device, weight.dtype)
+        self._spare = None
         on_cpu = weight.is_cpu and not use_triton("apply_mask_", self.backend, weight)
         if not on_cpu:
             self._words = None
@@ -400,9 +403,16 @@ class SparseWeight:
         self.values, self.values_are_loaded = None, False
         if not self.all_kept:
             matrix = self.matrix(parameter)
-            self.values = take_pruned(matrix, self.mask_for(matrix), self.pattern)
+            mask, out = self.mask_for(matrix), self._take_spare()
+            self.values = take_pruned(matrix, mask, self.pattern, out=out)
             self.copy_back(parameter, matrix)
         self._as_left = _state_of(parameter)
+
+    def _take_spare(self) -> Tensor | None:
+        """Return the memory of values that were put back, if the next ones fit."""
+        spare, self._spare = self._spare, None
+        wanted = self.shape if self.packed else (self.pruned_elements(),)
+        return spare if spare is not None and spare.shape == torch.Size(wanted) else None
 
     def copy_back(self, parameter: Tensor, matrix: Tensor) -> None:
         """Write a matrix back that is no view: a convolution's whose channels lie last."""
@@ -583,7 +593,7 @@ def restore_(weights: Sequence[SparseWeight]) -> None:
             matrix = weight.matrix(weight.weight)
             put_back_(matrix, weight.values, weight.mask_for(matrix), weight.pattern)
             weight.copy_back(weight.weight, matrix)
-            weight.values = None
+            weight._spare, weight.values = weight.values, None
 
 
 @torch.no_grad()
@@ -597,7 +607,7 @@ def take_values(weights: Sequence[SparseWeight], *, keep: bool | None = None) ->
         if weight.keeps_values if keep is None else keep:
             weight.take_from(parameter)
         else:
-            weight.values = None
+            weight.values = weight._spare = None
             cleared += [weight] if weight.holds_zeros else []
     clear_(cleared, [weight.weight for weight in cleared])
     # of a backward pass before the masks changed

@@ -55,6 +55,13 @@ def assert_taken_and_put_back(weight, pattern, elements, mask):
         assert torch.equal(bits(values).sort()[0], before[~elements].sort()[0])
     else:
         assert torch.equal(bits(values), torch.where(elements, 0, before))
+    put_back_(weight, values, mask, pattern)
+    assert torch.equal(bits(weight), before)
+    memory = torch.empty_like(values)
+    again = take_pruned(weight, mask, pattern, out=memory)
+    assert again.data_ptr() == memory.data_ptr()
+    assert torch.equal(bits(again), bits(values))
+    assert torch.equal(bits(weight), torch.where(elements, before, 0))
     # training changes what is kept, and only that comes from the weight
     trained = anything(weight.shape, weight.dtype, seed=1)
     weight.copy_(torch.where(elements, trained, weight))
@@ -162,6 +169,19 @@ BAD = {
     "grid for unstructured": (TypeError, {"pattern": Unstructured()}),
     "mask elsewhere": (ValueError, {"mask": GRID.to("meta")}),
 }
+BAD_OUT = {
+    "out of another dtype": (TypeError, {"out": torch.zeros(16).double()}),
+    "out of another length": (ValueError, {"out": torch.zeros(17)}),
+    "out elsewhere": (ValueError, {"out": torch.zeros(16, device="meta")}),
+    "out of another shape": (
+        ValueError,
+        {
+            "pattern": Unstructured(),
+            "mask": torch.zeros(4, 1, dtype=torch.uint8),
+            "out": torch.zeros(16),
+        },
+    ),
+}
 BAD_VALUES = {
     "another dtype": (TypeError, {"values": torch.zeros(16).double()}),
     "too few": (ValueError, {"values": torch.zeros(15)}),
@@ -172,6 +192,16 @@ BAD_VALUES = {
         {"pattern": Unstructured(), "mask": torch.zeros(4, 1, dtype=torch.uint8)},
     ),
 }
+
+
+@pytest.mark.parametrize("bad", BAD_OUT)
+def test_memory_that_does_not_fit_is_refused_before_anything_is_taken(bad):
+    error, change = BAD_OUT[bad]
+    weight = torch.ones(4, 4)
+    arguments = {"mask": GRID, "pattern": Block(2, 2)} | change
+    with pytest.raises(error, match=r"^take_pruned: out must .*got"):
+        take_pruned(weight, **arguments)
+    assert weight.all()
 
 
 @pytest.mark.parametrize("bad", BAD | BAD_VALUES)

@@ -97,7 +97,7 @@ class Run:
             *(parameter.detach().clone() for parameter in self.inner.parameters()),
             *(info.operand.binary_mask for info in infos),
             *(
-                i.operand.values
+                i.operand.values.clone()
                 for i in infos
                 if i.operand.keeps_values and i.operand.values is not None
             ),
