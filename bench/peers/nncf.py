@@ -43,7 +43,7 @@ MOVEMENT_PARAMS: dict[str, Any] = {
 def compress(
     model: nn.Module, in_features: int, level: float, algorithm: str = MAGNITUDE
 ) -> tuple[Any, nn.Module]:
-    """Return NNCF's controller and model.
+    """Return NNCF's controller, its layers in the model's order, and its model.
 
     Args:
         model: what to compress.
@@ -73,7 +73,11 @@ def compress(
             "compression": section,
         }
     )
-    return create_compressed_model(model, config)
+    controller, compressed = create_compressed_model(model, config)
+    # NNCF's order is that of its graph, in which layer 9 comes after layer 0
+    places = {module: place for place, module in enumerate(compressed.modules())}
+    controller.sparsified_module_info.sort(key=lambda info: places[info.module])
+    return controller, compressed
 
 
 @dataclass
