@@ -273,6 +273,7 @@ def with_nncf():
 
 
 @pytest.mark.usefixtures("with_nncf")
+@pytest.mark.filterwarnings("ignore")
 def test_layers_of_nncf_are_in_the_order_of_the_model():
     # its graph has layer 9 after layer 0
     subjects.nncf_global_update(TRIAL._replace(layers=12))
