@@ -74,20 +74,15 @@ def create_controller(
             for cls, members, one in zip(classes, infos, configs, strict=True)
         ]
     except BaseException:
-        _undo([info for members in infos for info in members])
-        raise
-    return controllers[0] if len(configs) == 1 else CompositeController(model, controllers)
-
-
-def _undo(infos: Sequence[SparseModuleInfo]) -> None:
-    """Take back what half a creation has done."""
-    restore_([info.operand for info in infos])
-    for info in infos:
-        for module, name in info.places:
+        halfway = [info for members in infos for info in members]
+        restore_([info.operand for info in halfway])
+        for module, name in (place for info in halfway for place in info.places):
             for guard in guards_of(module, name):
                 guard.release()
             restore_class(module)
             read_plain(module)
+        raise
+    return controllers[0] if len(configs) == 1 else CompositeController(model, controllers)
 
 
 def _check_disjoint(

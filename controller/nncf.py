@@ -1,7 +1,4 @@
-"""NNCF's ``compression`` dictionary, translated into configurations.
-
-Reading order: the entry point, one algorithm's dictionary, its parts.
-"""
+"""NNCF's ``compression`` dictionary, translated into configurations."""
 
 from __future__ import annotations
 
@@ -22,36 +19,22 @@ _SCHEDULE_KEYS = {
     "sparsity_target": "target_level",
     "sparsity_target_epoch": "target_epoch",
     "sparsity_freeze_epoch": "freeze_epoch",
-    "power": "power",
-    "concave": "concave",
-    "update_per_optimizer_step": "update_per_optimizer_step",
-    "steps_per_epoch": "steps_per_epoch",
+    **{key: key for key in ("power", "concave", "update_per_optimizer_step", "steps_per_epoch")},
     "multistep_steps": "steps",
     "multistep_sparsity_levels": "levels",
-    "step": "step",
-    "eps": "eps",
-    "patience": "patience",
+    **{key: key for key in ("step", "eps", "patience")},
 }
 _SHARED_PARAMS = ("pattern", "targets", "overrides")
 _SCOPE_KEYS = ("target_scopes", "ignored_scopes", "validate_scopes")
 _MULTIPLIER = "compression_lr_multiplier"
-# fields that stand beside `params`
-_BESIDE = (_MULTIPLIER, "sparse_structure_by_scopes")
-# fields that are read from several keys
-_LEVELS = ("algorithm", "schedule", "sparsity_init")
+_BESIDE = (_MULTIPLIER, "sparse_structure_by_scopes")  # fields that stand beside `params`
+_LEVELS = ("algorithm", "schedule", "sparsity_init")  # fields that are read from several keys
 _SECTION_KEYS = ("algorithm", "sparsity_init", *_SCOPE_KEYS, "params", "initializer", _MULTIPLIER)
 _ADAPTATION = "batchnorm_adaptation"
 # what an NNCF configuration holds beside `compression`
 _NNCF_KEYS = (
-    "compression",
-    "target_scopes",
-    "ignored_scopes",
-    "input_info",
-    "target_device",
-    "accuracy_aware_training",
-    _MULTIPLIER,
-    "disable_shape_matching",
-    "log_dir",
+    *("compression", "target_scopes", "ignored_scopes", "input_info", "target_device"),
+    *("accuracy_aware_training", _MULTIPLIER, "disable_shape_matching", "log_dir"),
 )
 
 

@@ -50,9 +50,7 @@ Change = Callable[[], None]
 
 
 class BaseSparsityAlgoController:
-    """Base of the sparsity algorithms' controllers.
-
-    A subclass is set up by ``_set_up``: what it has beyond this, and its first masks.
+    """Base of the sparsity algorithms' controllers. ``_set_up`` is a subclass's own part of it.
 
     Args:
         target_model: the model. Its linears that have blocks to skip change their class.
@@ -111,7 +109,6 @@ class BaseSparsityAlgoController:
         return [SparseWeight(target, **options) for target in targets]
 
     def _guarded(self, model: nn.Module) -> list[Guard]:
-        """Have somebody keep the zeros; let linears skip blocks that are zero."""
         for weight in self._weights:
             for module, name in weight.target.users:
                 skip_blocks(weight, module, name)
@@ -151,10 +148,8 @@ class BaseSparsityAlgoController:
         self._scheduler = StubScheduler(self._guard.begin_step)
 
     def parameters(self) -> list[nn.Parameter]:
-        """List what the algorithm trains of its own; an optimiser must be given it.
-
-        They are parameters of the model too, so that an optimiser made from these after the
-        controller has them.
+        """List what the algorithm trains of its own; an optimiser must be given it. They are
+        parameters of the model too: an optimiser made from these after the controller has them.
         """
         return []
 
@@ -211,7 +206,7 @@ class BaseSparsityAlgoController:
         return self._scorer is not None and self._scorer.importance == "wanda"
 
     def begin_step(self) -> None:
-        """Look at what the step that has ended left; the scheduler calls it at each ``step()``."""
+        """Look at what the step that has ended left; called at each ``scheduler.step()``."""
         self._guard.begin_step()
         if self._scorer is not None and not self.frozen:
             self._scorer.observe()
@@ -269,7 +264,6 @@ class BaseSparsityAlgoController:
     def _check_level(
         self, level: float, target: SparseModuleInfo | None, run_batchnorm_adaptation: bool
     ) -> list[Any]:
-        """Return the weights that a level is set of; see ``set_sparsity_level``."""
         if not (isinstance(level, (int, float)) and 0 <= level < 1):
             raise ValueError(f"set_sparsity_level: level must be in [0, 1), got {level!r}")
         if run_batchnorm_adaptation and self._batchnorm is None:
@@ -283,25 +277,19 @@ class BaseSparsityAlgoController:
                 "set_sparsity_level: masks are frozen and their loss is disabled; freeze(False) "
                 "goes on"
             )
-        patterns = [weight.pattern for weight in weights]
-        check_reachable("set_sparsity_level: level", level, patterns)
+        check_reachable("set_sparsity_level: level", level, [i.pattern for i in weights])
         return weights
 
     @contextmanager
     def _changing(self, weights: Sequence[SparseWeight]) -> Iterator[None]:
-        """Let weights be dense while their masks change; leave them zero where the new ones prune.
-
-        Before training begins all that is pruned is kept: a state that is loaded then has other
-        masks than those of creation.
-        """
+        """Let weights be dense while their masks change; then zero where the new ones prune."""
+        # before training all that is pruned is kept: a state loaded then has other masks
         with dense_weights(weights, keep=None if self._guard.began else True):
             yield
         self._guard.masks_changed()
 
     def _find_masks(self, weights: list[Any], level: float) -> Change:
-        """Find the masks of a level, those that prune the groups of lowest score; return what
-        writes them. Whatever is refused is refused before.
-        """
+        """Find a level's masks, or refuse; return what writes them."""
         # a weight that is set by itself is asked for outright
         limits, prunings = len(weights) > 1, []
         for members in pools(weights, self._pool):
@@ -319,7 +307,6 @@ class BaseSparsityAlgoController:
         return write
 
     def _warn_about_empty(self, weights: Sequence[SparseWeight], level: float) -> None:
-        """Name weights that are pruned to nothing, or nearly, while others are spared."""
         found = []
         for weight in weights:
             name, kept, groups = weight.name, weight.kept, weight.groups
@@ -368,7 +355,6 @@ class BaseSparsityAlgoController:
         return [target.operand]
 
     def _adapt_batchnorm(self) -> None:
-        """Adapt BatchNorm to the masks, if that is configured."""
         if self._batchnorm is not None:
             assert self._batchnorm_data is not None
             samples = self._batchnorm.num_bn_adaptation_samples
@@ -423,17 +409,14 @@ class BaseSparsityAlgoController:
         """Return the statistics under the algorithm's name; ``to_str()`` draws the tables. There
         is nothing slow that ``quickly_collected_only`` could leave out.
         """
-        scheduler = self._scheduler
-        level = (
-            scheduler.current_sparsity_level if isinstance(scheduler, SparsityScheduler) else None
-        )
+        scheduled = isinstance(self._scheduler, SparsityScheduler)
+        level = self.current_sparsity_level if scheduled else None
         model = summarise(self._model, self._weights, self._thresholds)
         return Statistics(**{self.name: self._statistics(model, level)})
 
     def _statistics(
         self, model: SparsifiedModelStatistics, level: float | None
     ) -> SparsityStatistics:
-        """Return the algorithm's own, of the model's and the scheduled level."""
         return SparsityStatistics(model, level)
 
     def builder_state(self) -> dict[str, Any]:
@@ -449,7 +432,6 @@ class BaseSparsityAlgoController:
         return {} if self._scorer is None else self._scorer.get_state()
 
     def _read_own_state(self, state: Mapping[str, Any]) -> Change:
-        """Check ``_own_state``'s result; return what takes it over."""
         if self._scorer is not None:
             return self._scorer.read_state(state)
         if state:
@@ -536,7 +518,8 @@ class BaseSparsityAlgoController:
         do_copy: bool = False,
         strip_format: StripFormat = StripFormat.NATIVE,
     ) -> nn.Module:
-        """Return ``model`` without masks: its original classes, pruned weights exactly zero.
+        """Return ``model`` without masks: its original classes, pruned weights exactly zero, no
+        hook and no further key; its outputs equal the controlled model's.
 
         Args:
             model: the controlled model, a wrapper of it, or a copy, such as an average of weights.
@@ -545,10 +528,6 @@ class BaseSparsityAlgoController:
                 formats agree. ``SEMI_STRUCTURED`` also turns the weights of linear modules under
                 2:4, in half precision on a GPU of compute capability 8.0 or later, into PyTorch's
                 semi-structured tensors, for inference.
-
-        Returns:
-            The model with its original classes, no hook and no further key; its outputs equal the
-            controlled model's.
 
         Warns:
             UserWarning: a copy's zeros are not those of the masks, with the number of elements

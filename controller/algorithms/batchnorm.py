@@ -61,7 +61,6 @@ def adapt_batchnorm(model: nn.Module, batches: Iterable[Any], samples: int) -> N
 
 
 def _run(model: nn.Module, batch: Any) -> int:
-    """Run one batch and return how many samples it holds."""
     if isinstance(batch, dict):
         model(**batch)
         return len(next(iter(batch.values())))

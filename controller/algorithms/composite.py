@@ -67,10 +67,6 @@ class CompositeController(BaseSparsityAlgoController):
 
     Its level, rate and stage are those of all target weights together. State and statistics have
     an entry an algorithm, by its name; the second of a name goes by ``name_2``.
-
-    Args:
-        target_model: the model.
-        controllers: one an algorithm.
     """
 
     name = "composite"
@@ -122,9 +118,7 @@ class CompositeController(BaseSparsityAlgoController):
         run_batchnorm_adaptation: bool = False,
     ) -> None:
         """Set the level of every algorithm, or of one weight through the algorithm that has it.
-
-        Raises:
-            ValueError, RuntimeError: an algorithm refuses; no mask has changed then.
+        Where an algorithm refuses, no mask has changed.
         """
         target = target_sparsified_module_info
         self._resolve(target)
@@ -147,7 +141,6 @@ class CompositeController(BaseSparsityAlgoController):
         return {one: was for part in self._parts for one, was in part._thaw().items()}
 
     def statistics(self, quickly_collected_only: bool = False) -> Statistics:
-        """Return the statistics of every algorithm under its name."""
         found = {name: part.statistics() for name, part in self.controllers.items()}
         own = {name: getattr(one, self.controllers[name].name) for name, one in found.items()}
         return Statistics(**own)
@@ -160,11 +153,6 @@ class CompositeController(BaseSparsityAlgoController):
             yield
 
     def calibration(self) -> AbstractContextManager[None]:
-        """Measure the inputs for every algorithm whose importance needs it.
-
-        Raises:
-            ValueError: none needs it; a module's inputs cannot be measured.
-        """
         needing = [part for part in self._parts if part.needs_calibration]
         if not needing:
             raise ValueError("calibration: no algorithm has an importance that needs one")
@@ -179,7 +167,6 @@ class CompositeController(BaseSparsityAlgoController):
         return {"builder_state": builders, "ctrl_state": self.get_state()}
 
     def get_state(self) -> dict[str, dict[str, Any]]:
-        """Return the whole state of each algorithm under its name."""
         return {name: part.get_state()[part.name] for name, part in self.controllers.items()}
 
     def _read_state(self, state: Mapping[str, Mapping[str, Any]]) -> Change:

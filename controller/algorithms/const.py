@@ -12,10 +12,8 @@ from .base import BaseSparsityAlgoController
 
 
 class ConstSparsityConfig(AlgorithmConfig):
-    """Keep a sparse model sparse through further fine-tuning.
-
-    Pattern, scopes, overrides and BatchNorm adaptation are ``AlgorithmConfig``'s; an override's
-    limits have no bearing.
+    """Keep a sparse model sparse through further fine-tuning. All arguments are
+    ``AlgorithmConfig``'s; an override's limits have no bearing.
     """
 
     takes_nm = True
@@ -25,13 +23,8 @@ class ConstSparsityConfig(AlgorithmConfig):
 
 
 class ConstSparsityController(BaseSparsityAlgoController):
-    """Masks the groups that are zero as a whole, and the zeros of tuples that are n:m;
-    ``load_state`` brings other masks.
-
-    A masked group stays zero whatever optimises the model.
-
-    Warns:
-        UserWarning: no group of any weight is zero.
+    """Masks the groups that are zero as a whole, and the zeros of tuples that are n:m, and keeps
+    them zero whatever optimises the model; ``load_state`` brings other masks. Warns if none is.
     """
 
     name = "const_sparsity"
@@ -57,7 +50,6 @@ class ConstSparsityController(BaseSparsityAlgoController):
     def _check_level(
         self, level: float, target: SparseModuleInfo | None, run_batchnorm_adaptation: bool
     ) -> list[SparseWeight]:
-        """Refuse any level: the masks never change."""
         raise RuntimeError(
             "set_sparsity_level: the masks of const_sparsity never change; use magnitude_sparsity "
             f"to reach the level {level!r}"

@@ -50,11 +50,7 @@ class LearnedLoss(CompressionLoss):
         return not self.disabled
 
     def calculate(self) -> Tensor:
-        """Return the term; 0 once masks are frozen.
-
-        Raises:
-            RuntimeError: the model has been stripped.
-        """
+        """Return the term; 0 once masks are frozen. A stripped model is a RuntimeError."""
         if not isinstance(self._weights[0].module, MaskedModule):
             raise RuntimeError("loss: the model has been stripped; its masks cannot be trained")
         term = self.trained()
@@ -122,13 +118,11 @@ class LearnedController(BaseSparsityAlgoController):
     def disable_scheduler(self) -> None:
         self._scheduler = StubScheduler(self.begin_step, self.check_epoch)
 
-    def _state_beside_scores(self) -> dict[str, Any]:
-        """Return what else the algorithm's own state has."""
-        return {}
+    @abstractmethod
+    def _state_beside_scores(self) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _read_beside_scores(self, state: Mapping[str, Any]) -> Change:
-        """Check that; return what takes it over."""
+    def _read_beside_scores(self, state: Mapping[str, Any]) -> Change: ...
 
     def _own_state(self) -> dict[str, Any]:
         scores = {w.name: w.scores.detach().to("cpu", copy=True) for w in self._weights}
@@ -159,13 +153,10 @@ class LearnedController(BaseSparsityAlgoController):
             )
 
     def check_epoch(self) -> None:
-        """Look at the epoch that ends: its steps must have trained every score, by the loss too.
+        """Raise a RuntimeError unless the epoch has trained every score, by the loss too.
 
         Every mask must have had a part in the task's loss. Compiled code does not say what it
         reads: there it is enough that the scores had a gradient, of the algorithm's loss even.
-
-        Raises:
-            RuntimeError: some scores had no gradient, or nobody added the loss.
         """
         steps, self._steps = self._steps, 0
         seen = any(weight.was_read for weight in self._weights)

@@ -36,13 +36,8 @@ class LogitWeight(LearnedWeight):
     """A weight whose mask is drawn from logits, one a group.
 
     It is drawn once an optimiser step: forward passes of one step, be they of several
-    micro-batches, of a module used twice or of activation checkpointing, agree.
-
-    Args:
-        target: which parameter, and the shape of its groups.
-        draws: shared by the weights of one controller.
-        stream: this weight's number.
-        options: as ``LearnedWeight``'s.
+    micro-batches, of a module used twice or of activation checkpointing, agree. The weights of
+    one controller share ``draws``; ``stream`` is this one's number.
     """
 
     initial_score = INITIAL_LOGIT
@@ -93,10 +88,7 @@ class LogitWeight(LearnedWeight):
             # a tensor made in inference mode could not be saved for a backward pass later
             with torch.inference_mode(False):
                 self._drawn = draw(
-                    self.scores,
-                    self.draws.random,
-                    self.stream,
-                    self._drawn if new_step else None,
+                    self.scores, self.draws.random, self.stream, self._drawn if new_step else None
                 )
             self._drawn_at = number, key
         return self._drawn
@@ -143,12 +135,8 @@ class SparseLoss(LearnedLoss):
 
     With N groups, of which kept have s > 0: ``((kept / N - target) / p)^2`` with one target for
     all weights, else ``(-sum_l |kept_l / N_l - target_l| / p)^2``; the comparison is
-    straight-through, so that a logit's gradient is that of sigmoid(s).
-
-    Args:
-        weights: whose logits.
-        local: a target for each of them.
-        p: how far off the target costs 1.
+    straight-through, so that a logit's gradient is that of sigmoid(s). With ``local`` each weight
+    has a target; ``p`` off the target costs 1.
     """
 
     def __init__(
@@ -166,11 +154,7 @@ class SparseLoss(LearnedLoss):
         return list(self.densities) if self.local else self.densities[0]
 
     def set_target(self, density: float, weight: SparseWeight | None = None) -> None:
-        """Set the target of all weights, or of one.
-
-        Args:
-            density: share of groups to keep, in [0, 1].
-            weight: one of the weights, in ``local`` mode.
+        """Set the share of groups to keep of all weights, or of one in ``local`` mode.
 
         Raises:
             ValueError: the density is outside [0, 1], or one target is for all weights.
@@ -183,7 +167,6 @@ class SparseLoss(LearnedLoss):
                 self.densities[i] = density
 
     def check_target(self, weight: SparseWeight | None) -> None:
-        """Refuse a target of one weight where one target is for all."""
         if weight is not None and not self.local:
             raise ValueError(
                 "set_sparsity_level: target_sparsified_module_info must be None with "

@@ -27,11 +27,7 @@ class CompressionLoss(nn.Module):
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of another loss of this class.
-
-        Raises:
-            ValueError: it does not fit.
-        """
+        """Take over the state of another loss of this class; a ValueError if it does not fit."""
         if state:
             raise ValueError(
                 f"{type(self).__name__}: state must be empty, got {', '.join(map(repr, state))}"
@@ -39,9 +35,7 @@ class CompressionLoss(nn.Module):
 
 
 class ZeroCompressionLoss(CompressionLoss):
-    """The loss of an algorithm that adds none: a zero on ``device``, so that adding it moves
-    nothing.
-    """
+    """The loss of an algorithm that adds none: a zero on ``device``."""
 
     def __init__(self, device: torch.device | str) -> None:
         super().__init__()

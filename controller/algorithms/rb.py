@@ -61,13 +61,9 @@ class RBSparsityConfig(ScheduledConfig):
 
 @dataclass(frozen=True)
 class RBSparsityStatistics(SparsityStatistics):
-    """Statistics of ``rb_sparsity``, read off the logits as they are.
+    """Statistics of ``rb_sparsity``, read off the logits as they are."""
 
-    Attributes:
-        mean_sparse_prob: mean probability of a group to be pruned.
-    """
-
-    mean_sparse_prob: float
+    mean_sparse_prob: float  # mean probability of a group to be pruned
 
     def to_str(self) -> str:
         return f"{super().to_str()}\n\nMean probability to be pruned: {self.mean_sparse_prob:.4f}"
@@ -90,8 +86,7 @@ class RBSparsityController(LearnedController):
         config: RBSparsityConfig = self.config
         self._draws: Draws = self._weights[0].draws  # pyright: ignore[reportAttributeAccessIssue]
         local = config.sparsity_level_setting_mode == "local"
-        self._sparse_loss = SparseLoss(self._weights, local=local)
-        self._loss = self._sparse_loss
+        self._loss = self._sparse_loss = SparseLoss(self._weights, local=local)
         self.disable_scheduler()
         if config.schedule is not None:
             self._scheduler = SparsityScheduler(self, config.schedule)
@@ -99,7 +94,6 @@ class RBSparsityController(LearnedController):
         self.set_sparsity_level(config.initial_level)
 
     def begin_step(self) -> None:
-        """Draw new masks for the coming optimiser step, besides."""
         super().begin_step()
         self._draws.random[1] += 1
 
@@ -125,11 +119,7 @@ class RBSparsityController(LearnedController):
         return stage
 
     def distributed(self) -> None:
-        """Let all ranks draw what the first of them draws.
-
-        Raises:
-            RuntimeError: ``torch.distributed`` has no process group.
-        """
+        """Let all ranks draw what the first of them draws. RuntimeError: no process group."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise RuntimeError(
                 "distributed: torch.distributed must have a process group; call "

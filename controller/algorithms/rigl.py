@@ -106,7 +106,6 @@ class RigLController(SETController):
         self._watch(scheduled and self._is_due(self._scheduler.current_step + 1))
 
     def _watch(self, watch: bool) -> None:
-        """Keep the dense gradients of this step; or stop that."""
         self._watching = watch
         for weight in self._weights:
             wanted = watch and not weight.all_kept and weight.weight.requires_grad
@@ -129,10 +128,8 @@ class RigLController(SETController):
         return take
 
     def distributed(self) -> None:
-        """Let ranks add up the gradients by which they grow, over the default process group.
-
-        Raises:
-            RuntimeError: there is no process group.
+        """Let ranks add up the gradients by which they grow, over the default process group, or
+        raise a RuntimeError where there is none.
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise RuntimeError("distributed: torch.distributed must be initialised first")

@@ -5,19 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from ..config.schedule import AdaptiveSchedule, AdaptiveState, PolynomialSchedule, Schedule
 from ..config.state import check_keys, integer, number
-
-
-class ScheduledController(Protocol):
-    """What a scheduler drives; ``BaseSparsityAlgoController`` says what each method does."""
-
-    def begin_step(self) -> None: ...
-    def check_epoch(self) -> None: ...
-    def mask_level(self) -> float: ...
-    def follow(self, level: float, *, last: bool) -> None: ...
 
 
 class CompressionScheduler:
@@ -52,10 +43,7 @@ class CompressionScheduler:
         return self._current_epoch
 
     def step(self, next_step: int | None = None) -> None:
-        """Begin an optimiser step.
-
-        Args:
-            next_step: its index; by default one more than the current.
+        """Begin an optimiser step, of index ``next_step``: by default one more than the current.
 
         Raises:
             ValueError: ``next_step`` is no integer from 0.
@@ -65,10 +53,7 @@ class CompressionScheduler:
         self._current_step = ahead
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
-        """Begin an epoch.
-
-        Args:
-            next_epoch: its index, from 0; by default one more than the current.
+        """Begin an epoch, of index ``next_epoch``: by default one more than the current.
 
         Raises:
             ValueError: ``next_epoch`` is no integer from 0.
@@ -132,7 +117,6 @@ class EpochLength:
         return {"_steps_per_epoch": self.known, "_steps_in_current_epoch": self.done}
 
     def read_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
-        """Check ``get_state``'s result; return what takes it over."""
         done, known = integer(state, "_steps_in_current_epoch"), self.configured
         if state["_steps_per_epoch"] is not None:
             known = integer(state, "_steps_per_epoch", least=1)
@@ -161,11 +145,12 @@ class SparsityScheduler(CompressionScheduler):
     steps and does nothing else; both indices stay at -1.
 
     Args:
-        controller: what is driven. Its masks are at ``schedule.initial_level`` already.
+        controller: has ``begin_step``, ``check_epoch``, ``mask_level`` and ``follow``, as
+            ``BaseSparsityAlgoController``; its masks are at ``schedule.initial_level`` already.
         schedule: which level holds when.
     """
 
-    def __init__(self, controller: ScheduledController, schedule: Schedule) -> None:
+    def __init__(self, controller: Any, schedule: Schedule) -> None:
         super().__init__(controller.begin_step, controller.check_epoch)
         self._controller = controller
         self._schedule = schedule
@@ -212,11 +197,8 @@ class SparsityScheduler(CompressionScheduler):
                 self._apply()
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
-        """Begin an epoch; see ``CompressionScheduler``.
-
-        Raises:
-            ValueError: with ``update_per_optimizer_step``, the epoch that ends had another number
-                of steps than ``steps_per_epoch``.
+        """Begin an epoch. With ``update_per_optimizer_step`` a ValueError says that the one that
+        ends had another number of steps than ``steps_per_epoch``.
         """
         if self._epoch is None:
             frozen = self._freeze_is_due

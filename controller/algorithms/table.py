@@ -19,15 +19,9 @@ from .set import SETConfig, SETController
 
 
 class Algorithm(NamedTuple):
-    """One algorithm.
+    """One algorithm; its configuration's ``algorithm`` is its full name, NNCF's if it has one."""
 
-    Attributes:
-        short: its name on a command line.
-        config: its configuration, whose ``algorithm`` is the full name, NNCF's where it has one.
-        controller: made of model, masked weights, configuration and BatchNorm data.
-    """
-
-    short: str
+    short: str  # its name on a command line
     config: type[AlgorithmConfig]
     controller: type[BaseSparsityAlgoController]
 

@@ -1,7 +1,4 @@
-"""What every algorithm's configuration shares: pattern, scopes, overrides, BatchNorm adaptation.
-
-Each algorithm's own configuration is a subclass beside its controller.
-"""
+"""What all algorithms' configurations share: pattern, scopes, overrides, BatchNorm adaptation."""
 
 from __future__ import annotations
 
@@ -145,7 +142,7 @@ class AlgorithmConfig(Declaration):
         targets: ``"linear"``: the linear layers, attention and experts included, of the
             transformer blocks, if there are any; ``"all"``: embeddings, convolutions and heads
             too; None: what ``target_scopes`` names, else ``"linear"`` for a model with transformer
-            blocks and ``"all"`` for any other. See ``masks/targets.py``.
+            blocks and ``"all"`` for any other. See ``docs/defaults.md``.
         target_scopes: the modules to take; None takes all. See ``scope.py`` for what a scope is.
         ignored_scopes: the modules to leave out, even if they are targets.
         validate_scopes: whether a scope that matches nothing is an error.

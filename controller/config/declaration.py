@@ -1,6 +1,4 @@
-"""What the objects that a user writes share: frozen, no unknown field, errors in one line; and
-the kinds of values that their fields have.
-"""
+"""What the objects that a user writes share, and the kinds of values that their fields have."""
 
 from __future__ import annotations
 
@@ -19,12 +17,10 @@ def _whole(value: Any) -> Any:
 
 
 def listed(value: Any) -> Any:
-    """Let one string, or JSON's list, stand for a tuple; a set, which has no order, is left to be
-    refused, as is anything else.
-    """
-    return (
-        (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-    )
+    """Let one string, or JSON's list, stand for a tuple; all else, as a set, is to be refused."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
 
 
 _Item = TypeVar("_Item")

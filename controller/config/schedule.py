@@ -1,8 +1,5 @@
 """Schedules: the sparsity level as a function of the epoch.
 
-Every schedule is a small frozen object that a user writes, for example
-``PolynomialSchedule(target_level=0.8, target_epoch=3)``. It holds no state: the scheduler counts,
-the schedule answers.
 Formulas and defaults are NNCF's (https://github.com/openvinotoolkit/nncf, release 2.19).
 """
 

@@ -19,11 +19,7 @@ _REGEX = "{re}"
 
 
 def check_scope(scope: str) -> str:
-    """Return ``scope``; refuse what can be none.
-
-    Raises:
-        ValueError: ``scope`` is no string, or empty, or its regular expression is invalid.
-    """
+    """Return ``scope``; a ValueError refuses no string, an empty one, an invalid expression."""
     if not isinstance(scope, str) or scope in ("", _REGEX):
         raise ValueError(f"must be a module path, a glob or a '{{re}}' expression, got {scope!r}")
     if scope.startswith(_REGEX):
@@ -33,9 +29,7 @@ def check_scope(scope: str) -> str:
 
 def matches(scope: str, name: str) -> bool:
     """Tell whether ``scope`` takes in the module of path ``name`` (``""`` is the model itself).
-
-    Raises:
-        ValueError: the scope's regular expression is invalid.
+    A ValueError refuses an invalid expression.
     """
     if scope.startswith(_REGEX):
         return _compile(scope).search(name) is not None
@@ -43,11 +37,8 @@ def matches(scope: str, name: str) -> bool:
 
 
 def check_scopes(scopes: Iterable[str], names: Collection[str], argument: str = "scopes") -> None:
-    """Refuse scopes that match none of ``names``, the module paths there are.
-
-    Raises:
-        ValueError: there are such; the message calls them ``argument``, and lists each, with near
-            matches.
+    """Refuse scopes that match none of ``names``, the module paths there are: a ValueError calls
+    them ``argument``, and lists each, with near matches.
     """
     unmatched = [s for s in scopes if not any(matches(s, name) for name in names)]
     if unmatched:

@@ -2,24 +2,19 @@
 
 One controller has one guard. It sees
 
-- **gradients** as they have been accumulated, before clipping, a reducer or another hook can: they
-  become zero where a mask prunes. On a GPU all of a backward pass at once, at its end, unless
-  somebody may look before;
+- **gradients** as they have been accumulated, before clipping, a reducer or another hook can; on
+  a GPU all of a backward pass at once, at its end, unless somebody may look before;
 - **optimisers** before and after each step (``optimizers.py``). A step by what is no
   ``torch.optim.Optimizer`` is made good at the next ``scheduler.step()``;
-- **loads**: what a checkpoint has where a mask prunes is taken out of the weight, and kept for the
-  masks of a state that is loaded next, or that change later;
+- **loads**: what a checkpoint has where a mask prunes is kept for masks that come later;
 - **replaced parameters**, as they are registered;
 - **forward passes of training**, on the host: a weight that was written since the last step is
-  zero again before it is used, with a warning. Evaluation sees a weight as it stands, so that a
-  merged adapter has its effect.
+  zero again before it is used. Evaluation sees a merged adapter's effect.
 
 What a step costs, for 8 billion bfloat16 parameters in blocks of 64 at 80 %: the pruned part of
 the gradients is written once, 0.8 x 16 GB, in one launch; under an elementwise optimiser, as
 AdamW, nothing else. Another optimiser costs as much again, for the weights. The moments are
 cleared once an update, not a step. Nothing is done in a forward pass but comparing numbers.
-
-Reading order: the guard -> its hooks on tensors and modules -> its hooks on torch.
 """
 
 from __future__ import annotations
@@ -55,23 +50,18 @@ class Guard:
         self.weights = list(weights)
         self.users = [(*place, weight) for weight in weights for place in weight.target.users]
         self.released = False
-        # until training begins a state may be loaded, whose masks are others
-        self.began = False
-        # of any optimiser, of any parameters; who counts sets it to 0
-        self.optimizer_steps = 0
+        self.began = False  # until training begins a state may be loaded, whose masks are others
+        self.optimizer_steps = 0  # of any optimiser, of any parameters; who counts sets it to 0
         # where the weights' modules are in the model
         self.paths = {id(module): path for path, module in model.named_modules()}
         self._weight_at = {(id(module), name): weight for module, name, weight in self.users}
         self._gradient_hooks: dict[SparseWeight, RemovableHandle] = {}
-        # by backward pass: what is cleared at its end
-        self._pending: dict[int, list[SparseWeight]] = {}
-        # by identity, since the last step
-        self._cleared_gradients: dict[SparseWeight, int] = {}
+        self._pending: dict[int, list[SparseWeight]] = {}  # by backward pass, cleared at its end
+        self._cleared_gradients: dict[SparseWeight, int] = {}  # by identity, since the last step
         # of each optimiser the moments that are clear, and of which change of the mask
         self._cleared: weakref.WeakKeyDictionary[Optimizer, dict[SparseWeight, tuple[int, ...]]]
         self._cleared = weakref.WeakKeyDictionary()
-        # what an optimiser is at work on
-        self._stepping: set[SparseWeight] = set()
+        self._stepping: set[SparseWeight] = set()  # what an optimiser is at work on
         self._stepped: set[SparseWeight] = set()
         self._handles = [model.register_forward_pre_hook(_ModuleHook(self, "before_forward"))]
         self._names_in: dict[int, tuple[str, ...]] = {}
@@ -146,16 +136,12 @@ class Guard:
                 weight.follow()
                 self._watch_gradient(weight, parameter)
         # LBFGS calls the model between the parts of a step, and nobody else is at work then
-        own = [weight for weight in changed if weight in self._stepping]
-        self._clear(own)
-        drop_foreign(
-            [weight for weight in changed if weight not in self._stepping],
-            "before a forward pass of training",
-        )
+        self._clear([weight for weight in changed if weight in self._stepping])
+        foreign = [weight for weight in changed if weight not in self._stepping]
+        drop_foreign(foreign, "before a forward pass of training")
 
     def after_load(self, module: nn.Module, _: Any) -> None:
-        names = self._names_in[id(module)]
-        places = [(name, self._weight_at[id(module), name]) for name in names]
+        places = [(name, self._weight_at[id(module), name]) for name in self._names_in[id(module)]]
         loaded = [
             weight
             for name, weight in places
@@ -194,13 +180,13 @@ class Guard:
             return
         if weight.mask.device != gradient.device:
             weight.follow()
-        if gradient.layout == torch.sparse_coo:
-            self._cleared_gradients[weight] = id(gradient)
-            _clear_rows(weight, gradient)
+        self._cleared_gradients[weight] = id(gradient)
+        if gradient.layout == torch.sparse_coo:  # an embedding's: it lists the rows it is of
+            rows, values = gradient._indices()[0], gradient._values()
+            values.masked_fill_(~weight.binary_mask[rows], 0)
             return
         if weight.dense_gradient_taker is not None:
             weight.dense_gradient_taker(gradient)
-        self._cleared_gradients[weight] = id(gradient)
         if not self.waits_for(parameter):
             clear_([weight], [gradient])
             return
@@ -278,9 +264,7 @@ class Guard:
     def _clear_moments(
         self, optimizer: Optimizer, members: Sequence[SparseWeight] | None = None
     ) -> None:
-        """Clear the moments of elements that have been pruned since this was last done, and
-        moments that somebody has put in the place of those.
-        """
+        """Clear moments of what was pruned since this was last done, and moments put in anew."""
         done = self._cleared.setdefault(optimizer, {})
         members = self._members(optimizer) if members is None else members
         here = {weight: list(moments(optimizer, weight.weight)) for weight in members}
@@ -293,11 +277,9 @@ class Guard:
         """Hang the gradient's hook on ``parameter``, before all others, if it is not there."""
         if not (parameter.requires_grad and parameter.is_leaf):
             return
-        held = self._gradient_hooks.get(weight)
-        if held is not None:
+        if (held := self._gradient_hooks.get(weight)) is not None:
             held.remove()
-        hook = _AfterAccumulation(self, weight)
-        handle = parameter.register_post_accumulate_grad_hook(hook)
+        handle = parameter.register_post_accumulate_grad_hook(_AfterAccumulation(self, weight))
         # torch walks the dictionary by insertion, whatever `move_to_end` has said
         hooks = parameter._post_accumulate_grad_hooks
         others = {key: other for key, other in hooks.items() if key != handle.id}
@@ -314,12 +296,6 @@ def guards_of(module: nn.Module, parameter_name: str) -> list[Guard]:
     hooks = module._load_state_dict_post_hooks.values()
     guards = [hook.guard for hook in hooks if isinstance(hook, _ModuleHook)]
     return [guard for guard in guards if (id(module), parameter_name) in guard._weight_at]
-
-
-def _clear_rows(weight: SparseWeight, gradient: Tensor) -> None:
-    """Clear the gradient of an embedding that lists the rows which it is of."""
-    rows, values = gradient._indices()[0], gradient._values()
-    values.masked_fill_(~weight.binary_mask[rows], 0)
 
 
 class _AfterAccumulation:

@@ -21,8 +21,7 @@ _MIXES_TOKENS = re.compile("Attention|Attn|Mixer|SSM")
 def may_be_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield name and parameter of what may be a weight: two dimensions or more, no bias, no norm.
 
-    Raises:
-        ValueError: a parameter is not initialised.
+    A ValueError refuses a parameter that is not initialised.
     """
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -53,10 +52,7 @@ def is_known(module: nn.Module, name: str, parameter: Tensor) -> bool:
 
 
 def holds_experts(module: nn.Module, parameter: Tensor) -> bool:
-    """Tell whether a parameter of three dimensions is one matrix an expert.
-
-    By the name of its class, as all of Hugging Face's have it: ``MixtralExperts``.
-    """
+    """Tell whether a parameter is one matrix an expert, by its class: ``MixtralExperts``."""
     return parameter.ndim == 3 and "Experts" in type(module).__name__
 
 
@@ -64,8 +60,7 @@ def is_transposed(module: nn.Module, parameter: Tensor) -> bool:
     """Tell whether a weight, or each expert's, is stored ``(in_features, out_features)``."""
     if not holds_experts(module, parameter):
         return conv1d_of(type(module)) is not None
-    # what Hugging Face's grouped products go by
-    declared = getattr(module, "is_transposed", None)
+    declared = getattr(module, "is_transposed", None)  # what Hugging Face's grouped products go by
     if isinstance(declared, bool):
         return declared
     up: Any = module._parameters.get("gate_up_proj")
@@ -97,9 +92,7 @@ def _mixes_tokens(module: nn.Module) -> bool:
 
 
 def adapters(model: nn.Module) -> dict[str, str]:
-    """Return the path of each module that PEFT holds beside a layer of the model, and of the
-    module that holds both. By name: PEFT may be missing.
-    """
+    """Return path and holder of what PEFT puts beside a layer. By name: PEFT may be missing."""
     found: dict[str, str] = {}
     for path, module in model.named_modules():
         names = {base.__name__ for base in type(module).__mro__}

@@ -35,8 +35,7 @@ class LearnedWeight(SparseWeight):
     """
 
     scores: nn.Parameter
-    # what all scores start from
-    initial_score: ClassVar[float] = 0.0
+    initial_score: ClassVar[float] = 0.0  # what all scores start from
 
     def __init__(self, target: Target, *, multiplier: float | None = None, **options: Any) -> None:
         self.frozen = False
@@ -104,8 +103,7 @@ class LearnedWeight(SparseWeight):
 
     def _move(self, weight: Tensor) -> None:
         super()._move(weight)
-        # still None while the base class is made
-        scores: nn.Parameter | None = self.scores
+        scores: nn.Parameter | None = self.scores  # still None while the base class is made
         if scores is None or scores.device == weight.device:
             return
         scores.data = scores.data.to(weight.device)
@@ -136,7 +134,6 @@ class LearnedWeight(SparseWeight):
     @torch.no_grad()
     def folded(self) -> nn.Parameter:
         """Return the weight under the mask of evaluation as a parameter of its own, for a copy.
-
         Modules that share a weight share this too, as long as somebody holds it.
         """
         key = self.weight.data_ptr(), self.weight._version, *self.scores_state()
@@ -149,9 +146,8 @@ class LearnedWeight(SparseWeight):
 
 
 class LearnedModule(MaskedModule):
-    """A module some of whose weights read masked. Its forward is its own class's.
-
-    Scores are parameters of the module, ``<weight>_scores``, but no keys of its state dict.
+    """A module some of whose weights read masked. Its forward is its own class's; scores are its
+    parameters ``<weight>_scores``, but no keys of its state dict.
     """
 
     _learned_weights: dict[str, LearnedWeight]
@@ -268,11 +264,7 @@ def _scores_name(parameter: str) -> str:
 
 
 def read_scores(state: Any, weights: Sequence[LearnedWeight]) -> list[Tensor]:
-    """Return the scores of a saved state, which has them by name, in the order of ``weights``.
-
-    Raises:
-        ValueError: the state is of another model or structure, or damaged.
-    """
+    """Return a saved state's scores in order of ``weights``; a ValueError refuses others."""
     if not isinstance(state, Mapping) or set(state) != {weight.name for weight in weights}:
         raise ValueError("load_state: the scores are of another model")
     for weight in weights:

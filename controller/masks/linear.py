@@ -1,8 +1,4 @@
-"""Linear layers that skip pruned blocks: the one kind of module whose class a mask changes.
-
-``skip_blocks`` turns a linear into a subclass of its own class, in place, and ``restore_class``
-turns it back; see ``module.py`` for what stays.
-"""
+"""Linear layers that skip pruned blocks: the one kind of module whose class a mask changes."""
 
 from __future__ import annotations
 

@@ -8,9 +8,8 @@ from torch import nn
 
 
 class MaskedModule(nn.Module):
-    """Base of the classes that take a module's place. Each is a subclass of the module's own.
-
-    Parameters, hooks, state-dict keys and ``isinstance`` stay as they were.
+    """Base of the classes that take a module's place, each a subclass of the module's own:
+    parameters, hooks, state-dict keys and ``isinstance`` stay as they were.
     """
 
     dense_class: ClassVar[type[nn.Module]]

@@ -22,9 +22,7 @@ def canonical(name: str) -> str:
 def match(wanted: Iterable[str], there: Iterable[str]) -> dict[str, str] | None:
     """Find names of one model in another, which may be a copy of it or hold such a copy.
 
-    Returns:
-        For each name wanted the one there; None where some are missing, or where several parts of
-        the other model fit.
+    None where some are missing, or where several parts of the other model fit.
     """
     names = {canonical(name): name for name in there}
     wanted = list(wanted)

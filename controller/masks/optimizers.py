@@ -1,10 +1,8 @@
 """Which optimisers leave a pruned element at zero by themselves, and what they remember of it.
 
 An elementwise optimiser computes an element's step from the element, its gradient and its own
-moments. All are zero where a mask prunes, once the moments have been cleared after an update of
-the masks, and then the step is zero too, with momentum and weight decay as without: nothing needs
-to be done at a step. Of any other optimiser, and of a subclass that may do otherwise, the weight
-is cleared after each step.
+moments: with all of them zero the step is zero too. Of any other optimiser, and of a subclass that
+may do otherwise, the weight is cleared after each step.
 """
 
 from __future__ import annotations
@@ -22,14 +20,8 @@ ELEMENTWISE = (
 # what torch's optimisers, Muon and most others call the moments that they keep of each element;
 # no square preconditioner of another optimiser goes by such a name
 MOMENTS = (
-    "momentum_buffer",
-    "exp_avg",
-    "exp_avg_sq",
-    "max_exp_avg_sq",
-    "exp_inf",
-    "square_avg",
-    "grad_avg",
-    "acc_delta",
+    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    *("exp_inf", "square_avg", "grad_avg", "acc_delta"),
 )
 
 

@@ -34,13 +34,9 @@ def masks_state(weights: Sequence[SparseWeight]) -> dict[str, dict[str, Any]]:
 
 
 def with_names_of(weights: Sequence[SparseWeight], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a controller's state with the weights called as they are here.
-
-    A state that was made on a wrapper of the model (``module.`` before each name) becomes one of
-    the model, and the other way round.
-
-    Raises:
-        ValueError: the state is of another model.
+    """Return a controller's state with the weights called as they are here; a state made on
+    a wrapper of the model becomes one of the model, and the other way round. A ValueError refuses
+    that of another model.
     """
     saved = state.get("weights")
     names = [weight.name for weight in weights]
@@ -67,10 +63,8 @@ def read_masks(
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Return ``masks_state``'s masks as bool grids of one element a group, and its pruned values.
 
-    On the weights' devices; values are copies, in the weights' dtype.
-
-    Raises:
-        ValueError: the state is of another pattern, or damaged.
+    On the weights' devices; values are copies, in the weights' dtype. A ValueError refuses a state
+    of another pattern, or damaged.
     """
     found = []
     for weight in weights:

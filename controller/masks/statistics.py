@@ -109,9 +109,7 @@ class Statistics(SimpleNamespace):
 def summarise(
     model: nn.Module, weights: Sequence[SparseWeight], thresholds: Mapping[str, Tensor]
 ) -> SparsifiedModelStatistics:
-    """Count each weight's groups, and put the figures together; ``thresholds`` are scalar
-    tensors, by name. Synchronises with the device.
-    """
+    """Put figures together; ``thresholds`` are scalars, by name. Synchronises with the device."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     parameters -= sum(scores.numel() for scores in score_parameters(model))
     layers = tuple(

@@ -25,11 +25,7 @@ User = tuple[nn.Module, str, SparseWeight]
 
 @torch.no_grad()
 def strip_masks(
-    model: nn.Module,
-    guards: Sequence[Guard],
-    *,
-    do_copy: bool,
-    strip_format: StripFormat,
+    model: nn.Module, guards: Sequence[Guard], *, do_copy: bool, strip_format: StripFormat
 ) -> nn.Module:
     """Return ``model`` with the masks that ``guards`` have folded in; ``strip_model`` says more.
 
@@ -115,8 +111,7 @@ def _fold(places: Sequence[User], *, warn: bool) -> None:
             count = int(count_leaks([matrix], [mask], weight.pattern, backend=weight.backend))
             if count:
                 changed[weight.name] = count
-        keep = weight.binary_mask.to(parameter.device)
-        parameter.masked_fill_(~keep, 0)
+        parameter.masked_fill_(~weight.binary_mask.to(parameter.device), 0)
     if changed:
         warnings.warn(
             f"strip_model: the model's zeros are not those of the controller's masks; "

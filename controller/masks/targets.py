@@ -1,13 +1,7 @@
 """Which weights of a model are masked, and under which pattern and limits.
 
-The rule. Without ``target_scopes``, a model with transformer blocks has the linear layers in them
-masked, attention and experts included; what is outside (embeddings, position tables, poolers,
-heads) stays dense, because a large table is pruned almost whole by any criterion that compares
-weights, and costs little in a step. Any other model has all its weights masked. ``targets`` says
-``"linear"`` or ``"all"`` outright. What ``target_scopes`` names is taken, whatever it is.
-
-Adapters, and weights that are zero throughout when the controller is made, are left out unless a
-scope names them: they are at their start, not unimportant.
+The rule is in docs/defaults.md. Adapters, and weights that are zero throughout when the controller
+is made, are left out unless a scope names them: they are at their start, not unimportant.
 """
 
 from __future__ import annotations
@@ -23,16 +17,8 @@ from torch import Tensor, nn
 from ...kernels.pattern import NM
 from ..config.algorithm import AlgorithmConfig
 from ..config.scope import check_scopes, matches
+from . import kinds
 from .guard import guards_of
-from .kinds import (
-    adapters,
-    holds_experts,
-    is_known,
-    is_linear,
-    is_transposed,
-    may_be_weights,
-    transformer_blocks,
-)
 from .linear import conv1d_of
 from .weight import Target
 
@@ -41,9 +27,7 @@ _log = logging.getLogger("triton_sparsity")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A parameter that may be masked: every (module, parameter name) that holds it, and what each
-    of these is called.
-    """
+    """A parameter that may be masked, every (module, parameter name) that holds it, its names."""
 
     users: tuple[tuple[nn.Module, str], ...]
     names: tuple[str, ...]
@@ -72,8 +56,7 @@ def find_targets(model: nn.Module, config: AlgorithmConfig) -> list[Target]:
     embedding, attention, recurrent or experts module, or any such parameter that a target scope
     names itself. A tied parameter is left dense when any of its names is ignored.
 
-    Logs:
-        one line: how many weights, which share of the parameters, what is left dense and why.
+    Logs one line: how many weights, which share of the parameters, what is left dense and why.
 
     Warns:
         UserWarning: parameters that look like weights but cannot be covered; frozen ones that are.
@@ -102,8 +85,7 @@ def find_targets(model: nn.Module, config: AlgorithmConfig) -> list[Target]:
             f"ignored_scopes={config.ignored_scopes!r}; "
             f"left dense: {_in_words(left) or 'none by rule'}"
         )
-    devices = {str(t.weight.device) for t in chosen}
-    if len(devices) > 1:
+    if len(devices := {str(t.weight.device) for t in chosen}) > 1:
         raise ValueError(
             f"create_controller: the weights must be on one device, got {sorted(devices)}"
         )
@@ -115,7 +97,7 @@ def weights_of(model: nn.Module) -> list[Candidate]:
     """List what may be weights, each parameter once, in module order."""
     found: dict[int, dict[tuple[nn.Module, str], str]] = {}
     for path, module in model.named_modules():
-        for own, parameter in may_be_weights(module):
+        for own, parameter in kinds.may_be_weights(module):
             name = path if path and own == "weight" else f"{path}.{own}".lstrip(".")
             found.setdefault(id(parameter), {})[module, own] = name
     return [Candidate(tuple(users), tuple(users.values())) for users in found.values()]
@@ -132,19 +114,17 @@ def _select(
     model: nn.Module, candidates: Sequence[Candidate], config: AlgorithmConfig
 ) -> tuple[list[Candidate], dict[str, list[str]]]:
     """Return what is masked, and by reason the names of what is left dense without being asked."""
-    blocks = transformer_blocks(model)
-    beside = adapters(model)
+    blocks = kinds.transformer_blocks(model)
+    beside = kinds.adapters(model)
     scopes = config.target_scopes or ()
     only_linear = config.targets == "linear" or (not (config.targets or scopes) and bool(blocks))
     chosen: list[Candidate] = []
     left: dict[str, list[str]] = {}
     for candidate in candidates:
-        if candidate.matches(config.ignored_scopes):
+        if candidate.matches(config.ignored_scopes) or (scopes and not candidate.matches(scopes)):
             continue
-        if scopes and not candidate.matches(scopes):
-            continue
-        known = candidate.has(is_known) or any(n in scopes for n in candidate.names)
-        linear = candidate.has(is_linear)
+        known = candidate.has(kinds.is_known) or any(n in scopes for n in candidate.names)
+        linear = candidate.has(kinds.is_linear)
         inside = not blocks or any(_is_below(n, blocks) for n in candidate.names)
         if any(_is_adapter(n, beside, scopes) for n in candidate.names):
             reason = _ADAPTER
@@ -193,7 +173,7 @@ def _is_adapter(name: str, beside: dict[str, str], target_scopes: Sequence[str])
 def _target(candidate: Candidate, config: AlgorithmConfig) -> Target:
     override = next((o for o in config.overrides if candidate.matches([o.scope])), None)
     module, weight = candidate.users[0][0], candidate.weight
-    layout = is_transposed(module, weight), holds_experts(module, weight)
+    layout = kinds.is_transposed(module, weight), kinds.holds_experts(module, weight)
     target = Target(candidate.names[0], candidate.users, config.pattern, *layout)
     if override is None:
         return target
@@ -257,8 +237,7 @@ def _tell(model: nn.Module, targets: Sequence[Target], left: dict[str, list[str]
             "name them in target_scopes to mask them, or in ignored_scopes to silence this",
             stacklevel=5,
         )
-    frozen = [t.name for t in targets if not t.weight.requires_grad]
-    if frozen:
+    if frozen := [t.name for t in targets if not t.weight.requires_grad]:
         warnings.warn(
             f"masking parameters that are frozen (requires_grad=False): {frozen}", stacklevel=5
         )

@@ -5,17 +5,14 @@ whoever reads it needs to know nothing of masks. ``guard.py`` keeps it so while 
 and convert the model. Weights are looked up through their modules at every use: wrappers replace
 parameter objects.
 
-What the zeros cost, in bytes beside the weight: the mask, one bit a group (one byte a block); the
-pruned values, ``level`` x the weight for blocks and once the weight for fine patterns, while masks
-may still change; on a CPU under a fine pattern the mask once more, as wide as the weight, which
-clears a gradient in place at the speed of memory (under blocks it is ``1 / rows`` of that).
+What it costs, in bytes beside the weight: the mask (``kernels/group_mask.py``); the pruned values,
+``level`` x the weight for blocks and once the weight for fine patterns, while masks may change.
 
 Reading order: one weight -> entries of a controller -> several weights at once.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,14 +27,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn import functional
 
 from ...kernels.dispatch import Dispatch
-from ...kernels.grid import side_lengths
-from ...kernels.launch import Backend, use_triton
-from ...kernels.mask import expand_mask, pack, unpack, word_mask
+from ...kernels.group_mask import GroupMask
+from ...kernels.launch import Backend
 from ...kernels.masked_weight import apply_mask_, count_leaks
-from ...kernels.pattern import NM, Block, Pattern, grid_shape
+from ...kernels.pattern import Block, Pattern
 from ...kernels.product import BlockProduct, has_blocks_to_skip
 from ...kernels.retained import put_back_, take_pruned
-from ...kernels.semi_structured import nm_fits
 
 
 @dataclass(frozen=True)
@@ -94,19 +89,17 @@ class Target:
         return tensor.flatten(0, 1) if self.experts else tensor.flatten(1)
 
 
-class SparseWeight:
+class SparseWeight(GroupMask):
     """One parameter and which of its groups are kept. Called the operand of its module.
 
-    The tensors are no buffers: distributed wrappers would broadcast them at every forward. The
-    mask is rewritten in place, so that compiled and captured graphs see an update.
+    Its tensors are no buffers: distributed wrappers would broadcast them at every forward.
 
     Args:
         target: which parameter, and the shape of its groups.
         backend, dispatch: as ``create_controller``'s.
     """
 
-    # trained with the weight, where the mask follows from such
-    scores: nn.Parameter | None = None
+    scores: nn.Parameter | None = None  # trained with the weight, where the mask follows from such
 
     def __init__(
         self, target: Target, *, backend: Backend = "auto", dispatch: Dispatch = "auto"
@@ -114,28 +107,13 @@ class SparseWeight:
         self.target = target
         self.module, self.parameter_name = target.users[0]
         self.name = target.name
-        self.pattern = target.pattern
         self.transposed = target.transposed
         self.matrix = target.matrix
-        self.backend: Backend = backend
         self.dispatch: Dispatch = dispatch
         weight = self.weight.detach()
         self.weight_shape = weight.shape
         rows, cols = self.matrix(weight).shape
-        self.shape: tuple[int, int] = (rows, cols)
-        # groups down and across; under N:M elements, since a pruned group keeps some of its
-        self.grid = grid_shape(self.pattern, self.shape)
-        # what a level counts, and what is chosen among: under N:M elements, and its tuples
-        self.groups = self.choices = math.prod(self.grid)
-        if isinstance(self.pattern, NM):
-            self.choices //= math.prod(self.pattern.group)
-        # the mask holds one bit an element, not one bool a block
-        self.packed = not isinstance(self.pattern, Block)
-        everything = torch.ones(self.grid, dtype=torch.bool, device=weight.device)
-        self.mask = self._compact(everything)
-        # number of kept groups, known on the host: what has nothing pruned needs no care
-        self.kept = self.groups
-        self.changes = 0  # of the mask
+        super().__init__(target.pattern, (rows, cols), weight.dtype, weight.device, backend)
         # whether pruned values are kept until the masks freeze, and those that are
         self.keeps_values = False
         self.values: Tensor | None = None
@@ -147,10 +125,7 @@ class SparseWeight:
         self.product: BlockProduct | None = None
         # the algorithm takes the gradient of pruned elements before it becomes zero
         self.dense_gradient_taker: Callable[[Tensor], None] | None = None
-        self._dtype = weight.dtype
-        self._words: Tensor | None = None
         self._as_left: tuple[Any, ...] = ()
-        self._move(weight)
 
     # the parameter
 
@@ -160,11 +135,7 @@ class SparseWeight:
         return self.target.weight
 
     def follow(self) -> nn.Parameter:
-        """Return the parameter; the mask has moved to its device and dtype.
-
-        Raises:
-            ValueError: it has another shape, or is no float of 16, 32 or 64 bits.
-        """
+        """Return the parameter; the mask follows device and dtype. Refuses as ``check_fits``."""
         weight = self.weight
         self.check_fits(weight)
         if not self._is_here(weight):
@@ -176,7 +147,7 @@ class SparseWeight:
         return weight.device == self.mask.device and weight.dtype == self._dtype
 
     def check_fits(self, weight: Tensor) -> None:
-        """Refuse a weight that the mask cannot be of, as ``follow`` does."""
+        """Raise ValueError at another shape, or what is no float of 16, 32 or 64 bits."""
         wide = weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         if weight.shape != self.weight_shape or not wide:
             raise ValueError(
@@ -191,17 +162,10 @@ class SparseWeight:
         return (matrix.T if self.transposed else matrix).reshape(self.weight_shape)
 
     def _move(self, weight: Tensor) -> None:
-        if self.mask.device != weight.device:
-            self.mask = self.mask.to(weight.device)
         if self.values is not None:
             self.values = self.values.to(weight.device, weight.dtype)
         self._spare = None
-        on_cpu = weight.is_cpu and not use_triton("apply_mask_", self.backend, weight)
-        if not on_cpu:
-            self._words = None
-        elif self._words is None or self._dtype != weight.dtype:
-            self._words = word_mask(self.mask, self.pattern, self.shape, weight.dtype)
-        self._dtype = weight.dtype
+        self.move_mask(weight.device, weight.dtype)
         if self.product is not None:
             self.serve_product()
 
@@ -212,9 +176,6 @@ class SparseWeight:
         """True where the parameter is zero wherever the mask prunes: not while it is learned."""
         return True
 
-    def settle(self) -> None:
-        """Bring the stored mask in line with what it follows from, where it is learned."""
-
     @property
     def binary_mask(self) -> Tensor:
         """Bool tensor of the weight's shape, True = kept. A copy: assign to change the mask.
@@ -223,28 +184,17 @@ class SparseWeight:
             ValueError: what is assigned has another shape, differs within a group, or keeps too
                 many of one.
         """
-        self.settle()
-        return self.like_weight(expand_mask(self.mask, self.pattern, self.shape))
+        return self.like_weight(self.kept_elements())
 
     @binary_mask.setter
     def binary_mask(self, mask: Tensor) -> None:
-        self._assign(self._grid_of(mask))
-
-    def _assign(self, grid: Tensor) -> None:
-        """Take over a bool grid from a user, and bring the parameter in line."""
-        with dense_weights([self]):
-            self.set_grid(grid)
-
-    def _grid_of(self, mask: Tensor) -> Tensor:
-        """Return the bool grid of a mask of the weight's shape."""
         if mask.shape != self.weight_shape:
             raise ValueError(
                 f"binary_mask: must have the shape {tuple(self.weight_shape)} of {self.name!r}, "
                 f"got {tuple(mask.shape)}"
             )
-        kept = self.matrix(mask.to(self.mask.device) != 0)
-        grid = kept[:: self.pattern.rows, :: self.pattern.cols].contiguous()
-        if not torch.equal(expand_mask(self._compact(grid), self.pattern, self.shape), kept):
+        grid = self.grid_of(self.matrix(mask.to(self.mask.device) != 0))
+        if grid is None:
             raise ValueError(
                 f"binary_mask: must be constant within every {self.pattern} group of "
                 f"{self.name!r}, got one that is not"
@@ -254,73 +204,19 @@ class SparseWeight:
                 f"binary_mask: must keep no more of any group of {self.name!r} than "
                 f"{self.pattern}, got one that does"
             )
-        return grid
+        self._assign(grid)
 
-    def fits(self, grid: Tensor) -> bool:
-        """Tell whether the pattern allows ``grid``: N:M's groups keep n of m at most, or all."""
-        return not isinstance(self.pattern, NM) or nm_fits(grid, self.pattern)
-
-    def kept_grid(self) -> Tensor:
-        """Return the mask as a bool tensor of one element a group."""
-        self.settle()
-        return unpack(self.mask, self.shape[1]) if self.packed else self.mask
-
-    @property
-    def all_kept(self) -> bool:
-        """True where nothing is pruned."""
-        return self.kept == self.groups
-
-    def pruned_groups(self) -> int:
-        """Return how many of ``groups`` are pruned."""
-        self.settle()
-        return self.groups - self.kept
-
-    def pruned_elements(self) -> int:
-        """Count the pruned weight elements. Synchronises with the device."""
-        self.settle()
-        if self.packed or self.all_kept:
-            return self.groups - self.kept
-        return self.elements_of(~self.mask)
-
-    def elements_of(self, blocks: Tensor) -> int:
-        """Count the elements in the blocks that are True: those at the edges have fewer."""
-        rows, cols = self.pattern.rows, self.pattern.cols
-        heights, widths = side_lengths(self.shape, rows, cols, device=blocks.device)
-        return int((blocks * heights * widths).sum())
-
-    def set_grid(self, grid: Tensor) -> None:
-        """Take over a bool grid, in place. The parameter is the caller's to bring in line."""
-        self.set_(self._compact(grid), int(grid.sum()))
+    def _assign(self, grid: Tensor) -> None:
+        """Take over a bool grid from a user, and bring the parameter in line."""
+        with dense_weights([self]):
+            self.set_grid(grid)
 
     def set_(self, mask: Tensor | None, kept: int) -> None:
-        """Take over a compact mask, in place. The parameter is the caller's to bring in line.
-
-        Args:
-            mask: as ``self.mask``; None where ``self.mask`` itself has just been written.
-            kept: number of kept groups.
-        """
-        if mask is not None:
-            self.mask.copy_(mask)
-        self.kept = kept
-        self.changes += 1
-        if self._words is not None:
-            word_mask(self.mask, self.pattern, self.shape, self._dtype, out=self._words)
+        super().set_(mask, kept)
         if self.product is not None:
             self.product.update(self.mask, kept)
         elif self.skips_blocks:
             self.serve_product()
-
-    def mask_for(self, tensor: Tensor) -> Tensor:
-        """Return the form of the mask in which ``tensor`` is masked fastest."""
-        fits = self._words is not None and self._words.element_size() == tensor.element_size()
-        return self._words if fits and tensor.is_cpu else self.mask  # pyright: ignore[reportReturnType]
-
-    def full_mask(self) -> Tensor:
-        """Return a compact mask that keeps everything."""
-        return self._compact(torch.ones(self.grid, dtype=torch.bool, device=self.mask.device))
-
-    def _compact(self, grid: Tensor) -> Tensor:
-        return pack(grid) if self.packed else grid
 
     # the product of a linear
 
@@ -481,12 +377,11 @@ def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
     ``tensors`` has one each, of its shape: the weight, its gradient, an optimiser's state.
     """
     pairs = [(w, t) for w, t in zip(weights, tensors, strict=True) if not w.all_kept]
-    for pattern, backend, members in _alike(pairs):
-        sharded = [(w, t) for w, t in members if isinstance(t, DTensor)]
-        for weight, tensor in sharded:
-            local, pruned = _shard(weight, tensor)
-            local.masked_fill_(pruned, 0)
-        members = [(w, t) for w, t in members if not isinstance(t, DTensor)]
+    sharded, alike = _part(pairs)
+    for weight, tensor in sharded:
+        local, pruned = _shard(weight, tensor)
+        local.masked_fill_(pruned, 0)
+    for (pattern, backend), members in alike.items():
         matrices = [weight.matrix(tensor) for weight, tensor in members]
         masks = [weight.mask_for(tensor) for weight, tensor in members]
         apply_mask_(matrices, masks, pattern, backend=backend)
@@ -498,20 +393,17 @@ def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
 def leaks(weights: Sequence[SparseWeight]) -> list[int]:
     """Count, in each weight, what is not zero though it is pruned. Waits for the device once."""
     pairs = [(weight, weight.weight.detach()) for weight in weights if not weight.all_kept]
+    sharded, alike = _part(pairs)
     found: list[Tensor] = []
-    order: list[SparseWeight] = []
-    for pattern, backend, members in _alike(pairs):
-        for weight, tensor in members:
-            if isinstance(tensor, DTensor):
-                local, pruned = _shard(weight, tensor)
-                found.append(local[pruned].count_nonzero()[None])
-                order.append(weight)
-        members = [(w, t) for w, t in members if not isinstance(t, DTensor)]
-        if members:
-            matrices = [weight.matrix(tensor) for weight, tensor in members]
-            masks = [weight.mask_for(tensor) for weight, tensor in members]
-            found.append(count_leaks(matrices, masks, pattern, backend=backend))
-            order += [weight for weight, _ in members]
+    order = [weight for weight, _ in sharded]
+    for weight, tensor in sharded:
+        local, pruned = _shard(weight, tensor)
+        found.append(local[pruned].count_nonzero()[None])
+    for (pattern, backend), members in alike.items():
+        matrices = [weight.matrix(tensor) for weight, tensor in members]
+        masks = [weight.mask_for(tensor) for weight, tensor in members]
+        found.append(count_leaks(matrices, masks, pattern, backend=backend))
+        order += [weight for weight, _ in members]
     counts = torch.cat(found).tolist() if found else []
     by_weight = dict(zip(order, counts, strict=True))
     return [by_weight.get(weight, 0) for weight in weights]
@@ -527,23 +419,22 @@ def _shard(weight: SparseWeight, tensor: DTensor) -> tuple[Tensor, Tensor]:
     return local, ~weight.binary_mask[part].to(local.device)
 
 
-def _alike(
-    pairs: Sequence[tuple[SparseWeight, Tensor]],
-) -> Iterator[tuple[Pattern, Backend, list[tuple[SparseWeight, Tensor]]]]:
-    """Part pairs by what one launch has in common."""
-    found: dict[tuple[Pattern, Backend], list[tuple[SparseWeight, Tensor]]] = {}
-    for pair in pairs:
-        found.setdefault((pair[0].pattern, pair[0].backend), []).append(pair)
-    for alike, members in found.items():
-        yield *alike, members
+_Pairs = list[tuple[SparseWeight, Tensor]]
+
+
+def _part(
+    pairs: _Pairs,
+) -> tuple[list[tuple[SparseWeight, DTensor]], dict[tuple[Pattern, Backend], _Pairs]]:
+    """Return the sharded ones, and the others by what one launch has in common."""
+    alike: dict[tuple[Pattern, Backend], _Pairs] = {}
+    for weight, tensor in pairs:
+        if not isinstance(tensor, DTensor):
+            alike.setdefault((weight.pattern, weight.backend), []).append((weight, tensor))
+    return [(w, t) for w, t in pairs if isinstance(t, DTensor)], alike
 
 
 def drop_foreign(weights: Sequence[SparseWeight], when: str) -> None:
-    """Make parameters zero again where somebody has written what is pruned, and say how much.
-
-    Warns:
-        UserWarning: with the number of elements and the weights.
-    """
+    """Make zero again what is pruned and was written; a UserWarning says how much, and where."""
     guarded = [weight for weight in weights if weight.holds_zeros and not weight.all_kept]
     for weight in guarded:
         weight.follow()
@@ -562,11 +453,8 @@ def drop_foreign(weights: Sequence[SparseWeight], when: str) -> None:
 
 @contextmanager
 def dense_weights(weights: Sequence[SparseWeight], *, keep: bool | None = None) -> Iterator[None]:
-    """Put pruned values back for as long as the context is open, and take them out by the masks
-    that there are then. A context that ends in an error has changed nothing.
-
-    In place, weight by weight: beside the values nothing as large as a weight is allocated. For
-    ``keep`` see ``take_values``.
+    """Put pruned values back, in place, while the context is open; take them out by the masks of
+    then, ``keep`` as in ``take_values``. A context that ends in an error has changed nothing.
     """
     for weight in weights:
         if isinstance(weight.weight, DTensor):

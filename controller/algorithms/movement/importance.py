@@ -192,10 +192,7 @@ def _structure(name: str, config: MovementSparsityConfig) -> SparseStructure | N
 
 
 def movement_weights(
-    model: nn.Module,
-    targets: Sequence[Target],
-    config: MovementSparsityConfig,
-    **options: Any,
+    model: nn.Module, targets: Sequence[Target], config: MovementSparsityConfig, **options: Any
 ) -> list[SparseWeight]:
     """Return each target under importances.
 

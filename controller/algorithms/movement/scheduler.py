@@ -6,23 +6,11 @@ import math
 import sys
 import warnings
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from ...config.state import check_keys, number
 from ..scheduler import CompressionScheduler, EpochLength
 from .config import MovementSparsityConfig
-
-
-class ThresholdController(Protocol):
-    """What the scheduler drives."""
-
-    frozen: bool
-
-    def begin_step(self) -> None: ...
-    def check_epoch(self) -> None: ...
-    def initial_threshold(self) -> float: ...
-    def update_masks(self, threshold: float, factor: float) -> None: ...
-    def finish(self) -> None: ...
 
 
 class MovementScheduler(CompressionScheduler):
@@ -34,11 +22,11 @@ class MovementScheduler(CompressionScheduler):
     that are not configured are counted in the first.
 
     Args:
-        controller: what is driven.
+        controller: a ``MovementSparsityController``, or what has its methods and ``frozen``.
         config: when, and from where to where.
     """
 
-    def __init__(self, controller: ThresholdController, config: MovementSparsityConfig) -> None:
+    def __init__(self, controller: Any, config: MovementSparsityConfig) -> None:
         super().__init__(controller.begin_step, controller.check_epoch)
         self._controller = controller
         self._config = config
@@ -94,11 +82,7 @@ class MovementScheduler(CompressionScheduler):
             controller.finish()
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
-        """Begin an epoch; see ``CompressionScheduler``.
-
-        Raises:
-            ValueError: the epoch that ends had another number of steps than those before it.
-        """
+        """Begin an epoch; a ValueError if the one that ends had another number of steps."""
         self._epoch.end_epoch(self._current_epoch)
         super().epoch_step(next_epoch)
         self._epoch.done = 0

@@ -1,0 +1,142 @@
+"""The mask of one matrix: which groups are kept, in the forms that kernels read.
+
+The tensors are rewritten in place, so that compiled and captured graphs see an update. In bytes
+beside the matrix: one bit a group (one byte a block); on a CPU under a fine pattern the mask once
+more, as wide as the matrix, which clears in place at the speed of memory (under blocks it is
+``1 / rows`` of that).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .bits import expand_mask, pack, unpack, word_mask
+from .grid import side_lengths
+from .launch import Backend, use_triton
+from .pattern import NM, Block, Pattern, grid_shape
+from .semi_structured import nm_fits
+
+
+class GroupMask:
+    """Which groups of a matrix are kept; at first all.
+
+    Args:
+        pattern: the shape of a group.
+        shape: of the matrix, (out, in).
+        dtype: of the matrix.
+        device: where it is.
+        backend: of the operations that mask it.
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: Backend = "auto",
+    ) -> None:
+        self.pattern = pattern
+        self.shape = shape
+        self.backend: Backend = backend
+        # groups down and across; under N:M elements, since a pruned group keeps some of its
+        self.grid = grid_shape(pattern, shape)
+        # what a level counts, and what is chosen among: under N:M elements, and its tuples
+        self.groups = self.choices = math.prod(self.grid)
+        if isinstance(pattern, NM):
+            self.choices //= math.prod(pattern.group)
+        # the mask holds one bit an element, not one bool a block
+        self.packed = not isinstance(pattern, Block)
+        self.mask = self._compact(torch.ones(self.grid, dtype=torch.bool, device=device))
+        # number of kept groups, known on the host: what has nothing pruned needs no care
+        self.kept = self.groups
+        self.changes = 0
+        self._dtype = dtype
+        self._words: Tensor | None = None
+        self.move_mask(device, dtype)
+
+    def move_mask(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Go along with the matrix to another device and dtype."""
+        self.mask = self.mask.to(device)
+        if not self.mask.is_cpu or use_triton("apply_mask_", self.backend, self.mask):
+            self._words = None
+        elif self._words is None or self._dtype != dtype:
+            self._words = word_mask(self.mask, self.pattern, self.shape, dtype)
+        self._dtype = dtype
+
+    def settle(self) -> None:
+        """Bring the stored mask in line with what it follows from, where it is learned."""
+
+    @property
+    def all_kept(self) -> bool:
+        """True where nothing is pruned."""
+        return self.kept == self.groups
+
+    def pruned_groups(self) -> int:
+        """Return how many of ``groups`` are pruned."""
+        self.settle()
+        return self.groups - self.kept
+
+    def pruned_elements(self) -> int:
+        """Count the pruned elements. Synchronises with the device."""
+        pruned = self.pruned_groups()
+        return pruned if self.packed or self.all_kept else self.elements_of(~self.mask)
+
+    def elements_of(self, blocks: Tensor) -> int:
+        """Count the elements in the blocks that are True: those at the edges have fewer."""
+        rows, cols = self.pattern.rows, self.pattern.cols
+        heights, widths = side_lengths(self.shape, rows, cols, device=blocks.device)
+        return int((blocks * heights * widths).sum())
+
+    def kept_grid(self) -> Tensor:
+        """Return the mask as a bool tensor of one element a group."""
+        self.settle()
+        return unpack(self.mask, self.shape[1]) if self.packed else self.mask
+
+    def kept_elements(self) -> Tensor:
+        """Return the mask as a bool matrix."""
+        self.settle()
+        return expand_mask(self.mask, self.pattern, self.shape)
+
+    def mask_for(self, tensor: Tensor) -> Tensor:
+        """Return the form of the mask in which ``tensor`` is masked fastest."""
+        fits = self._words is not None and self._words.element_size() == tensor.element_size()
+        return self._words if fits and tensor.is_cpu else self.mask  # pyright: ignore[reportReturnType]
+
+    def full_mask(self) -> Tensor:
+        """Return a compact mask that keeps everything."""
+        return self._compact(torch.ones(self.grid, dtype=torch.bool, device=self.mask.device))
+
+    def fits(self, grid: Tensor) -> bool:
+        """Tell whether the pattern allows ``grid``: N:M's groups keep n of m at most, or all."""
+        return not isinstance(self.pattern, NM) or nm_fits(grid, self.pattern)
+
+    def grid_of(self, kept: Tensor) -> Tensor | None:
+        """Return the grid of a bool matrix; None where it is not constant within every group."""
+        grid = kept[:: self.pattern.rows, :: self.pattern.cols].contiguous()
+        same = torch.equal(expand_mask(self._compact(grid), self.pattern, self.shape), kept)
+        return grid if same else None
+
+    def set_grid(self, grid: Tensor) -> None:
+        """Take over a bool grid, in place. The matrix is the caller's to bring in line."""
+        self.set_(self._compact(grid), int(grid.sum()))
+
+    def set_(self, mask: Tensor | None, kept: int) -> None:
+        """Take over a compact mask, in place. The matrix is the caller's to bring in line.
+
+        Args:
+            mask: as ``self.mask``; None where ``self.mask`` itself has just been written.
+            kept: number of kept groups.
+        """
+        if mask is not None:
+            self.mask.copy_(mask)
+        self.kept = kept
+        self.changes += 1
+        if self._words is not None:
+            word_mask(self.mask, self.pattern, self.shape, self._dtype, out=self._words)
+
+    def _compact(self, grid: Tensor) -> Tensor:
+        return pack(grid) if self.packed else grid
