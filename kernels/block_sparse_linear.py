@@ -28,16 +28,11 @@ two tiles of tokens would lift 256 x 128 to 102, and is out of reach of plain Tr
 memory) walks its tiles in a single loop over all their steps, so that the copy engine fetches the
 next tile's operands while the last one is converted and stored, itself by a bulk copy. Nothing in
 the loop waits for a list: a step's block index is loaded in the step before, a tile's task a whole
-tile ahead. One ``wgmma`` group stays in flight across steps. Tokens are few: smaller tiles, two
-programs a multiprocessor, more of them in flight, since then the bytes of W are what takes time.
+tile ahead. One ``wgmma`` group stays in flight across steps.
 
-**Balance.** Tasks are sorted by length; programs deal them out round-robin, longest first in one
-panel, shortest first in the next, longest first in the last. Tiles of one round are equally long,
-and what a program gains in one panel it gives back in the next.
-
-**L2.** Panels of as many token tiles as hold 16 MB of activations; in a panel, all block rows, and
-within a block row all token tiles. A panel's activations stay in L2 while the kept part of W
-streams by once a panel, each tile of it read by neighbours at the same time.
+**Balance, L2.** ``schedule.py``: tiles are dealt out so that programs have equally much to do
+whatever the mask, panel by panel, so that a panel's activations stay in L2 while the kept part of
+W streams by, each tile of it read by neighbours at the same time.
 
 Past 90 % sparsity the floor is device memory, not arithmetic: 8192 tokens of 4096 -> 14336 read
 and write 0.3 GB, 0.07 ms, as long as 6 % of the blocks' arithmetic at the full rate.
@@ -60,19 +55,19 @@ from .dispatch import Paths
 from .grid import ceil_div, expand_blocks, side_lengths
 from .launch import Backend, autocast, index_type, on_device, tl, triton, use_triton
 from .pattern import Block, Pattern, grid_shape
+from .schedule import plan_product
 from .tiles import (
     Tile,
     bulk_copies,
     descriptor,
     device_of,
     dot_precision,
-    linear_tile,
+    linear_tiles,
 )
 from .topology import Topology, block_topology, capacities
 from .tuning import tuned_tile
 
 MIN_SIDE = 16  # of a block: the tensor cores' smallest dot
-PANEL_BYTES = 16 * 2**20
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -86,18 +81,21 @@ def block_sparse_linear_reference(
 
 @triton.jit
 def _place(tile, num_m, bands, group):
-    """Return which tokens and which band of outputs a tile is.
-
-    Panels of ``group`` token tiles; in each, band after band, every second panel from the last
-    band to the first.
-    """
+    """Return which tokens and which band of outputs a tile is: ``schedule.tile_order``."""
     panel = tile // (group * bands)
     first = panel * group
     width = tl.maximum(tl.minimum(num_m - first, group), 1)
     within = tile - first * bands
     band = within // width
-    turned = ((num_m - 1) // group - panel) % 2 == 1
-    return first + within - band * width, tl.where(turned, bands - 1 - band, band)
+    return first + within - band * width, band
+
+
+@triton.jit
+def _dealt(turn, shift):
+    """Return which tile this program takes in round ``turn``: ``schedule.dealt``."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    rank = (program + turn // 2 * shift) % programs
+    return turn * programs + tl.where(turn % 2 == 1, programs - 1 - rank, rank)
 
 
 @triton.jit
@@ -131,7 +129,7 @@ def _load(
     return tile
 
 
-@triton.jit(do_not_specialize=["M", "TASKS", "absent", "group"])
+@triton.jit(do_not_specialize=["M", "TASKS", "absent", "group", "shift"])
 def _block_sparse_linear_kernel(
     x,  # BULK: descriptors of x, w and y; else their pointers
     w,
@@ -144,7 +142,8 @@ def _block_sparse_linear_kernel(
     K,
     TASKS,
     absent,  # a block index past the last column
-    group,
+    group,  # as the plan's, and
+    shift,
     stride_xm,
     stride_xk,
     stride_wn,
@@ -165,18 +164,17 @@ def _block_sparse_linear_kernel(
 ):
     PARTS: tl.constexpr = SIDE_K // BLOCK_K
     PER_TASK: tl.constexpr = SIDE_N // BLOCK_N
-    program, programs = tl.program_id(0), tl.num_programs(0)
     num_m, bands = tl.cdiv(M, BLOCK_M), TASKS * PER_TASK
     tiles = num_m * bands
 
     total = 0
-    for first in range(program, tiles, programs * 128):
-        mine = first + tl.arange(0, 128) * programs
+    for first in range(0, tl.cdiv(tiles, tl.num_programs(0)), 128):
+        mine = _dealt(first + tl.arange(0, 128), shift)
         _, band = _place(mine, num_m, bands, group)
         entries = tl.load(task_ptr + band // PER_TASK * 3 + 2, mask=mine < tiles, other=0)  # [128]
         total += tl.sum(tl.where(mine < tiles, _steps(entries, PARTS), 0))
 
-    tile_m, band = _place(program, num_m, bands, group)
+    tile_m, band = _place(tl.program_id(0), num_m, bands, group)
     task = task_ptr + band // PER_TASK * 3
     m, n = tile_m * BLOCK_M, tl.load(task) * SIDE_N + band % PER_TASK * BLOCK_N
     entry, entries = tl.load(task + 1), tl.load(task + 2)
@@ -184,7 +182,8 @@ def _block_sparse_linear_kernel(
     block = tl.load(index_ptr + entry, mask=entry < end, other=absent)
 
     # what comes next is loaded a whole tile ahead of its use
-    tile = tl.minimum(program + programs, tiles - 1)
+    turn = 1
+    tile = tl.minimum(_dealt(turn, shift), tiles - 1)
     tile_m, band = _place(tile, num_m, bands, group)
     task = task_ptr + band // PER_TASK * 3
     next_line, next_entry, next_entries = tl.load(task), tl.load(task + 1), tl.load(task + 2)
@@ -210,7 +209,8 @@ def _block_sparse_linear_kernel(
             m, n = tile_m * BLOCK_M, next_line * SIDE_N + band % PER_TASK * BLOCK_N
             entry, end = next_entry, next_entry + next_entries
             left, part = _steps(next_entries, PARTS), 0
-            tile = tl.minimum(tile + programs, tiles - 1)
+            turn += 1
+            tile = tl.minimum(_dealt(turn, shift), tiles - 1)
             tile_m, band = _place(tile, num_m, bands, group)
             task = task_ptr + band // PER_TASK * 3
         # outside of the branch, because its end would wait for them
@@ -260,15 +260,13 @@ def _launch_product(
     by_k = weight.stride(0) < weight.stride(1)
     stored = weight.T if by_k else weight
     bulk = precision != "ieee" and bulk_copies(device, x, stored, y)
-    tile = tuned or linear_tile(
-        side_n, side_k, x.dtype, device, precision=precision, bulk=bulk, few=False
-    )
-    tiles = ceil_div(M, tile.m) * len(tasks) * (side_n // tile.n)
-    if 4 * tiles <= device.processors:
-        tile = linear_tile(
-            side_n, side_k, x.dtype, device, precision=precision, bulk=bulk, few=True
-        )
-        tiles = ceil_div(M, tile.m) * len(tasks) * (side_n // tile.n)
+    tiles = linear_tiles(side_n, side_k, x.dtype, device, precision=precision, bulk=bulk)
+    if tuned is not None:
+        # what was measured is better known than what is modelled, for tokens enough
+        fills = ceil_div(M, tuned.m) * len(tasks) * (side_n // tuned.n) >= device.processors
+        tiles = (tuned,) if fills else (tuned, *tiles[1:])
+    sizes = M, K, len(tasks), side_n, side_k, x.element_size()
+    tile, group, programs, shift = plan_product(*sizes, device.processors, tiles)
     if bulk:
         ops = (
             descriptor(x, tile.m, tile.k),
@@ -278,10 +276,9 @@ def _launch_product(
     else:
         ops = x, weight, y
     with on_device(x):
-        _block_sparse_linear_kernel[(min(tiles, device.processors * tile.programs),)](
+        _block_sparse_linear_kernel[(programs,)](
             *ops, x if bias is None else bias, tasks, index, M, N, K, len(tasks),
-            ceil_div(K, side_k), max(1, PANEL_BYTES // (tile.m * K * x.element_size())),
-            *x.stride(), *weight.stride(), *y.stride(),
+            ceil_div(K, side_k), group, shift, *x.stride(), *weight.stride(), *y.stride(),
             HAS_BIAS=bias is not None,
             W_BY_K=by_k,
             SIDE_N=side_n,

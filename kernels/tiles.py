@@ -1,8 +1,8 @@
 """Tiles of the block-sparse kernels: which shape, how many warps, stages and programs.
 
-Pure functions of the weight, its blocks, the dtype, the direction and the device: never of the
-token count, except that a product too small to fill the device takes smaller tiles; not of the
-density, because the kernels' loops run over what is kept and balance themselves on the device.
+Pure functions of the weight, its blocks, the dtype, the direction and the device; not of the
+density, because the kernels' loops run over what is kept. Of several tiles of a product
+``schedule.py`` chooses by the number of tokens.
 ``tuning.py`` overrides them with what was measured.
 """
 
@@ -91,49 +91,44 @@ def _stages(device: Device, programs: int, held: int, stage: int, wanted: int = 
     return max(2, min(wanted, (device.shared // programs - RESERVE - held) // stage))
 
 
-def linear_tile(
-    side_n: int,
-    side_k: int,
-    dtype: torch.dtype,
-    device: Device,
-    *,
-    precision: str,
-    bulk: bool,
-    few: bool,
-) -> Tile:
-    """Choose the tile of a product with ``side_n`` x ``side_k`` blocks, ``side_k`` reduced over.
+def linear_tiles(
+    side_n: int, side_k: int, dtype: torch.dtype, device: Device, *, precision: str, bulk: bool
+) -> tuple[Tile, ...]:
+    """Return the tiles of a product with ``side_n`` x ``side_k`` blocks, ``side_k`` reduced over:
+    the most efficient first, then smaller ones, for tokens too few to fill the device with it.
 
     Args:
         precision: ``dot_precision`` of the dtype.
         bulk: the bulk copy engine moves the operands.
-        few: the usual tile would leave most of the device idle.
     """
     size = dtype.itemsize
     if precision == "ieee":
-        return Tile(64, min(side_n, 64), min(side_k, 16), 4, 3, 2)
-    wanted, programs = MAX_STAGES, 1
-    if few:
-        m, n, k, warps, wanted, programs = 64, min(side_n, 64), 128 // size, 4, 6, 2
-    elif not bulk:
-        m, n, k, wanted = (
-            128,
-            min(side_n, 128),
-            (128 if device.capability[0] >= 9 else 64) // size,
-            4,
-        )
-        warps, programs = (8, 1) if n == 128 else (4, 2)
+        return (Tile(64, min(side_n, 64), min(side_k, 16), 4, 3, 2),)
+    wide = 128 if device.capability[0] >= 9 else 64  # bytes of a step's rows
+    n = min(side_n, 128)
+    # tokens, outputs, reduced features a step; warps, stages at most, programs a multiprocessor
+    shapes: list[tuple[int, int, int, int, int, int]] = []
+    if not bulk:
+        shapes.append((128, n, wide // size, *((8, 4, 1) if n == 128 else (4, 4, 2))))
     elif size == 4:
-        m, n, k, warps, wanted = 128, min(side_n, 128), 32, 8, 4
-    elif side_n == 256:
-        m, n, k, warps = 128, 256, 64, 8
-    elif side_n == 128:
-        m, n, k, warps = 256, 128, 64, 8
+        shapes.append((128, n, 32, 8, 4, 1))
     else:
-        m, n, k, warps = 512, side_n, 32, 8
-    k = min(side_k, k)
-    # the output passes through shared memory while the next tile's operands arrive there
-    stages = _stages(device, programs, m * n * size, (m + n) * k * size, wanted)
-    return Tile(m, n, k, warps, stages, programs)
+        match side_n:
+            case 256:
+                shapes.append((128, 256, 64, 8, MAX_STAGES, 1))
+            case 128:
+                shapes.append((256, 128, 64, 8, MAX_STAGES, 1))
+            case _:
+                shapes += [(512, n, 32, 8, MAX_STAGES, 1), (256, n, 64, 8, MAX_STAGES, 1)]
+        shapes.append((128, n, 64, 8, 6, 1))
+    shapes.append((64, min(side_n, 64), 128 // size, 4, 6, 2))
+    tiles = []
+    for m, n, k, warps, wanted, programs in shapes:
+        k = min(side_k, k)
+        # the output passes through shared memory while the next tile's operands arrive there
+        stages = _stages(device, programs, m * n * size, (m + n) * k * size, wanted)
+        tiles.append(Tile(m, n, k, warps, stages, programs))
+    return tuple(tiles)
 
 
 def wgrad_tile(

@@ -38,6 +38,7 @@ SOURCES = (
     "block_sparse_torch.py",
     "block_sparse_wgrad.py",
     "launch.py",
+    "schedule.py",
     "tiles.py",
     "topology.py",
 )

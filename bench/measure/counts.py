@@ -17,7 +17,7 @@ from torch import Tensor
 from ...kernels.bits import packed_shape
 from ...kernels.block_sparse_wgrad import takes_bulk_copies
 from ...kernels.pattern import Block, Pattern, grid_shape
-from ...kernels.tiles import Tile, device_of, dot_precision, linear_tile, wgrad_tile
+from ...kernels.tiles import Tile, device_of, dot_precision, linear_tiles, wgrad_tile
 from ...kernels.topology import BUNDLE_WIDTH, bundling, capacities
 from ...kernels.tuning import tuned_tile
 from .shapes import Shape
@@ -140,7 +140,7 @@ def tile_of(
         bulk = copies and takes_bulk_copies(lone, other, precision)
         return wgrad_tile(lone, other, dtype, facts, precision=precision, bulk=bulk)
     side_n, side_k = (rows, cols) if direction == "forward" else (cols, rows)
-    return linear_tile(side_n, side_k, dtype, facts, precision=precision, bulk=copies, few=False)
+    return linear_tiles(side_n, side_k, dtype, facts, precision=precision, bulk=copies)[0]
 
 
 def intensity(operation: str, tile: Tile, size: int) -> float:

@@ -9,7 +9,7 @@ from aot import SHARED_LIMIT, assert_lean, compile_for
 from triton_sparsity.kernels import block_sparse_wgrad as wgrad
 from triton_sparsity.kernels.block_sparse_linear import _block_sparse_linear_kernel
 from triton_sparsity.kernels.launch import INTERPRET, tl
-from triton_sparsity.kernels.tiles import Device, Tile, linear_tile, wgrad_tile
+from triton_sparsity.kernels.tiles import Device, Tile, linear_tiles, wgrad_tile
 from triton_sparsity.kernels.topology import (
     CHUNK,
     _topology_count_kernel,
@@ -43,7 +43,7 @@ def compile_linear(
     *,
     by_k=False,
     bulk=None,
-    few=False,
+    smaller=0,
     aligned=True,
     tf32=True,
     bias=False,
@@ -51,9 +51,9 @@ def compile_linear(
 ):
     precision = "tf32" if dtype != "fp32" or tf32 else "ieee"
     bulk = (arch >= 90 and aligned and precision != "ieee") if bulk is None else bulk
-    tile = linear_tile(
-        side_n, side_k, DTYPES[dtype], DEVICES[arch], precision=precision, bulk=bulk, few=few
-    )
+    tile = linear_tiles(
+        side_n, side_k, DTYPES[dtype], DEVICES[arch], precision=precision, bulk=bulk
+    )[smaller]
     types = dict.fromkeys("xwy", f"*{dtype}")
     if bulk:
         types = {
@@ -62,7 +62,7 @@ def compile_linear(
             "y": box(dtype, tile.m, tile.n),
         }
     strides = [f"stride_{name}" for name in ("xm", "xk", "wn", "wk", "ym", "yn")]
-    sizes = ["M", "N", "K", "TASKS", "absent", "group"]
+    sizes = ["M", "N", "K", "TASKS", "absent", "group", "shift"]
     types |= dict.fromkeys([*sizes, *strides], "i32")
     types |= {"bias_ptr": f"*{dtype}", "task_ptr": "*i32", "index_ptr": "*i32"}
     compiled = compile_for(
@@ -86,7 +86,7 @@ def compile_linear(
         num_warps=tile.warps,
         num_stages=tile.stages,
         strides_of_one=["stride_xk", "stride_yn", "stride_wn" if by_k else "stride_wk"],
-        unspecialized=["M", "TASKS", "absent", "group"],
+        unspecialized=["M", "TASKS", "absent", "group", "shift"],
     )
     return tile, compiled
 
@@ -201,12 +201,14 @@ def test_hopper_linear_takes_rectangles(sides):
     assert_wgmma_runs_async(compiled)
 
 
-def test_hopper_linear_of_few_tokens_keeps_many_copies_in_flight():
-    tile, compiled = compile_linear(90, "bf16", 128, 128, few=True)
+@pytest.mark.parametrize(("side", "smaller"), [(256, 1), (128, 1), (128, 2), (64, 1), (64, 3)])
+def test_hopper_linear_of_few_tokens_keeps_many_copies_in_flight(side, smaller):
+    tile, compiled = compile_linear(90, "bf16", side, side, smaller=smaller)
     assert_resident(tile, compiled, 90)
     assert_operands_arrive_in_bulk(compiled)
     assert_wgmma_runs_async(compiled)
-    assert count(compiled, "UTMALDG") == 12
+    assert count(compiled, "UTMALDG") == 2 * tile.stages
+    assert tile.stages >= 4
 
 
 @pytest.mark.parametrize("by_k", [False, True], ids=["forward", "dgrad"])

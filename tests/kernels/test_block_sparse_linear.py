@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import oracle
 from triton_sparsity.kernels import block_sparse_linear as linear_module
 from triton_sparsity.kernels import block_sparse_wgrad as wgrad_module
-from triton_sparsity.kernels import tiles
+from triton_sparsity.kernels import schedule, tiles
 from triton_sparsity.kernels.block_sparse_linear import (
     block_sparse_linear,
     block_sparse_linear_reference,
@@ -292,8 +292,8 @@ def test_any_number_of_programs(processors, monkeypatch):
 @triton_only
 @pytest.mark.parametrize("panel", [1, 3], ids=["panels of one tile", "of three"])
 def test_panels_cover_every_tile(panel, monkeypatch):
-    # a tile of exact float32 is 64 tokens
-    monkeypatch.setattr(linear_module, "PANEL_BYTES", panel * 64 * 64 * 4)
+    plan = schedule.Plan(tiles.Tile(64, 32, 16, 4, 3, 2), panel, 4, 1)
+    monkeypatch.setattr(linear_module, "plan_product", lambda *_: plan)
     with poisoned_memory():
         assert_all_agree(*make(260, 96, 64, 32, 32, kind="skewed"))
 
@@ -372,8 +372,7 @@ def test_tiles_divide_their_blocks(dtype, precision, device):
         for k in SIDES:
             for bulk in (True, False):
                 options = {"precision": precision, "bulk": bulk}
-                for few in (True, False):
-                    tile = tiles.linear_tile(n, k, dtype, device, few=few, **options)
+                for tile in tiles.linear_tiles(n, k, dtype, device, **options):
                     assert n % tile.n == k % tile.k == 0
                     assert tile.stages >= 2
                 tile = tiles.wgrad_tile(n, k, dtype, device, **options)
