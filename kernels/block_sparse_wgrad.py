@@ -16,15 +16,16 @@ r c / (r + c), in FLOP a byte of 16-bit operands:
     32      16      8*32 x 32    28        cp.async; the bundle is M, since wgmma wants 64 rows
     16      8       16*16 x 16   15        likewise
 
-A bundle that is not full wastes arithmetic, not traffic: absent blocks are not fetched. At 64 and
-below, where L2 is the limit, that costs nothing.
+Absent blocks of a bundle are not fetched, but multiplied. So what a line of blocks has left over,
+if it is no more than half of a bundle, is a tile of half the width, which takes half the time.
 
 **Schedule.** One program a multiprocessor (two where tiles are small) walks its tiles; what says
 where the next one lies was loaded a tile ahead. All programs go through the tokens in step, so
-that what they share stays in L2. Of n tiles on P programs, the last n mod P would leave most of
-the chip idle; they are split over the tokens instead, into P / (n mod P) parts, whose float32 sums
-go to a scratch of one tile a program and are added up in a fixed order by a second launch. Only
-the device knows n, so it decides the split.
+that what they share stays in L2: in whole rounds, of wide tiles and then of narrow ones. The tiles
+that fill no round are one row of steps, of which each program takes an equal share, however that
+cuts tiles. The float32 sums of those that were cut go to a scratch of two tiles a program, and a
+second launch adds them up in a fixed order. Only the device knows how many tiles there are, so it
+decides the split. ``schedule.py`` has the same arithmetic in numpy.
 
 **Zeros.** The same loop writes the pruned blocks, a strip a step: stores that drain while the
 tensor cores work. As a launch of their own they would take a tenth of the whole at 80 % sparsity
@@ -56,31 +57,68 @@ from .tiles import (
 from .topology import BUNDLE_WIDTH, Topology, bundling
 from .tuning import tuned_tile
 
-MAX_PARTS = 8
 MIN_STEPS = 8  # of a part: below, writing and adding up the parts costs more than it saves
 STRIP_ROWS = 16  # divides every block's rows
 
 
 @triton.jit
-def _parts_of(rest, steps, programs, MAX_PARTS: tl.constexpr, MIN_STEPS: tl.constexpr):
-    """Return into how many parts each tile of an unfilled last round is split."""
-    parts = tl.minimum(programs // tl.maximum(rest, 1), tl.minimum(steps // MIN_STEPS, MAX_PARTS))
-    return tl.maximum(parts, 1)
+def _row_of(wide, narrow, steps, programs, MIN_STEPS: tl.constexpr):
+    """Return the row of the tiles that fill no round: where the wide ones end, its length, and how
+    many programs share it. A step of a wide tile is two long.
+    """
+    wide_end = 2 * (wide % programs) * steps
+    row = wide_end + narrow % programs * steps
+    sharers = tl.where(
+        steps >= 2 * MIN_STEPS, tl.minimum(programs, tl.cdiv(row, 2 * MIN_STEPS)), programs
+    )
+    return wide_end, row, tl.maximum(sharers, 1)
 
 
 @triton.jit
-def _work(item, rounds, rest, parts, tiles, steps):
-    """Return the tile of this program's ``item`` and which steps of it: in the last round a part.
+def _begin(program, sharers, row, wide_end, steps, MIN_STEPS: tl.constexpr):
+    """Return where a program's share of the row begins: between steps, or, where tiles are short,
+    between tiles.
+    """
+    at = (tl.minimum(program, sharers).to(tl.int64) * row // sharers).to(tl.int32)
+    grain = tl.where(steps >= 2 * MIN_STEPS, 1, tl.maximum(steps, 1))
+    return at - tl.where(at < wide_end, at % (2 * grain), (at - wide_end) % grain)
 
-    Past a program's last item, any tile that exists.
+
+@triton.jit
+def _ordinal(at, wide_end, steps):
+    """Return which tile of the row lies at a position."""
+    steps = tl.maximum(steps, 1)
+    return tl.where(at < wide_end, at // (2 * steps), (wide_end // 2 + at - wide_end) // steps)
+
+
+@triton.jit
+def _in_row(ordinal, wide, narrow, wide_end, steps, programs):
+    """Return a tile of the row, where it begins there, and how long its steps are."""
+    late = ordinal - wide % programs
+    tile = tl.where(late < 0, wide + late, wide + narrow - narrow % programs + late)
+    start = tl.where(late < 0, 2 * ordinal * steps, wide_end + late * steps)
+    return tile, start, tl.where(late < 0, 2, 1)
+
+
+@triton.jit
+def _work(item, begin, stop, wide, narrow, wide_end, steps):
+    """Return this program's ``item``: its tile, whether that is narrow, and which steps of it.
+
+    Whole rounds first, then its share of the row. Past a program's last item, any tile.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
-    part = tl.minimum(program // tl.maximum(rest, 1), parts)
-    last = item == rounds
-    tile = item * programs + program - tl.where(last, part * rest, 0)
-    first = tl.where(last, part * steps // parts, 0)
-    end = tl.where(last, (part + 1) * steps // parts, steps)
-    return tl.minimum(tile, tl.maximum(tiles - 1, 0)), first, end
+    wide_rounds = wide // programs
+    is_narrow = item >= wide_rounds
+    tile = program + item * programs + tl.where(is_narrow, wide % programs, 0)
+    first, end = 0, steps
+    place = item - wide_rounds - narrow // programs
+    if place >= 0:
+        ordinal = _ordinal(begin, wide_end, steps) + place
+        tile, start, each = _in_row(ordinal, wide, narrow, wide_end, steps, programs)
+        is_narrow = each == 1
+        first = tl.maximum(begin - start, 0) // each
+        end = tl.minimum((stop - start) // each, steps)
+    return tl.minimum(tile, tl.maximum(wide + narrow - 1, 0)), is_narrow, first, end
 
 
 @triton.jit
@@ -155,9 +193,9 @@ def _store_block(
 @triton.jit
 def _strip_flags(
     kept_ptr,
-    strip,
-    strips,
+    down,
     across,
+    NA,
     NB,
     stride_ka,
     stride_kb,
@@ -167,11 +205,11 @@ def _strip_flags(
     STRIP_COLS: tl.constexpr,
 ):
     """Tell which columns of a strip lie in kept blocks; past the last strip, all."""
-    block_a = strip // across * STRIP_ROWS // SIDE_A
-    offs_b = strip % across * STRIP_COLS + tl.arange(0, STRIP_COLS)
+    block_a = down * STRIP_ROWS // SIDE_A
+    offs_b = across * STRIP_COLS + tl.arange(0, STRIP_COLS)
     return tl.load(
         kept_ptr + block_a.to(tl.int64) * stride_ka + offs_b // SIDE_B * stride_kb,
-        mask=(offs_b < NB) & (strip < strips),
+        mask=(offs_b < NB) & (down * STRIP_ROWS < NA),
         other=1,
     )  # [STRIP_COLS]
 
@@ -180,7 +218,7 @@ def _strip_flags(
 def _zero_strip(
     out_ptr,
     flags,
-    strip,
+    down,
     across,
     NA,
     stride_oa,
@@ -189,13 +227,135 @@ def _zero_strip(
     STRIP_ROWS: tl.constexpr,
     STRIP_COLS: tl.constexpr,
 ):
-    offs_a = strip // across * STRIP_ROWS + tl.arange(0, STRIP_ROWS)
-    offs_b = strip % across * STRIP_COLS + tl.arange(0, STRIP_COLS)
+    offs_a = down * STRIP_ROWS + tl.arange(0, STRIP_ROWS)
+    offs_b = across * STRIP_COLS + tl.arange(0, STRIP_COLS)
     tl.store(
         out_ptr + offs_a.to(INDEX)[:, None] * stride_oa + offs_b.to(INDEX)[None, :] * stride_ob,
         tl.zeros((STRIP_ROWS, STRIP_COLS), out_ptr.dtype.element_ty),
         mask=(offs_a < NA)[:, None] & (flags == 0)[None, :],
     )
+
+
+@triton.jit
+def _next_strip(down, across, width):
+    """Return the strip that comes a launch's number of programs later; no division in a loop."""
+    programs = tl.num_programs(0)
+    across += programs % width
+    wraps = across >= width
+    return down + programs // width + wraps.to(tl.int32), across - tl.where(wraps, width, 0)
+
+
+@triton.jit
+def _tile(
+    a,
+    b,
+    out,
+    out_ptr,
+    slot_ptr,
+    index_ptr,
+    kept_ptr,
+    u,
+    entry,
+    count,
+    first,
+    end,
+    is_part,
+    down,
+    across,
+    width,
+    T,
+    NA,
+    NB,
+    absent,
+    stride_at,
+    stride_aa,
+    stride_bt,
+    stride_bb,
+    stride_oa,
+    stride_ob,
+    stride_ka,
+    stride_kb,
+    LONE_A: tl.constexpr,
+    SIDE_A: tl.constexpr,
+    SIDE_B: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    DOTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    TURN: tl.constexpr,
+    STRIP_ROWS: tl.constexpr,
+    STRIP_COLS: tl.constexpr,
+    SLOT_COLS: tl.constexpr,
+    BULK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Compute a tile, or a part of it; write a strip of zeros a step, and return the next one."""
+    SIDE_V: tl.constexpr = SIDE_B if LONE_A else SIDE_A
+    U_DOWN: tl.constexpr = LONE_A != TURN
+    ACC_ROWS: tl.constexpr = BLOCK_U if U_DOWN else BLOCK_V
+    ACC_COLS: tl.constexpr = BLOCK_V if U_DOWN else BLOCK_U
+    places = _places(index_ptr, entry, count, absent, SIDE_V, BLOCK_V, DOTS, BULK)
+    flags = _strip_flags(
+        kept_ptr, down, across, NA, NB, stride_ka, stride_kb,
+        SIDE_A, SIDE_B, STRIP_ROWS, STRIP_COLS,
+    )  # fmt: skip
+    # not one loop over all items, as in the forward pass: several sums that outlive their loop
+    # make the assembler serialise wgmma, and here a tile is long
+    accs = _zeros(ACC_ROWS, ACC_COLS, DOTS)
+    for step in range(first, end):
+        t = step * BLOCK_T
+        sums = ()
+        if not BULK:
+            offs_u = u + tl.arange(0, BLOCK_U)
+            offs_a = offs_u if LONE_A else places[0]
+            offs_b = places[0] if LONE_A else offs_u
+            x = _columns(a, t, offs_a, T, NA, stride_at, stride_aa, INDEX, BLOCK_T)
+            y = _columns(b, t, offs_b, T, NB, stride_bt, stride_bb, INDEX, BLOCK_T)
+            if TURN:
+                sums += (tl.dot(y.T, x, accs[0], input_precision=PRECISION),)
+            else:
+                sums += (tl.dot(x.T, y, accs[0], input_precision=PRECISION),)
+        elif LONE_A:
+            lone = a.load([t, u]).T
+            for i in tl.static_range(DOTS):
+                y = b.load([t, places[i]])
+                sums += (tl.dot(lone, y, accs[i], input_precision=PRECISION),)
+        else:
+            lone = b.load([t, u])
+            for i in tl.static_range(DOTS):
+                x = a.load([t, places[i]]).T
+                sums += (tl.dot(x, lone, accs[i], input_precision=PRECISION),)
+        accs = sums
+
+        _zero_strip(
+            out_ptr, flags, down, across, NA, stride_oa, stride_ob,
+            INDEX, STRIP_ROWS, STRIP_COLS,
+        )  # fmt: skip
+        down, across = _next_strip(down, across, width)
+        flags = _strip_flags(
+            kept_ptr, down, across, NA, NB, stride_ka, stride_kb,
+            SIDE_A, SIDE_B, STRIP_ROWS, STRIP_COLS,
+        )  # fmt: skip
+
+    if is_part:
+        # as a wide tile lies there, so that adding up need not tell them apart
+        rows, cols = tl.arange(0, ACC_ROWS)[:, None], tl.arange(0, ACC_COLS)[None, :]
+        for i in tl.static_range(DOTS):
+            tl.store(slot_ptr + i * (ACC_ROWS * ACC_COLS) + rows * SLOT_COLS + cols, accs[i])
+    elif BULK:
+        for i in tl.static_range(DOTS):
+            block = accs[i].to(out_ptr.dtype.element_ty)
+            if LONE_A:
+                out.store([u, places[i]], block)
+            else:
+                out.store([places[i], u], block)
+    else:
+        offs_u = u + tl.arange(0, BLOCK_U)
+        offs_a = offs_u if LONE_A else places[0]
+        offs_b = places[0] if LONE_A else offs_u
+        _store_block(out_ptr, offs_a, offs_b, accs[0], NA, NB, stride_oa, stride_ob, TURN, INDEX)
+    return down, across
 
 
 @triton.jit(do_not_specialize=["T", "absent"])
@@ -233,7 +393,6 @@ def _block_sparse_wgrad_kernel(
     ACC_COLS: tl.constexpr,
     STRIP_ROWS: tl.constexpr,
     STRIP_COLS: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
     MIN_STEPS: tl.constexpr,
     BULK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -242,103 +401,68 @@ def _block_sparse_wgrad_kernel(
     SIDE_U: tl.constexpr = SIDE_A if LONE_A else SIDE_B
     SIDE_V: tl.constexpr = SIDE_B if LONE_A else SIDE_A
     PER_BUNDLE: tl.constexpr = SIDE_U // BLOCK_U
+    # a narrow tile; a bundle of one block has none
+    HALVES: tl.constexpr = DOTS * BLOCK_V > SIDE_V
+    HALF_DOTS: tl.constexpr = DOTS // 2 if DOTS > 1 else 1
+    HALF_V: tl.constexpr = BLOCK_V // 2 if HALVES and DOTS == 1 else BLOCK_V
 
     program, programs = tl.program_id(0), tl.num_programs(0)
-    tiles = tl.load(bundle_count_ptr) * PER_BUNDLE
+    wide = tl.load(bundle_count_ptr) * PER_BUNDLE
+    narrow = tl.load(bundle_count_ptr + 1) * PER_BUNDLE
     steps = tl.cdiv(T, BLOCK_T)
-    rounds, rest = tiles // programs, tiles % programs
-    parts = _parts_of(rest, steps, programs, MAX_PARTS, MIN_STEPS)
-    items = rounds + (program < rest * parts).to(tl.int32)
+    wide_end, row, sharers = _row_of(wide, narrow, steps, programs, MIN_STEPS)
+    begin = _begin(program, sharers, row, wide_end, steps, MIN_STEPS)
+    stop = _begin(program + 1, sharers, row, wide_end, steps, MIN_STEPS)
+    whole = wide // programs + narrow // programs
+    items = whole
+    if begin < stop:
+        last = _ordinal(stop - 1, wide_end, steps)
+        items += last - _ordinal(begin, wide_end, steps) + 1
 
     # what comes next is loaded a whole tile ahead of its use
-    tile, first, end = _work(0, rounds, rest, parts, tiles, steps)
+    tile, is_narrow, first, end = _work(0, begin, stop, wide, narrow, wide_end, steps)
     bundle = bundle_ptr + tile // PER_BUNDLE * 3
     line, entry, count = tl.load(bundle), tl.load(bundle + 1), tl.load(bundle + 2)
 
-    across = tl.cdiv(NB, STRIP_COLS)
-    strips = tl.cdiv(NA, STRIP_ROWS) * across
-    strip = program
-    flags = _strip_flags(
-        kept_ptr, strip, strips, across, NB, stride_ka, stride_kb,
-        SIDE_A, SIDE_B, STRIP_ROWS, STRIP_COLS,
-    )  # fmt: skip
-
+    width = tl.cdiv(NB, STRIP_COLS)
+    down, across = program // width, program % width
     for item in range(items):
         u = line * SIDE_U + tile % PER_BUNDLE * BLOCK_U
-        places = _places(index_ptr, entry, count, absent, SIDE_V, BLOCK_V, DOTS, BULK)
-        start, stop = first, end
-        tile, first, end = _work(item + 1, rounds, rest, parts, tiles, steps)
+        is_part = (first > 0) | (end < steps)
+        slot = 2 * program + (item > whole).to(tl.int32)
+        slot_ptr = scratch_ptr + slot.to(tl.int64) * (DOTS * ACC_ROWS * ACC_COLS)
+        now_narrow, now_entry, now_count, now_first, now_end = is_narrow, entry, count, first, end
+        tile, is_narrow, first, end = _work(item + 1, begin, stop, wide, narrow, wide_end, steps)
         bundle = bundle_ptr + tile // PER_BUNDLE * 3
         line, entry, count = tl.load(bundle), tl.load(bundle + 1), tl.load(bundle + 2)
-
-        # not one loop over all items, as in the forward pass: several sums that outlive their
-        # loop make the assembler serialise wgmma, and here a tile is long
-        accs = _zeros(ACC_ROWS, ACC_COLS, DOTS)
-        for step in range(start, stop):
-            t = step * BLOCK_T
-            sums = ()
-            if not BULK:
-                offs_u = u + tl.arange(0, BLOCK_U)
-                offs_a = offs_u if LONE_A else places[0]
-                offs_b = places[0] if LONE_A else offs_u
-                x = _columns(a, t, offs_a, T, NA, stride_at, stride_aa, INDEX, BLOCK_T)
-                y = _columns(b, t, offs_b, T, NB, stride_bt, stride_bb, INDEX, BLOCK_T)
-                if TURN:
-                    sums += (tl.dot(y.T, x, accs[0], input_precision=PRECISION),)
-                else:
-                    sums += (tl.dot(x.T, y, accs[0], input_precision=PRECISION),)
-            elif LONE_A:
-                lone = a.load([t, u]).T
-                for i in tl.static_range(DOTS):
-                    y = b.load([t, places[i]])
-                    sums += (tl.dot(lone, y, accs[i], input_precision=PRECISION),)
-            else:
-                lone = b.load([t, u])
-                for i in tl.static_range(DOTS):
-                    x = a.load([t, places[i]]).T
-                    sums += (tl.dot(x, lone, accs[i], input_precision=PRECISION),)
-            accs = sums
-
-            _zero_strip(
-                out_ptr, flags, strip, across, NA, stride_oa, stride_ob,
-                INDEX, STRIP_ROWS, STRIP_COLS,
+        if now_narrow & HALVES:
+            down, across = _tile(
+                a, b, out, out_ptr, slot_ptr, index_ptr, kept_ptr, u, now_entry, now_count,
+                now_first, now_end, is_part, down, across, width, T, NA, NB, absent,
+                stride_at, stride_aa, stride_bt, stride_bb, stride_oa, stride_ob, stride_ka,
+                stride_kb, LONE_A, SIDE_A, SIDE_B, BLOCK_U, HALF_V, HALF_DOTS, BLOCK_T, TURN,
+                STRIP_ROWS, STRIP_COLS, ACC_COLS, BULK, PRECISION, INDEX,
             )  # fmt: skip
-            strip += programs
-            flags = _strip_flags(
-                kept_ptr, strip, strips, across, NB, stride_ka, stride_kb,
-                SIDE_A, SIDE_B, STRIP_ROWS, STRIP_COLS,
-            )  # fmt: skip
-
-        if (item == rounds) & (parts > 1):
-            slot = scratch_ptr + program.to(tl.int64) * (DOTS * ACC_ROWS * ACC_COLS)
-            rows, cols = tl.arange(0, ACC_ROWS)[:, None], tl.arange(0, ACC_COLS)[None, :]
-            for i in tl.static_range(DOTS):
-                tl.store(slot + i * (ACC_ROWS * ACC_COLS) + rows * ACC_COLS + cols, accs[i])
-        elif BULK:
-            for i in tl.static_range(DOTS):
-                block = accs[i].to(out_ptr.dtype.element_ty)
-                if LONE_A:
-                    out.store([u, places[i]], block)
-                else:
-                    out.store([places[i], u], block)
         else:
-            offs_u = u + tl.arange(0, BLOCK_U)
-            offs_a = offs_u if LONE_A else places[0]
-            offs_b = places[0] if LONE_A else offs_u
-            _store_block(
-                out_ptr, offs_a, offs_b, accs[0], NA, NB, stride_oa, stride_ob, TURN, INDEX
-            )
+            down, across = _tile(
+                a, b, out, out_ptr, slot_ptr, index_ptr, kept_ptr, u, now_entry, now_count,
+                now_first, now_end, is_part, down, across, width, T, NA, NB, absent,
+                stride_at, stride_aa, stride_bt, stride_bb, stride_oa, stride_ob, stride_ka,
+                stride_kb, LONE_A, SIDE_A, SIDE_B, BLOCK_U, BLOCK_V, DOTS, BLOCK_T, TURN,
+                STRIP_ROWS, STRIP_COLS, ACC_COLS, BULK, PRECISION, INDEX,
+            )  # fmt: skip
 
     # the strips that the steps were too few for
-    for later in range(strip, strips, programs):
+    while down * STRIP_ROWS < NA:
         flags = _strip_flags(
-            kept_ptr, later, strips, across, NB, stride_ka, stride_kb,
+            kept_ptr, down, across, NA, NB, stride_ka, stride_kb,
             SIDE_A, SIDE_B, STRIP_ROWS, STRIP_COLS,
         )  # fmt: skip
         _zero_strip(
-            out_ptr, flags, later, across, NA, stride_oa, stride_ob,
+            out_ptr, flags, down, across, NA, stride_oa, stride_ob,
             INDEX, STRIP_ROWS, STRIP_COLS,
         )  # fmt: skip
+        down, across = _next_strip(down, across, width)
 
 
 @triton.jit(do_not_specialize=["T", "absent", "programs"])
@@ -366,43 +490,57 @@ def _block_sparse_wgrad_sum_kernel(
     ACC_ROWS: tl.constexpr,
     ACC_COLS: tl.constexpr,
     SUM_ROWS: tl.constexpr,
-    MAX_PARTS: tl.constexpr,
     MIN_STEPS: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Add up the parts of the tiles that were split, in order; SUM_ROWS rows at a time."""
+    """Add up the parts of the tiles that were cut, in order; SUM_ROWS rows at a time."""
     SIDE_U: tl.constexpr = SIDE_A if LONE_A else SIDE_B
     SIDE_V: tl.constexpr = SIDE_B if LONE_A else SIDE_A
     PER_BUNDLE: tl.constexpr = SIDE_U // BLOCK_U
+    U_DOWN: tl.constexpr = LONE_A != TURN
     PIECES: tl.constexpr = ACC_ROWS // SUM_ROWS
-    tiles = tl.load(bundle_count_ptr) * PER_BUNDLE
-    rest = tiles % programs
-    parts = _parts_of(rest, tl.cdiv(T, BLOCK_T), programs, MAX_PARTS, MIN_STEPS)
-    work = tl.where(parts > 1, rest * DOTS * PIECES, 0)
-    for piece in range(tl.program_id(0), work, tl.num_programs(0)):
-        split = piece // (DOTS * PIECES)
-        dot, rows = piece // PIECES % DOTS, piece % PIECES * SUM_ROWS + tl.arange(0, SUM_ROWS)
-        cols = tl.arange(0, ACC_COLS)
-        within = dot * (ACC_ROWS * ACC_COLS) + rows[:, None] * ACC_COLS + cols[None, :]
-        total = tl.zeros((SUM_ROWS, ACC_COLS), tl.float32)
-        for part in range(parts):
-            slot = (part * rest + split).to(tl.int64) * (DOTS * ACC_ROWS * ACC_COLS)
-            total += tl.load(scratch_ptr + slot + within)  # [SUM_ROWS, ACC_COLS]
+    wide = tl.load(bundle_count_ptr) * PER_BUNDLE
+    narrow = tl.load(bundle_count_ptr + 1) * PER_BUNDLE
+    steps = tl.cdiv(T, BLOCK_T)
+    wide_end, row, sharers = _row_of(wide, narrow, steps, programs, MIN_STEPS)
+    pieces = (wide % programs + narrow % programs) * (DOTS * PIECES)
+    for piece in range(tl.program_id(0), pieces, tl.num_programs(0)):
+        ordinal = piece // (DOTS * PIECES)
+        tile, start, each = _in_row(ordinal, wide, narrow, wide_end, steps, programs)
+        after = start + each * steps
+        part = (start.to(tl.int64) * sharers // row).to(tl.int32)
+        part += (_begin(part + 1, sharers, row, wide_end, steps, MIN_STEPS) <= start).to(tl.int32)
+        if _begin(part + 1, sharers, row, wide_end, steps, MIN_STEPS) < after:
+            dot, rows = piece // PIECES % DOTS, piece % PIECES * SUM_ROWS + tl.arange(0, SUM_ROWS)
+            cols = tl.arange(0, ACC_COLS)
+            within = dot * (ACC_ROWS * ACC_COLS) + rows[:, None] * ACC_COLS + cols[None, :]
+            bundle = bundle_ptr + tile // PER_BUNDLE * 3
+            start_u = tl.load(bundle) * SIDE_U + tile % PER_BUNDLE * BLOCK_U
+            entry, count = tl.load(bundle + 1), tl.load(bundle + 2)
+            # nothing was written of absent blocks
+            if U_DOWN:
+                there = (dot * BLOCK_V + cols < count * SIDE_V)[None, :]
+            else:
+                there = (dot * BLOCK_V + rows < count * SIDE_V)[:, None]
+            total = tl.zeros((SUM_ROWS, ACC_COLS), tl.float32)
+            begin = _begin(part, sharers, row, wide_end, steps, MIN_STEPS)
+            while begin < after:
+                # the first tile of a share, or a later one
+                slot = (2 * part + (begin < start).to(tl.int32)).to(tl.int64)
+                part_ptr = scratch_ptr + slot * (DOTS * ACC_ROWS * ACC_COLS)
+                total += tl.load(part_ptr + within, mask=there, other=0.0)
+                part += 1
+                begin = _begin(part, sharers, row, wide_end, steps, MIN_STEPS)
 
-        tile = tiles - rest + split
-        bundle = bundle_ptr + tile // PER_BUNDLE * 3
-        entry, count = tl.load(bundle + 1), tl.load(bundle + 2)
-        offs_a = cols if TURN else rows
-        offs_b = rows if TURN else cols
-        start_u = tl.load(bundle) * SIDE_U + tile % PER_BUNDLE * BLOCK_U
-        start_v = dot * BLOCK_V
-        if LONE_A:
-            offs_a = start_u + offs_a
-            offs_b = _place(index_ptr, entry, count, start_v + offs_b, absent, SIDE_V)
-        else:
-            offs_a = _place(index_ptr, entry, count, start_v + offs_a, absent, SIDE_V)
-            offs_b = start_u + offs_b
-        _store_block(out_ptr, offs_a, offs_b, total, NA, NB, stride_oa, stride_ob, TURN, INDEX)
+            offs_a = cols if TURN else rows
+            offs_b = rows if TURN else cols
+            if LONE_A:
+                offs_a = start_u + offs_a
+                offs_b = _place(index_ptr, entry, count, dot * BLOCK_V + offs_b, absent, SIDE_V)
+            else:
+                offs_a = _place(index_ptr, entry, count, dot * BLOCK_V + offs_a, absent, SIDE_V)
+                offs_b = start_u + offs_b
+            _store_block(out_ptr, offs_a, offs_b, total, NA, NB, stride_oa, stride_ob, TURN, INDEX)
 
 
 def layout(
@@ -428,7 +566,6 @@ def layout(
         "TURN": turn,
         "ACC_ROWS": rows,
         "ACC_COLS": cols,
-        "MAX_PARTS": MAX_PARTS,
         "MIN_STEPS": MIN_STEPS,
     }
 
@@ -473,7 +610,7 @@ def launch_wgrad(
     programs = device.processors * tile.programs
     elements = shared["DOTS"] * shared["ACC_ROWS"] * shared["ACC_COLS"]
     split = ceil_div(T, tile.k) >= 2 * MIN_STEPS
-    scratch = grad.new_empty(programs * elements if split else 0, dtype=torch.float32)
+    scratch = grad.new_empty(2 * programs * elements if split else 0, dtype=torch.float32)
     if bulk:
         ops = (
             descriptor(a, tile.k, tile.m if lone_a else shared["BLOCK_V"]),

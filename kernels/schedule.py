@@ -208,3 +208,71 @@ def plan_product(
             break
     assert best is not None
     return best
+
+
+class GradientLoads(NamedTuple):
+    """What each program does of a weight gradient.
+
+    Attributes:
+        steps: of wide tiles, and of narrow ones, which are half as long.
+        tiles: that it stores, in whole or as a part.
+    """
+
+    wide_steps: Ints
+    narrow_steps: Ints
+    tiles: Ints
+
+
+def gradient_loads(
+    wide: int, narrow: int, steps: int, programs: int, min_steps: int
+) -> GradientLoads:
+    """Return the schedule of ``block_sparse_wgrad.py``, whose functions these lines follow.
+
+    Args:
+        wide, narrow: how many tiles there are.
+        steps: of a tile.
+        programs: of the launch.
+        min_steps: of a part.
+    """
+    left_wide, left_narrow = wide % programs, narrow % programs
+    wide_end = 2 * left_wide * steps
+    row = wide_end + left_narrow * steps
+    is_cut = steps >= 2 * min_steps
+    sharers = max(min(programs, ceil_div(row, 2 * min_steps)) if is_cut else programs, 1)
+    begin = np.minimum(np.arange(programs + 1), sharers) * row // sharers
+    grain = 1 if is_cut else steps
+    begin -= np.where(begin < wide_end, begin % (2 * grain), (begin - wide_end) % grain)
+    in_wide = np.minimum(begin, wide_end) // 2
+    in_narrow = np.maximum(begin - wide_end, 0)
+    # the tiles that a share touches
+    ordinal = np.where(
+        begin < wide_end, begin // (2 * steps), left_wide + (begin - wide_end) // steps
+    )
+    last = begin[1:] - 1
+    last = np.where(last < wide_end, last // (2 * steps), left_wide + (last - wide_end) // steps)
+    touched = np.where(begin[1:] > begin[:-1], last - ordinal[:-1] + 1, 0)
+    return GradientLoads(
+        wide // programs * steps + np.diff(in_wide),
+        narrow // programs * steps + np.diff(in_narrow),
+        wide // programs + narrow // programs + touched,
+    )
+
+
+def gradient_balance(
+    kept: Ints, size: int, per_bundle: int, steps: int, programs: int, min_steps: int
+) -> float:
+    """Return the arithmetic of the kept blocks over what the slowest program's time had room for:
+    full bundles in whole rounds are 1.
+
+    Args:
+        kept: blocks of each line that bundles lie along.
+        size: blocks of a full bundle.
+        per_bundle: tiles of a bundle.
+        steps, programs, min_steps: as ``gradient_loads``'s.
+    """
+    pieces = -(-kept // size)
+    wide = (kept + size - size // 2 - 1) // size
+    tiles = int(wide.sum()) * per_bundle, int((pieces - wide).sum()) * per_bundle
+    loads = gradient_loads(*tiles, steps, programs, min_steps)
+    slowest = (loads.wide_steps + loads.narrow_steps / 2).max()
+    return float(kept.sum() * per_bundle / size * steps / (programs * slowest))

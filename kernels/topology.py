@@ -38,7 +38,7 @@ class Topology(NamedTuple):
     col_tasks: Tensor  # (Cb, 3): the block columns
     row_index: Tensor  # (Rb * Cb,): block row of each entry, column by column; from n on, Rb
     bundles: Tensor  # (capacity, 3): tasks of neighbours in one line, see bundling; then zeros
-    bundle_count: Tensor  # (1,): how many bundles are meant
+    bundle_count: Tensor  # (2,): how many are wide, and how many narrow; the wide ones come first
     kept: Tensor  # (Rb, Cb), bool: the mask
 
 
@@ -48,7 +48,8 @@ def bundling(pattern: Pattern, grid: tuple[int, int]) -> tuple[bool, int]:
     The blocks of a block row multiply the same columns of the output's gradient; those of a block
     column, the same columns of the input. Bundles lie along the rows of a tall weight and along
     the columns of a wide one: then the tiles in flight at one time read a part of the wider
-    activation and all of the narrower one.
+    activation and all of the narrower one. What a line has left over is a narrow bundle, if it is
+    no more than half of one.
 
     Returns:
         True for neighbours in a block row, False for a block column; how many at most.
@@ -61,7 +62,7 @@ def capacities(grid: tuple[int, int], pattern: Pattern) -> tuple[tuple[int, ...]
     """Return the shapes of a topology's tensors."""
     (Rb, Cb), (by_rows, size) = grid, bundling(pattern, grid)
     bundles = Rb * ceil_div(Cb, size) if by_rows else Cb * ceil_div(Rb, size)
-    return (Rb, 3), (Rb * Cb,), (Cb, 3), (Rb * Cb,), (bundles, 3), (1,), (Rb, Cb)
+    return (Rb, 3), (Rb * Cb,), (Cb, 3), (Rb * Cb,), (bundles, 3), (2,), (Rb, Cb)
 
 
 def runs(grid: Tensor) -> Iterator[list[tuple[int, int]]]:
@@ -84,8 +85,10 @@ def _empty(mask: Tensor, pattern: Pattern) -> Topology:
     )
 
 
-def _lines_reference(kept: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tasks, index list and bundles of up to ``size`` of the rows of ``kept``."""
+def _lines_reference(kept: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return tasks, index list, and bundles of up to ``size`` of the rows of ``kept``: the wide
+    and the narrow ones.
+    """
     lines, length = kept.shape
     counts = kept.sum(1)
     first = counts.cumsum(0) - counts
@@ -97,19 +100,21 @@ def _lines_reference(kept: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     line = torch.arange(lines, device=kept.device).repeat_interleave(pieces)
     done = (torch.arange(len(line), device=kept.device) - (pieces.cumsum(0) - pieces)[line]) * size
     bundles = torch.stack([line, first[line] + done, (counts[line] - done).clamp(max=size)], 1)
-    return torch.stack([order, first[order], counts[order]], 1), index, bundles
+    narrow = bundles[:, 2] <= size // 2
+    tasks = torch.stack([order, first[order], counts[order]], 1)
+    return tasks, index, bundles[~narrow], bundles[narrow]
 
 
 def topology_reference(mask: Tensor, pattern: Pattern) -> Topology:
     """Define the lists: plain PyTorch, any device."""
     by_rows, size = bundling(pattern, (mask.shape[0], mask.shape[1]))
     rows, cols = _lines_reference(mask, size), _lines_reference(mask.T, size)
-    bundles = rows[2] if by_rows else cols[2]
+    wide, narrow = (rows if by_rows else cols)[2:]
     out = _empty(mask, pattern)
     for target, source in zip(out[:4], rows[:2] + cols[:2], strict=True):
         target.copy_(source)
-    out.bundles.zero_()[: len(bundles)] = bundles
-    out.bundle_count.fill_(len(bundles))
+    out.bundles.zero_()[: len(wide) + len(narrow)] = torch.cat([wide, narrow])
+    out.bundle_count.copy_(torch.tensor([len(wide), len(narrow)]))
     out.kept.copy_(mask)
     return out
 
@@ -136,6 +141,12 @@ def _topology_count_kernel(
 
 
 @triton.jit
+def _pieces(count, SIZE: tl.constexpr):
+    """Return how many bundles ``count`` blocks make, and how many of these are wide."""
+    return (count + SIZE - 1) // SIZE, (count + SIZE - SIZE // 2 - 1) // SIZE
+
+
+@triton.jit
 def _list_line(
     mask_ptr,  # the first block of the line
     stride,
@@ -154,7 +165,7 @@ def _list_line(
     """Write one line's task, entries and bundles where they stand among those of all lines."""
     count = tl.load(counts_ptr + line)
     total, first, rank = 0, 0, 0
-    all_pieces, first_piece = 0, 0
+    all_wide, first_wide, all_pieces, first_piece = 0, 0, 0, 0
     for start in range(0, lines, CHUNK):
         offs = start + tl.arange(0, CHUNK)
         others = tl.load(counts_ptr + offs, mask=offs < lines, other=-1)  # [CHUNK]
@@ -162,9 +173,11 @@ def _list_line(
         total += tl.sum(tl.maximum(others, 0))
         first += tl.sum(tl.where(before, others, 0))
         rank += tl.sum(((others > count) | ((others == count) & before)).to(tl.int32))
-        pieces = (tl.maximum(others, 0) + SIZE - 1) // SIZE
+        pieces, wide = _pieces(tl.maximum(others, 0), SIZE)
         all_pieces += tl.sum(pieces)
         first_piece += tl.sum(tl.where(before, pieces, 0))
+        all_wide += tl.sum(wide)
+        first_wide += tl.sum(tl.where(before, wide, 0))
     tl.store(tasks_ptr + rank * 3, line)
     tl.store(tasks_ptr + rank * 3 + 1, first)
     tl.store(tasks_ptr + rank * 3 + 2, count)
@@ -188,17 +201,20 @@ def _list_line(
 
     if BUNDLED:
         room = (length + SIZE - 1) // SIZE
-        pieces = (count + SIZE - 1) // SIZE
+        pieces, wide = _pieces(count, SIZE)
+        narrow = all_wide + first_piece - first_wide
         unused = all_pieces + line * room - first_piece
         for start in range(0, room, CHUNK):
             offs = start + tl.arange(0, CHUNK)
             used = offs < pieces
-            at = bundles_ptr + tl.where(used, first_piece + offs, unused + offs - pieces) * 3
+            place = tl.where(offs < wide, first_wide + offs, narrow)
+            at = bundles_ptr + tl.where(used, place, unused + offs - pieces) * 3
             tl.store(at, tl.where(used, line, 0), mask=offs < room)
             tl.store(at + 1, tl.where(used, first + offs * SIZE, 0), mask=offs < room)
             size = tl.minimum(count - offs * SIZE, SIZE)
             tl.store(at + 2, tl.where(used, size, 0), mask=offs < room)
-        tl.store(bundle_count_ptr, all_pieces, mask=line == 0)
+        tl.store(bundle_count_ptr, all_wide, mask=line == 0)
+        tl.store(bundle_count_ptr + 1, all_pieces - all_wide, mask=line == 0)
 
 
 @triton.jit

@@ -172,12 +172,30 @@ def assert_operands_arrive_async(compiled, narrow=()):
     assert pieces.count(16) > len(pieces) / 2
 
 
-def assert_wgmma_runs_async(compiled, dots=1):
-    """All products are wgmma, and only the last of a step ends a group: none is serialised."""
+def assert_wgmma_runs_async(compiled, *dots):
+    """All products are wgmma, and only the last of a step ends a group: none is serialised.
+
+    ``dots`` are the groups of a step, of each loop.
+    """
+    dots = dots or (1,)
     assert compiled.has("HGMMA")
     assert not compiled.has("HMMA")
-    assert count(compiled, r"HGMMA.*gsb0") == dots
-    assert count(compiled, r"WARPGROUP.DEPBAR.LE gsb0, 0x[1-9]") == 1
+    assert count(compiled, r"HGMMA.*gsb0") == sum(dots)
+    assert count(compiled, r"WARPGROUP.DEPBAR.LE gsb0, 0x[1-9]") == len(dots)
+
+
+def instructions_of_loops(compiled):
+    """Return the instructions of each innermost loop that has a wgmma, the longest first."""
+    lines = [line.strip() for line in compiled.sass.splitlines() if line.strip()]
+    labels, loops = {}, []
+    for i, line in enumerate(lines):
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = i
+        elif (jump := re.search(r"BRA[^`]*`\((\.L_x_\d+)\)", line)) and jump[1] in labels:
+            loops.append((labels[jump[1]], i))
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    bodies = ["\n".join(lines[first:last]) for first, last in inner]
+    return sorted((body for body in bodies if "HGMMA" in body), key=len, reverse=True)
 
 
 @pytest.mark.parametrize("by_k", [False, True], ids=["forward", "dgrad"])
@@ -267,15 +285,19 @@ def test_exact_float32_uses_no_tensor_core(arch):
 
 
 @pytest.mark.parametrize("lone_a", [True, False])
-@pytest.mark.parametrize(("side", "dots"), [(256, 1), (128, 2), (64, 4)])
+@pytest.mark.parametrize(("side", "dots"), [(256, [1]), (128, [2, 1]), (64, [4, 2])])
 def test_hopper_wgrad_of_wide_blocks_is_wgmma_fed_by_bulk_copies(side, dots, lone_a):
     tile, compiled = compile_wgrad(90, "bf16", side, side, lone_a=lone_a)
     assert_resident(tile, compiled, 90)
     assert_operands_arrive_in_bulk(compiled)
-    assert_wgmma_runs_async(compiled, dots)
+    assert_wgmma_runs_async(compiled, *dots)
     assert compiled.has("UTMASTG")
     assert set(compiled.global_stores()) == {16}  # zeros, and parts
-    assert count(compiled, "UTMALDG") == (1 + dots) * tile.stages
+    assert count(compiled, "UTMALDG") == sum(1 + n for n in dots) * tile.stages
+    # a step divides nothing
+    loops = instructions_of_loops(compiled)
+    assert len(loops) == len(dots)
+    assert not any("I2F" in loop or "MUFU" in loop for loop in loops)
 
 
 @pytest.mark.parametrize("lone_a", [True, False])
@@ -285,16 +307,16 @@ def test_hopper_wgrad_gathers_narrow_blocks_into_wgmma_tiles(side, lone_a):
     assert_resident(tile, compiled, 90)
     # a lone side of 16 columns is 8 bytes a thread
     assert_operands_arrive_async(compiled, narrow=(8,) if side == 16 else ())
-    assert_wgmma_runs_async(compiled)
+    assert_wgmma_runs_async(compiled, 1, 1)
     assert set(compiled.global_stores()) == {16}
 
 
-@pytest.mark.parametrize(("sides", "dots"), [((64, 128), 2), ((128, 64), 4)], ids=str)
+@pytest.mark.parametrize(("sides", "dots"), [((64, 128), [2, 1]), ((128, 64), [4, 2])], ids=str)
 def test_hopper_wgrad_of_rectangles(sides, dots):
     tile, compiled = compile_wgrad(90, "fp16", *sides)
     assert_resident(tile, compiled, 90)
     assert_operands_arrive_in_bulk(compiled)
-    assert_wgmma_runs_async(compiled, dots)
+    assert_wgmma_runs_async(compiled, *dots)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

@@ -1,4 +1,4 @@
-"""Which program computes which tile of a product, and how evenly."""
+"""Which program computes which tile of a product or a weight gradient, and how evenly."""
 
 from collections import defaultdict
 
@@ -7,19 +7,24 @@ import pytest
 import torch
 
 from triton_sparsity.kernels import block_sparse_linear as linear_module
+from triton_sparsity.kernels import block_sparse_wgrad as wgrad_module
+from triton_sparsity.kernels import tiles as tiles_module
 from triton_sparsity.kernels.block_sparse_linear import block_sparse_linear
+from triton_sparsity.kernels.block_sparse_wgrad import launch_wgrad
 from triton_sparsity.kernels.launch import INTERPRET
 from triton_sparsity.kernels.pattern import Block
 from triton_sparsity.kernels.schedule import (
     Plan,
     balance,
     dealt,
+    gradient_balance,
+    gradient_loads,
     plan_product,
     program_loads,
     tile_order,
 )
-from triton_sparsity.kernels.tiles import Device, Tile, linear_tiles
-from triton_sparsity.kernels.topology import block_topology
+from triton_sparsity.kernels.tiles import Device, Tile, linear_tiles, wgrad_tile
+from triton_sparsity.kernels.topology import block_topology, bundling
 
 HOPPER = Device((9, 0), 132, 228 * 1024)
 TILE = Tile(64, 32, 32, 4, 2, 1)
@@ -48,6 +53,13 @@ def plan_and_steps(tokens, shape, side, level, skewed):
     return plan, np.maximum(kept * (side // plan.tile.k), 1)
 
 
+def number(value):
+    """Return a scalar that the interpreter hands on: a tensor, a constant or a plain one."""
+    if hasattr(value, "handle"):
+        return int(value.handle.data.item())
+    return int(getattr(value, "value", value))
+
+
 @pytest.mark.parametrize("tiles", [1, 7, 8, 61])
 @pytest.mark.parametrize("shift", [0, 3])
 def test_each_tile_is_dealt_to_one_program(tiles, shift):
@@ -64,7 +76,7 @@ def test_panels_hold_every_tile_once(group):
 
 @pytest.mark.skipif(not INTERPRET, reason="follows the kernel in the interpreter")
 @pytest.mark.parametrize(
-    ("group", "programs", "shift"), [(1, 3, 0), (3, 5, 2), (4, 8, 3), (2, 40, 0)]
+    ("group", "programs", "shift"), [(1, 3, 0), (3, 5, 2), (4, 8, 3), (2, 28, 0)]
 )
 def test_the_kernel_does_as_planned(group, programs, shift, monkeypatch):
     from triton.runtime.interpreter import interpreter_builder
@@ -79,7 +91,7 @@ def test_the_kernel_does_as_planned(group, programs, shift, monkeypatch):
     load, steps = linear_module._load, defaultdict(list)
 
     def spy(source, row, col, *more, **options):
-        steps[interpreter_builder.grid_idx[0]].append(int(row.handle.data.item()))
+        steps[interpreter_builder.grid_idx[0]].append(number(row))
         return load(source, row, col, *more, **options)
 
     monkeypatch.setattr(linear_module, "_load", spy)
@@ -119,3 +131,64 @@ def test_many_tokens_are_balanced(shape, side, is_skewed, random, skewed):
 def test_a_plan_is_the_same_every_time():
     args = 4096, 4096, 32, 128, 128, 2, 132, (Tile(256, 128, 64, 8, 3, 1),)
     assert plan_product.__wrapped__(*args) == plan_product.__wrapped__(*args)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="follows the kernel in the interpreter")
+@pytest.mark.parametrize("processors", [3, 5, 16])
+@pytest.mark.parametrize("tokens", [96, 1000], ids=["short tiles", "long tiles"])
+@pytest.mark.parametrize("sides", [(64, 64), (32, 32), (256, 64)], ids=str)
+def test_the_weight_gradient_does_as_planned(sides, tokens, processors, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    monkeypatch.setattr(tiles_module, "INTERPRETED_PROCESSORS", processors)
+    monkeypatch.setattr(wgrad_module, "MIN_STEPS", 4)
+    R, C, pattern = 768, 512, Block(*sides)
+    grid = R // sides[0], C // sides[1]
+    mask = torch.rand(grid, generator=torch.Generator().manual_seed(1)) > 0.5
+    grad, x = torch.ones(tokens, R).half(), torch.ones(tokens, C).half()
+    done, compute = defaultdict(list), wgrad_module._tile
+
+    def spy(*arguments):
+        names = dict(zip(compute.arg_names, arguments, strict=True))
+        is_narrow = number(names["DOTS"]) * number(names["BLOCK_V"]) < 256
+        steps = number(names["end"]) - number(names["first"])
+        done[interpreter_builder.grid_idx[0]].append((is_narrow, steps))
+        return compute(*arguments)
+
+    monkeypatch.setattr(wgrad_module, "_tile", spy)
+    topology = block_topology(mask, pattern)
+    out = torch.full((R, C), float("nan")).half()
+    launch_wgrad(grad, x, topology, *sides, out)
+    expected = tokens * mask.repeat_interleave(sides[0], 0).repeat_interleave(sides[1], 1)
+    torch.testing.assert_close(out, expected.half())
+
+    bulk = min(sides) >= 64
+    by_rows = bundling(pattern, grid)[0]
+    side_u, side_v = sides if by_rows else sides[::-1]
+    device = tiles_module.device_of(x)
+    tile = wgrad_tile(side_u, side_v, torch.float16, device, precision="tf32", bulk=bulk)
+    programs = processors * tile.programs
+    counts = [n * side_u // tile.m for n in topology.bundle_count.tolist()]
+    loads = gradient_loads(*counts, -(-tokens // tile.k), programs, 4)
+    for program in range(programs):
+        for is_narrow, planned in ((False, loads.wide_steps), (True, loads.narrow_steps)):
+            steps = sum(n for narrow, n in done[program] if narrow == is_narrow)
+            assert steps == planned[program]
+        assert len(done[program]) == loads.tiles[program]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("side", [256, 128, 64])
+@pytest.mark.parametrize("skewed", [False, True], ids=["random", "skewed"])
+def test_weight_gradients_fill_their_rounds_and_bundles(shape, side, skewed):
+    R, C = SHAPES[shape]
+    grid = R // side, C // side
+    by_rows, size = bundling(Block(side, side), grid)
+    lines = grid if by_rows else grid[::-1]
+    tile = wgrad_tile(side, side, torch.bfloat16, HOPPER, precision="tf32", bulk=True)
+    for level, least in ((0.5, 0.95), (0.8, 0.93), (0.9, 0.9), (0.95, 0.82)):
+        kept = kept_blocks(*lines, level, skewed)
+        share = gradient_balance(
+            kept, size, side // tile.m, 8192 // tile.k, HOPPER.processors * tile.programs, 8
+        )
+        assert share >= least

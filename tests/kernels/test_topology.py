@@ -45,8 +45,10 @@ def by_hand(mask, pattern):
         for line, first, count in lists[0 if by_rows else 1][0]
         for done in range(0, count, size)
     ]
+    narrow = [bundle for bundle in bundles if 2 * bundle[2] <= size]
+    wide = [bundle for bundle in bundles if 2 * bundle[2] > size]
     by_length = [sorted(tasks, key=lambda task: -task[2]) for tasks, _ in lists]
-    return *zip(by_length, (index for _, index in lists), strict=True), bundles
+    return *zip(by_length, (index for _, index in lists), strict=True), wide, narrow
 
 
 @pytest.mark.parametrize("kind", ["some", "all", "none", "empty lines", "skewed"])
@@ -55,7 +57,7 @@ def by_hand(mask, pattern):
 def test_lists_are_what_loops_over_the_blocks_give(grid, kind, pattern):
     mask = make(grid, kind)
     got = block_topology(mask, pattern)
-    rows, cols, bundles = by_hand(mask, pattern)
+    rows, cols, wide, narrow = by_hand(mask, pattern)
     for tasks, index, (want_tasks, want_index), absent in (
         (got.row_tasks, got.col_index, rows, grid[1]),
         (got.col_tasks, got.row_index, cols, grid[0]),
@@ -63,7 +65,8 @@ def test_lists_are_what_loops_over_the_blocks_give(grid, kind, pattern):
         assert tasks.tolist() == want_tasks
         padding = [absent] * (mask.numel() - len(want_index))
         assert index.tolist() == want_index + padding
-    assert got.bundle_count.tolist() == [len(bundles)]
+    assert got.bundle_count.tolist() == [len(wide), len(narrow)]
+    bundles = wide + narrow
     assert got.bundles.tolist()[: len(bundles)] == bundles
     assert not got.bundles[len(bundles) :].any()
     assert torch.equal(got.kept, mask)
@@ -124,7 +127,7 @@ def test_shapes_depend_on_the_grid_alone():
 def test_an_empty_mask_has_empty_lists():
     topology = block_topology(torch.zeros(0, 5, dtype=torch.bool, device=DEVICE), Block(16, 16))
     assert topology.col_index.numel() == 0
-    assert topology.bundle_count.tolist() == [0]
+    assert topology.bundle_count.tolist() == [0, 0]
 
 
 @pytest.mark.skipif(not TRITON, reason="the operator wraps the kernels")
