@@ -37,15 +37,17 @@ W streams by, each tile of it read by neighbours at the same time.
 Past 90 % sparsity the floor is device memory, not arithmetic: 8192 tokens of 4096 -> 14336 read
 and write 0.3 GB, 0.07 ms, as long as 6 % of the blocks' arithmetic at the full rate.
 
-Reading order: reference -> kernel -> launchers -> operators -> public function.
+Reading order: reference -> kernel -> launchers -> eager mode -> operators -> public function.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
@@ -289,7 +291,7 @@ def _launch_product(
             OUT=getattr(tl, str(x.dtype).removeprefix("torch.")),
             BULK=bulk,
             PRECISION=precision,
-            INDEX=index_type(x, weight, y),
+            INDEX=tl.int32 if bulk else index_type(x, weight, y),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )  # fmt: skip
@@ -305,6 +307,130 @@ def _paths(paths: Tensor | None) -> Paths:
     return Paths(True, True, True) if paths is None else Paths(*paths.tolist())
 
 
+class _Options(NamedTuple):
+    """What is no tensor."""
+
+    rows: int
+    cols: int
+    triton_runs: bool
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    topology: Topology,
+    paths: Tensor | None,
+    options: _Options,
+) -> Tensor:
+    rows, cols, triton_runs = options
+    if not _paths(paths).forward:
+        return functional.linear(x, weight, bias)
+    if not triton_runs:
+        return block_sparse_torch.forward(x, weight, bias, topology, rows, cols)
+    tuned = _tuned("forward", weight, rows, cols)
+    return _launch_product(
+        x, weight, bias, topology.row_tasks, topology.col_index, rows, cols, tuned
+    )
+
+
+def _dgrad(
+    grad: Tensor, weight: Tensor, topology: Topology, paths: Tensor | None, options: _Options
+) -> Tensor:
+    rows, cols, triton_runs = options
+    if not _paths(paths).dgrad:
+        return grad @ weight
+    if not triton_runs:
+        return block_sparse_torch.dgrad(grad, weight, topology, rows, cols)
+    tuned = _tuned("dgrad", weight, rows, cols)
+    return _launch_product(
+        grad, weight.T, None, topology.col_tasks, topology.row_index, cols, rows, tuned
+    )
+
+
+def _wgrad(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,  # for its layout
+    topology: Topology,
+    paths: Tensor | None,
+    options: _Options,
+) -> Tensor:
+    rows, cols, triton_runs = options
+    out = torch.empty_like(weight)
+    if x.shape[0] == 0:
+        out.zero_()
+    elif not _paths(paths).wgrad:
+        torch.mm(grad.T, x, out=out)
+    elif not triton_runs:
+        block_sparse_torch.wgrad(grad, x, topology, rows, cols, out)
+    elif out.numel():
+        launch_wgrad(_rows(grad), _rows(x), topology, rows, cols, out)
+    return out
+
+
+def _bias_grad(grad: Tensor) -> Tensor:
+    # over the tokens, in float32 at least
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return grad.sum(0, dtype=wide).to(grad.dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """The product in eager mode. What the operators below cost beside it, schemas and Python
+    between C++ and C++, is as long as a small product takes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        paths: Tensor | None,
+        options: _Options,
+        *lists: Tensor,
+    ) -> Tensor:
+        ctx.options = options
+        ctx.save_for_backward(x, weight, paths, *lists)
+        return _forward(x, weight, bias, Topology(*lists), paths, options)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, weight, paths, *lists = ctx.saved_tensors
+        return *_gradients(ctx, grads[0], x, weight, paths, lists), *[None] * (2 + len(lists))
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, paths: Tensor | None, lists: list[Tensor]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return those of x, weight and bias that are wanted."""
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    grad_x = grad_weight = None
+    # to be differentiated themselves, or seen by a mode, they must be operators
+    if torch.is_grad_enabled() or not _is_plain(grad, x, weight):
+        if wants_x:
+            grad_x = _dgrad_op(grad, weight, lists, paths, *ctx.options)
+        if wants_weight:
+            grad_weight = _wgrad_op(grad, x, weight, lists, paths, *ctx.options)
+    else:
+        topology = Topology(*lists)
+        if wants_x:
+            grad_x = _dgrad(grad, weight, topology, paths, ctx.options)
+        if wants_weight:
+            grad_weight = _wgrad(grad, x, weight, topology, paths, ctx.options)
+    return grad_x, grad_weight, _bias_grad(grad) if wants_bias else None
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Tell that nobody needs to see an operator: no tracer, transform, mode or subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and peek_interpreter_stack() is None
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    )
+
+
 @torch.library.custom_op("triton_sparsity::block_sparse_linear", mutates_args=())
 def _op(
     x: Tensor,
@@ -316,15 +442,8 @@ def _op(
     cols: int,
     triton_runs: bool,
 ) -> Tensor:
-    if not _paths(paths).forward:
-        return functional.linear(x, weight, bias)
-    topology = Topology(*lists)
-    if not triton_runs:
-        return block_sparse_torch.forward(x, weight, bias, topology, rows, cols)
-    tuned = _tuned("forward", weight, rows, cols)
-    return _launch_product(
-        x, weight, bias, topology.row_tasks, topology.col_index, rows, cols, tuned
-    )
+    options = _Options(rows, cols, triton_runs)
+    return _forward(x, weight, bias, Topology(*lists), paths, options)
 
 
 @torch.library.custom_op("triton_sparsity::block_sparse_linear_dgrad", mutates_args=())
@@ -337,39 +456,21 @@ def _dgrad_op(
     cols: int,
     triton_runs: bool,
 ) -> Tensor:
-    if not _paths(paths).dgrad:
-        return grad @ weight
-    topology = Topology(*lists)
-    if not triton_runs:
-        return block_sparse_torch.dgrad(grad, weight, topology, rows, cols)
-    tuned = _tuned("dgrad", weight, rows, cols)
-    return _launch_product(
-        grad, weight.T, None, topology.col_tasks, topology.row_index, cols, rows, tuned
-    )
+    return _dgrad(grad, weight, Topology(*lists), paths, _Options(rows, cols, triton_runs))
 
 
 @torch.library.custom_op("triton_sparsity::block_sparse_linear_wgrad", mutates_args=())
 def _wgrad_op(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,  # for its layout
+    weight: Tensor,
     lists: list[Tensor],
     paths: Tensor | None,
     rows: int,
     cols: int,
     triton_runs: bool,
 ) -> Tensor:
-    topology = Topology(*lists)
-    out = torch.empty_like(weight)
-    if x.shape[0] == 0:
-        out.zero_()
-    elif not _paths(paths).wgrad:
-        torch.mm(grad.T, x, out=out)
-    elif not triton_runs:
-        block_sparse_torch.wgrad(grad, x, topology, rows, cols, out)
-    elif out.numel():
-        launch_wgrad(_rows(grad), _rows(x), topology, rows, cols, out)
-    return out
+    return _wgrad(grad, x, weight, Topology(*lists), paths, _Options(rows, cols, triton_runs))
 
 
 @_op.register_fake
@@ -394,17 +495,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, paths, *lists = ctx.saved_tensors
-    wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-    grad_x = grad_weight = grad_bias = None
-    if wants_x:
-        grad_x = _dgrad_op(grad, weight, lists, paths, *ctx.options)
-    if wants_weight:
-        grad_weight = _wgrad_op(grad, x, weight, lists, paths, *ctx.options)
-    if wants_bias:
-        # over the tokens, in float32 at least
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        grad_bias = grad.sum(0, dtype=wide).to(grad.dtype)
-    return grad_x, grad_weight, grad_bias, [None] * len(lists), *[None] * 4
+    return *_gradients(ctx, grad, x, weight, paths, lists), [None] * len(lists), *[None] * 4
 
 
 def _setup_dgrad_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -468,14 +559,33 @@ def _(grad, x, weight, lists, paths, rows, cols, *_, **__) -> int:
     return _flops(grad.shape[0], weight, Topology(*lists).kept, rows, cols)
 
 
+class _Facts(NamedTuple):
+    """What there is to check of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _facts(tensor: Tensor) -> _Facts:
+    return _Facts(tensor.shape, tensor.dtype, tensor.device)
+
+
 def _check(
-    x: Tensor,
-    weight: Tensor,
-    topology: Tensor | Topology,
-    bias: Tensor | None,
+    features: int | None,
+    x: _Facts,
+    weight: _Facts,
+    mask: _Facts,
+    topology: tuple[torch.Size, ...] | None,
+    bias: _Facts | None,
     pattern: Pattern,
-    paths: Tensor | None,
+    paths: _Facts | None,
 ) -> None:
+    """Refuse operands that do not fit together.
+
+    ``features`` are x's; ``mask`` is the topology's where one is given.
+    """
+
     def must(condition: bool, message: str) -> None:
         if not condition:
             raise ValueError(f"block_sparse_linear: {message}")
@@ -484,10 +594,10 @@ def _check(
         isinstance(pattern, Block) and min(pattern.rows, pattern.cols) >= MIN_SIDE,
         f"pattern must be blocks of at least {MIN_SIDE} a side, got {pattern}",
     )
-    must(weight.ndim == 2, f"weight must be a matrix, got shape {tuple(weight.shape)}")
+    must(len(weight.shape) == 2, f"weight must be a matrix, got shape {tuple(weight.shape)}")
     R, C = weight.shape
     must(
-        x.ndim > 0 and x.shape[-1] == C,
+        features == C,
         f"x must have {C} features, as weight {(R, C)} has, got shape {tuple(x.shape)}",
     )
     must(
@@ -507,27 +617,29 @@ def _check(
             f"bias must be on weight's {weight.device}, got {bias.device}",
         )
     grid = grid_shape(pattern, (R, C))
-    if isinstance(topology, Tensor):
+    if topology is None:
         must(
-            topology.dtype == torch.bool and topology.shape == grid,
+            mask.dtype == torch.bool and mask.shape == grid,
             f"mask must be bool {grid}, one a block of {pattern} of weight {(R, C)}, got "
-            f"{topology.dtype} {tuple(topology.shape)}",
+            f"{mask.dtype} {tuple(mask.shape)}",
         )
-        mask = topology
     else:
-        shapes = tuple(tuple(t.shape) for t in topology)
         must(
-            shapes == capacities(grid, pattern),
+            topology == capacities(grid, pattern),
             f"topology must be of {grid} {pattern} of weight {(R, C)}, got one of "
-            f"{tuple(topology.kept.shape)} blocks",
+            f"{tuple(mask.shape)} blocks",
         )
-        mask = topology.kept
     must(mask.device == weight.device, f"mask must be on {weight.device}, got {mask.device}")
     must(
-        paths is None or (paths.shape == (3,) and paths.dtype == torch.bool and paths.is_cpu),
+        paths is None
+        or (paths.shape == (3,) and paths.dtype == torch.bool and paths.device.type == "cpu"),
         "paths must be bool (3,) on the CPU, "
         f"got {paths if paths is None else (paths.dtype, tuple(paths.shape), paths.device)}",
     )
+
+
+# what was found to fit is not looked at again; a tracer would look through the cache and warn
+_check_once = lru_cache(maxsize=4096)(_check)
 
 
 def block_sparse_linear(
@@ -571,7 +683,18 @@ def block_sparse_linear(
         RuntimeError: ``"triton"`` is asked for where it cannot run.
     """
     x, weight, bias = autocast(x, weight, bias)
-    _check(x, weight, topology, bias, pattern, paths)
+    is_mask = isinstance(topology, Tensor)
+    check = _check if torch.compiler.is_compiling() else _check_once
+    check(
+        x.shape[-1] if x.ndim else None,
+        _facts(x),
+        _facts(weight),
+        _facts(topology if is_mask else topology.kept),
+        None if is_mask else tuple(t.shape for t in topology),
+        None if bias is None else _facts(bias),
+        pattern,
+        None if paths is None else _facts(paths),
+    )
     triton_runs = use_triton("block_sparse_linear", backend, x)
     if weight.dtype == torch.float64:
         if backend == "triton":
@@ -579,9 +702,12 @@ def block_sparse_linear(
                 "block_sparse_linear: weight must not be float64 for backend='triton'"
             )
         triton_runs = False
-    if isinstance(topology, Tensor):
+    if is_mask:
         topology = block_topology(topology, pattern, backend=backend)
     flat = x[None] if x.ndim == 1 else x.flatten(0, -2)
-    sides = pattern.rows, pattern.cols
-    y = _op(flat, weight, bias, list(topology), paths, *sides, triton_runs)
+    options = _Options(pattern.rows, pattern.cols, triton_runs)
+    if _is_plain(flat, weight, *([] if bias is None else [bias])):
+        y = _Linear.apply(flat, weight, bias, paths, options, *topology)
+    else:
+        y = _op(flat, weight, bias, list(topology), paths, *options)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -8,7 +8,8 @@ density, because the kernels' loops run over what is kept. Of several tiles of a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,8 +60,13 @@ def device_of(tensor: Tensor) -> Device:
     """Return the facts of the tensor's GPU, or of an imaginary one for the interpreter."""
     if not tensor.is_cuda:
         return Device((9, 0), INTERPRETED_PROCESSORS, _SHARED[9, 0] * 1024)
-    capability = torch.cuda.get_device_capability(tensor.device)
-    processors = torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return _facts_of(tensor.device)
+
+
+@cache
+def _facts_of(device: torch.device) -> Device:
+    capability = torch.cuda.get_device_capability(device)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
     return Device(capability, processors, _SHARED.get(capability, 100) * 1024)
 
 
@@ -76,8 +82,24 @@ def bulk_copies(device: Device, *tensors: Tensor) -> bool:
 
 
 def descriptor(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:
-    """Describe a matrix to the bulk copy engine, in tiles of ``rows`` by ``cols``."""
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, cols])
+    """Describe a matrix to the bulk copy engine, in tiles of ``rows`` by ``cols``.
+
+    ``bulk_copies`` has found that it can be addressed: Triton looks at the first of a form alone.
+    """
+    form = *matrix.shape, *matrix.stride(), rows, cols, matrix.dtype
+    fields = _forms.get(form)
+    if fields is None:
+        shape, strides = list(matrix.shape), list(matrix.stride())
+        found = TensorDescriptor(matrix, shape, strides, [rows, cols])
+        _forms[form] = {name: field for name, field in vars(found).items() if name != "base"}
+        return found
+    found = object.__new__(TensorDescriptor)
+    vars(found).update(fields, base=matrix)
+    return found
+
+
+# all of a descriptor but its tensor, by what that is like; a handful a weight and batch
+_forms: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -91,6 +113,7 @@ def _stages(device: Device, programs: int, held: int, stage: int, wanted: int = 
     return max(2, min(wanted, (device.shared // programs - RESERVE - held) // stage))
 
 
+@cache
 def linear_tiles(
     side_n: int, side_k: int, dtype: torch.dtype, device: Device, *, precision: str, bulk: bool
 ) -> tuple[Tile, ...]:
@@ -131,6 +154,7 @@ def linear_tiles(
     return tuple(tiles)
 
 
+@cache
 def wgrad_tile(
     side_u: int, side_v: int, dtype: torch.dtype, device: Device, *, precision: str, bulk: bool
 ) -> Tile:

@@ -3,6 +3,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import oracle
@@ -483,6 +484,26 @@ def test_a_whole_weight_gradient_has_a_whole_derivative():
 
     incoming = torch.randn(3, 33, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(weight_grad, (x, incoming), fast_mode=True)
+
+
+def test_eager_mode_needs_no_operator_and_a_mode_sees_one():
+    x, w, mask, b, pattern = make(5, 64, 64, 32, 32)
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    y = block_sparse_linear(x, w, mask, b, pattern=pattern)
+    product = y.grad_fn.next_functions[0][0]  # before the view
+    assert type(product).__name__ == "_LinearBackward"
+    with Mode():
+        same = block_sparse_linear(x, w, mask, b, pattern=pattern)
+        same.sum().backward()
+    assert torch.equal(same, y)
+    for name in ("", "_dgrad", "_wgrad"):
+        assert f"triton_sparsity.block_sparse_linear{name}.default" in seen
 
 
 @pytest.mark.parametrize("by_k", [False, True], ids=["row-major", "column-major"])
