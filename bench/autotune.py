@@ -29,7 +29,7 @@ from ..kernels.launch import INTERPRET, Backend, use_triton
 from ..kernels.pattern import Block
 from ..kernels.tiles import Tile, device_of
 from .autotune_tiles import OPERATION, descend, usable
-from .measure.counts import intensity, tile_of
+from .measure.counts import intensity, tiles_of
 from .measure.files import claim_file, write_atomic
 from .measure.operands import Operands
 from .measure.operations import operand_cases
@@ -264,7 +264,7 @@ def _tile_row(
     tiles.measured.pop(key, None)
     operation, device = OPERATION[direction], search.device
     # the kernels' own, not what an earlier search found
-    start = tile_of(operation, shape.weight, block, dtype, device, tuned=False)
+    start, *others = tiles_of(operation, shape.weight, block, dtype, device)
     built = _built(operands, direction)
 
     def time(tile: Tile, best: float | None) -> float | None:
@@ -298,7 +298,7 @@ def _tile_row(
         size=dtype.itemsize,
         least=LEAST_INTENSITY * intensity(operation, start, dtype.itemsize),
     )
-    best, seconds, tried = descend(start, fits, time, search.candidates)
+    best, seconds, tried = descend(start, fits, time, search.candidates, others)
     return head | {
         "tile": best._asdict(),
         "tokens": shape.tokens,

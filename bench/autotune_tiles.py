@@ -4,7 +4,7 @@ becomes the new start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from ..kernels import tiles, tuning
 from ..kernels.block_sparse_linear import MIN_SIDE
@@ -22,6 +22,7 @@ def descend(
     usable: Callable[[Tile], bool],
     time: Callable[[Tile, float | None], float | None],
     most: int,
+    others: Sequence[Tile] = (),
 ) -> tuple[Tile, float, dict[Tile, float | None]]:
     """Find a tile that no neighbour beats.
 
@@ -30,6 +31,7 @@ def descend(
         usable: whether a tile is worth trying.
         time: seconds that a tile takes, given the best time so far, or None if it does not work.
         most: tiles to try in all.
+        others: tiles that may be far from ``start``, tried before neighbours are.
 
     Returns:
         The best tile, its seconds, and all that were tried.
@@ -44,7 +46,7 @@ def descend(
     best, moved = start, True
     while moved and len(tried) < most:
         moved = False
-        for tile in neighbours(best):
+        for tile in (*others, *neighbours(best)):
             if tile in tried or not usable(tile):
                 continue
             if len(tried) == most:
@@ -93,7 +95,8 @@ def usable(
     if not tuning.fits(tile, direction, shape, block) or min(tile[:3]) < MIN_SIDE:
         return False
     room = device.shared // tile.programs - RESERVE
-    shared = (tile.m * tile.n + tile.stages * (tile.m + tile.n) * tile.k) * size
+    held = tile.m * tile.n // (1 if direction == "wgrad" else tiles.stores(tile.n))
+    shared = (held + tile.stages * (tile.m + tile.n) * tile.k) * size
     accumulators = tile.m * tile.n // (32 * tile.warps)
     operation = OPERATION[direction]
     return (

@@ -65,6 +65,7 @@ from .tiles import (
     device_of,
     dot_precision,
     linear_tiles,
+    stores,
 )
 from .topology import Topology, block_topology, capacities
 from .tuning import tuned_tile
@@ -159,6 +160,7 @@ def _block_sparse_linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STORES: tl.constexpr,
     OUT: tl.constexpr,
     BULK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -225,7 +227,12 @@ def _block_sparse_linear_kernel(
             if HAS_BIAS:
                 bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)  # [BLOCK_N]
                 acc += bias.to(tl.float32)[None, :]
-            if BULK:
+            if BULK and STORES == 2:
+                # one half after the other through a buffer of one
+                halves = acc.reshape((BLOCK_M, 2, BLOCK_N // 2)).permute((0, 2, 1)).split()
+                y.store([out_m, out_n], halves[0].to(OUT))
+                y.store([out_m, out_n + BLOCK_N // 2], halves[1].to(OUT))
+            elif BULK:
                 y.store([out_m, out_n], acc.to(OUT))
             else:
                 offs_m = out_m + tl.arange(0, BLOCK_M)
@@ -273,7 +280,7 @@ def _launch_product(
         ops = (
             descriptor(x, tile.m, tile.k),
             descriptor(stored, *((tile.k, tile.n) if by_k else (tile.n, tile.k))),
-            descriptor(y, tile.m, tile.n),
+            descriptor(y, tile.m, tile.n // stores(tile.n)),
         )
     else:
         ops = x, weight, y
@@ -288,6 +295,7 @@ def _launch_product(
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             BLOCK_K=tile.k,
+            STORES=stores(tile.n),
             OUT=getattr(tl, str(x.dtype).removeprefix("torch.")),
             BULK=bulk,
             PRECISION=precision,

@@ -113,6 +113,11 @@ def _stages(device: Device, programs: int, held: int, stage: int, wanted: int = 
     return max(2, min(wanted, (device.shared // programs - RESERVE - held) // stage))
 
 
+def stores(n: int) -> int:
+    """Return in how many parts a product's tile is stored in bulk: it takes a part's memory."""
+    return 2 if n >= 64 else 1
+
+
 @cache
 def linear_tiles(
     side_n: int, side_k: int, dtype: torch.dtype, device: Device, *, precision: str, bulk: bool
@@ -149,7 +154,8 @@ def linear_tiles(
     for m, n, k, warps, wanted, programs in shapes:
         k = min(side_k, k)
         # the output passes through shared memory while the next tile's operands arrive there
-        stages = _stages(device, programs, m * n * size, (m + n) * k * size, wanted)
+        held = m * n * size // (stores(n) if bulk else 1)
+        stages = _stages(device, programs, held, (m + n) * k * size, wanted)
         tiles.append(Tile(m, n, k, warps, stages, programs))
     return tuple(tiles)
 

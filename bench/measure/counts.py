@@ -117,18 +117,21 @@ def tile_of(
     block: Block,
     dtype: torch.dtype,
     device: torch.device,
-    *,
-    tuned: bool = True,
 ) -> Tile:
-    """Return the tile that a kernel takes for contiguous operands that fill the device.
+    """Return the tile that a kernel takes for contiguous operands that fill the device."""
+    tuned = tuned_tile(DIRECTIONS[operation], weight, block, dtype, device)
+    return tuned or tiles_of(operation, weight, block, dtype, device)[0]
 
-    Args:
-        operation, weight, block, dtype, device: of the product.
-        tuned: let a tuning table count, as kernels do.
-    """
+
+def tiles_of(
+    operation: str,
+    weight: tuple[int, int],
+    block: Block,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tile, ...]:
+    """Return the kernels' own tiles of a product, as ``tile_of``: the first for many tokens."""
     direction = DIRECTIONS[operation]
-    if tuned and (found := tuned_tile(direction, weight, block, dtype, device)):
-        return found
     facts = device_of(torch.empty(0, device=device))
     precision = dot_precision(dtype)
     aligned = all(side * dtype.itemsize % 16 == 0 for side in weight)
@@ -138,9 +141,9 @@ def tile_of(
         by_rows = bundling(block, grid_shape(block, weight))[0]
         lone, other = (rows, cols) if by_rows else (cols, rows)
         bulk = copies and takes_bulk_copies(lone, other, precision)
-        return wgrad_tile(lone, other, dtype, facts, precision=precision, bulk=bulk)
+        return (wgrad_tile(lone, other, dtype, facts, precision=precision, bulk=bulk),)
     side_n, side_k = (rows, cols) if direction == "forward" else (cols, rows)
-    return linear_tiles(side_n, side_k, dtype, facts, precision=precision, bulk=copies)[0]
+    return linear_tiles(side_n, side_k, dtype, facts, precision=precision, bulk=copies)
 
 
 def intensity(operation: str, tile: Tile, size: int) -> float:

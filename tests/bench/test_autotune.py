@@ -14,6 +14,7 @@ from triton_sparsity.bench.autotune_tiles import usable as usable_tile
 from triton_sparsity.bench.cli import main
 from triton_sparsity.bench.measure import operations
 from triton_sparsity.bench.measure.cases import Built
+from triton_sparsity.bench.measure.counts import tile_of
 from triton_sparsity.bench.measure.shapes import Shape
 from triton_sparsity.bench.measure.timing import Timing
 from triton_sparsity.kernels import dispatch, tiles, tuning
@@ -200,13 +201,23 @@ def test_a_search_that_is_refused_leaves_no_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_search_starts_from_the_kernels_own_tile(monkeypatch):
+def test_the_search_starts_from_the_kernels_own_tile_and_tries_its_others(tmp_path, monkeypatch):
+    start, timed, search = tile_row(tmp_path, monkeypatch, lambda own: None)
+    others = job.tiles_of("forward", (256, 256), Block(64, 64), torch.bfloat16, CPU)[1:]
+    # what an earlier search found is no start
+    key = "forward", (256, 256), Block(64, 64), torch.bfloat16
+    monkeypatch.setitem(tiles.measured, key, start._replace(warps=2 * start.warps))
+    search()
+    assert timed[:2] == [start, others[0]]
+
+
+def test_a_measured_tile_counts_in_the_tile_of_a_product(monkeypatch):
     weight, dtype = (4096, 4096), torch.bfloat16
-    own = job.tile_of("forward", weight, Block(64, 64), dtype, CPU)
+    own = tile_of("forward", weight, Block(64, 64), dtype, CPU)
     other = own._replace(warps=own.warps * 2)
     monkeypatch.setitem(tiles.measured, ("forward", weight, Block(64, 64), dtype), other)
-    assert job.tile_of("forward", weight, Block(64, 64), dtype, CPU) == other
-    assert job.tile_of("forward", weight, Block(64, 64), dtype, CPU, tuned=False) == own
+    assert tile_of("forward", weight, Block(64, 64), dtype, CPU) == other
+    assert job.tiles_of("forward", weight, Block(64, 64), dtype, CPU)[0] == own
 
 
 @pytest.mark.slow
@@ -310,7 +321,7 @@ def tile_row(folder, monkeypatch, check):
     """Search the forward product's tile with a clock by which every other tile is faster."""
     block, shape = Block(64, 64), Shape(64, 256, 256)
     key = "forward", shape.weight, block, torch.bfloat16
-    start = job.tile_of("forward", shape.weight, block, torch.bfloat16, CPU, tuned=False)
+    start = job.tiles_of("forward", shape.weight, block, torch.bfloat16, CPU)[0]
     timed = []
 
     def measure(work, device, **_):

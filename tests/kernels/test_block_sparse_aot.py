@@ -9,7 +9,7 @@ from aot import SHARED_LIMIT, assert_lean, compile_for
 from triton_sparsity.kernels import block_sparse_wgrad as wgrad
 from triton_sparsity.kernels.block_sparse_linear import _block_sparse_linear_kernel
 from triton_sparsity.kernels.launch import INTERPRET, tl
-from triton_sparsity.kernels.tiles import Device, Tile, linear_tiles, wgrad_tile
+from triton_sparsity.kernels.tiles import Device, Tile, linear_tiles, stores, wgrad_tile
 from triton_sparsity.kernels.topology import (
     CHUNK,
     _topology_count_kernel,
@@ -59,7 +59,7 @@ def compile_linear(
         types = {
             "x": box(dtype, tile.m, tile.k),
             "w": box(dtype, *((tile.k, tile.n) if by_k else (tile.n, tile.k))),
-            "y": box(dtype, tile.m, tile.n),
+            "y": box(dtype, tile.m, tile.n // stores(tile.n)),
         }
     strides = [f"stride_{name}" for name in ("xm", "xk", "wn", "wk", "ym", "yn")]
     sizes = ["M", "N", "K", "TASKS", "absent", "group", "shift"]
@@ -77,6 +77,7 @@ def compile_linear(
             "BLOCK_M": tile.m,
             "BLOCK_N": tile.n,
             "BLOCK_K": tile.k,
+            "STORES": stores(tile.n),
             "OUT": TL[dtype],
             "BULK": bulk,
             "PRECISION": precision,

@@ -35,7 +35,7 @@ def test_counts_of_blocks_agree_with_counting_by_hand():
         "mask": (4 * 6 + 6, 0),
         # the mask and its copy; row tasks 2 x 3, columns 6, column tasks 3 x 3, rows 6, one bundle
         # of up to 8 blocks for each of 3 columns, since the weight is wide: 3 x 3; their count
-        "topology": (6 + 6 + 4 * (6 + 6 + 9 + 6 + 9 + 1), 0),
+        "topology": (6 + 6 + 4 * (6 + 6 + 9 + 6 + 9 + 2), 0),
         "apply": (4 * (kept + weight) + 6, 0),
         "apply_": (4 * (weight - kept) + 6, 0),
         "forward": (4 * (x + kept + y), 2 * 10 * kept),

@@ -18,7 +18,7 @@ def test_counts_of_a_model_agree_with_counting_by_hand():
     )
     # each weight has two blocks: a grid of 1 x 2 or 2 x 1; both have one bundle a line of their
     # shorter side
-    lists = {(1, 2): 3 + 2 + 6 + 2 + 6 + 1, (2, 1): 6 + 2 + 3 + 2 + 6 + 1}
+    lists = {(1, 2): 3 + 2 + 6 + 2 + 6 + 2, (2, 1): 6 + 2 + 3 + 2 + 6 + 2}
     assert update.bytes == sum(4 * 2048 + 2 + 2 * 2 + 4 * n for n in lists.values())
     assert update.flops == 0
     assert step.flops == 2 * 3 * 2 * 10 * 1024
