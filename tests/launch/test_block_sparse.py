@@ -22,7 +22,7 @@ SUM = "_block_sparse_wgrad_sum_kernel"
 
 @dataclass(frozen=True)
 class Case:
-    """One linear; ``bulk`` and ``wgrad_bulk`` say which of its operands the copy engine moves."""
+    """One linear; the last three: whether the copy engine moves the operands of that product."""
 
     name: str
     block: tuple[int, int]
@@ -33,8 +33,9 @@ class Case:
     transposed: bool = False
     bias: bool = False
     exact: bool = False
-    bulk: bool = True
-    wgrad_bulk: bool = True
+    forward: bool = True
+    dgrad: bool = True
+    wgrad: bool = True
 
     def make_x(self):
         cols = self.weight[1]
@@ -61,29 +62,38 @@ CASES = [
     Case("256", (256, 256)),
     Case("128", (128, 128), bias=True),
     Case("64", (64, 64)),
-    Case("32", (32, 32), wgrad_bulk=False),
-    Case("16", (16, 16), wgrad_bulk=False),
-    Case("256x16", (256, 16), dtype=torch.float16, wgrad_bulk=False),
-    Case("16x256", (16, 256), dtype=torch.float16, wgrad_bulk=False),
+    Case("32", (32, 32), wgrad=False),
+    Case("16", (16, 16), wgrad=False),
+    Case("256x16", (256, 16), dtype=torch.float16, wgrad=False),
+    Case("16x256", (16, 256), dtype=torch.float16, wgrad=False),
     Case("64x128", (64, 128)),
     Case("wide", (128, 128), weight=(512, 2048), tokens=8192),
     Case("transposed", (128, 128), transposed=True),
-    Case("transposed 32", (32, 32), transposed=True, wgrad_bulk=False),
+    Case("transposed 32", (32, 32), transposed=True, wgrad=False),
     Case("edges", (128, 128), weight=(1000, 1016)),
-    Case("edges of 32", (32, 32), weight=(1000, 1016), wgrad_bulk=False),
-    Case("odd sides", (64, 64), weight=(333, 205), bulk=False, wgrad_bulk=False),
+    Case("odd sides", (64, 64), weight=(333, 205), forward=False, dgrad=False, wgrad=False),
     Case("one token", (128, 128), tokens=1),
     Case("few tokens", (64, 64), tokens=100, bias=True),
-    Case("one row", (16, 16), weight=(1, 512), tokens=64, bulk=False, wgrad_bulk=False),
-    Case("unaligned x", (128, 128), x="unaligned", bulk=False, wgrad_bulk=False),
+    Case("one row", (16, 16), weight=(1, 512), tokens=64, forward=False, dgrad=False, wgrad=False),
+    Case("unaligned x", (128, 128), x="unaligned", forward=False, wgrad=False),
     Case("sliced x", (128, 128), x="sliced"),
-    Case("one x for all", (64, 64), x="one token for all", bulk=False, wgrad_bulk=False),
+    Case("one x for all", (64, 64), x="one token for all", forward=False, wgrad=False),
     Case("transposed x", (128, 128), x="transposed"),
     Case("fp16", (128, 128), dtype=torch.float16),
     Case("tf32", (128, 128), dtype=torch.float32),
-    Case("tf32 32", (32, 32), dtype=torch.float32, wgrad_bulk=False),
-    Case("exact", (64, 64), dtype=torch.float32, exact=True, bulk=False, wgrad_bulk=False),
-    Case("exact 16", (16, 16), dtype=torch.float32, exact=True, bulk=False, wgrad_bulk=False),
+    Case("tf32 32", (32, 32), dtype=torch.float32, wgrad=False),
+    Case(
+        "exact", (64, 64), dtype=torch.float32, exact=True, forward=False, dgrad=False, wgrad=False
+    ),
+    Case(
+        "exact 16",
+        (16, 16),
+        dtype=torch.float32,
+        exact=True,
+        forward=False,
+        dgrad=False,
+        wgrad=False,
+    ),
 ]
 
 
@@ -95,17 +105,28 @@ def assert_resident(launched):
 
 
 def assert_describes(tensor_map, matrix):
-    """A tensor map is that of a matrix, and its box is within it or ends past it."""
-    size = matrix.element_size()
+    """A tensor map is of a matrix as it lies in memory."""
     assert tensor_map.address == matrix.data_ptr()
     assert tensor_map.shape == tuple(matrix.shape)
-    assert tensor_map.strides == (matrix.stride(0) * size,)
+    assert tensor_map.strides == (matrix.stride(0) * matrix.element_size(),)
+
+
+@pytest.fixture
+def float32_products():
+    """Set what float32 is multiplied in; as it was before, afterwards."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+
+    def set_to(precision):
+        matmul.fp32_precision = precision
+
+    yield set_to
+    set_to(before)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_products_of_all_shapes_launch(case, stub, monkeypatch):
-    precision = "ieee" if case.exact else "tf32"
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+def test_products_of_all_shapes_launch(case, stub, float32_products):
+    float32_products("ieee" if case.exact else "tf32")
     pattern = Block(*case.block)
     mask = torch.ones(grid_shape(pattern, case.weight), dtype=torch.bool)
     weight = case.make_weight().requires_grad_()
@@ -116,24 +137,24 @@ def test_products_of_all_shapes_launch(case, stub, monkeypatch):
     # of stride 0, as the gradient of a sum is
     y.backward(torch.zeros((), dtype=case.dtype).expand_as(y))
 
-    launches = stub.launches
-    lists, products = launches[:2], launches[2:]
+    lists, products = stub.launches[:2], stub.launches[2:]
     assert kernels(lists) == LISTS
     assert {launched.grid for launched in lists} == {(sum(mask.shape), 1, 1)}
-    split = case.tokens >= 1024
-    assert kernels(products) == [LINEAR, LINEAR, WGRAD, *[SUM] * split]
+    adds_parts = [SUM] * (case.tokens >= 1024)
+    assert kernels(products) == [LINEAR, LINEAR, WGRAD, *adds_parts]
     for launched in products:
         assert_resident(launched)
     forward, dgrad, wgrad = products[:3]
-    assert [len(launched.maps) for launched in products[:3]] == [
-        3 * case.bulk, 3 * case.bulk, 3 * case.wgrad_bulk,
-    ]  # fmt: skip
-    if case.bulk:
-        stored = weight.T if case.transposed else weight
+    by_copies = [case.forward, case.dgrad, case.wgrad]
+    assert [len(launched.maps) for launched in (forward, dgrad, wgrad)] == [
+        3 * b for b in by_copies
+    ]
+    stored = weight.T if case.transposed else weight
+    if case.forward:
         assert_describes(forward.maps[1], stored)
         assert_describes(forward.maps[2], y)
+    if case.dgrad:
         assert_describes(dgrad.maps[1], stored)
-        assert_describes(dgrad.maps[2], x.grad)
-    if case.wgrad_bulk:
-        stored = weight.grad.T if case.transposed else weight.grad
-        assert_describes(wgrad.maps[2], stored)
+        assert dgrad.maps[2].shape == x.shape
+    if case.wgrad:
+        assert_describes(wgrad.maps[2], weight.grad.T if case.transposed else weight.grad)
