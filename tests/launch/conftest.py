@@ -32,3 +32,11 @@ def stub(driver):
     yield driver
     assert not driver.refused, driver.error
     driver.forget()
+
+
+@pytest.fixture
+def zero_memory(monkeypatch):
+    """Fill fresh memory with zeros, for what kernels would write there and the host reads."""
+    monkeypatch.setattr(torch, "empty", torch.zeros)
+    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)

@@ -1,0 +1,138 @@
+"""How many launches, and how often the host waits for the device.
+
+Kernels do nothing here, so masks are written by hand before an update, which leaves them as they
+are; memory that kernels would fill is zero. What is counted does not depend on more.
+"""
+
+import warnings
+from collections import Counter
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from host_waits import HostWaits
+from stub_driver import kernels
+from triton_sparsity import Block, MagnitudeSparsityConfig, Unstructured, create_controller
+from triton_sparsity.kernels.bits import expand_mask, pack
+
+pytestmark = [pytest.mark.launch, pytest.mark.usefixtures("zero_memory")]
+
+SIDE = 256
+
+
+class Cost(NamedTuple):
+    """What something over N weights costs: ``once + each * N``."""
+
+    once: int
+    each: int
+
+    def of(self, count):
+        return self.once + self.each * count
+
+
+class Costs(NamedTuple):
+    """Of a mask update."""
+
+    launches: Cost
+    waits: Cost
+
+
+# by pattern and pool; to be brought down: a cost that falls is lowered here in the same commit
+UPDATE = {
+    (Block(64, 64), "weight"): Costs(launches=Cost(1, 16), waits=Cost(4, 3)),
+    (Block(64, 64), "global"): Costs(launches=Cost(13, 4), waits=Cost(4, 3)),
+    (Unstructured(), "weight"): Costs(launches=Cost(2, 12), waits=Cost(4, 1)),
+    (Unstructured(), "global"): Costs(launches=Cost(14, 0), waits=Cost(4, 1)),
+}
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    return HostWaits(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def no_warning_of_empty_weights():
+    """Kernels count nothing: weights look empty."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "at level .* these weights are pruned to nothing")
+        yield
+
+
+def sparse_model(pattern, count, *, pool="global", dispatch="auto"):
+    """Return ``count`` linears in a row, of which half the groups are pruned, and a controller."""
+    model = nn.Sequential(*(nn.Linear(SIDE, SIDE, dtype=torch.bfloat16) for _ in range(count)))
+    config = MagnitudeSparsityConfig(pattern=pattern, pool=pool)
+    controller = create_controller(model, config, dispatch=dispatch)
+    for info in controller.sparsified_module_info:
+        weight = info.operand
+        grid = torch.ones(weight.grid, dtype=torch.bool)
+        grid[::2] = False
+        weight.mask.copy_(pack(grid, backend="torch") if weight.packed else grid)
+        weight.set_(None, weight.groups // 2)
+        weight.weight.detach().masked_fill_(
+            ~expand_mask(weight.mask, pattern, weight.shape, backend="torch"), 0
+        )
+        weight.leave()
+    return model, controller
+
+
+@pytest.mark.parametrize("count", [4, 8])
+@pytest.mark.parametrize(("pattern", "pool"), UPDATE, ids=str)
+def test_a_mask_update_launches_and_waits_as_often_as_the_table_says(
+    pattern, pool, count, stub, waits
+):
+    _, controller = sparse_model(pattern, count, pool=pool)
+    controller.set_sparsity_level(0.5)
+    stub.forget()
+    waits.found.clear()
+    controller.set_sparsity_level(0.5)
+    launches, waited = kernels(stub.launches), waits.found
+    costs = UPDATE[pattern, pool]
+    assert len(launches) == costs.launches.of(count), Counter(launches)
+    assert len(waited) == costs.waits.of(count), Counter(waited)
+
+
+@pytest.mark.parametrize("pattern", [Block(64, 64), Unstructured()], ids=str)
+@pytest.mark.parametrize("count", [4, 8])
+def test_a_training_step_clears_all_gradients_in_one_launch(pattern, count, stub, waits):
+    model, _ = sparse_model(pattern, count, dispatch="dense")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x = torch.zeros(32, SIDE, dtype=torch.bfloat16)
+
+    def step():
+        stub.forget()
+        waits.found.clear()
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        cleared = kernels(stub.launches)
+        optimizer.step()
+        return cleared, kernels(stub.launches)[len(cleared) :]
+
+    # the moments are those of masks that nobody has cleared them for
+    assert step() == (["_pruned_kernel"], [])
+    assert step() == (["_pruned_kernel"], ["_pruned_kernel"])
+    assert step() == (["_pruned_kernel"], [])
+    assert waits.found == []
+
+
+@pytest.mark.parametrize("tokens", [64, 4096])
+def test_an_eager_product_is_a_launch_forward_and_two_or_three_backward(tokens, stub, waits):
+    count = 3
+    model, _ = sparse_model(Block(64, 64), count, dispatch="sparse")
+    x = torch.zeros(tokens, SIDE, dtype=torch.bfloat16, requires_grad=True)
+    stub.forget()
+    waits.found.clear()
+    y = model(x)
+    assert kernels(stub.launches) == ["_block_sparse_linear_kernel"] * count
+    stub.forget()
+    y.sum().backward()
+    # of many tokens the last round is split, and its parts are added up
+    dweight = ["_block_sparse_wgrad_kernel", "_block_sparse_wgrad_sum_kernel"]
+    assert Counter(kernels(stub.launches)) == Counter(
+        ["_block_sparse_linear_kernel", *dweight[: 1 if tokens < 1024 else 2]] * count
+        + ["_pruned_kernel"]
+    )
+    assert waits.found == []
