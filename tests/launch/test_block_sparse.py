@@ -67,10 +67,9 @@ CASES = [
     Case("256x16", (256, 16), dtype=torch.float16, wgrad=False),
     Case("16x256", (16, 256), dtype=torch.float16, wgrad=False),
     Case("64x128", (64, 128)),
-    Case("wide", (128, 128), weight=(512, 2048), tokens=8192),
     Case("transposed", (128, 128), transposed=True),
     Case("transposed 32", (32, 32), transposed=True, wgrad=False),
-    Case("edges", (128, 128), weight=(1000, 1016)),
+    Case("edges", (128, 128), weight=(1000, 2040), tokens=8192),
     Case("odd sides", (64, 64), weight=(333, 205), forward=False, dgrad=False, wgrad=False),
     Case("one token", (128, 128), tokens=1),
     Case("few tokens", (64, 64), tokens=100, bias=True),
@@ -79,20 +78,9 @@ CASES = [
     Case("sliced x", (128, 128), x="sliced"),
     Case("one x for all", (64, 64), x="one token for all", forward=False, wgrad=False),
     Case("transposed x", (128, 128), x="transposed"),
-    Case("fp16", (128, 128), dtype=torch.float16),
     Case("tf32", (128, 128), dtype=torch.float32),
-    Case("tf32 32", (32, 32), dtype=torch.float32, wgrad=False),
     Case(
         "exact", (64, 64), dtype=torch.float32, exact=True, forward=False, dgrad=False, wgrad=False
-    ),
-    Case(
-        "exact 16",
-        (16, 16),
-        dtype=torch.float32,
-        exact=True,
-        forward=False,
-        dgrad=False,
-        wgrad=False,
     ),
 ]
 
