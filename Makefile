@@ -37,8 +37,8 @@ test-aot: $(SETUP)
 
 # all of Triton down to a stub of the driver, which replaces the driver of a whole process
 test-launch: $(SETUP) $(OLD_TRITON)/ready
-	$(PARALLEL) tests/launch
-	PYTHONPATH=$(OLD_TRITON)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PARALLEL) tests/launch
+	$(PARALLEL) --dist loadfile tests/launch
+	PYTHONPATH=$(OLD_TRITON)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PARALLEL) --dist loadfile tests/launch
 
 test-gpu: $(SETUP)
 	$(PYTEST) -m "not aot" tests/kernels tests/controller

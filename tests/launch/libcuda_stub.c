@@ -1,11 +1,9 @@
 /* A driver of an H100 that is absent.
  *
- * It has what Triton calls of libcuda, refuses what the driver refuses, and writes down what it is
- * asked to launch. Nothing runs: memory is as it was. Pointers may be of the host's memory.
- *
- * It is stricter than a driver in one thing: what it refuses it counts and explains, in `counters`
- * and as the string of the error. One thread at a time may call it, as Triton does under Python's
- * lock.
+ * It has what Triton calls of libcuda, refuses what the manual says a driver refuses, and writes
+ * down what it is asked to launch. What it refuses it counts, and it says why, in `counters` and as
+ * the string of the error. Nothing runs: memory is as it was. Pointers may be of the host's memory.
+ * One thread at a time may call it, as Triton does under Python's lock.
  *
  * Reading order: limits -> what is written down -> device and modules -> tensor maps -> launches.
  */
