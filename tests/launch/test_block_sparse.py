@@ -146,3 +146,18 @@ def test_products_of_all_shapes_launch(case, stub, float32_products):
         assert dgrad.maps[2].shape == x.shape
     if case.wgrad:
         assert_describes(wgrad.maps[2], weight.grad.T if case.transposed else weight.grad)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_offsets_past_int32_launch(aligned, stub):
+    tokens, cols = 2**21, 1024
+    # of memory that nobody touches there need not be any
+    flat = torch.empty(tokens * cols + 1, dtype=torch.bfloat16)
+    x = flat[: tokens * cols] if aligned else flat[1:]
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    weight = torch.zeros(128, cols, dtype=torch.bfloat16)
+    block_sparse_linear(x.view(tokens, cols), weight, mask, pattern=Block(128, 128))
+    launched = stub.launches[-1]
+    assert launched.kernel == LINEAR
+    assert len(launched.maps) == 3 * aligned
+    assert_resident(launched)

@@ -14,8 +14,11 @@ from torch import nn
 
 from host_waits import HostWaits
 from stub_driver import kernels
-from triton_sparsity import Block, MagnitudeSparsityConfig, Unstructured, create_controller
-from triton_sparsity.kernels.bits import expand_mask, pack
+from triton_sparsity import NM, Block, MagnitudeSparsityConfig, Unstructured, create_controller
+from triton_sparsity.kernels.bits import count_kept, expand_mask, pack
+from triton_sparsity.kernels.product import BlockProduct
+from triton_sparsity.kernels.semi_structured import nm_fits
+from triton_sparsity.kernels.topology import runs
 
 pytestmark = [pytest.mark.launch, pytest.mark.usefixtures("zero_memory")]
 
@@ -122,6 +125,24 @@ def test_a_mask_update_costs_what_the_table_says(pattern, pool, count, stub, wai
     )
 
 
+def test_a_wait_is_found_and_what_the_host_owns_is_read_without(stub, waits):
+    grid = torch.ones(4, 8, dtype=torch.bool)
+    nm_fits(grid, NM(2, 4))
+    list(runs(grid))
+    count_kept([grid])
+    assert waits.found == [
+        "semi_structured.py:nm_fits:equal",
+        "topology.py:runs:cpu",
+        "bits.py:count_kept:tensor",
+        "bits.py:count_kept:tolist",
+    ]
+    waits.found.clear()
+    BlockProduct(
+        grid, 32, Block(16, 16), (64, 128), torch.bfloat16, backend="auto", dispatch="sparse"
+    )(torch.zeros(3, 128, dtype=torch.bfloat16), torch.zeros(64, 128, dtype=torch.bfloat16), None)
+    assert waits.found == []
+
+
 @pytest.mark.parametrize("pattern", [Block(64, 64), Unstructured()], ids=str)
 @pytest.mark.parametrize("count", [4, 8])
 def test_a_training_step_clears_all_gradients_in_one_launch(pattern, count, stub, waits):
@@ -138,7 +159,7 @@ def test_a_training_step_clears_all_gradients_in_one_launch(pattern, count, stub
         optimizer.step()
         return cleared, kernels(stub.launches)[len(cleared) :]
 
-    # the moments are those of masks that nobody has cleared them for
+    # the first step makes the moments; the second clears them, once for these masks
     assert step() == (["_pruned_kernel"], [])
     assert step() == (["_pruned_kernel"], ["_pruned_kernel"])
     assert step() == (["_pruned_kernel"], [])

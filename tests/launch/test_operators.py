@@ -296,6 +296,17 @@ def test_reading_a_cache_is_one_launch_of_resident_programs(stub):
     assert launched.grid[0] == 4 * 132
 
 
+def test_offsets_past_int32_launch(stub):
+    # of memory that nobody touches there need not be any
+    weight = torch.empty(2**21, 1024, dtype=BF16)
+    grid = torch.ones(2**13, 4, dtype=torch.bool)
+    block_score(weight, Block(256, 256), backend="triton")
+    apply_mask(weight, grid, Block(256, 256), backend="triton")
+    apply_mask_([weight], [grid], Block(256, 256), backend="triton")
+    names = ["_block_score_kernel", "_apply_mask_kernel", "_pruned_kernel"]
+    assert kernels(stub.launches) == names
+
+
 def test_every_kernel_has_a_test_here():
     (folder,) = triton_sparsity.kernels.__path__
     sources = "".join(path.read_text() for path in Path(folder).glob("*.py"))
