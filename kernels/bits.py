@@ -218,11 +218,11 @@ def _launch_unpack(packed: Tensor, cols: int) -> Tensor:
 
 
 def _pack(mask: Tensor) -> Tensor:
-    return (_launch_pack if takes_kernels(mask) else pack_reference)(mask)
+    return (_launch_pack if takes_kernels(mask.device) else pack_reference)(mask)
 
 
 def _unpack(packed: Tensor, cols: int) -> Tensor:
-    return (_launch_unpack if takes_kernels(packed) else unpack_reference)(packed, cols)
+    return (_launch_unpack if takes_kernels(packed.device) else unpack_reference)(packed, cols)
 
 
 _pack_op = torch.library.custom_op("triton_sparsity::pack", _pack, mutates_args=())

@@ -139,7 +139,7 @@ def _launch(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
 
 
 def _score(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
-    return (_launch if takes_kernels(weight) else _in_chunks)(weight, rows, cols, squared)
+    return (_launch if takes_kernels(weight.device) else _in_chunks)(weight, rows, cols, squared)
 
 
 _op = torch.library.custom_op("triton_sparsity::block_score", _score, mutates_args=())
@@ -209,7 +209,7 @@ def block_score(
             raise ValueError("block_score: weight must not be float64 with backend='triton'")
         on_triton = False
     squared = norm == "l2"
-    if on_triton or (weight.is_cpu and not takes_kernels(weight)):
+    if on_triton or (weight.is_cpu and not takes_kernels(weight.device)):
         return _op(weight, pattern.rows, pattern.cols, squared)
     return block_score_reference(weight, pattern, squared=squared)
 

@@ -34,9 +34,9 @@ TILE_ELEMENTS = 2**17  # no tile has more
 Backend = Literal["auto", "triton", "torch"]
 
 
-def takes_kernels(tensor: Tensor) -> bool:
-    """Tell whether ``tensor`` is where kernels run: on a GPU, or where ``ON_CPU`` anywhere."""
-    return tensor.is_cuda or ON_CPU
+def takes_kernels(device: torch.device) -> bool:
+    """Tell whether kernels run on a device's tensors: a GPU's, and where ``ON_CPU`` any."""
+    return device.type == "cuda" or ON_CPU
 
 
 def use_triton(operation: str, backend: Backend, tensor: Tensor) -> bool:
@@ -52,7 +52,7 @@ def use_triton(operation: str, backend: Backend, tensor: Tensor) -> bool:
         ValueError: ``backend`` is none of the three.
         RuntimeError: ``"triton"`` is asked for where it cannot run.
     """
-    available = HAS_TRITON and takes_kernels(tensor)
+    available = HAS_TRITON and takes_kernels(tensor.device)
     match backend:
         case "auto":
             return available

@@ -725,7 +725,7 @@ def _check(
         if backend == "triton":
             raise ValueError(f"{operation}: weight must not be float64 with backend='triton'")
         return False
-    return on_triton or not takes_kernels(weight)
+    return on_triton or not takes_kernels(weight.device)
 
 
 class _KeptGroups(torch.autograd.Function):

@@ -374,7 +374,7 @@ def _write(
     packed: bool,
     out: Sequence[Tensor],
 ) -> None:
-    write = _launch if takes_kernels(value) else make_mask_reference
+    write = _launch if takes_kernels(value.device) else make_mask_reference
     write(tensors, value, keep_ties, scales, packed, out)
 
 

@@ -323,7 +323,7 @@ def _takes_operator(
                 f"{operation}: mask must be compact with backend='triton', got {mask.dtype} words"
             )
         return True
-    return triton_possible or not takes_kernels(weight)
+    return triton_possible or not takes_kernels(weight.device)
 
 
 def _pairs(

@@ -207,7 +207,7 @@ class Guard:
         """
         others = len(parameter._post_accumulate_grad_hooks or ()) > 1
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return takes_kernels(parameter) and not others and not ranks
+        return takes_kernels(parameter.device) and not others and not ranks
 
     def _clear_pending(self, backward: int) -> None:
         pending = self._pending.pop(backward, [])
