@@ -4,19 +4,21 @@ PYTHON ?= $(VENV)/bin/python
 PYTEST := $(PYTHON) -m pytest
 # two workers with a thread each: more threads than cores would slow both
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2
+# the oldest Triton that is supported, beside the pinned one
+OLD_TRITON := $(VENV)/triton-3.6.0
 SETUP := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready)
 
-.PHONY: demo test test-fast lint test-reference test-interpret test-aot test-gpu bench bench-gpu figures clean
+.PHONY: demo test test-fast lint test-reference test-interpret test-aot test-launch test-gpu bench bench-gpu figures clean
 
 demo: $(SETUP)
 	$(PYTHON) -m triton_sparsity.bench.demo
 
 # cheapest first
-test: lint test-reference test-interpret test-aot
+test: lint test-reference test-interpret test-aot test-launch
 
 # for those who work on it: under two minutes
 test-fast: $(SETUP)
-	$(PARALLEL) -m "not gpu and not aot and not slow"
+	$(PARALLEL) -m "not gpu and not aot and not launch and not slow"
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff format --check .
@@ -24,7 +26,7 @@ lint: $(SETUP)
 	$(PYTHON) -m basedpyright --pythonpath $(PYTHON)
 
 test-reference: $(SETUP)
-	$(PARALLEL) -m "not gpu and not aot"
+	$(PARALLEL) -m "not gpu and not aot and not launch"
 
 # the interpreter replaces the compiler when a kernel is decorated, hence a process of its own
 test-interpret: $(SETUP)
@@ -32,6 +34,11 @@ test-interpret: $(SETUP)
 
 test-aot: $(SETUP)
 	$(PARALLEL) -m aot
+
+# all of Triton down to a stub of the driver, which replaces the driver of a whole process
+test-launch: $(SETUP) $(OLD_TRITON)/ready
+	$(PARALLEL) --dist loadfile tests/launch
+	PYTHONPATH=$(OLD_TRITON)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PARALLEL) --dist loadfile tests/launch
 
 test-gpu: $(SETUP)
 	$(PYTEST) -m "not aot" tests/kernels tests/controller
@@ -51,6 +58,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	mkdir -p $(VENV)/typing && ln -sfn $(CURDIR) $(VENV)/typing/triton_sparsity
+	touch $@
+
+$(OLD_TRITON)/ready:
+	$(PYTHON) -m pip install --quiet --no-deps --target $(OLD_TRITON) triton==3.6.0
 	touch $@
 
 clean:

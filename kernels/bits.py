@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .grid import ceil_div, expand_blocks
-from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
+from .launch import Backend, index_type, on_device, takes_kernels, tl, triton, use_triton
 from .pattern import Block, Pattern, grid_shape
 
 CHUNK = 2**18  # elements that plain torch handles at a time, so that its temporaries stay in cache
@@ -217,14 +217,16 @@ def _launch_unpack(packed: Tensor, cols: int) -> Tensor:
     return out
 
 
-_pack_op = torch.library.custom_op(
-    "triton_sparsity::pack", _launch_pack, mutates_args=(), device_types="cuda"
-)
-_pack_op.register_kernel("cpu")(_launch_pack if INTERPRET else pack_reference)
-_unpack_op = torch.library.custom_op(
-    "triton_sparsity::unpack", _launch_unpack, mutates_args=(), device_types="cuda"
-)
-_unpack_op.register_kernel("cpu")(_launch_unpack if INTERPRET else unpack_reference)
+def _pack(mask: Tensor) -> Tensor:
+    return (_launch_pack if takes_kernels(mask.device) else pack_reference)(mask)
+
+
+def _unpack(packed: Tensor, cols: int) -> Tensor:
+    return (_launch_unpack if takes_kernels(packed.device) else unpack_reference)(packed, cols)
+
+
+_pack_op = torch.library.custom_op("triton_sparsity::pack", _pack, mutates_args=())
+_unpack_op = torch.library.custom_op("triton_sparsity::unpack", _unpack, mutates_args=())
 
 
 @_pack_op.register_fake

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .grid import block_counts, ceil_div, expand_blocks, pad_to_blocks, side_lengths
-from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
+from .launch import Backend, index_type, on_device, takes_kernels, tl, triton, use_triton
 from .pattern import MAX_BLOCK_SIDE, Pattern
 
 # no block is wider than the tile; four or eight 16-byte loads of a thread are in flight at once
@@ -138,10 +138,11 @@ def _launch(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
     return scores
 
 
-_op = torch.library.custom_op(
-    "triton_sparsity::block_score", _launch, mutates_args=(), device_types="cuda"
-)
-_op.register_kernel("cpu")(_launch if INTERPRET else _in_chunks)
+def _score(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
+    return (_launch if takes_kernels(weight.device) else _in_chunks)(weight, rows, cols, squared)
+
+
+_op = torch.library.custom_op("triton_sparsity::block_score", _score, mutates_args=())
 
 
 @_op.register_fake
@@ -208,7 +209,7 @@ def block_score(
             raise ValueError("block_score: weight must not be float64 with backend='triton'")
         on_triton = False
     squared = norm == "l2"
-    if on_triton or (weight.is_cpu and not INTERPRET):
+    if on_triton or (weight.is_cpu and not takes_kernels(weight.device)):
         return _op(weight, pattern.rows, pattern.cols, squared)
     return block_score_reference(weight, pattern, squared=squared)
 

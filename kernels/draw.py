@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .grid import ceil_div
-from .launch import INTERPRET
+from .launch import takes_kernels
 
 LANES = 4  # numbers that one evaluation of Philox gives, to the groups of four consecutive rows
 # u is a multiple of 2^-24 and no nearer to 0 or 1 than the first that is past 1e-6
@@ -52,7 +52,7 @@ def uniform(random: Tensor, stream: int, shape: tuple[int, int] | torch.Size) ->
         stream: which weight.
         shape: of the grid of groups.
     """
-    if random.is_cpu and not INTERPRET:
+    if random.is_cpu and not takes_kernels(random.device):
         return _uniform_on_cpu(random, stream, shape)
     return _philox(random, stream, shape)
 
@@ -110,7 +110,7 @@ def exp_minus(logits: Tensor) -> Tensor:
 
 def keeps_draws(logits: Tensor) -> bool:
     """Tell whether to keep what is drawn, as on a CPU, or to draw it anew wherever it is read."""
-    return logits.is_cpu and not INTERPRET
+    return logits.is_cpu and not takes_kernels(logits.device)
 
 
 def draw(logits: Tensor, random: Tensor, stream: int, out: Tensor | None = None) -> Tensor:

@@ -25,9 +25,18 @@ else:
     # decided when a kernel is decorated, so it cannot change after import
     INTERPRET: bool = triton.knobs.runtime.interpret
 
+# whether kernels take a CPU's tensors, as the interpreter's do; tests that launch them against a
+# stub of the driver say so too
+ON_CPU = INTERPRET
+
 TILE_ELEMENTS = 2**17  # no tile has more
 
 Backend = Literal["auto", "triton", "torch"]
+
+
+def takes_kernels(device: torch.device) -> bool:
+    """Tell whether kernels run on a device's tensors: a GPU's, and where ``ON_CPU`` any."""
+    return device.type == "cuda" or ON_CPU
 
 
 def use_triton(operation: str, backend: Backend, tensor: Tensor) -> bool:
@@ -43,7 +52,7 @@ def use_triton(operation: str, backend: Backend, tensor: Tensor) -> bool:
         ValueError: ``backend`` is none of the three.
         RuntimeError: ``"triton"`` is asked for where it cannot run.
     """
-    available = HAS_TRITON and (tensor.is_cuda or INTERPRET)
+    available = HAS_TRITON and takes_kernels(tensor.device)
     match backend:
         case "auto":
             return available

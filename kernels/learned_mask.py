@@ -30,7 +30,7 @@ from torch import Tensor
 from .bits import WORDS, expand_mask, word_mask
 from .draw import LANES, draw, exp_minus, gradients, in_runs, keeps_draws, select_drawn, uniform
 from .grid import block_counts, ceil_div, expand_blocks, pad_to_blocks
-from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
+from .launch import Backend, index_type, on_device, takes_kernels, tl, triton, use_triton
 from .masked_weight import apply_mask
 from .pattern import Block, Pattern, Unstructured, grid_shape
 
@@ -725,7 +725,7 @@ def _check(
         if backend == "triton":
             raise ValueError(f"{operation}: weight must not be float64 with backend='triton'")
         return False
-    return on_triton or not (weight.is_cuda or INTERPRET)
+    return on_triton or not takes_kernels(weight.device)
 
 
 class _KeptGroups(torch.autograd.Function):

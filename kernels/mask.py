@@ -32,7 +32,7 @@ from .bits import (
     word_mask,
 )
 from .grid import ceil_div, pad_to_blocks
-from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
+from .launch import Backend, index_type, on_device, takes_kernels, tl, triton, use_triton
 from .pattern import NM, Pattern, Unstructured
 from .semi_structured import nm_complete
 from .table import find_tensor
@@ -366,10 +366,19 @@ def _make_new(
     return out
 
 
-_out_op = torch.library.custom_op(
-    "triton_sparsity::make_mask_out", _launch, mutates_args=("out",), device_types="cuda"
-)
-_out_op.register_kernel("cpu")(_launch if INTERPRET else make_mask_reference)
+def _write(
+    tensors: Sequence[Tensor],
+    value: Tensor,
+    keep_ties: Tensor,
+    scales: Tensor | None,
+    packed: bool,
+    out: Sequence[Tensor],
+) -> None:
+    write = _launch if takes_kernels(value.device) else make_mask_reference
+    write(tensors, value, keep_ties, scales, packed, out)
+
+
+_out_op = torch.library.custom_op("triton_sparsity::make_mask_out", _write, mutates_args=("out",))
 _op = torch.library.custom_op("triton_sparsity::make_mask", _make_new, mutates_args=())
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .bits import WORDS, chunk_of, expand_mask, packed_shape, word_mask
 from .grid import ceil_div
-from .launch import INTERPRET, Backend, index_type, on_device, tl, triton, use_triton
+from .launch import Backend, index_type, on_device, takes_kernels, tl, triton, use_triton
 from .pattern import Block, Pattern, Unstructured, grid_shape
 from .pruned import launch_pruned
 from .topology import runs
@@ -323,7 +323,7 @@ def _takes_operator(
                 f"{operation}: mask must be compact with backend='triton', got {mask.dtype} words"
             )
         return True
-    return triton_possible or not (weight.is_cuda or INTERPRET)
+    return triton_possible or not takes_kernels(weight.device)
 
 
 def _pairs(

@@ -38,6 +38,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from ...kernels.launch import takes_kernels
 from .linear import note_adapter
 from .optimizers import keeps_zeros, moments, parameters_of
 from .weight import SparseWeight, clear_, drop_foreign, leaks, take_values
@@ -206,7 +207,7 @@ class Guard:
         """
         others = len(parameter._post_accumulate_grad_hooks or ()) > 1
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return parameter.is_cuda and not others and not ranks
+        return takes_kernels(parameter.device) and not others and not ranks
 
     def _clear_pending(self, backward: int) -> None:
         pending = self._pending.pop(backward, [])
