@@ -26,10 +26,10 @@ from ..kernels.launch import Backend, use_triton
 from ..kernels.mask import make_mask
 from ..kernels.pattern import Block, Pattern, Unstructured, grid_shape
 from ..kernels.select import select
-from .measure.ceilings import Ceilings
 from .measure.charts import pareto
-from .measure.counts import PRODUCTS, intensity, product_bytes, product_flops, tile_of
+from .measure.counts import PRODUCTS
 from .measure.files import write_atomic
+from .measure.model import H200, ModelledDevice, dense_time, sparse_time
 from .measure.operands import Operands
 from .measure.operations import operand_cases
 from .measure.progress import Advance
@@ -41,9 +41,7 @@ from .measure.timing import measure
 
 NEAR_BEST = 0.8
 CANDIDATES = tuple(f"block:{side}" for side in (16, 32, 64, 128, 256))
-# an H200's, as kernels/block_sparse_linear.py estimates them: for machines without a GPU
-MODELLED = Ceilings(copy=4.3e12, cache=7e12, gemm={"bfloat16": 790e12})
-MODELLED_BASIS = "modelled for an H200 from estimated ceilings"
+MODELLED_BASIS = f"modelled for an {H200.name}, not measured"  # for machines without a GPU
 
 
 def recommend(
@@ -112,7 +110,7 @@ def recommend(
             speedup = (
                 _measured(shapes, pattern, level, place, kind, budget or 0.05)
                 if measured
-                else modelled_speedup(shapes, pattern, level, MODELLED)
+                else modelled_speedup(shapes, pattern, level, H200)
             )
         rows.append(
             {
@@ -180,26 +178,14 @@ def _block_sizes(weight: Tensor, pattern: Pattern) -> Tensor:
 
 
 def modelled_speedup(
-    shapes: Counter[Shape], block: Block, level: float, ceilings: Ceilings
+    shapes: Counter[Shape], block: Block, level: float, device: ModelledDevice
 ) -> float:
-    """Return what the ceilings allow: the slowest of memory, L2 and arithmetic sets the time."""
+    """Return dense over sparse time of all weights' products, as the model of the device says."""
     dense = sparse = 0.0
-    (gemm,) = ceilings.gemm.values()
-    size, device = torch.bfloat16.itemsize, torch.device("cpu")
     for shape, count in shapes.items():
-        full = shape.inputs * shape.outputs
-        kept = round((1 - level) * full)
         for name in PRODUCTS:
-            usual = max(
-                product_flops(shape.tokens, full) / gemm,
-                product_bytes(name, shape, full, size) / ceilings.copy,
-            )
-            tile = tile_of(name, shape.weight, block, torch.bfloat16, device)
-            rate = min(gemm, ceilings.cache * intensity(name, tile, size))
-            skipping = max(
-                product_flops(shape.tokens, kept) / rate,
-                product_bytes(name, shape, kept, size) / ceilings.copy,
-            )
+            usual = dense_time(name, shape, device)
+            skipping = sparse_time(name, shape, block, level, device).time
             dense += count * usual
             sparse += count * min(skipping, usual)
     return dense / sparse

@@ -162,6 +162,40 @@ def speedups(record: Mapping[str, Any]) -> bytes:
     return _png(figure)
 
 
+def modelled(
+    device: str,
+    levels: Sequence[float],
+    efficiencies: Mapping[str, Mapping[int, Sequence[float]]],
+    targets: Mapping[str, Mapping[int, float]],
+) -> bytes:
+    """Draw modelled efficiency over sparsity, a panel a product, beside the targets.
+
+    Args:
+        device: its name.
+        levels: fractions pruned.
+        efficiencies: by product and side of a block, one a level.
+        targets: by product and side, of 80 % and more.
+    """
+    figure = _figure(figsize=(12, 4.6))
+    panels = figure.subplots(1, len(efficiencies), sharey=True)
+    percent = [100 * level for level in levels]
+    for axes, (operation, blocks) in zip(panels, efficiencies.items(), strict=True):
+        for i, (side, values) in enumerate(blocks.items()):
+            axes.plot(percent, values, "o-", color=f"C{i}", label=f"blocks of {side}")
+            axes.hlines(
+                targets[operation][side], 80, percent[-1], color=f"C{i}", linestyle="--", alpha=0.7
+            )
+        axes.set_title(operation)
+        axes.set_xlabel("sparsity, %")
+        axes.set_ylim(0, 1)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("efficiency against the dense product")
+    panels[0].plot([], [], "--", color="0.4", label="target")
+    panels[0].legend(loc="upper left", fontsize=8)
+    figure.suptitle(f"Modelled, not measured: {device}")
+    return _png(figure)
+
+
 def pareto(record: Mapping[str, Any]) -> bytes:
     """Draw the speed-up of each candidate block against the magnitude that survives.
 

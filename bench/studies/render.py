@@ -55,7 +55,8 @@ def _made(record: Mapping[str, Any]) -> str:
     )
 
 
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table; a heading that ends in a colon is of words, and stands on the left."""
     rule = ["---" if heading.endswith(":") else "---:" for heading in headings]
     lines = [[h.rstrip(":") for h in headings], rule, *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -84,7 +85,7 @@ def _compare(record: Mapping[str, Any]) -> list[str]:
             speedup = faster_within(*speedup_over(row, other))
         rows.append((work, row["subject"], seconds(row["median_s"]), speedup))
     headings = ("work:", "subject:", "median", "speed-up over the work's baseline (p20 to p80)")
-    parts = [f"Ours and others' in turn. {_made(record)}", _markdown(headings, rows)]
+    parts = [f"Ours and others' in turn. {_made(record)}", markdown(headings, rows)]
     if skipped:
         left_out = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         parts.append(f"Left out: {left_out}.")
@@ -151,7 +152,7 @@ def _profile(record: Mapping[str, Any], folder: str) -> list[str]:
         f"Each operation at {100 * level:g} % sparsity, against ceilings measured in the same "
         f"run: copy {ceilings['copy'] / 1e9:,.0f} GB/s, GEMM {gemm / 1e12:.3g} TFLOP/s. "
         f"{_made(record)}",
-        _markdown(headings, rows),
+        markdown(headings, rows),
         f"All levels: [{folder}/profile.csv]({folder}/profile.csv), "
         f"[roofline]({folder}/roofline.png), [speed-up over sparsity]({folder}/speedup.png)."
         + (f" {failed} results failed their check." if failed else ""),
@@ -171,7 +172,7 @@ def _gpu(record: Mapping[str, Any], folder: str) -> list[str]:
     lines = "\n".join(f"- {line}" for line in record["lines"])
     return [
         f"Block-sparse products. {_made(record)}",
-        _markdown(headings, rows),
+        markdown(headings, rows),
         lines,
         f"All of it: [{folder}/gpu.csv]({folder}/gpu.csv), "
         f"[roofline]({folder}/gpu-roofline.png), [speed-up]({folder}/gpu-speedup.png).",
@@ -199,7 +200,7 @@ def _algorithms(record: Mapping[str, Any]) -> list[str]:
     return [
         f"{record['task']}, {record['metric']} of the stripped models ({better} is better), equal "
         f"steps. {_made(record)}",
-        _markdown(headings, rows),
+        markdown(headings, rows),
         lines,
     ]
 

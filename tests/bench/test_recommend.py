@@ -8,7 +8,7 @@ import torch
 from triton_sparsity.bench import recommend as job
 from triton_sparsity.bench.cli import main
 from triton_sparsity.bench.measure import operations
-from triton_sparsity.bench.measure.ceilings import Ceilings
+from triton_sparsity.bench.measure.model import H200
 from triton_sparsity.bench.measure.shapes import Shape
 from triton_sparsity.bench.measure.timing import Timing
 from triton_sparsity.bench.recommend import choose, magnitude_kept, modelled_speedup
@@ -61,15 +61,13 @@ def test_no_pattern_keeps_more_than_single_weights(model):
     assert magnitude_kept(weights, Block(1, 1), 0.7, "torch") == pytest.approx(bound, rel=1e-5)
 
 
-def test_the_model_of_a_speedup():
+def test_a_modelled_speedup_is_that_of_the_products_and_nothing_is_slower_than_dense():
     shapes = Counter({Shape(8192, 4096, 4096): 2})
-    free = Ceilings(copy=1e30, cache=1e30, gemm={"bfloat16": 1e12})
-    # only arithmetic counts
-    assert modelled_speedup(shapes, Block(128, 128), 0.8, free) == pytest.approx(5)
-    # a slow memory makes everything equal, and nothing is slower than dense
-    slow = Ceilings(copy=1.0, cache=1e30, gemm={"bfloat16": 1e30})
+    assert 2 < modelled_speedup(shapes, Block(128, 128), 0.8, H200) < 5
+    # a slow memory makes everything equal
+    slow = H200._replace(copy=1e6)
     assert 1 < modelled_speedup(shapes, Block(128, 128), 0.8, slow) < 1.2
-    narrow = Ceilings(copy=1e30, cache=1.0, gemm={"bfloat16": 1e12})
+    narrow = H200._replace(cache=1e6)
     assert modelled_speedup(shapes, Block(16, 16), 0.8, narrow) == 1
 
 
@@ -91,7 +89,7 @@ def test_a_recommendation_is_a_table_a_picture_and_one_line(model, tmp_path, cap
     output = tmp_path / "out"
     assert run("autotune", "--recommend", model, "--device=cpu", "-o", output) == 0
     text = capsys.readouterr().out
-    assert "modelled for an H200 from estimated ceilings" in text
+    assert "modelled for an H200, not measured" in text
     record = json.loads((output / "recommend.json").read_text())
     assert text.splitlines()[-2] == record["sentence"]
     assert [row["pattern"] for row in record["rows"]] == [
