@@ -21,7 +21,7 @@ from .table import device_table, find_tensor
 BYTES = 8192  # of a mask that a program counts
 
 
-def count_kept_reference(
+def kept_counts_reference(
     masks: Sequence[Tensor], rows: int, cols: int, heights: Sequence[int], widths: Sequence[int]
 ) -> Tensor:
     """Define the semantics: plain PyTorch, any device."""
@@ -112,9 +112,9 @@ def _launch(
 
 
 _op = torch.library.custom_op(
-    "triton_sparsity::count_kept", _launch, mutates_args=(), device_types="cuda"
+    "triton_sparsity::kept_counts", _launch, mutates_args=(), device_types="cuda"
 )
-_op.register_kernel("cpu")(_launch if INTERPRET else count_kept_reference)
+_op.register_kernel("cpu")(_launch if INTERPRET else kept_counts_reference)
 
 
 @_op.register_fake
@@ -122,7 +122,7 @@ def _(masks, rows, cols, heights, widths) -> Tensor:
     return masks[0].new_empty((len(masks), 2), dtype=torch.int64)
 
 
-def count_kept(
+def kept_counts(
     masks: Sequence[Tensor],
     pattern: Pattern,
     shapes: Sequence[tuple[int, int]],
@@ -150,10 +150,10 @@ def count_kept(
     for mask in masks:
         if mask.dtype != dtype or mask.device != masks[0].device or not mask.is_contiguous():
             raise ValueError(
-                f"count_kept: masks must be contiguous {dtype} on {masks[0].device} for "
+                f"kept_counts: masks must be contiguous {dtype} on {masks[0].device} for "
                 f"{pattern}, got {mask.dtype} on {mask.device} with strides {mask.stride()}"
             )
-    use_triton("count_kept", backend, masks[0])
+    use_triton("kept_counts", backend, masks[0])
     heights, widths = (list(sides) for sides in zip(*shapes, strict=True))
-    run = count_kept_reference if backend == "torch" else _op
+    run = kept_counts_reference if backend == "torch" else _op
     return run(list(masks), pattern.rows, pattern.cols, heights, widths)

@@ -14,6 +14,7 @@ from .launch import Backend
 from .mask import make_mask
 from .pattern import NM, Pattern, Unstructured
 from .select import Threshold, select
+from .select_each import select_each
 from .semi_structured import nm_mask, nm_score
 
 
@@ -25,8 +26,9 @@ class Cut(NamedTuple):
         elements: what was given; under N:M scores of elements.
         scores: those of the groups, or of the tuples.
         scales: a factor of each tensor's, or None.
-        threshold: None where every tuple is pruned, and ``whole`` masks are found.
-        nonfinite: how many scores are NaN or Inf, on the device.
+        threshold: of all, or one a tensor; None where every tuple is pruned, and ``whole`` masks
+            are found.
+        nonfinite: 0-d, how many scores are NaN or Inf, on the device.
         whole: these masks.
         backend: what runs.
     """
@@ -40,7 +42,7 @@ class Cut(NamedTuple):
     whole: list[Tensor]
     backend: Backend
 
-    def kept(self, out: list[Tensor] | None = None) -> list[Tensor]:
+    def kept(self) -> list[Tensor]:
         """Return which of the scores' groups are kept: packed if unstructured, else bool."""
         assert self.threshold is not None
         return make_mask(
@@ -48,34 +50,46 @@ class Cut(NamedTuple):
             self.threshold,
             scales=self.scales,
             packed=isinstance(self.pattern, Unstructured),
-            out=out,
             backend=self.backend,
         )
 
-    def write(self, out: list[Tensor]) -> None:
-        """Write the masks, compact, in place."""
+    def masks(self) -> list[Tensor]:
+        """Return new masks, compact."""
         if self.threshold is None:
-            for mask, found in zip(out, self.whole, strict=True):
-                mask.copy_(found)
-        elif isinstance(self.pattern, NM):
-            for elements, whole, mask in zip(self.elements, self.kept(), out, strict=True):
-                nm_mask(elements, self.pattern, whole=whole, out=mask, backend=self.backend)
-        else:
-            self.kept(out)
+            return self.whole
+        if not isinstance(self.pattern, NM):
+            return self.kept()
+        pairs = zip(self.elements, self.kept(), strict=True)
+        return [nm_mask(t, self.pattern, whole=w, backend=self.backend).mask for t, w in pairs]
+
+    def values(self) -> list[Tensor | None]:
+        """Return the threshold of each tensor, 0-d."""
+        if self.threshold is None:
+            return [None] * len(self.elements)
+        return [*self.threshold.value.expand(len(self.elements)).unbind()]
 
 
 def find_cut(
-    tensors: list[Tensor], k: int, pattern: Pattern, scales: Tensor | None, backend: Backend
+    tensors: list[Tensor],
+    k: int | list[int],
+    pattern: Pattern,
+    scales: Tensor | None,
+    backend: Backend,
 ) -> Cut:
     """Find where the ``k`` lowest groups of a pool end; at least 1.
 
     Args:
         tensors: scores of groups, or under N:M of elements.
-        k: how many groups are pruned, or tuples.
+        k: how many groups are pruned, or tuples; a list, where each tensor is a pool by itself,
+            which no tensor under N:M is.
         pattern: of all tensors.
         scales: float32 ``(len(tensors),)``, a factor of each tensor's scores; None: 1.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
     """
+    if isinstance(k, list):
+        each = select_each(tensors, k, scales=scales, backend=backend)
+        nonfinite = each.nonfinite.sum()
+        return Cut(pattern, tensors, tensors, scales, each, nonfinite, [], backend)
     scores = tensors
     if isinstance(pattern, NM):
         rows, cols = pattern.group

@@ -53,6 +53,8 @@ class GroupMask:
         self.mask = self._compact(torch.ones(self.grid, dtype=torch.bool, device=device))
         # number of kept groups, known on the host: what has nothing pruned needs no care
         self.kept = self.groups
+        # of the matrix; None until somebody asks
+        self._kept_elements: int | None = math.prod(shape)
         self.changes = 0
         self._dtype = dtype
         self._words: Tensor | None = None
@@ -81,9 +83,13 @@ class GroupMask:
         return self.groups - self.kept
 
     def pruned_elements(self) -> int:
-        """Count the pruned elements. Synchronises with the device."""
+        """Return how many elements are pruned. May wait for the device, once a mask."""
         pruned = self.pruned_groups()
-        return pruned if self.packed or self.all_kept else self.elements_of(~self.mask)
+        if self.packed:
+            return pruned
+        if self._kept_elements is None:
+            self._kept_elements = self.elements_of(self.mask)
+        return math.prod(self.shape) - self._kept_elements
 
     def elements_of(self, blocks: Tensor) -> int:
         """Count the elements in the blocks that are True: those at the edges have fewer."""
@@ -124,16 +130,17 @@ class GroupMask:
         """Take over a bool grid, in place. The matrix is the caller's to bring in line."""
         self.set_(self._compact(grid), int(grid.sum()))
 
-    def set_(self, mask: Tensor | None, kept: int) -> None:
+    def set_(self, mask: Tensor | None, kept: int, kept_elements: int | None = None) -> None:
         """Take over a compact mask, in place. The matrix is the caller's to bring in line.
 
         Args:
             mask: as ``self.mask``; None where ``self.mask`` itself has just been written.
             kept: number of kept groups.
+            kept_elements: number of the matrix's elements in them, if known.
         """
         if mask is not None:
             self.mask.copy_(mask)
-        self.kept = kept
+        self.kept, self._kept_elements = kept, kept_elements
         self.changes += 1
         if self._words is not None:
             word_mask(self.mask, self.pattern, self.shape, self._dtype, out=self._words)

@@ -6,6 +6,7 @@ files import ``triton`` and ``tl`` from here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -81,6 +82,25 @@ def index_type(*tensors: Tensor) -> Any:
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make ``tensor``'s GPU current: Triton launches there, and it need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
+    """Copy a tensor to the host behind the device's work; return what gives ``tensor.tolist()``.
+
+    Called once the device was waited for anyway, that waits no more.
+    """
+    if not tensor.is_cuda:
+        return tensor.tolist
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def read() -> list[Any]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
 
 
 def autocast(*tensors: Tensor | None) -> list[Any]:

@@ -28,16 +28,9 @@ from ..masks.state import masks_state, read_masks, with_names_of
 from ..masks.statistics import SparsifiedModelStatistics, SparsityStatistics, Statistics, summarise
 from ..masks.strip import strip_masks
 from ..masks.targets import find_targets
-from ..masks.weight import SparseModuleInfo, SparseWeight, Target, dense_weights
+from ..masks.weight import SparseModuleInfo, SparseWeight, Target, dense_weights, set_masks
 from ..selection.scorer import Scorer
-from ..selection.thresholds import (
-    Scores,
-    apply_prunings,
-    check_finite,
-    check_reachable,
-    find_prunings,
-    pools,
-)
+from ..selection.thresholds import Scores, check_reachable, find_masks, find_prunings, pools
 from .batchnorm import adapt_batchnorm
 from .loss import CompressionLoss, ZeroCompressionLoss
 from .scheduler import CompressionScheduler, SparsityScheduler, StubScheduler
@@ -291,18 +284,18 @@ class BaseSparsityAlgoController:
     def _find_masks(self, weights: list[Any], level: float) -> Change:
         """Find a level's masks, or refuse; return what writes them."""
         # a weight that is set by itself is asked for outright
-        limits, prunings = len(weights) > 1, []
-        for members in pools(weights, self._pool):
-            prunings += find_prunings(members, level, self.group_scores, limits=limits)
-        check_finite(prunings)
+        found = pools(weights, self._pool)
+        prunings = find_prunings(found, level, self.group_scores, limits=len(weights) > 1)
+        masks = find_masks(prunings)
 
         def write() -> None:
-            apply_prunings(prunings)
+            set_masks(*masks)
             for members, cut in prunings:
-                for weight in members:
+                values = [None] * len(members) if cut is None else cut.values()
+                for weight, value in zip(members, values, strict=True):
                     self._thresholds.pop(weight.name, None)
-                    if cut is not None and cut.threshold is not None:
-                        self._thresholds[weight.name] = cut.threshold.value
+                    if value is not None:
+                        self._thresholds[weight.name] = value
 
         return write
 

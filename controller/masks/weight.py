@@ -26,12 +26,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn import functional
 
+from ...kernels.copy import copy_all_
 from ...kernels.dispatch import Dispatch
 from ...kernels.group_mask import GroupMask
 from ...kernels.launch import Backend
 from ...kernels.masked_weight import apply_mask_, count_leaks
 from ...kernels.pattern import Block, Pattern
-from ...kernels.product import BlockProduct, has_blocks_to_skip
+from ...kernels.product import BlockProduct, has_blocks_to_skip, update_products
 from ...kernels.retained import put_back_, take_pruned
 
 
@@ -211,23 +212,22 @@ class SparseWeight(GroupMask):
         with dense_weights([self]):
             self.set_grid(grid)
 
-    def set_(self, mask: Tensor | None, kept: int) -> None:
-        super().set_(mask, kept)
-        if self.product is not None:
-            self.product.update(self.mask, kept)
-        elif self.skips_blocks:
-            self.serve_product()
+    def set_(self, mask: Tensor | None, kept: int, kept_elements: int | None = None) -> None:
+        super().set_(mask, kept, kept_elements)
+        _serve([self])
 
     # the product of a linear
 
     def serve_product(self) -> None:
         """Prepare ``linear`` to skip pruned blocks, if the pattern has blocks to skip."""
-        self.product = None
+        self.product, self.skips_blocks = None, True
+        _serve([self])
+
+    def _make_product(self) -> None:
         if has_blocks_to_skip(self.pattern, self.weight, self.dispatch):
             assert isinstance(self.pattern, Block)
-            sizes = self.pattern, self.shape, self._dtype
             choice: Any = {"backend": self.backend, "dispatch": self.dispatch}
-            self.product = BlockProduct(self.mask, self.kept, *sizes, **choice)
+            self.product = BlockProduct(self.pattern, self.shape, self._dtype, **choice)
 
     @property
     def path(self) -> str:
@@ -417,6 +417,28 @@ def _shard(weight: SparseWeight, tensor: DTensor) -> tuple[Tensor, Tensor]:
     )
     part = tuple(slice(at, at + n) for at, n in zip(offsets, local.shape, strict=True))
     return local, ~weight.binary_mask[part].to(local.device)
+
+
+def set_masks(
+    weights: Sequence[SparseWeight], masks: Sequence[Tensor], counts: Sequence[Sequence[int]]
+) -> None:
+    """Take over compact masks, in place, with how many groups and elements each keeps. The
+    parameters are the caller's to bring in line. On a GPU three launches for all of one pattern.
+    """
+    copy_all_([weight.mask for weight in weights], masks, backend=weights[0].backend)
+    for weight, (kept, kept_elements) in zip(weights, counts, strict=True):
+        GroupMask.set_(weight, None, kept, kept_elements)
+    _serve(weights)
+
+
+def _serve(weights: Sequence[SparseWeight]) -> None:
+    """Bring the lists of blocks in line with the masks, where modules skip them."""
+    for weight in weights:
+        if weight.skips_blocks and weight.product is None:
+            weight._make_product()
+    serving = [(p, weight.mask, weight.kept) for weight in weights if (p := weight.product)]
+    if serving:
+        update_products(*zip(*serving, strict=True))
 
 
 _Pairs = list[tuple[SparseWeight, Tensor]]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...kernels.bits import count_kept
+from ...kernels.count import kept_counts
 from ...kernels.cut import Cut, find_cut
-from ...kernels.pattern import Pattern, maximum_level
+from ...kernels.pattern import NM, Pattern, maximum_level
 from ..config.algorithm import Pool
 from ..masks.weight import SparseWeight
 from .allocation import allocate, within
@@ -71,12 +72,12 @@ def check_reachable(what: str, level: float, patterns: Sequence[Pattern]) -> Non
 
 
 def find_prunings(
-    weights: list[SparseWeight], level: float, scores: ScoresOf, *, limits: bool
+    pools: Sequence[list[SparseWeight]], level: float, scores: ScoresOf, *, limits: bool
 ) -> list[Pruning]:
-    """Find the thresholds of one pool; several where limits hold some weights apart.
+    """Find the thresholds of pools; several of one where limits hold some weights apart.
 
     Args:
-        weights: the weights, of one pattern.
+        pools: the weights, those of each of one pattern.
         level: ``round(level * groups)`` groups are pruned; of N:M tuples that share of what it
             can prune.
         scores: scores every group of the weights given.
@@ -85,22 +86,55 @@ def find_prunings(
 
     Raises:
         ValueError: the level is beyond what the limits allow. Whether scores are finite is for
-            ``check_finite`` to say.
+            ``find_masks`` to say.
+    """
+    found: list[Pruning] = []
+    alone: dict[Pattern, list[tuple[SparseWeight, int]]] = {}
+    for weights in pools:
+        groups = [weight.choices for weight in weights]
+        pattern = weights[0].pattern
+        most = maximum_level(pattern)
+        share = min(level / most, 1.0)
+        total = round(share * sum(groups))
+        targets = [weight.target for weight in weights]
+        held = limits and any(t.minimum_level > 0 or t.maximum_level < 1 for t in targets)
+        minimum, maximum = [0] * len(groups), groups
+        if held:
+            # a schedule passes levels below a weight's minimum on its way up
+            least = [min(target.minimum_level / most, share) for target in targets]
+            minimum = [round(part * n) for part, n in zip(least, groups, strict=True)]
+            greatest = [min(target.maximum_level / most, 1.0) for target in targets]
+            maximum = [round(part * n) for part, n in zip(greatest, groups, strict=True)]
+            minimum = [min(low, high) for low, high in zip(minimum, maximum, strict=True)]
+            total = within(level, "prune", total, minimum, maximum, sum(groups))
+        if len(weights) == 1 and not isinstance(pattern, NM):
+            alone.setdefault(pattern, []).append((weights[0], total))
+        elif len(weights) > 1 and held:
+            found += _allocate(weights, total, minimum, maximum, scores)
+        else:
+            found.append(_prune(weights, total, scores))
+    # all weights that are pools by themselves are searched together
+    for pairs in alone.values():
+        cut = [(weight, count) for weight, count in pairs if count]
+        if cut:
+            members, counts = map(list, zip(*cut, strict=True))
+            found.append(_prune(members, counts, scores))
+        if rest := [weight for weight, count in pairs if not count]:
+            found.append(Pruning(rest, None))
+    return found
+
+
+def _allocate(
+    weights: list[SparseWeight],
+    total: int,
+    minimum: list[int],
+    maximum: list[int],
+    scores: ScoresOf,
+) -> list[Pruning]:
+    """Find the thresholds of a pool whose weights keep within limits. Waits for the device once a
+    round: which weights meet a limit decides what is searched next.
     """
     groups = [weight.choices for weight in weights]
-    most = maximum_level(weights[0].pattern)
-    share = min(level / most, 1.0)
-    total = round(share * sum(groups))
-    targets = [weight.target for weight in weights]
-    if not limits or all(t.minimum_level <= 0 and t.maximum_level >= 1 for t in targets):
-        return [_prune(weights, total, scores)]
-    # a schedule passes levels below a weight's minimum on its way up
-    least = [min(target.minimum_level / most, share) for target in targets]
-    minimum = [round(part * n) for part, n in zip(least, groups, strict=True)]
-    greatest = [min(target.maximum_level / most, 1.0) for target in targets]
-    maximum = [round(part * n) for part, n in zip(greatest, groups, strict=True)]
-    minimum = [min(low, high) for low, high in zip(minimum, maximum, strict=True)]
-    total = within(level, "prune", total, minimum, maximum, sum(groups))
 
     def natural(members: list[int], k: int) -> list[int]:
         pruning = _prune([weights[i] for i in members], k, scores)
@@ -117,6 +151,34 @@ def find_prunings(
     return prunings
 
 
+def find_masks(
+    prunings: Sequence[Pruning],
+) -> tuple[list[SparseWeight], list[Tensor], list[list[int]]]:
+    """Find the masks, compact, and how many groups and elements each keeps: ``set_masks``'s
+    arguments. Refuses scores that hold NaN or Inf, by their weight. Waits for the device once.
+    """
+    alike: dict[Pattern, list[tuple[SparseWeight, Tensor]]] = {}
+    for weights, cut in prunings:
+        if cut is None:
+            masks = [w.mask if w.all_kept else w.full_mask() for w in weights]
+        else:
+            masks = cut.masks()
+        alike.setdefault(weights[0].pattern, []).extend(zip(weights, masks, strict=True))
+    found, counts = [], []
+    for pattern, pairs in alike.items():
+        weights, masks = map(list, zip(*pairs, strict=True))
+        shapes = [weight.shape for weight in weights]
+        counts.append(kept_counts(masks, pattern, shapes, backend=weights[0].backend))
+        found += pairs
+    # what is not finite is found here too, so that the device is waited for once
+    nonfinite = [cut.nonfinite[None] for _, cut in prunings if cut is not None]
+    numbers = torch.cat([*(own.flatten() for own in counts), *nonfinite]).tolist()
+    if any(numbers[2 * len(found) :]):
+        check_finite(prunings)
+    weights, masks = map(list, zip(*found, strict=True))
+    return weights, masks, [numbers[2 * i : 2 * i + 2] for i in range(len(found))]
+
+
 def check_finite(prunings: Sequence[Pruning]) -> None:
     """Refuse scores that hold NaN or Inf, by their weight, in one wait for the device."""
     found = [(pruning.weights, pruning.cut) for pruning in prunings if pruning.cut is not None]
@@ -131,21 +193,7 @@ def check_finite(prunings: Sequence[Pruning]) -> None:
                     )
 
 
-def apply_prunings(prunings: Sequence[Pruning]) -> None:
-    """Write the masks, in place. The parameters are the caller's to bring in line."""
-    for weights, cut in prunings:
-        if cut is not None:
-            cut.write([weight.mask for weight in weights])
-            continue
-        for weight in weights:
-            weight.mask.copy_(weight.full_mask())
-    weights = [weight for pruning in prunings for weight in pruning.weights]
-    counts = count_kept([weight.mask for weight in weights])
-    for weight, kept in zip(weights, counts, strict=True):
-        weight.set_(None, kept)
-
-
-def _prune(weights: list[SparseWeight], pruned: int, scores: ScoresOf) -> Pruning:
+def _prune(weights: list[SparseWeight], pruned: int | list[int], scores: ScoresOf) -> Pruning:
     if not pruned:
         # a criterion need not have its evidence, and no weight is read
         return Pruning(weights, None)

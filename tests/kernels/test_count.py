@@ -4,7 +4,7 @@ import torch
 import aot
 from triton_sparsity.kernels import count as module
 from triton_sparsity.kernels.bits import expand_mask, pack
-from triton_sparsity.kernels.count import count_kept
+from triton_sparsity.kernels.count import kept_counts
 from triton_sparsity.kernels.launch import INTERPRET
 from triton_sparsity.kernels.pattern import NM, Block, Unstructured, grid_shape
 
@@ -30,7 +30,7 @@ def make(pattern, kind):
 def test_groups_and_elements_are_counted(pattern, kind, backend, monkeypatch):
     monkeypatch.setattr(module, "BYTES", 64)
     masks = make(pattern, kind)
-    got = count_kept(masks, pattern, SHAPES, backend=backend)
+    got = kept_counts(masks, pattern, SHAPES, backend=backend)
     assert got.dtype == torch.int64
     for mask, shape, (groups, elements) in zip(masks, SHAPES, got.tolist(), strict=True):
         kept = expand_mask(mask, pattern, shape)
@@ -42,7 +42,7 @@ def test_an_unaligned_mask():
     memory = torch.ones(1 + 9 * 10, dtype=torch.bool, device=DEVICE)
     mask = memory[1:].view(9, 10)
     mask[0, 0] = False
-    got = count_kept([mask], Block(4, 4), [(35, 40)])
+    got = kept_counts([mask], Block(4, 4), [(35, 40)])
     assert got.tolist() == [[89, 35 * 40 - 16]]
 
 
@@ -62,14 +62,14 @@ def test_bad_masks_are_named():
         (mask.to("meta"), Block(2, 2)),
     ):
         good = mask.to(torch.uint8) if isinstance(pattern, Unstructured) else mask
-        with pytest.raises(ValueError, match=r"^count_kept: masks must be .*got"):
-            count_kept([good, bad], pattern, [(8, 8), (8, 8)])
+        with pytest.raises(ValueError, match=r"^kept_counts: masks must be .*got"):
+            kept_counts([good, bad], pattern, [(8, 8), (8, 8)])
 
 
 @pytest.mark.skipif(TRITON, reason="needs a machine where Triton cannot run")
 def test_triton_is_refused_where_it_cannot_run():
-    with pytest.raises(RuntimeError, match="count_kept: backend='triton'"):
-        count_kept(make(Block(4, 4), "all"), Block(4, 4), SHAPES, backend="triton")
+    with pytest.raises(RuntimeError, match="kept_counts: backend='triton'"):
+        kept_counts(make(Block(4, 4), "all"), Block(4, 4), SHAPES, backend="triton")
 
 
 @pytest.mark.aot

@@ -1,7 +1,6 @@
 import threading
 import tracemalloc
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +10,10 @@ from hypothesis import strategies as st
 
 import aot
 import oracle
-from triton_sparsity.controller.selection.criteria import Importance, scores_by_group
 from triton_sparsity.kernels import select as module
+from triton_sparsity.kernels.block_score import block_scores
 from triton_sparsity.kernels.launch import INTERPRET, tl
+from triton_sparsity.kernels.pattern import Block, Unstructured
 from triton_sparsity.kernels.select import kth_smallest, select, select_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -345,11 +345,11 @@ def test_torchs_defaults_do_not_matter(k, default, backend):
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.device("meta")], ids=str)
 def test_torchs_defaults_do_not_matter_to_scales_of_one(default):
-    weight = SimpleNamespace(packed=True)
-    scale = torch.tensor(1 / 3, device=DEVICE)
-    with other_default(default):
-        _, scales = scores_by_group([weight] * 2, [Importance(scale), Importance(scale, scale)])
-    assert torch.equal(scales, torch.tensor([1, 1 / 3], device=DEVICE))
+    weights = [torch.zeros(4, 4, device=DEVICE), torch.full((3, 3), 1.0, device=DEVICE)]
+    for pattern in (Unstructured(), Block(2, 2)):
+        with other_default(default):
+            _, scales = block_scores(weights, pattern, normed=True)
+        assert torch.equal(scales, torch.tensor([1, 1 / 3], device=DEVICE))
 
 
 def test_parameters_are_read_without_a_graph(backend):
