@@ -140,6 +140,9 @@ class GroupMask:
         """
         if mask is not None:
             self.mask.copy_(mask)
+        rows, cols = self.pattern.rows, self.pattern.cols
+        if kept_elements is None and not (self.shape[0] % rows or self.shape[1] % cols):
+            kept_elements = kept * rows * cols
         self.kept, self._kept_elements = kept, kept_elements
         self.changes += 1
         if self._words is not None:

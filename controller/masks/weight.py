@@ -29,11 +29,11 @@ from torch.nn import functional
 from ...kernels.copy import copy_all_
 from ...kernels.dispatch import Dispatch
 from ...kernels.group_mask import GroupMask
-from ...kernels.launch import Backend
+from ...kernels.launch import Backend, read_later
 from ...kernels.masked_weight import apply_mask_, count_leaks
 from ...kernels.pattern import Block, Pattern
 from ...kernels.product import BlockProduct, has_blocks_to_skip, update_products
-from ...kernels.retained import put_back_, take_pruned
+from ...kernels.retained import put_all_back_, take_all_pruned
 
 
 @dataclass(frozen=True)
@@ -296,12 +296,7 @@ class SparseWeight(GroupMask):
             return
         if not self._is_here(parameter):
             self._move(parameter)
-        self.values, self.values_are_loaded = None, False
-        if not self.all_kept:
-            matrix = self.matrix(parameter)
-            mask, out = self.mask_for(matrix), self._take_spare()
-            self.values = take_pruned(matrix, mask, self.pattern, out=out)
-            self.copy_back(parameter, matrix)
+        _take([(self, parameter)])
         self._as_left = _state_of(parameter)
 
     def _take_spare(self) -> Tensor | None:
@@ -382,16 +377,20 @@ def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
         local, pruned = _shard(weight, tensor)
         local.masked_fill_(pruned, 0)
     for (pattern, backend), members in alike.items():
-        matrices = [weight.matrix(tensor) for weight, tensor in members]
-        masks = [weight.mask_for(tensor) for weight, tensor in members]
+        matrices, masks = _matrices(members)
         apply_mask_(matrices, masks, pattern, backend=backend)
         for (weight, tensor), matrix in zip(members, matrices, strict=True):
             weight.copy_back(tensor, matrix)
 
 
-@torch.no_grad()
 def leaks(weights: Sequence[SparseWeight]) -> list[int]:
     """Count, in each weight, what is not zero though it is pruned. Waits for the device once."""
+    return leaks_later(weights)()
+
+
+@torch.no_grad()
+def leaks_later(weights: Sequence[SparseWeight]) -> Callable[[], list[int]]:
+    """Begin to count ``leaks``, as ``read_later``."""
     pairs = [(weight, weight.weight.detach()) for weight in weights if not weight.all_kept]
     sharded, alike = _part(pairs)
     found: list[Tensor] = []
@@ -400,13 +399,15 @@ def leaks(weights: Sequence[SparseWeight]) -> list[int]:
         local, pruned = _shard(weight, tensor)
         found.append(local[pruned].count_nonzero()[None])
     for (pattern, backend), members in alike.items():
-        matrices = [weight.matrix(tensor) for weight, tensor in members]
-        masks = [weight.mask_for(tensor) for weight, tensor in members]
-        found.append(count_leaks(matrices, masks, pattern, backend=backend))
+        found.append(count_leaks(*_matrices(members), pattern, backend=backend))
         order += [weight for weight, _ in members]
-    counts = torch.cat(found).tolist() if found else []
-    by_weight = dict(zip(order, counts, strict=True))
-    return [by_weight.get(weight, 0) for weight in weights]
+    counts = read_later(torch.cat(found)) if found else list
+
+    def read() -> list[int]:
+        by_weight = dict(zip(order, counts(), strict=True))
+        return [by_weight.get(weight, 0) for weight in weights]
+
+    return read
 
 
 def _shard(weight: SparseWeight, tensor: DTensor) -> tuple[Tensor, Tensor]:
@@ -455,22 +456,38 @@ def _part(
     return [(w, t) for w, t in pairs if isinstance(t, DTensor)], alike
 
 
+def _matrices(members: _Pairs) -> tuple[list[Tensor], list[Tensor]]:
+    """Return tensors as matrices, and the masks in the forms in which they are masked fastest."""
+    masks = [weight.mask_for(tensor) for weight, tensor in members]
+    return [weight.matrix(tensor) for weight, tensor in members], masks
+
+
 def drop_foreign(weights: Sequence[SparseWeight], when: str) -> None:
     """Make zero again what is pruned and was written; a UserWarning says how much, and where."""
-    guarded = [weight for weight in weights if weight.holds_zeros and not weight.all_kept]
-    for weight in guarded:
-        weight.follow()
-    written = {w.name: (w, n) for w, n in zip(guarded, leaks(guarded), strict=True) if n}
-    if written:
-        clear_([w for w, _ in written.values()], [w.weight for w, _ in written.values()])
-        total = sum(count for _, count in written.values())
-        warnings.warn(
-            f"{when}: {total} pruned elements had been written by somebody else and are zero "
-            f"again, in {', '.join(map(repr, written))}",
-            stacklevel=3,
-        )
+    guarded = _guarded(weights)
+    counts = leaks(guarded)
+    written = [weight for weight, count in zip(guarded, counts, strict=True) if count]
+    clear_(written, [weight.weight for weight in written])
+    _warn_of(guarded, counts, when)
     for weight in guarded:
         _settle(weight)
+
+
+def _guarded(weights: Sequence[SparseWeight]) -> list[SparseWeight]:
+    found = [weight for weight in weights if weight.holds_zeros and not weight.all_kept]
+    for weight in found:
+        weight.follow()
+    return found
+
+
+def _warn_of(weights: Sequence[SparseWeight], counts: Sequence[int], when: str) -> None:
+    if any(counts):
+        names = [weight.name for weight, count in zip(weights, counts, strict=True) if count]
+        warnings.warn(
+            f"{when}: {sum(counts)} pruned elements had been written by somebody else and are "
+            f"zero again, in {', '.join(map(repr, names))}",
+            stacklevel=4,
+        )
 
 
 @contextmanager
@@ -484,26 +501,50 @@ def dense_weights(weights: Sequence[SparseWeight], *, keep: bool | None = None) 
                 f"set_sparsity_level: the weight of {weight.name!r} must not be sharded, got a "
                 "DTensor; masks hold on shards but cannot change there yet: freeze them before"
             )
-    drop_foreign(weights, "set_sparsity_level")
+    # what others wrote is counted, and read when the device was waited for anyway
+    guarded = _guarded(weights)
+    counts = leaks_later(guarded)
+    dropped = [weight for weight in guarded if weight.values is None]  # what is put back covers
+    clear_(dropped, [weight.weight for weight in dropped])
     restore_(weights)
     try:
         yield
     finally:
         take_values(weights, keep=keep)
+        _warn_of(guarded, counts(), "set_sparsity_level")
 
 
 @torch.no_grad()
 def restore_(weights: Sequence[SparseWeight]) -> None:
     """Put pruned values back, where they are kept, in place."""
+    holding = [weight for weight in weights if weight.values is not None]
     # those of fine patterns are put back by OR, which a negative zero would spoil
-    fine = [weight for weight in weights if weight.values is not None and weight.packed]
+    fine = [weight for weight in holding if weight.packed]
     clear_(fine, [weight.weight for weight in fine])
-    for weight in weights:
-        if weight.values is not None:
-            matrix = weight.matrix(weight.weight)
-            put_back_(matrix, weight.values, weight.mask_for(matrix), weight.pattern)
-            weight.copy_back(weight.weight, matrix)
+    _, alike = _part([(weight, weight.weight) for weight in holding])
+    for (pattern, backend), members in alike.items():
+        matrices, masks = _matrices(members)
+        values: list[Any] = [weight.values for weight, _ in members]
+        put_all_back_(matrices, values, masks, pattern, backend=backend)
+        for (weight, tensor), matrix in zip(members, matrices, strict=True):
+            weight.copy_back(tensor, matrix)
             weight._spare, weight.values = weight.values, None
+
+
+def _take(pairs: _Pairs) -> None:
+    """Take pruned values out of parameters, which their masks fit, and keep them."""
+    for weight, _ in pairs:
+        weight.values, weight.values_are_loaded = None, False
+    _, alike = _part([(weight, parameter) for weight, parameter in pairs if not weight.all_kept])
+    for (pattern, backend), members in alike.items():
+        matrices, masks = _matrices(members)
+        pruned = [weight.pruned_elements() for weight, _ in members]
+        out = [weight._take_spare() for weight, _ in members]
+        options: Any = {"pruned": pruned, "out": out, "backend": backend}
+        values = take_all_pruned(matrices, masks, pattern, **options)
+        for (weight, tensor), matrix, own in zip(members, matrices, values, strict=True):
+            weight.copy_back(tensor, matrix)
+            weight.values = own
 
 
 @torch.no_grad()
@@ -511,14 +552,15 @@ def take_values(weights: Sequence[SparseWeight], *, keep: bool | None = None) ->
     """Make dense parameters zero where their masks prune. What was there is kept if ``keep``, or,
     with None, where the weight itself ``keeps_values``.
     """
-    cleared = []
+    taken, cleared = [], []
     for weight in weights:
         parameter = weight.follow()
-        if weight.keeps_values if keep is None else keep:
-            weight.take_from(parameter)
-        else:
+        if not (weight.keeps_values if keep is None else keep):
             weight.values = weight._spare = None
             cleared += [weight] if weight.holds_zeros else []
+        elif weight.holds_zeros:
+            taken.append((weight, parameter))
+    _take(taken)
     clear_(cleared, [weight.weight for weight in cleared])
     # of a backward pass before the masks changed
     found = [(w, g) for w in weights if w.holds_zeros and (g := w.weight.grad) is not None]
