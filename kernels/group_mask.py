@@ -9,14 +9,19 @@ more, as wide as the matrix, which clears in place at the speed of memory (under
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .bits import expand_mask, pack, unpack, word_mask
+from .copy import copy_all_
+from .count import kept_counts
 from .grid import side_lengths
 from .launch import Backend, use_triton
+from .masked_weight import apply_mask_, count_leaks
 from .pattern import NM, Block, Pattern, grid_shape
+from .retained import put_all_back_, take_all_pruned
 from .semi_structured import nm_fits
 
 
@@ -114,6 +119,8 @@ class GroupMask:
 
     def full_mask(self) -> Tensor:
         """Return a compact mask that keeps everything."""
+        if self.all_kept:
+            return self.mask
         return self._compact(torch.ones(self.grid, dtype=torch.bool, device=self.mask.device))
 
     def fits(self, grid: Tensor) -> bool:
@@ -150,3 +157,105 @@ class GroupMask:
 
     def _compact(self, grid: Tensor) -> Tensor:
         return pack(grid) if self.packed else grid
+
+
+# Several masks at once. On a GPU what is said of launches is of all masks of one pattern.
+
+
+def _alike(owners: Sequence[GroupMask]) -> dict[tuple[Pattern, Backend], list[int]]:
+    """Return the places of those that share launches."""
+    found: dict[tuple[Pattern, Backend], list[int]] = {}
+    for place, owner in enumerate(owners):
+        found.setdefault((owner.pattern, owner.backend), []).append(place)
+    return found
+
+
+def _chosen(
+    owners: Sequence[GroupMask], matrices: Sequence[Tensor], places: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return matrices, and the masks in the forms in which they are masked fastest."""
+    chosen = [matrices[place] for place in places]
+    return chosen, [owners[i].mask_for(matrices[i]) for i in places]
+
+
+def clear_all_(owners: Sequence[GroupMask], matrices: Sequence[Tensor]) -> None:
+    """Set what the masks prune to zero, in place: one launch for each width of element."""
+    for (pattern, backend), places in _alike(owners).items():
+        apply_mask_(*_chosen(owners, matrices, places), pattern, backend=backend)
+
+
+def count_all_leaks(owners: Sequence[GroupMask], matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Count what is pruned and yet not zero: an int64 scalar a matrix, in one launch."""
+    counts: dict[int, Tensor] = {}
+    for (pattern, backend), places in _alike(owners).items():
+        found = count_leaks(*_chosen(owners, matrices, places), pattern, backend=backend)
+        counts |= zip(places, found.unbind(), strict=True)
+    return [counts[place] for place in range(len(owners))]
+
+
+def take_all_(
+    owners: Sequence[GroupMask], matrices: Sequence[Tensor], memory: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Take pruned values out, as ``take_all_pruned``."""
+    values: dict[int, Tensor] = {}
+    for (pattern, backend), places in _alike(owners).items():
+        found = take_all_pruned(
+            *_chosen(owners, matrices, places),
+            pattern,
+            pruned=[owners[place].pruned_elements() for place in places],
+            out=[memory[place] for place in places],
+            backend=backend,
+        )
+        values |= zip(places, found, strict=True)
+    return [values[place] for place in range(len(owners))]
+
+
+def put_back_all_(
+    owners: Sequence[GroupMask], matrices: Sequence[Tensor], values: Sequence[Tensor]
+) -> None:
+    """Put pruned values back, as ``put_all_back_``."""
+    for (pattern, backend), places in _alike(owners).items():
+        chosen, masks = _chosen(owners, matrices, places)
+        own = [values[place] for place in places]
+        put_all_back_(chosen, own, masks, pattern, backend=backend)
+
+
+def read_counts(
+    owners: Sequence[GroupMask], masks: Sequence[Tensor], more: Sequence[Tensor]
+) -> tuple[list[list[int]], list[int]]:
+    """Count what new masks keep; read further numbers with it. Waits for the device once.
+
+    Args:
+        owners: one or more, of any patterns, on one device.
+        masks: a compact mask of each.
+        more: 0-d int64, on that device.
+
+    Returns:
+        How many groups and elements each mask keeps; ``more``'s numbers.
+    """
+    alike = _alike(owners)
+    found = [number[None] for number in more]
+    for (pattern, backend), places in alike.items():
+        shapes = [owners[place].shape for place in places]
+        own = [masks[place] for place in places]
+        found.append(kept_counts(own, pattern, shapes, backend=backend).flatten())
+    numbers = torch.cat(found).tolist()
+    first, counts = len(more), [[0, 0]] * len(owners)
+    for place in (place for places in alike.values() for place in places):
+        counts[place] = numbers[first : first + 2]
+        first += 2
+    return counts, numbers[: len(more)]
+
+
+def set_masks(
+    owners: Sequence[GroupMask], masks: Sequence[Tensor], counts: Sequence[Sequence[int]]
+) -> None:
+    """Take over compact masks, in place; on a GPU in one launch.
+
+    Args:
+        owners, masks: as ``read_counts``'s.
+        counts: how many groups and elements each keeps.
+    """
+    copy_all_([owner.mask for owner in owners], masks, backend=owners[0].backend)
+    for owner, (kept, kept_elements) in zip(owners, counts, strict=True):
+        GroupMask.set_(owner, None, kept, kept_elements)

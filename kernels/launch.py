@@ -65,6 +65,8 @@ def use_triton(operation: str, backend: Backend, tensor: Tensor) -> bool:
 
 def extent(tensor: Tensor) -> int:
     """Return one plus the largest element offset reachable from ``tensor``'s first element."""
+    if tensor.is_contiguous():  # as most are, and a list may have hundreds
+        return tensor.numel()
     if tensor.numel() == 0:
         return 0
     return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.nn import functional
 
 from .block_sparse_linear import MIN_SIDE, block_sparse_linear
 from .dispatch import Dispatch, Paths, as_tensor, choose
+from .group_mask import GroupMask
 from .launch import Backend, use_triton
 from .pattern import Block, Pattern
 from .topology import Topology, block_topologies
@@ -145,6 +147,15 @@ class BlockProduct:
             paths=self._flags[dtype],
             backend=self.backend,
         )
+
+
+def make_product(mask: GroupMask, weight: Tensor, dispatch: Dispatch) -> BlockProduct | None:
+    """Return the product of a weight under a mask, yet without lists; None: there is none."""
+    if not has_blocks_to_skip(mask.pattern, weight, dispatch):
+        return None
+    assert isinstance(mask.pattern, Block)
+    choice: Any = {"backend": mask.backend, "dispatch": dispatch}
+    return BlockProduct(mask.pattern, mask.shape, weight.dtype, **choice)
 
 
 def update_products(

@@ -363,7 +363,11 @@ def block_topologies(
         given, lists = zip(*pairs, strict=True)
         by_rows = [int(bundling(pattern, (m.shape[0], m.shape[1]))[0]) for m in given]
         sizes = (max(BUNDLE_WIDTH // side, 1) for side in (pattern.cols, pattern.rows))
-        _op([*given], by_rows, *sizes, *map(list, zip(*lists, strict=True)))
+        if torch.compiler.is_compiling():
+            _op([*given], by_rows, *sizes, *map(list, zip(*lists, strict=True)))
+        else:  # without the operator's Python, which takes longer than all else, a tensor
+            _launch(given, by_rows, *sizes, *zip(*lists, strict=True))
+            torch.autograd.graph.increment_version([t for topology in lists for t in topology])
     return found
 
 

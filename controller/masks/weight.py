@@ -26,14 +26,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn import functional
 
-from ...kernels.copy import copy_all_
+from ...kernels import group_mask
 from ...kernels.dispatch import Dispatch
 from ...kernels.group_mask import GroupMask
 from ...kernels.launch import Backend, read_later
-from ...kernels.masked_weight import apply_mask_, count_leaks
-from ...kernels.pattern import Block, Pattern
-from ...kernels.product import BlockProduct, has_blocks_to_skip, update_products
-from ...kernels.retained import put_all_back_, take_all_pruned
+from ...kernels.pattern import Pattern
+from ...kernels.product import BlockProduct, make_product, update_products
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,8 @@ class SparseWeight(GroupMask):
     @property
     def weight(self) -> nn.Parameter:
         """The parameter, as its module has it now; see ``Target.weight``."""
-        return self.target.weight
+        found = self.module._parameters.get(self.parameter_name)
+        return self.target.weight if found is None else found
 
     def follow(self) -> nn.Parameter:
         """Return the parameter; the mask follows device and dtype. Refuses as ``check_fits``."""
@@ -222,12 +221,6 @@ class SparseWeight(GroupMask):
         """Prepare ``linear`` to skip pruned blocks, if the pattern has blocks to skip."""
         self.product, self.skips_blocks = None, True
         _serve([self])
-
-    def _make_product(self) -> None:
-        if has_blocks_to_skip(self.pattern, self.weight, self.dispatch):
-            assert isinstance(self.pattern, Block)
-            choice: Any = {"backend": self.backend, "dispatch": self.dispatch}
-            self.product = BlockProduct(self.pattern, self.shape, self._dtype, **choice)
 
     @property
     def path(self) -> str:
@@ -372,15 +365,12 @@ def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
     ``tensors`` has one each, of its shape: the weight, its gradient, an optimiser's state.
     """
     pairs = [(w, t) for w, t in zip(weights, tensors, strict=True) if not w.all_kept]
-    sharded, alike = _part(pairs)
-    for weight, tensor in sharded:
-        local, pruned = _shard(weight, tensor)
-        local.masked_fill_(pruned, 0)
-    for (pattern, backend), members in alike.items():
-        matrices, masks = _matrices(members)
-        apply_mask_(matrices, masks, pattern, backend=backend)
-        for (weight, tensor), matrix in zip(members, matrices, strict=True):
-            weight.copy_back(tensor, matrix)
+    for weight, tensor in pairs:
+        if isinstance(tensor, DTensor):
+            local, pruned = _shard(weight, tensor)
+            local.masked_fill_(pruned, 0)
+    with _matrices(pairs) as (owners, matrices):
+        group_mask.clear_all_(owners, matrices)
 
 
 def leaks(weights: Sequence[SparseWeight]) -> list[int]:
@@ -392,19 +382,17 @@ def leaks(weights: Sequence[SparseWeight]) -> list[int]:
 def leaks_later(weights: Sequence[SparseWeight]) -> Callable[[], list[int]]:
     """Begin to count ``leaks``, as ``read_later``."""
     pairs = [(weight, weight.weight.detach()) for weight in weights if not weight.all_kept]
-    sharded, alike = _part(pairs)
-    found: list[Tensor] = []
-    order = [weight for weight, _ in sharded]
-    for weight, tensor in sharded:
-        local, pruned = _shard(weight, tensor)
-        found.append(local[pruned].count_nonzero()[None])
-    for (pattern, backend), members in alike.items():
-        found.append(count_leaks(*_matrices(members), pattern, backend=backend))
-        order += [weight for weight, _ in members]
-    counts = read_later(torch.cat(found)) if found else list
+    found: dict[SparseWeight, Tensor] = {}
+    for weight, tensor in pairs:
+        if isinstance(tensor, DTensor):
+            local, pruned = _shard(weight, tensor)
+            found[weight] = local[pruned].count_nonzero()
+    owners, matrices = _whole(pairs)
+    found |= zip(owners, group_mask.count_all_leaks(owners, matrices), strict=True)
+    counts = read_later(torch.stack([*found.values()])) if found else list
 
     def read() -> list[int]:
-        by_weight = dict(zip(order, counts(), strict=True))
+        by_weight = dict(zip(found, counts(), strict=True))
         return [by_weight.get(weight, 0) for weight in weights]
 
     return read
@@ -424,11 +412,9 @@ def set_masks(
     weights: Sequence[SparseWeight], masks: Sequence[Tensor], counts: Sequence[Sequence[int]]
 ) -> None:
     """Take over compact masks, in place, with how many groups and elements each keeps. The
-    parameters are the caller's to bring in line. On a GPU three launches for all of one pattern.
+    parameters are the caller's to bring in line.
     """
-    copy_all_([weight.mask for weight in weights], masks, backend=weights[0].backend)
-    for weight, (kept, kept_elements) in zip(weights, counts, strict=True):
-        GroupMask.set_(weight, None, kept, kept_elements)
+    group_mask.set_masks(weights, masks, counts)
     _serve(weights)
 
 
@@ -436,7 +422,7 @@ def _serve(weights: Sequence[SparseWeight]) -> None:
     """Bring the lists of blocks in line with the masks, where modules skip them."""
     for weight in weights:
         if weight.skips_blocks and weight.product is None:
-            weight._make_product()
+            weight.product = make_product(weight, weight.weight, weight.dispatch)
     serving = [(p, weight.mask, weight.kept) for weight in weights if (p := weight.product)]
     if serving:
         update_products(*zip(*serving, strict=True))
@@ -445,21 +431,20 @@ def _serve(weights: Sequence[SparseWeight]) -> None:
 _Pairs = list[tuple[SparseWeight, Tensor]]
 
 
-def _part(
-    pairs: _Pairs,
-) -> tuple[list[tuple[SparseWeight, DTensor]], dict[tuple[Pattern, Backend], _Pairs]]:
-    """Return the sharded ones, and the others by what one launch has in common."""
-    alike: dict[tuple[Pattern, Backend], _Pairs] = {}
-    for weight, tensor in pairs:
-        if not isinstance(tensor, DTensor):
-            alike.setdefault((weight.pattern, weight.backend), []).append((weight, tensor))
-    return [(w, t) for w, t in pairs if isinstance(t, DTensor)], alike
+def _whole(pairs: _Pairs) -> tuple[list[SparseWeight], list[Tensor]]:
+    """Return the tensors that are not sharded as matrices, and their weights."""
+    whole = [(w, w.matrix(t)) for w, t in pairs if not isinstance(t, DTensor)]
+    return [weight for weight, _ in whole], [matrix for _, matrix in whole]
 
 
-def _matrices(members: _Pairs) -> tuple[list[Tensor], list[Tensor]]:
-    """Return tensors as matrices, and the masks in the forms in which they are masked fastest."""
-    masks = [weight.mask_for(tensor) for weight, tensor in members]
-    return [weight.matrix(tensor) for weight, tensor in members], masks
+@contextmanager
+def _matrices(pairs: _Pairs) -> Iterator[tuple[list[SparseWeight], list[Tensor]]]:
+    """Give tensors as matrices to be written, as ``_whole``."""
+    owners, matrices = _whole(pairs)
+    yield owners, matrices
+    tensors = [tensor for _, tensor in pairs if not isinstance(tensor, DTensor)]
+    for weight, tensor, matrix in zip(owners, tensors, matrices, strict=True):
+        weight.copy_back(tensor, matrix)
 
 
 def drop_foreign(weights: Sequence[SparseWeight], when: str) -> None:
@@ -521,30 +506,22 @@ def restore_(weights: Sequence[SparseWeight]) -> None:
     # those of fine patterns are put back by OR, which a negative zero would spoil
     fine = [weight for weight in holding if weight.packed]
     clear_(fine, [weight.weight for weight in fine])
-    _, alike = _part([(weight, weight.weight) for weight in holding])
-    for (pattern, backend), members in alike.items():
-        matrices, masks = _matrices(members)
-        values: list[Any] = [weight.values for weight, _ in members]
-        put_all_back_(matrices, values, masks, pattern, backend=backend)
-        for (weight, tensor), matrix in zip(members, matrices, strict=True):
-            weight.copy_back(tensor, matrix)
-            weight._spare, weight.values = weight.values, None
+    values: list[Any] = [weight.values for weight in holding]
+    with _matrices([(weight, weight.weight) for weight in holding]) as (owners, matrices):
+        group_mask.put_back_all_(owners, matrices, values)
+    for weight in holding:
+        weight._spare, weight.values = weight.values, None
 
 
 def _take(pairs: _Pairs) -> None:
     """Take pruned values out of parameters, which their masks fit, and keep them."""
     for weight, _ in pairs:
         weight.values, weight.values_are_loaded = None, False
-    _, alike = _part([(weight, parameter) for weight, parameter in pairs if not weight.all_kept])
-    for (pattern, backend), members in alike.items():
-        matrices, masks = _matrices(members)
-        pruned = [weight.pruned_elements() for weight, _ in members]
-        out = [weight._take_spare() for weight, _ in members]
-        options: Any = {"pruned": pruned, "out": out, "backend": backend}
-        values = take_all_pruned(matrices, masks, pattern, **options)
-        for (weight, tensor), matrix, own in zip(members, matrices, values, strict=True):
-            weight.copy_back(tensor, matrix)
-            weight.values = own
+    with _matrices([pair for pair in pairs if not pair[0].all_kept]) as (owners, matrices):
+        memory = [weight._take_spare() for weight in owners]
+        values = group_mask.take_all_(owners, matrices, memory)
+    for weight, own in zip(owners, values, strict=True):
+        weight.values = own
 
 
 @torch.no_grad()

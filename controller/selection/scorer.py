@@ -149,10 +149,11 @@ class Scorer:
         return take
 
     def _evidence(self, weight: SparseWeight) -> Evidence:
-        gradient = weight.weight.grad
+        parameter = weight.weight
+        gradient = parameter.grad
         return Evidence(
             name=weight.name,
-            weight=weight.matrix(weight.weight.detach()),
+            weight=weight.matrix(parameter.detach()),
             grid=weight.grid,
             gradient=None if gradient is None else weight.matrix(gradient),
             momentum=self._momenta.get(weight.name),

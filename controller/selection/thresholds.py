@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.bits import count_kept
-from ...kernels.count import kept_counts
 from ...kernels.cut import Cut, find_cut
+from ...kernels.group_mask import read_counts
 from ...kernels.pattern import NM, Pattern, maximum_level
 from ..config.algorithm import Pool
 from ..masks.weight import SparseWeight
@@ -96,16 +96,13 @@ def find_prunings(
         most = maximum_level(pattern)
         share = min(level / most, 1.0)
         total = round(share * sum(groups))
-        targets = [weight.target for weight in weights]
-        held = limits and any(t.minimum_level > 0 or t.maximum_level < 1 for t in targets)
-        minimum, maximum = [0] * len(groups), groups
+        pairs = [(n, weight.target) for n, weight in zip(groups, weights, strict=True)]
+        held = limits and any(t.minimum_level > 0 or t.maximum_level < 1 for _, t in pairs)
+        maximum = [round(min(t.maximum_level / most, 1.0) * n) for n, t in pairs]
+        # a schedule passes levels below a weight's minimum on its way up
+        minimum = [round(min(t.minimum_level / most, share) * n) for n, t in pairs]
+        minimum = [*map(min, minimum, maximum)]
         if held:
-            # a schedule passes levels below a weight's minimum on its way up
-            least = [min(target.minimum_level / most, share) for target in targets]
-            minimum = [round(part * n) for part, n in zip(least, groups, strict=True)]
-            greatest = [min(target.maximum_level / most, 1.0) for target in targets]
-            maximum = [round(part * n) for part, n in zip(greatest, groups, strict=True)]
-            minimum = [min(low, high) for low, high in zip(minimum, maximum, strict=True)]
             total = within(level, "prune", total, minimum, maximum, sum(groups))
         if len(weights) == 1 and not isinstance(pattern, NM):
             alone.setdefault(pattern, []).append((weights[0], total))
@@ -113,27 +110,18 @@ def find_prunings(
             found += _allocate(weights, total, minimum, maximum, scores)
         else:
             found.append(_prune(weights, total, scores))
-    # all weights that are pools by themselves are searched together
+    # weights that are pools by themselves are searched together
     for pairs in alone.values():
-        cut = [(weight, count) for weight, count in pairs if count]
-        if cut:
-            members, counts = map(list, zip(*cut, strict=True))
-            found.append(_prune(members, counts, scores))
-        if rest := [weight for weight, count in pairs if not count]:
-            found.append(Pruning(rest, None))
+        for kind in {bool(count) for _, count in pairs}:
+            members, counts = zip(*(p for p in pairs if bool(p[1]) == kind), strict=True)
+            found.append(_prune([*members], [*counts] if kind else 0, scores))
     return found
 
 
 def _allocate(
-    weights: list[SparseWeight],
-    total: int,
-    minimum: list[int],
-    maximum: list[int],
-    scores: ScoresOf,
+    weights: list[SparseWeight], total: int, least: list[int], most: list[int], scores: ScoresOf
 ) -> list[Pruning]:
-    """Find the thresholds of a pool whose weights keep within limits. Waits for the device once a
-    round: which weights meet a limit decides what is searched next.
-    """
+    # waits for the device once a round: which weights meet a limit decides what is searched next
     groups = [weight.choices for weight in weights]
 
     def natural(members: list[int], k: int) -> list[int]:
@@ -144,7 +132,7 @@ def _allocate(
         kept = count_kept(pruning.cut.kept())
         return [groups[i] - n for i, n in zip(members, kept, strict=True)]
 
-    fixed, free, left = allocate(total, minimum, maximum, natural)
+    fixed, free, left = allocate(total, least, most, natural)
     prunings = [_prune([weights[i]], count, scores) for i, count in fixed.items()]
     if free:
         prunings.append(_prune([weights[i] for i in free], left, scores))
@@ -157,26 +145,15 @@ def find_masks(
     """Find the masks, compact, and how many groups and elements each keeps: ``set_masks``'s
     arguments. Refuses scores that hold NaN or Inf, by their weight. Waits for the device once.
     """
-    alike: dict[Pattern, list[tuple[SparseWeight, Tensor]]] = {}
-    for weights, cut in prunings:
-        if cut is None:
-            masks = [w.mask if w.all_kept else w.full_mask() for w in weights]
-        else:
-            masks = cut.masks()
-        alike.setdefault(weights[0].pattern, []).extend(zip(weights, masks, strict=True))
-    found, counts = [], []
-    for pattern, pairs in alike.items():
-        weights, masks = map(list, zip(*pairs, strict=True))
-        shapes = [weight.shape for weight in weights]
-        counts.append(kept_counts(masks, pattern, shapes, backend=weights[0].backend))
-        found += pairs
-    # what is not finite is found here too, so that the device is waited for once
-    nonfinite = [cut.nonfinite[None] for _, cut in prunings if cut is not None]
-    numbers = torch.cat([*(own.flatten() for own in counts), *nonfinite]).tolist()
-    if any(numbers[2 * len(found) :]):
+    weights, masks = [], []
+    for members, cut in prunings:
+        weights += members
+        masks += [weight.full_mask() for weight in members] if cut is None else cut.masks()
+    nonfinite = [cut.nonfinite for _, cut in prunings if cut is not None]
+    counts, bad = read_counts(weights, masks, nonfinite)
+    if any(bad):
         check_finite(prunings)
-    weights, masks = map(list, zip(*found, strict=True))
-    return weights, masks, [numbers[2 * i : 2 * i + 2] for i in range(len(found))]
+    return weights, masks, counts
 
 
 def check_finite(prunings: Sequence[Pruning]) -> None:
