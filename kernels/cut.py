@@ -17,6 +17,8 @@ from .select import Threshold, select
 from .select_each import select_each
 from .semi_structured import nm_mask, nm_score
 
+_INFINITY = 0x7F800000  # its bit pattern
+
 
 class Cut(NamedTuple):
     """A threshold found and not yet applied.
@@ -103,16 +105,35 @@ def find_cut(
     return Cut(pattern, tensors, scores, scales, threshold, threshold.nonfinite, [], backend)
 
 
-def keep_highest(scores: Tensor, count: int, among: Tensor, backend: Backend) -> Tensor | None:
-    """Return a bool grid: the ``count`` groups of highest |score| among some, the first of equals.
+def keep_highest(
+    scores: Tensor, count: int, among: Tensor, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """Keep the ``count`` groups of highest |score| among some, the first of equals.
 
-    None where a score among them is NaN or Inf.
+    On a GPU nothing waits for the device.
+
+    Args:
+        scores: of all groups, one a group.
+        count: at most as many as ``among`` has.
+        among: bool, which groups are candidates.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        A bool grid; int64, 0-d, how many candidates' scores are NaN or Inf: if any are, the grid
+        means nothing.
     """
-    candidates = scores[among][None]
-    threshold = select([candidates], candidates.numel() - count, backend=backend)
-    if threshold.nonfinite:
-        return None
-    (chosen,) = make_mask([candidates], threshold, packed=False, backend=backend)
-    grid = torch.zeros_like(among)
-    grid[among] = chosen[0]
-    return grid
+    if among.is_cpu:
+        candidates = scores[among][None]
+        threshold = select([candidates], candidates.numel() - count, backend=backend)
+        if threshold.nonfinite:
+            return torch.zeros_like(among), threshold.nonfinite
+        (chosen,) = make_mask([candidates], threshold, packed=False, backend=backend)
+        grid = torch.zeros_like(among)
+        grid[among] = chosen[0]
+        return grid, threshold.nonfinite
+    # bit patterns, which order as the scores do, one higher: what is no candidate is below all
+    keys = scores.abs().float().view(torch.int32).clamp_(max=_INFINITY).add_(1)
+    keys = keys.masked_fill_(~among, 0).view(torch.float32)
+    threshold = select([keys], keys.numel() - count, backend=backend)
+    (grid,) = make_mask([keys], threshold, packed=False, backend=backend)
+    return grid, threshold.nonfinite

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...kernels.block_score import block_scores
+from ...kernels.numbers import uniform_numbers
 from ...kernels.pattern import Unstructured
 from ..masks.names import canonical
 from ..masks.weight import SparseWeight
@@ -37,7 +37,7 @@ class Evidence:
         momentum: float32 matrix, the decaying sum of |w g| over the steps; None before the first.
         input_norm: float32, root mean square of each input: (in,), or a matrix where rows have
             inputs of their own; None before a calibration.
-        seed: of random numbers, several integers.
+        seed: of random numbers.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Evidence:
     gradient: Tensor | None = None
     momentum: Tensor | None = None
     input_norm: Tensor | None = None
-    seed: tuple[int, ...] = (0,)
+    seed: int = 0
 
 
 class Importance(NamedTuple):
@@ -123,16 +123,15 @@ def wanda(evidence: Evidence) -> Importance:
 
 
 def random(evidence: Evidence) -> Importance:
-    """Uniform in [0, 1) for each group: a function of seed and name, the same on every rank."""
-    numbers = random_numbers(
-        evidence.grid, *evidence.seed, zlib.crc32(canonical(evidence.name).encode())
-    )
-    return Importance(numbers.to(evidence.weight.device), per_group=True)
+    """Uniform in (0, 1) for each group: a function of seed and name, the same on every rank."""
+    which = {"seed": evidence.seed, "number": 0, "stream": stream_of(evidence.name)}
+    numbers = uniform_numbers(evidence.grid, **which, device=evidence.weight.device)
+    return Importance(numbers, per_group=True)
 
 
-def random_numbers(shape: tuple[int, int], *seed: int) -> Tensor:
-    """Return float32 numbers in [0, 1), on the CPU: a pure function of shape and seed."""
-    return torch.from_numpy(np.random.default_rng(seed).random(shape, np.float32))
+def stream_of(name: str) -> int:
+    """Tell a weight's random numbers from another's, by its name."""
+    return zlib.crc32(canonical(name).encode())
 
 
 def criterion(name: WeightImportance) -> Criterion:

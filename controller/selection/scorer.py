@@ -158,7 +158,7 @@ class Scorer:
             gradient=None if gradient is None else weight.matrix(gradient),
             momentum=self._momenta.get(weight.name),
             input_norm=self._input_norms.get(weight.name),
-            seed=(self._seed,),
+            seed=self._seed,
         )
 
 
