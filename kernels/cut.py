@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .bits import count_kept
 from .launch import Backend
 from .mask import make_mask
 from .pattern import NM, Pattern, Unstructured
@@ -63,6 +64,14 @@ class Cut(NamedTuple):
             return self.kept()
         pairs = zip(self.elements, self.kept(), strict=True)
         return [nm_mask(t, self.pattern, whole=w, backend=self.backend).mask for t, w in pairs]
+
+    def pruned(self) -> list[int]:
+        """Count the groups, or tuples, pruned of each tensor. Waits for the device."""
+        groups = [scores.numel() for scores in self.scores]
+        if self.threshold is None:
+            rows, cols = self.pattern.group if isinstance(self.pattern, NM) else (1, 1)
+            return [n // (rows * cols) for n in groups]
+        return [n - kept for n, kept in zip(groups, count_kept(self.kept()), strict=True)]
 
     def values(self) -> list[Tensor | None]:
         """Return the threshold of each tensor, 0-d."""

@@ -9,7 +9,8 @@ more, as wide as the matrix, which clears in place at the speed of memory (under
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from .bits import expand_mask, pack, unpack, word_mask
 from .copy import copy_all_
 from .count import kept_counts
+from .cut import keep_highest
 from .grid import side_lengths
 from .launch import Backend, use_triton
 from .masked_weight import apply_mask_, count_leaks
@@ -147,6 +149,11 @@ class GroupMask:
         """
         if mask is not None:
             self.mask.copy_(mask)
+        self.note(kept, kept_elements)
+        self.masks_changed([self])
+
+    def note(self, kept: int, kept_elements: int | None) -> None:
+        """Take note that the mask has been written, as in ``set_``."""
         rows, cols = self.pattern.rows, self.pattern.cols
         if kept_elements is None and not (self.shape[0] % rows or self.shape[1] % cols):
             kept_elements = kept * rows * cols
@@ -154,6 +161,10 @@ class GroupMask:
         self.changes += 1
         if self._words is not None:
             word_mask(self.mask, self.pattern, self.shape, self._dtype, out=self._words)
+
+    @staticmethod
+    def masks_changed(owners: Sequence[GroupMask]) -> None:
+        """Bring in line what else follows from masks that have been set together."""
 
     def _compact(self, grid: Tensor) -> Tensor:
         return pack(grid) if self.packed else grid
@@ -196,18 +207,23 @@ def count_all_leaks(owners: Sequence[GroupMask], matrices: Sequence[Tensor]) -> 
 def take_all_(
     owners: Sequence[GroupMask], matrices: Sequence[Tensor], memory: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    """Take pruned values out, as ``take_all_pruned``."""
+    """Take pruned values out, as ``take_all_pruned``; into ``memory`` where that fits."""
     values: dict[int, Tensor] = {}
     for (pattern, backend), places in _alike(owners).items():
         found = take_all_pruned(
             *_chosen(owners, matrices, places),
             pattern,
             pruned=[owners[place].pruned_elements() for place in places],
-            out=[memory[place] for place in places],
+            out=[_fitting(memory[place], owners[place]) for place in places],
             backend=backend,
         )
         values |= zip(places, found, strict=True)
     return [values[place] for place in range(len(owners))]
+
+
+def _fitting(memory: Tensor | None, owner: GroupMask) -> Tensor | None:
+    shape = owner.shape if owner.packed else (owner.pruned_elements(),)
+    return memory if memory is not None and memory.shape == torch.Size(shape) else None
 
 
 def put_back_all_(
@@ -258,4 +274,35 @@ def set_masks(
     """
     copy_all_([owner.mask for owner in owners], masks, backend=owners[0].backend)
     for owner, (kept, kept_elements) in zip(owners, counts, strict=True):
-        GroupMask.set_(owner, None, kept, kept_elements)
+        owner.note(kept, kept_elements)
+    owners[0].masks_changed(owners)
+
+
+class Grids:
+    """Masks to come that were chosen by scores, and whether these are finite, on the device."""
+
+    def __init__(self) -> None:
+        self.owners: list[GroupMask] = []
+        self._masks: list[Tensor] = []
+        self._nonfinite: list[tuple[GroupMask, Tensor]] = []
+
+    def highest(self, owner: GroupMask, scores: Tensor, count: int, *, among: Tensor) -> Tensor:
+        """Return ``keep_highest``'s grid."""
+        grid, nonfinite = keep_highest(scores, count, among, owner.backend)
+        self._nonfinite.append((owner, nonfinite))
+        return grid
+
+    def add(self, owner: GroupMask, grid: Tensor) -> None:
+        """Give a mask, as a bool grid, to come."""
+        self.owners.append(owner)
+        self._masks.append(owner._compact(grid))
+
+    def read(self) -> tuple[Callable[[], None], GroupMask | None]:
+        """Return what writes the masks; the first owner whose scores were not finite, if any.
+        Waits for the device once.
+        """
+        if not self.owners:
+            return lambda: None, None
+        counts, numbers = read_counts(self.owners, self._masks, [n for _, n in self._nonfinite])
+        bad = (o for (o, _), n in zip(self._nonfinite, numbers, strict=True) if n)
+        return partial(set_masks, self.owners, self._masks, counts), next(bad, None)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...kernels.group_mask import set_masks
 from ...kernels.pattern import NM, Pattern, maximum_level
 from ..api import CompressionStage, StripFormat
 from ..config.algorithm import AlgorithmConfig, Pool
@@ -28,7 +29,7 @@ from ..masks.state import masks_state, read_masks, with_names_of
 from ..masks.statistics import SparsifiedModelStatistics, SparsityStatistics, Statistics, summarise
 from ..masks.strip import strip_masks
 from ..masks.targets import find_targets
-from ..masks.weight import SparseModuleInfo, SparseWeight, Target, dense_weights, set_masks
+from ..masks.weight import SparseModuleInfo, SparseWeight, Target, dense_weights
 from ..selection.scorer import Scorer
 from ..selection.thresholds import Scores, check_reachable, find_masks, find_prunings, pools
 from .batchnorm import adapt_batchnorm
@@ -75,7 +76,7 @@ class BaseSparsityAlgoController:
         self._target_level: float | None = None
         self._pool: Pool = "global"
         self._keeps_values = False
-        self._thresholds: dict[str, Tensor] = {}
+        self._thresholds: dict[str, Tensor | None] = {}
         self._scorer: Scorer | None = None
         self._optimizer: Optimizer | None = None
         self._nearly_empty: set[str] = set()
@@ -292,10 +293,7 @@ class BaseSparsityAlgoController:
             set_masks(*masks)
             for members, cut in prunings:
                 values = [None] * len(members) if cut is None else cut.values()
-                for weight, value in zip(members, values, strict=True):
-                    self._thresholds.pop(weight.name, None)
-                    if value is not None:
-                        self._thresholds[weight.name] = value
+                self._thresholds |= zip((w.name for w in members), values, strict=True)
 
         return write
 

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from ...kernels.cut import keep_highest
-from ...kernels.group_mask import read_counts
-from ...kernels.numbers import uniform_numbers
+from ...kernels.group_mask import Grids
 from ..config.algorithm import AlgorithmConfig
 from ..config.declaration import Level, Positive, Share, Whole
-from ..masks.weight import SparseWeight, set_masks
+from ..masks.weight import SparseWeight
 from ..selection.allocation import distribute, erdos_renyi, within
-from ..selection.criteria import WeightImportance, stream_of
+from ..selection.criteria import WeightImportance, random_numbers
 from ..selection.scorer import Scorer
 from ..selection.thresholds import pools
 from .base import BaseSparsityAlgoController, Change
@@ -146,7 +143,7 @@ class SETController(BaseSparsityAlgoController):
         """Drop and grow; a refused update has changed nothing."""
         fraction = self.drop_fraction(step)
         growing = self._regrowing()
-        found = _Grids()
+        found = Grids()
         with self._changing(growing):
             for weights in pools(growing):
                 scores = zip(
@@ -160,7 +157,7 @@ class SETController(BaseSparsityAlgoController):
                     after = found.highest(weight, drop, kept - moving, among=weight.kept_grid())
                     after |= found.highest(weight, grow, moving, among=~after)
                     found.add(weight, after)
-            found.check()()
+            self._checked(found)()
 
     def _find_masks(self, weights: list[SparseWeight], level: float) -> Change:
         """Distribute the level; drop the least important, or grow at random, to reach it.
@@ -169,7 +166,7 @@ class SETController(BaseSparsityAlgoController):
         """
         first = all(weight.all_kept for weight in self._weights)
         at_random = first and self.config.initial_masks == "random"
-        found = _Grids()
+        found = Grids()
         for pool in pools(weights):
             counts = self._counts(pool, level)
             drop = [self._random_grid(weight, 0) for weight in pool]
@@ -183,7 +180,7 @@ class SETController(BaseSparsityAlgoController):
                     grow = self._random_grid(weight, max(self._scheduler.current_step, 0))
                     after |= found.highest(weight, grow, count - kept, among=~after)
                 found.add(weight, after)
-        return found.check()
+        return self._checked(found)
 
     def _counts(self, pool: list[SparseWeight], level: float) -> list[int]:
         """Return how many groups each weight of a pool keeps."""
@@ -203,37 +200,16 @@ class SETController(BaseSparsityAlgoController):
         return distribute(total, groups, densities, least, most)
 
     def _random_grid(self, weight: SparseWeight, step: int) -> Tensor:
-        which = {"seed": self.config.seed, "number": step, "stream": stream_of(weight.name)}
-        return uniform_numbers(weight.grid, **which, device=weight.weight.device)
+        device = weight.weight.device
+        return random_numbers(weight.name, weight.grid, device, self.config.seed, step)
 
-
-class _Grids:
-    """Masks to come, and whether what they were chosen by is finite, on the device."""
-
-    def __init__(self) -> None:
-        self._masks: list[tuple[SparseWeight, Tensor]] = []
-        self._nonfinite: list[tuple[SparseWeight, Tensor]] = []
-
-    def highest(
-        self, weight: SparseWeight, scores: Tensor, count: int, *, among: Tensor
-    ) -> Tensor:
-        grid, nonfinite = keep_highest(scores, count, among, weight.backend)
-        self._nonfinite.append((weight, nonfinite))
-        return grid
-
-    def add(self, weight: SparseWeight, grid: Tensor) -> None:
-        self._masks.append((weight, weight._compact(grid)))
-
-    def check(self) -> Change:
+    @staticmethod
+    def _checked(found: Grids) -> Change:
         """Refuse what is not finite; return what writes the masks. Waits for the device once."""
-        if not self._masks:
-            return lambda: None
-        weights, masks = map(list, zip(*self._masks, strict=True))
-        counts, bad = read_counts(weights, masks, [n for _, n in self._nonfinite])
-        for (weight, _), number in zip(self._nonfinite, bad, strict=True):
-            if number:
-                raise ValueError(
-                    f"set_sparsity_level: the importance of {weight.name!r} holds NaN or Inf; "
-                    "masks are left as they were"
-                )
-        return partial(set_masks, weights, masks, counts)
+        write, bad = found.read()
+        if isinstance(bad, SparseWeight):
+            raise ValueError(
+                f"set_sparsity_level: the importance of {bad.name!r} holds NaN or Inf; "
+                "masks are left as they were"
+            )
+        return write

@@ -211,16 +211,22 @@ class SparseWeight(GroupMask):
         with dense_weights([self]):
             self.set_grid(grid)
 
-    def set_(self, mask: Tensor | None, kept: int, kept_elements: int | None = None) -> None:
-        super().set_(mask, kept, kept_elements)
-        _serve([self])
+    @staticmethod
+    def masks_changed(owners: Sequence[Any]) -> None:
+        """Bring the lists of blocks in line with the masks, where modules skip them."""
+        for weight in owners:
+            if weight.skips_blocks and weight.product is None:
+                weight.product = make_product(weight, weight.weight, weight.dispatch)
+        serving = [(p, weight.mask, weight.kept) for weight in owners if (p := weight.product)]
+        if serving:
+            update_products(*zip(*serving, strict=True))
 
     # the product of a linear
 
     def serve_product(self) -> None:
         """Prepare ``linear`` to skip pruned blocks, if the pattern has blocks to skip."""
         self.product, self.skips_blocks = None, True
-        _serve([self])
+        self.masks_changed([self])
 
     @property
     def path(self) -> str:
@@ -266,7 +272,7 @@ class SparseWeight(GroupMask):
         product = self.product
         if product is None or self.all_kept:
             return
-        written = int(leaks([self])[0])
+        written = leaks([self])()[0]
         if written and not product.unsafe:
             warnings.warn(
                 f"{written} pruned elements of {self.name!r} have been written (an adapter "
@@ -291,12 +297,6 @@ class SparseWeight(GroupMask):
             self._move(parameter)
         _take([(self, parameter)])
         self._as_left = _state_of(parameter)
-
-    def _take_spare(self) -> Tensor | None:
-        """Return the memory of values that were put back, if the next ones fit."""
-        spare, self._spare = self._spare, None
-        wanted = self.shape if self.packed else (self.pruned_elements(),)
-        return spare if spare is not None and spare.shape == torch.Size(wanted) else None
 
     def copy_back(self, parameter: Tensor, matrix: Tensor) -> None:
         """Write a matrix back that is no view: a convolution's whose channels lie last."""
@@ -373,29 +373,20 @@ def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
         group_mask.clear_all_(owners, matrices)
 
 
-def leaks(weights: Sequence[SparseWeight]) -> list[int]:
-    """Count, in each weight, what is not zero though it is pruned. Waits for the device once."""
-    return leaks_later(weights)()
-
-
 @torch.no_grad()
-def leaks_later(weights: Sequence[SparseWeight]) -> Callable[[], list[int]]:
-    """Begin to count ``leaks``, as ``read_later``."""
+def leaks(weights: Sequence[SparseWeight]) -> Callable[[], list[int]]:
+    """Count, in each weight, what is not zero though it is pruned; to be read as ``read_later``."""
     pairs = [(weight, weight.weight.detach()) for weight in weights if not weight.all_kept]
-    found: dict[SparseWeight, Tensor] = {}
+    if not pairs:
+        return lambda: [0] * len(weights)
+    found = dict.fromkeys(weights, torch.zeros((), dtype=torch.int64, device=pairs[0][1].device))
     for weight, tensor in pairs:
         if isinstance(tensor, DTensor):
             local, pruned = _shard(weight, tensor)
             found[weight] = local[pruned].count_nonzero()
     owners, matrices = _whole(pairs)
     found |= zip(owners, group_mask.count_all_leaks(owners, matrices), strict=True)
-    counts = read_later(torch.stack([*found.values()])) if found else list
-
-    def read() -> list[int]:
-        by_weight = dict(zip(found, counts(), strict=True))
-        return [by_weight.get(weight, 0) for weight in weights]
-
-    return read
+    return read_later(torch.stack([*found.values()]))
 
 
 def _shard(weight: SparseWeight, tensor: DTensor) -> tuple[Tensor, Tensor]:
@@ -406,26 +397,6 @@ def _shard(weight: SparseWeight, tensor: DTensor) -> tuple[Tensor, Tensor]:
     )
     part = tuple(slice(at, at + n) for at, n in zip(offsets, local.shape, strict=True))
     return local, ~weight.binary_mask[part].to(local.device)
-
-
-def set_masks(
-    weights: Sequence[SparseWeight], masks: Sequence[Tensor], counts: Sequence[Sequence[int]]
-) -> None:
-    """Take over compact masks, in place, with how many groups and elements each keeps. The
-    parameters are the caller's to bring in line.
-    """
-    group_mask.set_masks(weights, masks, counts)
-    _serve(weights)
-
-
-def _serve(weights: Sequence[SparseWeight]) -> None:
-    """Bring the lists of blocks in line with the masks, where modules skip them."""
-    for weight in weights:
-        if weight.skips_blocks and weight.product is None:
-            weight.product = make_product(weight, weight.weight, weight.dispatch)
-    serving = [(p, weight.mask, weight.kept) for weight in weights if (p := weight.product)]
-    if serving:
-        update_products(*zip(*serving, strict=True))
 
 
 _Pairs = list[tuple[SparseWeight, Tensor]]
@@ -449,30 +420,35 @@ def _matrices(pairs: _Pairs) -> Iterator[tuple[list[SparseWeight], list[Tensor]]
 
 def drop_foreign(weights: Sequence[SparseWeight], when: str) -> None:
     """Make zero again what is pruned and was written; a UserWarning says how much, and where."""
-    guarded = _guarded(weights)
-    counts = leaks(guarded)
-    written = [weight for weight, count in zip(guarded, counts, strict=True) if count]
-    clear_(written, [weight.weight for weight in written])
-    _warn_of(guarded, counts, when)
+    drop_foreign_later(weights, when)()
+
+
+def drop_foreign_later(
+    weights: Sequence[SparseWeight], when: str, *, restoring: bool = False
+) -> Callable[[], None]:
+    """Make zero again what is pruned; return what warns, as ``read_later``. If values are
+    ``restoring``, those of blocks cover what was there; others are ORed, which -0 would spoil.
+    """
+    guarded = [weight for weight in weights if weight.holds_zeros and not weight.all_kept]
+    for weight in guarded:
+        weight.follow()
+    read = leaks(guarded)
+    bare = [w for w in guarded if not restoring or w.packed or w.values is None]
+    clear_(bare, [weight.weight for weight in bare])
     for weight in guarded:
         _settle(weight)
 
+    def warn() -> None:
+        counts = dict(zip([weight.name for weight in guarded], read(), strict=True))
+        if total := sum(counts.values()):
+            names = ", ".join(repr(name) for name, count in counts.items() if count)
+            warnings.warn(
+                f"{when}: {total} pruned elements had been written by somebody else and are zero "
+                f"again, in {names}",
+                stacklevel=4,
+            )
 
-def _guarded(weights: Sequence[SparseWeight]) -> list[SparseWeight]:
-    found = [weight for weight in weights if weight.holds_zeros and not weight.all_kept]
-    for weight in found:
-        weight.follow()
-    return found
-
-
-def _warn_of(weights: Sequence[SparseWeight], counts: Sequence[int], when: str) -> None:
-    if any(counts):
-        names = [weight.name for weight, count in zip(weights, counts, strict=True) if count]
-        warnings.warn(
-            f"{when}: {sum(counts)} pruned elements had been written by somebody else and are "
-            f"zero again, in {', '.join(map(repr, names))}",
-            stacklevel=4,
-        )
+    return warn
 
 
 @contextmanager
@@ -486,26 +462,19 @@ def dense_weights(weights: Sequence[SparseWeight], *, keep: bool | None = None) 
                 f"set_sparsity_level: the weight of {weight.name!r} must not be sharded, got a "
                 "DTensor; masks hold on shards but cannot change there yet: freeze them before"
             )
-    # what others wrote is counted, and read when the device was waited for anyway
-    guarded = _guarded(weights)
-    counts = leaks_later(guarded)
-    dropped = [weight for weight in guarded if weight.values is None]  # what is put back covers
-    clear_(dropped, [weight.weight for weight in dropped])
+    warn = drop_foreign_later(weights, "set_sparsity_level", restoring=True)
     restore_(weights)
     try:
         yield
     finally:
         take_values(weights, keep=keep)
-        _warn_of(guarded, counts(), "set_sparsity_level")
+        warn()  # once the device was waited for anyway
 
 
 @torch.no_grad()
 def restore_(weights: Sequence[SparseWeight]) -> None:
     """Put pruned values back, where they are kept, in place."""
     holding = [weight for weight in weights if weight.values is not None]
-    # those of fine patterns are put back by OR, which a negative zero would spoil
-    fine = [weight for weight in holding if weight.packed]
-    clear_(fine, [weight.weight for weight in fine])
     values: list[Any] = [weight.values for weight in holding]
     with _matrices([(weight, weight.weight) for weight in holding]) as (owners, matrices):
         group_mask.put_back_all_(owners, matrices, values)
@@ -518,10 +487,9 @@ def _take(pairs: _Pairs) -> None:
     for weight, _ in pairs:
         weight.values, weight.values_are_loaded = None, False
     with _matrices([pair for pair in pairs if not pair[0].all_kept]) as (owners, matrices):
-        memory = [weight._take_spare() for weight in owners]
-        values = group_mask.take_all_(owners, matrices, memory)
+        values = group_mask.take_all_(owners, matrices, [weight._spare for weight in owners])
     for weight, own in zip(owners, values, strict=True):
-        weight.values = own
+        weight.values, weight._spare = own, None
 
 
 @torch.no_grad()

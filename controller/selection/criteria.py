@@ -124,14 +124,17 @@ def wanda(evidence: Evidence) -> Importance:
 
 def random(evidence: Evidence) -> Importance:
     """Uniform in (0, 1) for each group: a function of seed and name, the same on every rank."""
-    which = {"seed": evidence.seed, "number": 0, "stream": stream_of(evidence.name)}
-    numbers = uniform_numbers(evidence.grid, **which, device=evidence.weight.device)
+    device = evidence.weight.device
+    numbers = random_numbers(evidence.name, evidence.grid, device, evidence.seed)
     return Importance(numbers, per_group=True)
 
 
-def stream_of(name: str) -> int:
-    """Tell a weight's random numbers from another's, by its name."""
-    return zlib.crc32(canonical(name).encode())
+def random_numbers(
+    name: str, grid: tuple[int, int], device: torch.device, seed: int, number: int = 0
+) -> Tensor:
+    """Return ``uniform_numbers`` of the groups of a weight, which is told by its name."""
+    stream = zlib.crc32(canonical(name).encode())
+    return uniform_numbers(grid, seed=seed, number=number, stream=stream, device=device)
 
 
 def criterion(name: WeightImportance) -> Criterion:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.bits import count_kept
 from ...kernels.cut import Cut, find_cut
 from ...kernels.group_mask import read_counts
 from ...kernels.pattern import NM, Pattern, maximum_level
@@ -85,8 +84,7 @@ def find_prunings(
             taken to the nearest they allow.
 
     Raises:
-        ValueError: the level is beyond what the limits allow. Whether scores are finite is for
-            ``find_masks`` to say.
+        ValueError: the level is beyond what the limits allow.
     """
     found: list[Pruning] = []
     alone: dict[Pattern, list[tuple[SparseWeight, int]]] = {}
@@ -122,15 +120,10 @@ def _allocate(
     weights: list[SparseWeight], total: int, least: list[int], most: list[int], scores: ScoresOf
 ) -> list[Pruning]:
     # waits for the device once a round: which weights meet a limit decides what is searched next
-    groups = [weight.choices for weight in weights]
-
     def natural(members: list[int], k: int) -> list[int]:
         pruning = _prune([weights[i] for i in members], k, scores)
         check_finite([pruning])
-        if pruning.cut is None or pruning.cut.threshold is None:
-            return [groups[i] if k else 0 for i in members]
-        kept = count_kept(pruning.cut.kept())
-        return [groups[i] - n for i, n in zip(members, kept, strict=True)]
+        return [0] * len(members) if pruning.cut is None else pruning.cut.pruned()
 
     fixed, free, left = allocate(total, least, most, natural)
     prunings = [_prune([weights[i]], count, scores) for i, count in fixed.items()]

@@ -114,10 +114,10 @@ def test_clearing_a_list_selects_and_leaves_what_is_kept(pattern, dtype):
     for weight, mask, tensor in zip(weights, masks, tensors, strict=True):
         tensor[~mask] = torch.nan
         weight.module.weight = nn.Parameter(tensor)
-    assert leaks(weights) == [int((~mask).sum()) for mask in masks]
+    assert leaks(weights)() == [int((~mask).sum()) for mask in masks]
     clear_(weights, tensors)
     assert all(torch.equal(t, w) for t, w in zip(tensors, want, strict=True))
-    assert leaks(weights) == [0, 0, 0]
+    assert leaks(weights)() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
