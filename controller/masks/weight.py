@@ -375,7 +375,7 @@ def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def leaks(weights: Sequence[SparseWeight]) -> Callable[[], list[int]]:
-    """Count, in each weight, what is not zero though it is pruned; to be read as ``read_later``."""
+    """Count, in each weight, what is not zero though it is pruned; read it as ``read_later``."""
     pairs = [(weight, weight.weight.detach()) for weight in weights if not weight.all_kept]
     if not pairs:
         return lambda: [0] * len(weights)
