@@ -233,8 +233,9 @@ def _launch(
     first = weights[0]
     starts = _starts(weights, rows, cols) if scored else [0] * (len(weights) + 1)
     scores = first.new_empty(starts[-1], dtype=torch.float32)
-    # of an empty weight no program tells
-    inverse = first.new_ones(len(weights) if normed else 0, dtype=torch.float32)
+    inverse = first.new_empty(len(weights) if normed else 0, dtype=torch.float32)
+    if normed and not all(w.numel() for w in weights):
+        inverse.fill_(1)  # of an empty weight no program tells
     launches: dict[tuple[torch.dtype, int, int], list[tuple[int, ...]]] = {}
     for place, (w, start) in enumerate(zip(weights, starts, strict=False)):
         (R, C), (stride_r, stride_c), address = w.shape, w.stride(), w.data_ptr()

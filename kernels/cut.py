@@ -31,7 +31,7 @@ class Cut(NamedTuple):
         scales: a factor of each tensor's, or None.
         threshold: of all, or one a tensor; None where every tuple is pruned, and ``whole`` masks
             are found.
-        nonfinite: 0-d, how many scores are NaN or Inf, on the device.
+        nonfinite: how many scores are NaN or Inf, on the device: of all, or one a tensor.
         whole: these masks.
         backend: what runs.
     """
@@ -99,8 +99,7 @@ def find_cut(
     """
     if isinstance(k, list):
         each = select_each(tensors, k, scales=scales, backend=backend)
-        nonfinite = each.nonfinite.sum()
-        return Cut(pattern, tensors, tensors, scales, each, nonfinite, [], backend)
+        return Cut(pattern, tensors, tensors, scales, each, each.nonfinite, [], backend)
     scores = tensors
     if isinstance(pattern, NM):
         rows, cols = pattern.group

@@ -244,23 +244,24 @@ def read_counts(
     Args:
         owners: one or more, of any patterns, on one device.
         masks: a compact mask of each.
-        more: 0-d int64, on that device.
+        more: int64, on that device.
 
     Returns:
         How many groups and elements each mask keeps; ``more``'s numbers.
     """
     alike = _alike(owners)
-    found = [number[None] for number in more]
+    found = [number.flatten() for number in more]
     for (pattern, backend), places in alike.items():
         shapes = [owners[place].shape for place in places]
         own = [masks[place] for place in places]
         found.append(kept_counts(own, pattern, shapes, backend=backend).flatten())
     numbers = torch.cat(found).tolist()
-    first, counts = len(more), [[0, 0]] * len(owners)
+    first = start = sum(number.numel() for number in more)
+    counts = [[0, 0]] * len(owners)
     for place in (place for places in alike.values() for place in places):
         counts[place] = numbers[first : first + 2]
         first += 2
-    return counts, numbers[: len(more)]
+    return counts, numbers[:start]
 
 
 def set_masks(

@@ -5,7 +5,8 @@ if all tensors are of one 16-bit type and unscaled. So this is a search over int
 narrows a bracket of patterns until one is left.
 
 1. A sample (everything, if that is little) is counted into bins: over all patterns and, if these
-   are more than the bins, again over the bracket that this gave, k -+ six standard deviations.
+   are more than the bins, again over the bracket that this gave, k -+ six standard deviations. Of
+   everything the bracket is a single pattern then, and nothing follows.
 2. A full read counts the keys below the bracket, and by bin those inside. As a rule each pattern
    of the bracket has its own bin, and k's bin is the answer: one read.
 3. If k turns out to lie outside the bracket (the counts of a full read are exact, so this shows)
@@ -47,6 +48,7 @@ _BINS_LOG2 = 18
 # The least that is sampled: on the GPU enough for a bracket of fewer patterns than bins. The CPU
 # keeps the keys inside its bracket, so that it need not read again.
 _SAMPLE, _SAMPLE_CPU = 1 << 21, 1 << 18
+_WHOLE = 1 << 24  # elements: two reads of no more are over before the launches for a sample are
 _BINS_FEW = 1 << 12
 _CHUNK = 1 << 17  # elements that a CPU thread handles at a time: they stay in its cache
 _KEPT = 1 << 19  # keys that it keeps at most
@@ -432,6 +434,8 @@ def _sample_step(total: int, least: int) -> int:
 
 def _flat(tensor: Tensor) -> Tensor | None:
     """Return a view of the elements in the order of memory; None if there are gaps or overlaps."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
     dense = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
     return dense.view(-1) if dense.is_contiguous() else None
 
@@ -511,6 +515,10 @@ def _search_triton(
     total = sum(t.numel() for t in tensors)
     # a power of two, so that a masked random number is uniform
     step = 1 << _sample_step(total, _SAMPLE).bit_length() - 1
+    if total <= _WHOLE and reduce is None:
+        step = 1
+    # unless something is sampled, the first read finds the bin, the second the pattern
+    passes = 2 * plan.samples + 1 if step > 1 or reduce is not None else plan.samples
     # several copies of the bins, where many additions would meet at few addresses
     copies = 1 if total <= _SAMPLE else (1 << 20) // plan.bins
     flat = [t.contiguous().view(-1) if (f := _flat(t)) is None else f for t in tensors]
@@ -523,14 +531,15 @@ def _search_triton(
             pool = reduce(pool)
         hi = plan.top if k else 0
         state = _upload([0, 0, hi, 0, hi, _shift(hi, plan.bins), 0, 0, 0], device)
-        for n in range(2 * plan.samples + 1) if k else [plan.samples + 1]:
+        size = copies, _HEADER + plan.bins
+        fresh = torch.zeros(passes, *size, dtype=torch.int64, device=device).unbind()
+        for n, counts in enumerate(fresh) if k else [(plan.samples + 1, fresh[0])]:
             sampled = n < plan.samples
             # the first full read is to be fast: as a rule it is the last
             exactly = n != plan.samples or (step == 1 and reduce is None)
-            counts = torch.zeros(copies, _HEADER + plan.bins, dtype=torch.int64, device=device)
             for launch in sample if sampled else full:
                 _launch_count(launch, plan, scales, state, counts, exactly)
-            counts = counts.sum(0)
+            counts = counts.sum(0) if copies > 1 else counts[0]
             if reduce is not None:
                 counts = reduce(counts)
             coarse = counts[_HEADER:].view(_COARSE, -1).sum(1)

@@ -105,7 +105,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     first = tensors[0]
     value = first.new_empty(len(tensors), dtype=torch.float32)
-    keep_ties, nonfinite = (first.new_zeros(len(tensors), dtype=torch.int64) for _ in range(2))
+    keep_ties, nonfinite = (first.new_empty(len(tensors), dtype=torch.int64) for _ in range(2))
     launches: dict[torch.dtype, list[tuple[int, ...]]] = {}
     for place, (tensor, k) in enumerate(zip(tensors, ks, strict=True)):
         entry = (1, tensor.data_ptr(), tensor.numel(), k, place)

@@ -150,9 +150,9 @@ def find_masks(
 
 
 def check_finite(prunings: Sequence[Pruning]) -> None:
-    """Refuse scores that hold NaN or Inf, by their weight, in one wait for the device."""
+    """Refuse scores that hold NaN or Inf, by their weight."""
     found = [(pruning.weights, pruning.cut) for pruning in prunings if pruning.cut is not None]
-    if found and torch.stack([cut.nonfinite for _, cut in found]).any():
+    if found and any(bool(cut.nonfinite.any()) for _, cut in found):
         for weights, cut in found:
             for weight, tensor in zip(weights, cut.scores, strict=True):
                 if not torch.isfinite(tensor).all():

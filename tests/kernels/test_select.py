@@ -71,6 +71,7 @@ def small_samples(monkeypatch):
     """Sample lists of a few thousand elements as if they were large."""
     monkeypatch.setattr(module, "_SAMPLE", 1 << 10)
     monkeypatch.setattr(module, "_SAMPLE_CPU", 1 << 10)
+    monkeypatch.setattr(module, "_WHOLE", 0)
 
 
 def randn(*shape, seed=0):
@@ -160,6 +161,7 @@ def test_any_list(backend, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_SAMPLE", least)
         patch.setattr(module, "_SAMPLE_CPU", least)
+        patch.setattr(module, "_WHOLE", draw(st.sampled_from([0, 1 << 24])))
         patch.setattr(module, "_CHUNK", 1000)
         patch.setattr(module, "_KEPT", 3000)
         assert_selects(tensors, k, scales, backend=backend)
