@@ -139,9 +139,18 @@ def keep_highest(
         grid = torch.zeros_like(among)
         grid[among] = chosen[0]
         return grid, threshold.nonfinite
-    # bit patterns, which order as the scores do, one higher: what is no candidate is below all
-    keys = scores.abs().float().view(torch.int32).clamp_(max=_INFINITY).add_(1)
-    keys = keys.masked_fill_(~among, 0).view(torch.float32)
+    return _keep_highest_keys(scores, count, among, backend)
+
+
+def _keep_highest_keys(
+    scores: Tensor, count: int, among: Tensor, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """Do what ``keep_highest`` does without asking how many candidates there are."""
+    # bit patterns, which order as the scores do; NaN as infinity
+    bits = scores.abs().float().view(torch.int32).clamp_(max=_INFINITY)
+    nonfinite = ((bits == _INFINITY) & among).sum()
+    # one higher, so that what is no candidate is below all
+    keys = bits.add_(1).masked_fill_(~among, 0).view(torch.float32)
     threshold = select([keys], keys.numel() - count, backend=backend)
     (grid,) = make_mask([keys], threshold, packed=False, backend=backend)
-    return grid, threshold.nonfinite
+    return grid, nonfinite
