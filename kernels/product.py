@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .block_sparse_linear import MIN_SIDE, block_sparse_linear
-from .dispatch import Dispatch, Paths, as_tensor, choose
+from .dispatch import BreakEven, Dispatch, Paths, as_tensor, choose
 from .group_mask import GroupMask
 from .launch import Backend, use_triton
 from .pattern import Block, Pattern
@@ -68,8 +68,10 @@ class BlockProduct:
         self._flagged: dict[torch.dtype, Paths] = {}
         self._last_dtype = dtype
 
-    def take_over(self, topology: Topology, kept: int, triton_runs: bool) -> None:
-        """Take over the lists of a mask that keeps ``kept`` blocks."""
+    def take_over(
+        self, topology: Topology, kept: int, triton_runs: bool, known: dict[object, BreakEven]
+    ) -> None:
+        """Take over the lists of a mask that keeps ``kept`` blocks; ``known`` as ``choose``'s."""
         self.topology = topology
         for dtype in self._dtypes:
             self._paths[dtype] = choose(
@@ -80,6 +82,7 @@ class BlockProduct:
                 topology.kept.device,
                 triton_runs=triton_runs,
                 dispatch=self.dispatch,
+                known=known,
             )
         self.flag()
 
@@ -174,6 +177,7 @@ def update_products(
     for product, mask, count in zip(products, masks, kept, strict=True):
         key = product.pattern, mask.device, product.backend
         alike.setdefault(key, []).append((product, mask, count))
+    known: dict[object, BreakEven] = {}
     for (pattern, device, backend), members in alike.items():
         own, given, counts = zip(*members, strict=True)
         triton_runs = use_triton("block_sparse_linear", backend, given[0])
@@ -185,4 +189,4 @@ def update_products(
             given, pattern, out=here, backend="triton" if triton_runs else "torch"
         )
         for product, topology, count in zip(own, found, counts, strict=True):
-            product.take_over(topology, count, triton_runs)
+            product.take_over(topology, count, triton_runs, known)
