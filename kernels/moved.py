@@ -59,10 +59,12 @@ def _place_kernel(
         down_n = tl.where(R % ROWS != 0, 1, 0) if region >= 2 else R // ROWS
         across_n = tl.where(C % COLS != 0, 1, 0) if region % 2 else C // COLS
         size = (R % ROWS if region >= 2 else ROWS) * (C % COLS if region % 2 else COLS)
-        for start in range(0, down_n * across_n, CHUNK):
+        # blocks are few enough for 32 bits, in which a division is short
+        count, line = (down_n * across_n).to(tl.int32), tl.maximum(across_n, 1).to(tl.int32)
+        for start in range(0, count, CHUNK):
             offs = start + tl.arange(0, CHUNK)
-            inside = offs < down_n * across_n
-            i, j = offs // tl.maximum(across_n, 1), offs % tl.maximum(across_n, 1)
+            inside = offs < count
+            i, j = (offs // line).to(tl.int64), (offs % line).to(tl.int64)
             if region >= 2:
                 i += R // ROWS
             if region % 2:
