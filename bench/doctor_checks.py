@@ -15,6 +15,7 @@ from torch import Tensor
 from ..kernels.bits import expand_mask, pack_reference, unpack_reference
 from ..kernels.block_score import block_score, block_score_reference
 from ..kernels.block_sparse_linear import block_sparse_linear, block_sparse_linear_reference
+from ..kernels.count import kept_counts
 from ..kernels.launch import INTERPRET, Backend
 from ..kernels.learned_mask import (
     sample_mask,
@@ -25,8 +26,9 @@ from ..kernels.learned_mask import (
 from ..kernels.mask import make_mask, make_mask_reference, pack, unpack
 from ..kernels.masked_weight import apply_mask, apply_mask_, apply_mask_reference, count_leaks
 from ..kernels.pattern import NM, Block, Pattern, Unstructured, grid_shape
-from ..kernels.retained import put_back_, take_pruned
+from ..kernels.retained import put_all_back_, take_all_pruned
 from ..kernels.select import Threshold, select, select_reference
+from ..kernels.select_each import select_each, select_each_reference
 from ..kernels.semi_structured import nm_mask, nm_score
 from ..kernels.topology import Topology, block_topology, topology_reference
 from .measure.agreement import difference, disagreement, first, worse_tuples
@@ -73,6 +75,7 @@ def checks(device: torch.device, backend: Backend) -> Iterator[tuple[str, Check]
         fine = normal(37, 130, dtype=dtype).round(decimals=1)  # with equal magnitudes
         packed = pack_reference(grid_of(Unstructured(), fine))
         yield f"select, make_mask {name}", _select([fine, fine[:5].neg()], backend)
+        yield f"select_each, kept_counts {name}", _each([fine, fine[:5].neg()], backend)
         yield f"apply_mask unstructured, {name}", _apply(fine, packed, Unstructured(), backend)
         tuples = normal(36, 128, dtype=dtype).round(decimals=1)
         for pattern in (NM(2, 4), NM(1, 8), NM(2, 4, transposable=True)):
@@ -135,7 +138,10 @@ def _apply(weight: Tensor, mask: Tensor, pattern: Pattern, backend: Backend) -> 
         leaks = count_leaks([in_place], [mask], pattern, backend=backend)
         apply_mask_([in_place], [mask], pattern, backend=backend)
         emptied = weight.detach().clone()
-        values = take_pruned(emptied, mask, pattern)
+        pruned = int((~keep).sum())
+        values = take_all_pruned(
+            [emptied], [mask], pattern, pruned=[pruned], out=[None], backend=backend
+        )
         found = [
             difference("value", got, wanted),
             difference("gradient", poisoned.grad, keep.to(weight.dtype) * 3),
@@ -143,7 +149,7 @@ def _apply(weight: Tensor, mask: Tensor, pattern: Pattern, backend: Backend) -> 
             difference("in place", in_place, wanted),
             difference("emptied", emptied, wanted),
         ]
-        put_back_(emptied, values, mask, pattern)
+        put_all_back_([emptied], values, [mask], pattern, backend=backend)
         return first([*found, difference("put back", emptied, weight)])
 
     return check
@@ -271,6 +277,22 @@ def _select(tensors: list[Tensor], backend: Backend) -> Check:
                     if problem := difference("mask", a, b):
                         return f"k = {k}: {problem}"
         return None
+
+    return check
+
+
+def _each(tensors: list[Tensor], backend: Backend) -> Check:
+    def check() -> str | None:
+        ks = [tensor.numel() // 2 for tensor in tensors]
+        threshold = select_each(tensors, ks, backend=backend)
+        wanted = select_each_reference(tensors, ks, None)
+        pairs = zip(Threshold._fields, threshold, wanted, strict=True)
+        if problem := first(difference(name, a, b) for name, a, b in pairs):
+            return problem
+        kept = [tensor > 0 for tensor in tensors]
+        shapes = [(t.shape[0], t.shape[1]) for t in tensors]
+        counts = kept_counts([*map(pack_reference, kept)], Unstructured(), shapes, backend=backend)
+        return difference("counts", counts, torch.stack([k.sum().expand(2) for k in kept]))
 
     return check
 

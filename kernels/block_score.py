@@ -1,10 +1,15 @@
 """Block scores: the mean magnitude of every block of a weight, in one read of it.
 
-Reading order: reference -> plain torch in chunks -> kernel -> launcher -> operator -> public.
+A list of weights is one launch for each dtype and direction in memory. The norms of the weights
+come from the same read: each program leaves the sum of its tile's squares, and a second launch
+adds them up in one order, so that two runs agree to the bit.
+
+Reading order: reference -> plain torch in chunks -> kernels -> launcher -> operators -> public.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,10 +17,12 @@ from torch import Tensor
 
 from .grid import block_counts, ceil_div, expand_blocks, pad_to_blocks, side_lengths
 from .launch import Backend, index_type, on_device, takes_kernels, tl, triton, use_triton
-from .pattern import MAX_BLOCK_SIDE, Pattern
+from .pattern import MAX_BLOCK_SIDE, Pattern, Unstructured
+from .table import device_table, find_tensor
 
 # no block is wider than the tile; four or eight 16-byte loads of a thread are in flight at once
 TILE = {"TILE_R": 16, "TILE_C": MAX_BLOCK_SIDE}
+NORM_BLOCK = 1024  # sums of squares that are added at a time
 # elements: a chunk and its magnitudes stay in the cache between the passes over them
 CPU_CHUNK = 2**19
 
@@ -30,10 +37,31 @@ def block_score_reference(weight: Tensor, pattern: Pattern, *, squared: bool) ->
     return (sums / tall / wide).to(torch.float32)
 
 
-def _in_chunks(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
-    """Compute the reference with no temporary but a chunk of whole block rows."""
+def inverse_norms_reference(weights: Sequence[Tensor]) -> Tensor:
+    """Define the semantics: plain PyTorch, any device, any float dtype."""
+    return _inverse([_norm(weight) for weight in weights])
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor, dtype=wide)
+
+
+def _inverse(found: Sequence[Tensor]) -> Tensor:
+    norms = torch.stack([norm.float() for norm in found])
+    # a weight of zeros has importance 0, whatever it is divided by
+    return norms.where(norms > 0, 1).reciprocal()
+
+
+def _in_chunks(
+    weight: Tensor, rows: int, cols: int, squared: bool, norms: list[Tensor] | None = None
+) -> Tensor:
+    """Compute the reference with no temporary but a chunk of whole block rows.
+
+    ``norms`` gets the norm of every chunk, which is in the cache then.
+    """
     if weight.stride(0) < weight.stride(1):
-        return _in_chunks(weight.T, cols, rows, squared).T.contiguous()
+        return _in_chunks(weight.T, cols, rows, squared, norms).T.contiguous()
     R, C = weight.shape
     down, across = block_counts(weight.shape, rows, cols)
     scores = weight.new_empty(
@@ -47,6 +75,8 @@ def _in_chunks(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
         height, first = chunk.shape[0], start // rows
         size = sizes[:height, :C]
         exact = chunk if chunk.dtype == size.dtype else size.copy_(chunk)
+        if norms is not None:
+            norms.append(_norm(exact))
         (torch.square if squared else torch.abs)(exact, out=size)
         sizes[height:].zero_()
         blocks = ceil_div(height, rows)
@@ -59,9 +89,10 @@ def _in_chunks(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
 
 
 @triton.jit
-def _block_score_kernel(
+def _score_tile(
     w_ptr,
     score_ptr,
+    tile,
     R,
     C,
     stride_wr,
@@ -71,20 +102,24 @@ def _block_score_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     SQUARED: tl.constexpr,
+    SCORED: tl.constexpr,
+    NORMED: tl.constexpr,
     INDEX: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
+    """Score the blocks of one tile; return the sum of its squares."""
     # a program covers several small blocks, or walks down one row of tall ones
     SPAN: tl.constexpr = max(ROWS, TILE_R)
     DOWN: tl.constexpr = SPAN // ROWS
     ACROSS: tl.constexpr = TILE_C // COLS
     tiles_c = tl.cdiv(C, TILE_C)
-    pid_r, pid_c = tl.program_id(0) // tiles_c, tl.program_id(0) % tiles_c
+    pid_r, pid_c = tile // tiles_c, tile % tiles_c
     offs_c = (pid_c * TILE_C + tl.arange(0, TILE_C)).to(INDEX)
     in_c = offs_c < C
 
     total = tl.zeros((TILE_R, TILE_C), tl.float32)
+    squares = tl.zeros((TILE_R, TILE_C), tl.float32)
     for start in range(0, SPAN, TILE_R):
         offs_r = (pid_r * SPAN + start + tl.arange(0, TILE_R)).to(INDEX)
         w = tl.load(
@@ -93,53 +128,166 @@ def _block_score_kernel(
             other=0.0,
         ).to(tl.float32)  # [TILE_R, TILE_C]
         total += w * w if SQUARED else tl.abs(w)
+        if NORMED:
+            squares += w * w
 
-    offs_down = (pid_r * DOWN + tl.arange(0, DOWN)).to(INDEX)
-    offs_across = (pid_c * ACROSS + tl.arange(0, ACROSS)).to(INDEX)
-    if ROWS * COLS == 1:
-        mean = total
+    if SCORED:
+        offs_down = (pid_r * DOWN + tl.arange(0, DOWN)).to(INDEX)
+        offs_across = (pid_c * ACROSS + tl.arange(0, ACROSS)).to(INDEX)
+        if ROWS * COLS == 1:
+            mean = total
+        else:
+            # rows first: a thread holds whole columns of the tile, so only partial sums change
+            # hands
+            columns = tl.sum(tl.reshape(total, (DOWN, TILE_R // DOWN, ACROSS, COLS)), axis=1)
+            tall = tl.minimum(R - offs_down * ROWS, ROWS)
+            wide = tl.minimum(C - offs_across * COLS, COLS)
+            # a block past the edge has none
+            elements = tl.maximum(tall[:, None] * wide[None, :], 1)
+            mean = tl.div_rn(tl.sum(columns, axis=2), elements.to(tl.float32))
+        tl.store(
+            score_ptr + offs_down[:, None] * stride_sr + offs_across[None, :] * stride_sc,
+            mean,
+            mask=(offs_down * ROWS < R)[:, None] & (offs_across * COLS < C)[None, :],
+        )  # [DOWN, ACROSS]
+    return tl.sum(squares)
+
+
+# A table's columns: first program, programs, the weight's address, rows, columns, its strides, the
+# first score, the scores' strides, whether its rows are whole runs of 16 bytes, the place in the
+# list.
+
+
+@triton.jit
+def _block_score_kernel(
+    table_ptr,
+    score_ptr,
+    square_ptr,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    SQUARED: tl.constexpr,
+    SCORED: tl.constexpr,
+    NORMED: tl.constexpr,
+    INDEX: tl.constexpr,
+    N: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+):
+    UNIT: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    entry = table_ptr + find_tensor(table_ptr, N)
+    tile = (tl.program_id(0) - tl.load(entry)).to(tl.int32)
+    w_ptr = tl.load(entry + 2 * N).to(tl.pointer_type(DTYPE))
+    R = tl.load(entry + 3 * N).to(INDEX)
+    C = tl.load(entry + 4 * N).to(INDEX)
+    stride_wr = tl.load(entry + 5 * N).to(INDEX)
+    stride_wc = tl.load(entry + 6 * N).to(INDEX)
+    # the scores' places are multiples of 16
+    score_ptr += tl.multiple_of(tl.load(entry + 7 * N), 16)
+    stride_sr = tl.load(entry + 8 * N).to(INDEX)
+    stride_sc = tl.load(entry + 9 * N).to(INDEX)
+    if tl.load(entry + 10 * N) != 0:
+        # of a number from memory the compiler knows nothing: without these it loads one by one
+        squares = _score_tile(
+            tl.multiple_of(w_ptr, 16), score_ptr, tile, R, tl.multiple_of(C, UNIT),
+            tl.multiple_of(stride_wr, UNIT), 1, stride_sr, stride_sc,
+            ROWS, COLS, SQUARED, SCORED, NORMED, INDEX, TILE_R, TILE_C,
+        )  # fmt: skip
     else:
-        # rows first: a thread holds whole columns of the tile, so only partial sums change hands
-        columns = tl.sum(tl.reshape(total, (DOWN, TILE_R // DOWN, ACROSS, COLS)), axis=1)
-        tall = tl.minimum(R - offs_down * ROWS, ROWS)
-        wide = tl.minimum(C - offs_across * COLS, COLS)
-        elements = tl.maximum(tall[:, None] * wide[None, :], 1)  # a block past the edge has none
-        mean = tl.div_rn(tl.sum(columns, axis=2), elements.to(tl.float32))
-    tl.store(
-        score_ptr + offs_down[:, None] * stride_sr + offs_across[None, :] * stride_sc,
-        mean,
-        mask=(offs_down * ROWS < R)[:, None] & (offs_across * COLS < C)[None, :],
-    )  # [DOWN, ACROSS]
+        squares = _score_tile(
+            w_ptr, score_ptr, tile, R, C, stride_wr, stride_wc, stride_sr, stride_sc,
+            ROWS, COLS, SQUARED, SCORED, NORMED, INDEX, TILE_R, TILE_C,
+        )  # fmt: skip
+    if NORMED:
+        tl.store(square_ptr + tl.program_id(0), squares)
 
 
-def _launch(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
-    R, C = weight.shape
-    scores = weight.new_empty(block_counts(weight.shape, rows, cols), dtype=torch.float32)
-    if scores.numel() == 0:
-        return scores
-    w, s = weight, scores
-    if weight.stride(0) < weight.stride(1):  # stored transposed: neighbours lie down the columns
-        w, s, R, C, rows, cols = w.T, s.T, C, R, cols, rows
-    grid = ceil_div(R, max(rows, TILE["TILE_R"])) * ceil_div(C, TILE["TILE_C"])
-    with on_device(weight):
-        _block_score_kernel[(grid,)](
-            w,
-            s,
-            R,
-            C,
-            *w.stride(),
-            *s.stride(),
-            ROWS=rows,
-            COLS=cols,
-            SQUARED=squared,
-            INDEX=index_type(w, s),
-            **TILE,
+@triton.jit
+def _norm_kernel(table_ptr, square_ptr, out_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Add up the squares of one weight, in an order that its shape alone decides."""
+    entry = table_ptr + tl.program_id(0)
+    square_ptr += tl.load(entry)
+    programs = tl.load(entry + N)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, programs, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        total += tl.load(square_ptr + offs, mask=offs < programs, other=0.0)  # [BLOCK]
+    norm = tl.sqrt_rn(tl.sum(total))
+    # a weight of zeros has importance 0, whatever it is divided by
+    tl.store(out_ptr + tl.load(entry + 11 * N), tl.div_rn(1.0, tl.where(norm > 0, norm, 1.0)))
+
+
+def _starts(weights: Sequence[Tensor], rows: int, cols: int) -> list[int]:
+    """Return where the scores of every weight begin in one tensor of all, and its end."""
+    starts = [0]
+    for weight in weights:
+        down, across = block_counts(weight.shape, rows, cols)
+        starts.append(starts[-1] + ceil_div(down * across, 16) * 16)
+    return starts
+
+
+def _launch(
+    weights: Sequence[Tensor], rows: int, cols: int, squared: bool, scored: bool, normed: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the scores, one weight's after another's, and the inverse norms."""
+    first = weights[0]
+    starts = _starts(weights, rows, cols) if scored else [0] * (len(weights) + 1)
+    scores = first.new_empty(starts[-1], dtype=torch.float32)
+    inverse = first.new_empty(len(weights) if normed else 0, dtype=torch.float32)
+    if normed and not all(w.numel() for w in weights):
+        inverse.fill_(1)  # of an empty weight no program tells
+    launches: dict[tuple[torch.dtype, int, int], list[tuple[int, ...]]] = {}
+    for place, (w, start) in enumerate(zip(weights, starts, strict=False)):
+        (R, C), (stride_r, stride_c), address = w.shape, w.stride(), w.data_ptr()
+        if not R or not C:
+            continue
+        tall, wide, stride_sr, stride_sc = rows, cols, ceil_div(C, cols), 1
+        if stride_r < stride_c:  # stored transposed: neighbours lie down the columns
+            R, C, stride_r, stride_c, tall, wide = C, R, stride_c, stride_r, cols, rows
+            stride_sr, stride_sc = 1, stride_sr
+        unit = 16 // w.element_size()
+        runs = stride_c == 1 and not (stride_r % unit or C % unit or address % 16)
+        programs = ceil_div(R, max(tall, TILE["TILE_R"])) * ceil_div(C, TILE["TILE_C"])
+        entry = (
+            *(programs, programs, address, R, C, stride_r, stride_c),
+            *(start, stride_sr, stride_sc, int(runs), place),
         )
-    return scores
+        launches.setdefault((w.dtype, tall, wide), []).append(entry)
+    index = index_type(*weights)
+    with on_device(first):
+        for (dtype, tall, wide), entries in launches.items():
+            table, programs = device_table(first.device, entries)
+            squares = first.new_empty(programs if normed else 1, dtype=torch.float32)
+            _block_score_kernel[(programs,)](
+                table,
+                scores if scored else squares,
+                squares,
+                DTYPE=getattr(tl, str(dtype).removeprefix("torch.")),
+                ROWS=tall,
+                COLS=wide,
+                SQUARED=squared,
+                SCORED=scored,
+                NORMED=normed,
+                INDEX=index,
+                N=table.shape[1],
+                **TILE,
+            )
+            if normed:
+                _norm_kernel[(len(entries),)](
+                    table, squares, inverse, N=table.shape[1], BLOCK=NORM_BLOCK
+                )
+    return scores, inverse
+
+
+def _launch_one(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
+    down, across = block_counts(weight.shape, rows, cols)
+    scores, _ = _launch([weight], rows, cols, squared, scored=True, normed=False)
+    return scores[: down * across].view(down, across)
 
 
 def _score(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
-    return (_launch if takes_kernels(weight.device) else _in_chunks)(weight, rows, cols, squared)
+    one = _launch_one if takes_kernels(weight.device) else _in_chunks
+    return one(weight, rows, cols, squared)
 
 
 _op = torch.library.custom_op("triton_sparsity::block_score", _score, mutates_args=())
@@ -164,6 +312,26 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _runs_triton(operation: str, weights: Sequence[Tensor], backend: Backend) -> bool:
+    device = weights[0].device
+    for weight in weights:
+        if not weight.is_floating_point():
+            raise TypeError(f"{operation}: weight must be of a float dtype, got {weight.dtype}")
+        if weight.ndim != 2:
+            shape = tuple(weight.shape)
+            raise ValueError(f"{operation}: weight must be a matrix, got shape {shape}")
+        if weight.device != device:
+            raise ValueError(
+                f"{operation}: weight must be on the others' {device}, got {weight.device}"
+            )
+    on_triton = use_triton(operation, backend, weights[0])
+    if on_triton and any(weight.dtype == torch.float64 for weight in weights):
+        if backend == "triton":
+            raise ValueError(f"{operation}: weight must not be float64 with backend='triton'")
+        return False
+    return on_triton
 
 
 def block_score(
@@ -197,21 +365,65 @@ def block_score(
             ``"triton"`` is asked for with a float64 weight.
         RuntimeError: ``"triton"`` is asked for where it cannot run.
     """
-    if not weight.is_floating_point():
-        raise TypeError(f"block_score: weight must be of a float dtype, got {weight.dtype}")
-    if weight.ndim != 2:
-        raise ValueError(f"block_score: weight must be a matrix, got shape {tuple(weight.shape)}")
     if norm not in ("l1", "l2"):
         raise ValueError(f"block_score: norm must be 'l1' or 'l2', got {norm!r}")
-    on_triton = use_triton("block_score", backend, weight)
-    if on_triton and weight.dtype == torch.float64:
-        if backend == "triton":
-            raise ValueError("block_score: weight must not be float64 with backend='triton'")
-        on_triton = False
+    on_triton = _runs_triton("block_score", [weight], backend)
     squared = norm == "l2"
     if on_triton or (weight.is_cpu and not takes_kernels(weight.device)):
         return _op(weight, pattern.rows, pattern.cols, squared)
     return block_score_reference(weight, pattern, squared=squared)
+
+
+@torch.no_grad()
+def block_scores(
+    weights: Sequence[Tensor], pattern: Pattern, *, normed: bool, backend: Backend = "auto"
+) -> tuple[list[Tensor], Tensor | None]:
+    """Score every block of a list of weights, as ``block_score``, without a gradient.
+
+    On a GPU one launch for all weights of one dtype (one more for those stored transposed), and
+    one for their norms. Each weight is read once, for both.
+
+    Args:
+        weights: one or more, as ``block_score``'s, on one device.
+        pattern: as ``block_score``'s; of ``Unstructured`` the weights are their own scores, and
+            are returned as they are.
+        normed: whether norms are asked for.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        float32 scores, one contiguous matrix a weight. On a GPU they are parts of one tensor.
+        And, if ``normed``, float32 ``(len(weights),)``: ``1 / ||w||_2`` of each weight, the
+        squares added up in float32 and in one order; 1 for a weight of zeros. Else None.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``block_score``; or devices differ.
+    """
+    scored = not isinstance(pattern, Unstructured)
+    rows, cols = pattern.rows, pattern.cols
+    if _runs_triton("block_scores", weights, backend):
+        if not scored and not normed:
+            return list(weights), None
+        flat, inverse = _launch(weights, rows, cols, False, scored, normed)
+        found = list(weights)
+        if scored:
+            grids = [block_counts(w.shape, rows, cols) for w in weights]
+            starts = _starts(weights, rows, cols)
+            found = [
+                flat.as_strided((down, across), (across, 1), start)
+                for (down, across), start in zip(grids, starts, strict=False)
+            ]
+        return found, inverse if normed else None
+    if not scored:
+        return list(weights), inverse_norms_reference(weights) if normed else None
+    if not weights[0].is_cpu or takes_kernels(weights[0].device):
+        found = [block_score_reference(w, pattern, squared=False) for w in weights]
+        return found, inverse_norms_reference(weights) if normed else None
+    found, norms = [], []
+    for weight in weights:
+        parts = [weight.new_zeros(())]  # of an empty one
+        found.append(_in_chunks(weight, rows, cols, False, parts if normed else None))
+        norms.append(_norm(torch.stack([part.double() for part in parts])))
+    return found, _inverse(norms) if normed else None
 
 
 def norm_(gradient: Tensor) -> None:

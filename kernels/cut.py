@@ -10,11 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .bits import count_kept
 from .launch import Backend
 from .mask import make_mask
 from .pattern import NM, Pattern, Unstructured
 from .select import Threshold, select
+from .select_each import select_each
 from .semi_structured import nm_mask, nm_score
+
+_INFINITY = 0x7F800000  # its bit pattern
 
 
 class Cut(NamedTuple):
@@ -25,8 +29,9 @@ class Cut(NamedTuple):
         elements: what was given; under N:M scores of elements.
         scores: those of the groups, or of the tuples.
         scales: a factor of each tensor's, or None.
-        threshold: None where every tuple is pruned, and ``whole`` masks are found.
-        nonfinite: how many scores are NaN or Inf, on the device.
+        threshold: of all, or one a tensor; None where every tuple is pruned, and ``whole`` masks
+            are found.
+        nonfinite: how many scores are NaN or Inf, on the device: of all, or one a tensor.
         whole: these masks.
         backend: what runs.
     """
@@ -40,7 +45,7 @@ class Cut(NamedTuple):
     whole: list[Tensor]
     backend: Backend
 
-    def kept(self, out: list[Tensor] | None = None) -> list[Tensor]:
+    def kept(self) -> list[Tensor]:
         """Return which of the scores' groups are kept: packed if unstructured, else bool."""
         assert self.threshold is not None
         return make_mask(
@@ -48,34 +53,53 @@ class Cut(NamedTuple):
             self.threshold,
             scales=self.scales,
             packed=isinstance(self.pattern, Unstructured),
-            out=out,
             backend=self.backend,
         )
 
-    def write(self, out: list[Tensor]) -> None:
-        """Write the masks, compact, in place."""
+    def masks(self) -> list[Tensor]:
+        """Return new masks, compact."""
         if self.threshold is None:
-            for mask, found in zip(out, self.whole, strict=True):
-                mask.copy_(found)
-        elif isinstance(self.pattern, NM):
-            for elements, whole, mask in zip(self.elements, self.kept(), out, strict=True):
-                nm_mask(elements, self.pattern, whole=whole, out=mask, backend=self.backend)
-        else:
-            self.kept(out)
+            return self.whole
+        if not isinstance(self.pattern, NM):
+            return self.kept()
+        pairs = zip(self.elements, self.kept(), strict=True)
+        return [nm_mask(t, self.pattern, whole=w, backend=self.backend).mask for t, w in pairs]
+
+    def pruned(self) -> list[int]:
+        """Count the groups, or tuples, pruned of each tensor. Waits for the device."""
+        groups = [scores.numel() for scores in self.scores]
+        if self.threshold is None:
+            rows, cols = self.pattern.group if isinstance(self.pattern, NM) else (1, 1)
+            return [n // (rows * cols) for n in groups]
+        return [n - kept for n, kept in zip(groups, count_kept(self.kept()), strict=True)]
+
+    def values(self) -> list[Tensor | None]:
+        """Return the threshold of each tensor, 0-d."""
+        if self.threshold is None:
+            return [None] * len(self.elements)
+        return [*self.threshold.value.expand(len(self.elements)).unbind()]
 
 
 def find_cut(
-    tensors: list[Tensor], k: int, pattern: Pattern, scales: Tensor | None, backend: Backend
+    tensors: list[Tensor],
+    k: int | list[int],
+    pattern: Pattern,
+    scales: Tensor | None,
+    backend: Backend,
 ) -> Cut:
     """Find where the ``k`` lowest groups of a pool end; at least 1.
 
     Args:
         tensors: scores of groups, or under N:M of elements.
-        k: how many groups are pruned, or tuples.
+        k: how many groups are pruned, or tuples; a list, where each tensor is a pool by itself,
+            which no tensor under N:M is.
         pattern: of all tensors.
         scales: float32 ``(len(tensors),)``, a factor of each tensor's scores; None: 1.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
     """
+    if isinstance(k, list):
+        each = select_each(tensors, k, scales=scales, backend=backend)
+        return Cut(pattern, tensors, tensors, scales, each, each.nonfinite, [], backend)
     scores = tensors
     if isinstance(pattern, NM):
         rows, cols = pattern.group
@@ -89,16 +113,44 @@ def find_cut(
     return Cut(pattern, tensors, scores, scales, threshold, threshold.nonfinite, [], backend)
 
 
-def keep_highest(scores: Tensor, count: int, among: Tensor, backend: Backend) -> Tensor | None:
-    """Return a bool grid: the ``count`` groups of highest |score| among some, the first of equals.
+def keep_highest(
+    scores: Tensor, count: int, among: Tensor, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """Keep the ``count`` groups of highest |score| among some, the first of equals.
 
-    None where a score among them is NaN or Inf.
+    On a GPU nothing waits for the device.
+
+    Args:
+        scores: of all groups, one a group.
+        count: at most as many as ``among`` has.
+        among: bool, which groups are candidates.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        A bool grid; int64, 0-d, how many candidates' scores are NaN or Inf: if any are, the grid
+        means nothing.
     """
-    candidates = scores[among][None]
-    threshold = select([candidates], candidates.numel() - count, backend=backend)
-    if threshold.nonfinite:
-        return None
-    (chosen,) = make_mask([candidates], threshold, packed=False, backend=backend)
-    grid = torch.zeros_like(among)
-    grid[among] = chosen[0]
-    return grid
+    if among.is_cpu:
+        candidates = scores[among][None]
+        threshold = select([candidates], candidates.numel() - count, backend=backend)
+        if threshold.nonfinite:
+            return torch.zeros_like(among), threshold.nonfinite
+        (chosen,) = make_mask([candidates], threshold, packed=False, backend=backend)
+        grid = torch.zeros_like(among)
+        grid[among] = chosen[0]
+        return grid, threshold.nonfinite
+    return _keep_highest_keys(scores, count, among, backend)
+
+
+def _keep_highest_keys(
+    scores: Tensor, count: int, among: Tensor, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """Do what ``keep_highest`` does without asking how many candidates there are."""
+    # bit patterns, which order as the scores do; NaN as infinity
+    bits = scores.abs().float().view(torch.int32).clamp_(max=_INFINITY)
+    nonfinite = ((bits == _INFINITY) & among).sum()
+    # one higher, so that what is no candidate is below all
+    keys = bits.add_(1).masked_fill_(~among, 0).view(torch.float32)
+    threshold = select([keys], keys.numel() - count, backend=backend)
+    (grid,) = make_mask([keys], threshold, packed=False, backend=backend)
+    return grid, nonfinite

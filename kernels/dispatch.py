@@ -132,6 +132,7 @@ def choose(
     *,
     triton_runs: bool,
     dispatch: Dispatch = "auto",
+    known: dict[object, BreakEven] | None = None,
 ) -> Paths:
     """Choose the paths of a weight.
 
@@ -147,6 +148,7 @@ def choose(
         device: the weight's.
         triton_runs: whether the Triton kernels run there, or plain torch.
         dispatch: ``"auto"``: what is faster; ``"sparse"``, ``"dense"``: this for all.
+        known: break-evens that were looked up for other weights of the same update.
 
     Raises:
         ValueError: ``dispatch`` is none of the three.
@@ -154,11 +156,13 @@ def choose(
     check_dispatch(dispatch)
     if dispatch != "auto":
         return Paths(*[dispatch == "sparse"] * 3)
-    known = None
-    if not torch.are_deterministic_algorithms_enabled():
-        known = measured.get(kind_of(shape, pattern, dtype, device))
-        known = known or break_even(shape, pattern, dtype, device)
-    limits = known or built_in(shape, pattern, dtype, device, triton_runs=triton_runs)
+    known, key = {} if known is None else known, (shape, pattern, dtype, device, triton_runs)
+    limits = known.get(key)
+    if limits is None and not torch.are_deterministic_algorithms_enabled():
+        limits = measured.get(kind_of(shape, pattern, dtype, device))
+        limits = limits or break_even(shape, pattern, dtype, device)
+    limits = limits or built_in(shape, pattern, dtype, device, triton_runs=triton_runs)
+    known[key] = limits
     down, across = grid_shape(pattern, shape)
     return Paths(*(limit > 0 and kept <= limit * down * across for limit in limits))
 

@@ -9,14 +9,21 @@ more, as wide as the matrix, which clears in place at the speed of memory (under
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .bits import expand_mask, pack, unpack, word_mask
+from .copy import copy_all_
+from .count import kept_counts
+from .cut import keep_highest
 from .grid import side_lengths
 from .launch import Backend, use_triton
+from .masked_weight import apply_mask_, count_leaks
 from .pattern import NM, Block, Pattern, grid_shape
+from .retained import put_all_back_, take_all_pruned
 from .semi_structured import nm_fits
 
 
@@ -53,6 +60,8 @@ class GroupMask:
         self.mask = self._compact(torch.ones(self.grid, dtype=torch.bool, device=device))
         # number of kept groups, known on the host: what has nothing pruned needs no care
         self.kept = self.groups
+        # of the matrix; None until somebody asks
+        self._kept_elements: int | None = math.prod(shape)
         self.changes = 0
         self._dtype = dtype
         self._words: Tensor | None = None
@@ -81,9 +90,13 @@ class GroupMask:
         return self.groups - self.kept
 
     def pruned_elements(self) -> int:
-        """Count the pruned elements. Synchronises with the device."""
+        """Return how many elements are pruned. May wait for the device, once a mask."""
         pruned = self.pruned_groups()
-        return pruned if self.packed or self.all_kept else self.elements_of(~self.mask)
+        if self.packed:
+            return pruned
+        if self._kept_elements is None:
+            self._kept_elements = self.elements_of(self.mask)
+        return math.prod(self.shape) - self._kept_elements
 
     def elements_of(self, blocks: Tensor) -> int:
         """Count the elements in the blocks that are True: those at the edges have fewer."""
@@ -108,6 +121,8 @@ class GroupMask:
 
     def full_mask(self) -> Tensor:
         """Return a compact mask that keeps everything."""
+        if self.all_kept:
+            return self.mask
         return self._compact(torch.ones(self.grid, dtype=torch.bool, device=self.mask.device))
 
     def fits(self, grid: Tensor) -> bool:
@@ -124,19 +139,171 @@ class GroupMask:
         """Take over a bool grid, in place. The matrix is the caller's to bring in line."""
         self.set_(self._compact(grid), int(grid.sum()))
 
-    def set_(self, mask: Tensor | None, kept: int) -> None:
+    def set_(self, mask: Tensor | None, kept: int, kept_elements: int | None = None) -> None:
         """Take over a compact mask, in place. The matrix is the caller's to bring in line.
 
         Args:
             mask: as ``self.mask``; None where ``self.mask`` itself has just been written.
             kept: number of kept groups.
+            kept_elements: number of the matrix's elements in them, if known.
         """
         if mask is not None:
             self.mask.copy_(mask)
-        self.kept = kept
+        self.note(kept, kept_elements)
+        self.masks_changed([self])
+
+    def note(self, kept: int, kept_elements: int | None) -> None:
+        """Take note that the mask has been written, as in ``set_``."""
+        rows, cols = self.pattern.rows, self.pattern.cols
+        if kept_elements is None and not (self.shape[0] % rows or self.shape[1] % cols):
+            kept_elements = kept * rows * cols
+        self.kept, self._kept_elements = kept, kept_elements
         self.changes += 1
         if self._words is not None:
             word_mask(self.mask, self.pattern, self.shape, self._dtype, out=self._words)
 
+    @staticmethod
+    def masks_changed(owners: Sequence[GroupMask]) -> None:
+        """Bring in line what else follows from masks that have been set together."""
+
     def _compact(self, grid: Tensor) -> Tensor:
         return pack(grid) if self.packed else grid
+
+
+# Several masks at once. On a GPU what is said of launches is of all masks of one pattern.
+
+
+def _alike(owners: Sequence[GroupMask]) -> dict[tuple[Pattern, Backend], list[int]]:
+    """Return the places of those that share launches."""
+    found: dict[tuple[Pattern, Backend], list[int]] = {}
+    for place, owner in enumerate(owners):
+        found.setdefault((owner.pattern, owner.backend), []).append(place)
+    return found
+
+
+def _chosen(
+    owners: Sequence[GroupMask], matrices: Sequence[Tensor], places: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return matrices, and the masks in the forms in which they are masked fastest."""
+    chosen = [matrices[place] for place in places]
+    return chosen, [owners[i].mask_for(matrices[i]) for i in places]
+
+
+def clear_all_(owners: Sequence[GroupMask], matrices: Sequence[Tensor]) -> None:
+    """Set what the masks prune to zero, in place: one launch for each width of element."""
+    for (pattern, backend), places in _alike(owners).items():
+        apply_mask_(*_chosen(owners, matrices, places), pattern, backend=backend)
+
+
+def count_all_leaks(owners: Sequence[GroupMask], matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Count what is pruned and yet not zero: an int64 scalar a matrix, in one launch."""
+    counts: dict[int, Tensor] = {}
+    for (pattern, backend), places in _alike(owners).items():
+        found = count_leaks(*_chosen(owners, matrices, places), pattern, backend=backend)
+        counts |= zip(places, found.unbind(), strict=True)
+    return [counts[place] for place in range(len(owners))]
+
+
+def take_all_(
+    owners: Sequence[GroupMask], matrices: Sequence[Tensor], memory: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Take pruned values out, as ``take_all_pruned``; into ``memory`` where that fits."""
+    values: dict[int, Tensor] = {}
+    for (pattern, backend), places in _alike(owners).items():
+        found = take_all_pruned(
+            *_chosen(owners, matrices, places),
+            pattern,
+            pruned=[owners[place].pruned_elements() for place in places],
+            out=[_fitting(memory[place], owners[place]) for place in places],
+            backend=backend,
+        )
+        values |= zip(places, found, strict=True)
+    return [values[place] for place in range(len(owners))]
+
+
+def _fitting(memory: Tensor | None, owner: GroupMask) -> Tensor | None:
+    shape = owner.shape if owner.packed else (owner.pruned_elements(),)
+    return memory if memory is not None and memory.shape == torch.Size(shape) else None
+
+
+def put_back_all_(
+    owners: Sequence[GroupMask], matrices: Sequence[Tensor], values: Sequence[Tensor]
+) -> None:
+    """Put pruned values back, as ``put_all_back_``."""
+    for (pattern, backend), places in _alike(owners).items():
+        chosen, masks = _chosen(owners, matrices, places)
+        own = [values[place] for place in places]
+        put_all_back_(chosen, own, masks, pattern, backend=backend)
+
+
+def read_counts(
+    owners: Sequence[GroupMask], masks: Sequence[Tensor], more: Sequence[Tensor]
+) -> tuple[list[list[int]], list[int]]:
+    """Count what new masks keep; read further numbers with it. Waits for the device once.
+
+    Args:
+        owners: one or more, of any patterns, on one device.
+        masks: a compact mask of each.
+        more: int64, on that device.
+
+    Returns:
+        How many groups and elements each mask keeps; ``more``'s numbers.
+    """
+    alike = _alike(owners)
+    found = [number.flatten() for number in more]
+    for (pattern, backend), places in alike.items():
+        shapes = [owners[place].shape for place in places]
+        own = [masks[place] for place in places]
+        found.append(kept_counts(own, pattern, shapes, backend=backend).flatten())
+    numbers = torch.cat(found).tolist()
+    first = start = sum(number.numel() for number in more)
+    counts = [[0, 0]] * len(owners)
+    for place in (place for places in alike.values() for place in places):
+        counts[place] = numbers[first : first + 2]
+        first += 2
+    return counts, numbers[:start]
+
+
+def set_masks(
+    owners: Sequence[GroupMask], masks: Sequence[Tensor], counts: Sequence[Sequence[int]]
+) -> None:
+    """Take over compact masks, in place; on a GPU in one launch.
+
+    Args:
+        owners, masks: as ``read_counts``'s.
+        counts: how many groups and elements each keeps.
+    """
+    copy_all_([owner.mask for owner in owners], masks, backend=owners[0].backend)
+    for owner, (kept, kept_elements) in zip(owners, counts, strict=True):
+        owner.note(kept, kept_elements)
+    owners[0].masks_changed(owners)
+
+
+class Grids:
+    """Masks to come that were chosen by scores, and whether these are finite, on the device."""
+
+    def __init__(self) -> None:
+        self.owners: list[GroupMask] = []
+        self._masks: list[Tensor] = []
+        self._nonfinite: list[tuple[GroupMask, Tensor]] = []
+
+    def highest(self, owner: GroupMask, scores: Tensor, count: int, *, among: Tensor) -> Tensor:
+        """Return ``keep_highest``'s grid."""
+        grid, nonfinite = keep_highest(scores, count, among, owner.backend)
+        self._nonfinite.append((owner, nonfinite))
+        return grid
+
+    def add(self, owner: GroupMask, grid: Tensor) -> None:
+        """Give a mask, as a bool grid, to come."""
+        self.owners.append(owner)
+        self._masks.append(owner._compact(grid))
+
+    def read(self) -> tuple[Callable[[], None], GroupMask | None]:
+        """Return what writes the masks; the first owner whose scores were not finite, if any.
+        Waits for the device once.
+        """
+        if not self.owners:
+            return lambda: None, None
+        counts, numbers = read_counts(self.owners, self._masks, [n for _, n in self._nonfinite])
+        bad = (o for (o, _), n in zip(self._nonfinite, numbers, strict=True) if n)
+        return partial(set_masks, self.owners, self._masks, counts), next(bad, None)

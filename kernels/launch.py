@@ -6,6 +6,7 @@ files import ``triton`` and ``tl`` from here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -73,6 +74,8 @@ def use_triton(operation: str, backend: Backend, tensor: Tensor) -> bool:
 
 def extent(tensor: Tensor) -> int:
     """Return one plus the largest element offset reachable from ``tensor``'s first element."""
+    if tensor.is_contiguous():  # as most are, and a list may have hundreds
+        return tensor.numel()
     if tensor.numel() == 0:
         return 0
     return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -90,6 +93,25 @@ def index_type(*tensors: Tensor) -> Any:
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make ``tensor``'s GPU current: Triton launches there, and it need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
+    """Copy a tensor to the host behind the device's work; return what gives ``tensor.tolist()``.
+
+    Called once the device was waited for anyway, that waits no more.
+    """
+    if not tensor.is_cuda:
+        return tensor.tolist
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def read() -> list[Any]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
 
 
 def autocast(*tensors: Tensor | None) -> list[Any]:

@@ -1,9 +1,10 @@
 """Masks from scores and a threshold, exact under ties.
 
 An element is kept if its key ``float32(|t|) * scale`` is above the threshold, or equal to it and
-among the first ``keep_ties`` equal ones in the order of the list, then row-major. Which those are
-is known only once the whole list was seen. So one pass over the scores writes which keys are above
-and, as scratch, which are equal, and a second, over bits, adds the equal ones that stay.
+among the first ``keep_ties`` equal ones in the order of the list, then row-major; or of its own
+tensor, where each has a threshold. Which those are is known only once all were seen. So one pass
+over the scores writes which keys are above and, as scratch, which are equal, and a second, over
+bits, adds the equal ones that stay.
 
 Cost floor: one read of the scores and one write of the masks.
 
@@ -66,8 +67,11 @@ def make_mask_reference(
     out: Sequence[Tensor],
 ) -> None:
     """Define the semantics: plain torch, any device, any float dtype, a few MB of scratch."""
-    left = int(keep_ties)
+    values, ties = value.expand(len(tensors)), keep_ties.expand(len(tensors)).tolist()
+    left = ties[0]
     for i, (tensor, mask) in enumerate(zip(tensors, out, strict=True)):
+        value = values[i]
+        left = ties[i] if keep_ties.ndim else left
         buffer = tensor.new_empty(chunk_size(tensor.shape), dtype=torch.float32)
         packer = Packer(tensor) if packed else None
         # keys lie as the scores do: bools are transposed in a fifth of the time (measured)
@@ -105,6 +109,7 @@ def _compare_kernel(
     equal_ptr,
     count_ptr,
     DTYPE: tl.constexpr,
+    EACH: tl.constexpr,
     PACKED: tl.constexpr,
     LAYOUT: tl.constexpr,
     INDEX: tl.constexpr,
@@ -152,7 +157,7 @@ def _compare_kernel(
     key = tl.abs(x.to(tl.float32))
     if scales_ptr is not None:
         key *= tl.load(scales_ptr + tl.load(entry + 10 * N))
-    value = tl.load(value_ptr)
+    value = tl.load(value_ptr + tl.load(entry + 10 * N) if EACH else value_ptr)
 
     # one sum for three: bits 0 to 7 are those above, 8 to 15 the equal, 16 to 19 count the equal
     above = 1 << (tl.arange(0, BLOCK_C) % 8)[None, :]
@@ -229,6 +234,7 @@ def _ties_kernel(
     equal_ptr,
     count_ptr,
     end_ptr,
+    EACH: tl.constexpr,
     PACKED: tl.constexpr,
     LAYOUT: tl.constexpr,
     INDEX: tl.constexpr,
@@ -252,7 +258,10 @@ def _ties_kernel(
     in_u = unit < R * tl.cdiv(C, BLOCK_C)
     count = tl.load(count_ptr + start + unit, mask=in_u, other=0)
     end = tl.load(end_ptr + start + unit, mask=in_u, other=0)
-    # how many of a unit's equals are kept: all, none, or in one unit of the whole list some
+    # how many of a unit's equals are kept: all, none, or in one unit of the threshold's some
+    if EACH:
+        keep_ties_ptr += tl.load(entry + 10 * N)
+        end -= tl.load(end_ptr + start - 1, mask=start > 0, other=0)
     room = tl.load(keep_ties_ptr) - (end - count)
     room = tl.maximum(tl.minimum(room, count), 0).to(tl.int32)
     whole = tl.where(room == count, room, 0)
@@ -336,7 +345,13 @@ def _launch(
                 device="cpu",
                 pin_memory=value.is_cuda,
             ).to(value.device, non_blocking=True)
-            meta = {"PACKED": packed, "LAYOUT": layout, "INDEX": index, "N": n}
+            meta = {
+                "EACH": value.ndim > 0,
+                "PACKED": packed,
+                "LAYOUT": layout,
+                "INDEX": index,
+                "N": n,
+            }
             meta |= {"BLOCK_C": block_c, "num_warps": 8}
             _compare_kernel[(programs,)](
                 table, value, scales, equal, count,
@@ -446,7 +461,8 @@ def make_mask(
     Element ``j`` of tensor ``i`` has the key ``float32(|t[i][j]|) * scales[i]``, an IEEE float32
     product. It is kept if ``key > threshold.value``, or if ``key == threshold.value`` and fewer
     than ``threshold.keep_ties`` equal keys come before it in the list, row-major. A value of -inf
-    keeps everything. With ``select``'s threshold exactly k elements are pruned.
+    keeps everything. With ``select``'s threshold exactly k elements are pruned. A threshold of
+    ``select_each``, whose numbers are one a tensor, is for each tensor by itself.
 
     On a GPU nothing waits for the device. Scratch is one bit an element and 12 bytes per run of
     4096 to 16384 elements (of 8 to 1024 in matrices with gaps or transposed).
@@ -475,11 +491,17 @@ def make_mask(
         ("value", value, torch.float32),
         ("keep_ties", keep_ties, torch.int64),
     ):
-        if t.ndim or t.dtype != dtype or t.device != tensors[0].device:
+        shapes = (), (len(tensors),)
+        if t.shape not in shapes or t.dtype != dtype or t.device != tensors[0].device:
             raise ValueError(
-                f"make_mask: threshold.{name} must be 0-d {dtype} on {tensors[0].device}, "
-                f"got {t.dtype} {tuple(t.shape)} on {t.device}"
+                f"make_mask: threshold.{name} must be 0-d, or one a tensor, {dtype} on "
+                f"{tensors[0].device}, got {t.dtype} {tuple(t.shape)} on {t.device}"
             )
+    if value.shape != keep_ties.shape:
+        raise ValueError(
+            f"make_mask: threshold.keep_ties must have value's shape {tuple(value.shape)}, got "
+            f"{tuple(keep_ties.shape)}"
+        )
     on_triton = use_triton("make_mask", backend, tensors[0])
     has_float64 = any(t.dtype == torch.float64 for t in tensors)
     if has_float64 and backend == "triton":

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .block_sparse_linear import MIN_SIDE, block_sparse_linear
-from .dispatch import Dispatch, Paths, as_tensor, choose
+from .dispatch import BreakEven, Dispatch, Paths, as_tensor, choose
+from .group_mask import GroupMask
 from .launch import Backend, use_triton
 from .pattern import Block, Pattern
-from .topology import Topology, block_topology
+from .topology import Topology, block_topologies
 
 DENSE = Paths(False, False, False)
 
@@ -32,9 +36,9 @@ class BlockProduct:
     Of output, input gradient and weight gradient those skip blocks for which that is faster. The
     others are ordinary dense products.
 
+    It has no lists until ``update_products``.
+
     Args:
-        mask: bool, one flag a block, True = kept.
-        kept: how many of them.
         pattern: its blocks.
         shape: of the weight, (out, in).
         dtype: of the weight.
@@ -43,8 +47,6 @@ class BlockProduct:
 
     def __init__(
         self,
-        mask: Tensor,
-        kept: int,
         pattern: Block,
         shape: tuple[int, int],
         dtype: torch.dtype,
@@ -63,28 +65,24 @@ class BlockProduct:
         self._paths: dict[torch.dtype, Paths] = {}
         # as tensors too: a compiled graph reads them, and follows an update without a recompile
         self._flags: dict[torch.dtype, Tensor] = {}
+        self._flagged: dict[torch.dtype, Paths] = {}
         self._last_dtype = dtype
-        self.update(mask, kept)
 
-    def update(self, mask: Tensor, kept: int) -> None:
-        """Take over another mask, as at creation. Lists stay where they are in memory."""
-        moved = self.topology is None or self.topology.kept.device != mask.device
-        self._triton_runs = use_triton("block_sparse_linear", self.backend, mask)
-        self.topology = block_topology(
-            mask,
-            self.pattern,
-            out=None if moved else self.topology,
-            backend="triton" if self._triton_runs else "torch",
-        )
+    def take_over(
+        self, topology: Topology, kept: int, triton_runs: bool, known: dict[object, BreakEven]
+    ) -> None:
+        """Take over the lists of a mask that keeps ``kept`` blocks; ``known`` as ``choose``'s."""
+        self.topology = topology
         for dtype in self._dtypes:
             self._paths[dtype] = choose(
                 kept,
                 self.shape,
                 self.pattern,
                 dtype,
-                mask.device,
-                triton_runs=self._triton_runs,
+                topology.kept.device,
+                triton_runs=triton_runs,
                 dispatch=self.dispatch,
+                known=known,
             )
         self.flag()
 
@@ -97,8 +95,11 @@ class BlockProduct:
     def flag(self) -> None:
         """Write what is in force to the flags that compiled graphs read."""
         for dtype in self._paths:
-            flags = as_tensor(self._in_force(dtype))
-            self._flags.setdefault(dtype, flags).copy_(flags)
+            paths = self._in_force(dtype)
+            if self._flagged.get(dtype) != paths:
+                flags = as_tensor(paths)
+                self._flags.setdefault(dtype, flags).copy_(flags)
+                self._flagged[dtype] = paths
 
     def trust(self, zero: bool) -> None:
         """Take note whether the weight is zero in its pruned blocks: else no product skips any."""
@@ -149,3 +150,43 @@ class BlockProduct:
             paths=self._flags[dtype],
             backend=self.backend,
         )
+
+
+def make_product(mask: GroupMask, weight: Tensor, dispatch: Dispatch) -> BlockProduct | None:
+    """Return the product of a weight under a mask, yet without lists; None: there is none."""
+    if not has_blocks_to_skip(mask.pattern, weight, dispatch):
+        return None
+    assert isinstance(mask.pattern, Block)
+    choice: Any = {"backend": mask.backend, "dispatch": dispatch}
+    return BlockProduct(mask.pattern, mask.shape, weight.dtype, **choice)
+
+
+def update_products(
+    products: Sequence[BlockProduct], masks: Sequence[Tensor], kept: Sequence[int]
+) -> None:
+    """Let products take over masks. Lists stay where they are in memory.
+
+    On a GPU the lists of all products of one pattern are two launches.
+
+    Args:
+        products: one or more.
+        masks: one a product: bool, one flag a block, True = kept.
+        kept: how many blocks each mask keeps.
+    """
+    alike: dict[tuple[Block, torch.device, Backend], list[tuple[BlockProduct, Tensor, int]]] = {}
+    for product, mask, count in zip(products, masks, kept, strict=True):
+        key = product.pattern, mask.device, product.backend
+        alike.setdefault(key, []).append((product, mask, count))
+    known: dict[object, BreakEven] = {}
+    for (pattern, device, backend), members in alike.items():
+        own, given, counts = zip(*members, strict=True)
+        triton_runs = use_triton("block_sparse_linear", backend, given[0])
+        here = [
+            p.topology if p.topology is not None and p.topology.kept.device == device else None
+            for p in own
+        ]
+        found = block_topologies(
+            given, pattern, out=here, backend="triton" if triton_runs else "torch"
+        )
+        for product, topology, count in zip(own, found, counts, strict=True):
+            product.take_over(topology, count, triton_runs, known)

@@ -5,11 +5,12 @@ lie elsewhere. Of blocks that is one flat tensor with the pruned elements and no
 ``level`` times the weight's bytes. Of fine patterns it is a tensor like the weight, zero where
 kept: positions would cost as much as the zeros, and putting back is then one OR.
 
-Plain torch on any device, but for the zeros in blocks, which `apply_mask_` writes; bits are moved,
-whichever floats they make up.
+Bits are moved, whichever floats they make up. A list is one or two launches on a GPU
+(``moved.py``), to which the caller says how many elements are pruned, so that nothing waits for
+the device. Plain torch elsewhere, but for the zeros in blocks, which `apply_mask_` writes.
 
-Cost, blocks: the pruned elements, read and written once each way, in two launches a region of
-equal blocks, of which a matrix has one, or up to four if its sides are no multiples of a block's.
+Cost of plain torch, blocks: the pruned elements, read and written once each way, in two launches a
+region of equal blocks: a matrix has one, or up to four if its sides are no multiples of a block's.
 Taking them writes the zeros in one launch more. The positions of the pruned blocks are found anew,
 which waits for the device once a region. Fine patterns: three passes over the weight to take, one
 to put back; a packed mask is unpacked a chunk at a time, about ten launches per 2^24 elements.
@@ -26,7 +27,9 @@ from torch import Tensor
 
 from .bits import WORDS, bytes_of, chunk_of, chunks, word_mask
 from .grid import regions, view_blocks
+from .launch import Backend, use_triton
 from .masked_weight import apply_mask_, check_mask
+from .moved import launch_moved
 from .pattern import Block, Pattern
 
 
@@ -113,6 +116,13 @@ def _take_elements(weight: Tensor, mask: Tensor, pattern: Pattern, out: Tensor |
     return values
 
 
+def _check_values(values: Tensor, weight: Tensor) -> None:
+    if values.dtype != weight.dtype:
+        raise TypeError(f"put_back_: values must be {weight.dtype}, got {values.dtype}")
+    if values.device != weight.device:
+        raise ValueError(f"put_back_: values must be on {weight.device}, got {values.device}")
+
+
 @torch.no_grad()
 def take_pruned(
     weight: Tensor, mask: Tensor, pattern: Pattern, *, out: Tensor | None = None
@@ -162,10 +172,7 @@ def put_back_(weight: Tensor, values: Tensor, mask: Tensor, pattern: Pattern) ->
         ValueError: ``values`` has another shape or device; or as ``apply_mask``.
     """
     check_mask("put_back_", weight, mask, pattern)
-    if values.dtype != weight.dtype:
-        raise TypeError(f"put_back_: values must be {weight.dtype}, got {values.dtype}")
-    if values.device != weight.device:
-        raise ValueError(f"put_back_: values must be on {weight.device}, got {values.device}")
+    _check_values(values, weight)
     if isinstance(pattern, Block):
         _put_back_blocks(_bits(weight), _bits(values), mask, pattern)
     elif values.shape == weight.shape:
@@ -175,3 +182,91 @@ def put_back_(weight: Tensor, values: Tensor, mask: Tensor, pattern: Pattern) ->
         raise ValueError(
             f"put_back_: values must have shape {tuple(weight.shape)}, got {tuple(values.shape)}"
         )
+
+
+@torch.no_grad()
+def take_all_pruned(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    pattern: Pattern,
+    *,
+    pruned: Sequence[int],
+    out: Sequence[Tensor | None],
+    backend: Backend = "auto",
+) -> list[Tensor]:
+    """Take the pruned values out of several weights, as ``take_pruned``.
+
+    On a GPU two launches for all of one width of element; of other patterns than ``Block`` one.
+    Nothing waits for the device, so the caller answers for what ``pruned`` says.
+
+    Args:
+        weights: as ``take_pruned``'s, on one device.
+        masks: one a weight; all compact, or all words.
+        pattern: that of all masks.
+        pruned: how many elements each mask prunes.
+        out: memory for the values of each, as ``take_pruned``'s, or None.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        As ``take_pruned``, of each.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``take_pruned``. On a GPU all weights are then as
+            they were.
+    """
+    if not _launches(masks, backend):
+        groups = zip(weights, masks, out, strict=True)
+        return [take_pruned(w, mask, pattern, out=memory) for w, mask, memory in groups]
+    values = []
+    for weight, mask, count, memory in zip(weights, masks, pruned, out, strict=True):
+        check_mask("take_pruned", weight, mask, pattern)
+        shape = (count,) if isinstance(pattern, Block) else weight.shape
+        if memory is not None:
+            _check_out(memory, shape, weight)
+        elif isinstance(pattern, Block):
+            memory = weight.new_empty(shape)
+        else:
+            memory = torch.empty_like(weight)
+        values.append(memory)
+    launch_moved(weights, values, masks, pattern.rows, pattern.cols, take=True)
+    torch.autograd.graph.increment_version([*weights, *values])
+    return values
+
+
+@torch.no_grad()
+def put_all_back_(
+    weights: Sequence[Tensor],
+    values: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    pattern: Pattern,
+    *,
+    backend: Backend = "auto",
+) -> None:
+    """Undo ``take_all_pruned``, in as many launches.
+
+    Args:
+        weights, values, masks, pattern, backend: as ``put_back_``'s and ``take_all_pruned``'s. On
+            a GPU values of blocks that are not as many as the mask prunes are not noticed.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``put_back_``.
+    """
+    if not _launches(masks, backend):
+        for weight, own, mask in zip(weights, values, masks, strict=True):
+            put_back_(weight, own, mask, pattern)
+        return
+    for weight, own, mask in zip(weights, values, masks, strict=True):
+        check_mask("put_back_", weight, mask, pattern)
+        _check_values(own, weight)
+        if not isinstance(pattern, Block) and own.shape != weight.shape:
+            raise ValueError(
+                f"put_back_: values must have shape {tuple(weight.shape)}, got {tuple(own.shape)}"
+            )
+    launch_moved(weights, values, masks, pattern.rows, pattern.cols, take=False)
+    torch.autograd.graph.increment_version(weights)
+
+
+def _launches(masks: Sequence[Tensor], backend: Backend) -> bool:
+    return bool(masks) and (
+        masks[0].dtype not in WORDS.values() and use_triton("take_pruned", backend, masks[0])
+    )

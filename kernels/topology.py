@@ -2,16 +2,17 @@
 
 No size depends on how many blocks are kept and no address changes, so building the lists waits
 for no GPU, and a mask update that rewrites them in place may sit in a CUDA graph. Two launches
-build them: one program a line (a block row or a block column) counts, then one program a line
-finds its place among the counts and writes what is its own, the padding included. No atomics.
+build those of any number of masks: one program a line (a block row or a block column) counts, then
+one program a line finds its place among the counts and writes what is its own, the padding
+included. No atomics.
 
-Reading order: layout -> reference -> kernels -> launcher -> operator -> public function.
+Reading order: layout -> reference -> kernels -> launcher -> operator -> public functions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from .grid import ceil_div
 from .launch import Backend, on_device, tl, triton, use_triton
 from .pattern import Pattern
+from .table import device_table, find_tensor
 
 BUNDLE_WIDTH = 256  # elements: the widest tile of a weight gradient
 CHUNK = 256
@@ -119,15 +121,24 @@ def topology_reference(mask: Tensor, pattern: Pattern) -> Topology:
     return out
 
 
+# A table's columns: first program, the mask's address, its blocks down and across, its strides,
+# whether bundles lie along the rows, and the addresses of the lists, in the order of Topology.
+
+
 @triton.jit
-def _topology_count_kernel(
-    mask_ptr, kept_ptr, counts_ptr, ROWS, COLS, stride_mr, stride_mc, CHUNK: tl.constexpr
-):
+def _topology_count_kernel(table_ptr, counts_ptr, N: tl.constexpr, CHUNK: tl.constexpr):
     """Count the kept blocks of one line; copy the mask, row by row."""
-    line = tl.program_id(0)
+    entry = table_ptr + find_tensor(table_ptr, N)
+    line = (tl.program_id(0) - tl.load(entry)).to(tl.int32)
+    ROWS = tl.load(entry + 2 * N).to(tl.int32)
+    COLS = tl.load(entry + 3 * N).to(tl.int32)
+    stride_mr = tl.load(entry + 4 * N)
+    stride_mc = tl.load(entry + 5 * N)
+    kept_ptr = tl.load(entry + 13 * N).to(tl.pointer_type(tl.uint8))
     is_row = line < ROWS
     line = tl.where(is_row, line, line - ROWS)
     length = tl.where(is_row, COLS, ROWS)
+    mask_ptr = tl.load(entry + N).to(tl.pointer_type(tl.uint8))
     mask_ptr += line.to(tl.int64) * tl.where(is_row, stride_mr, stride_mc)
     stride = tl.where(is_row, stride_mc, stride_mr)
     count = 0
@@ -218,93 +229,100 @@ def _list_line(
 
 
 @triton.jit
+def _list_of(entry, row_column, col_column, is_row):
+    """Return where a row's or a column's list is."""
+    address = tl.where(is_row, tl.load(entry + row_column), tl.load(entry + col_column))
+    return address.to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
 def _topology_list_kernel(
-    kept_ptr,
+    table_ptr,
     counts_ptr,
-    row_tasks_ptr,
-    col_index_ptr,
-    col_tasks_ptr,
-    row_index_ptr,
-    bundles_ptr,
-    bundle_count_ptr,
-    ROWS,
-    COLS,
-    SIZE: tl.constexpr,
-    BY_ROWS: tl.constexpr,
+    N: tl.constexpr,
+    ROW_SIZE: tl.constexpr,
+    COL_SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    line = tl.program_id(0)
-    if line < ROWS:
+    entry = table_ptr + find_tensor(table_ptr, N)
+    first = tl.load(entry)
+    line = (tl.program_id(0) - first).to(tl.int32)
+    ROWS = tl.load(entry + 2 * N).to(tl.int32)
+    COLS = tl.load(entry + 3 * N).to(tl.int32)
+    is_row = line < ROWS
+    counts_ptr += first + tl.where(is_row, 0, ROWS)
+    line = tl.where(is_row, line, line - ROWS)
+    lines = tl.where(is_row, ROWS, COLS)
+    length = tl.where(is_row, COLS, ROWS)
+    mask_ptr = tl.load(entry + 13 * N).to(tl.pointer_type(tl.uint8))
+    mask_ptr += line.to(tl.int64) * tl.where(is_row, COLS, 1)
+    stride = tl.where(is_row, 1, COLS)
+    tasks_ptr = _list_of(entry, 7 * N, 9 * N, is_row)
+    index_ptr = _list_of(entry, 8 * N, 10 * N, is_row)
+    bundles_ptr = tl.load(entry + 11 * N).to(tl.pointer_type(tl.int32))
+    bundle_count_ptr = tl.load(entry + 12 * N).to(tl.pointer_type(tl.int32))
+    bundled = is_row == (tl.load(entry + 6 * N) != 0)
+    if bundled and is_row:
         _list_line(
-            kept_ptr + line.to(tl.int64) * COLS,
-            1,
-            counts_ptr,
-            row_tasks_ptr,
-            col_index_ptr,
-            bundles_ptr,
-            bundle_count_ptr,
-            line,
-            ROWS,
-            COLS,
-            SIZE,
-            BY_ROWS,
-            CHUNK,
-        )
+            mask_ptr, stride, counts_ptr, tasks_ptr, index_ptr, bundles_ptr, bundle_count_ptr,
+            line, lines, length, ROW_SIZE, True, CHUNK,
+        )  # fmt: skip
+    elif bundled:
+        _list_line(
+            mask_ptr, stride, counts_ptr, tasks_ptr, index_ptr, bundles_ptr, bundle_count_ptr,
+            line, lines, length, COL_SIZE, True, CHUNK,
+        )  # fmt: skip
     else:
         _list_line(
-            kept_ptr + (line - ROWS),
-            COLS,
-            counts_ptr + ROWS,
-            col_tasks_ptr,
-            row_index_ptr,
-            bundles_ptr,
-            bundle_count_ptr,
-            line - ROWS,
-            COLS,
-            ROWS,
-            SIZE,
-            not BY_ROWS,
-            CHUNK,
-        )
+            mask_ptr, stride, counts_ptr, tasks_ptr, index_ptr, bundles_ptr, bundle_count_ptr,
+            line, lines, length, ROW_SIZE, False, CHUNK,
+        )  # fmt: skip
 
 
-def _launch(mask: Tensor, by_rows: bool, size: int, out: Topology) -> None:
-    Rb, Cb = mask.shape
-    counts = torch.empty(Rb + Cb, dtype=torch.int32, device=mask.device)
-    kept = out.kept.view(torch.uint8)
-    chunk = min(CHUNK, max(triton.next_power_of_2(max(Rb, Cb)), 16))
-    with on_device(mask):
-        _topology_count_kernel[(Rb + Cb,)](
-            mask.view(torch.uint8), kept, counts, Rb, Cb, *mask.stride(), CHUNK=chunk
+def _launch(
+    masks: Sequence[Tensor], by_rows: Sequence[int], row_size: int, col_size: int, *lists: Any
+) -> None:
+    entries, longest = [], 16
+    for mask, along_rows, *out in zip(masks, by_rows, *lists, strict=True):
+        Rb, Cb = mask.shape
+        longest = max(longest, Rb, Cb)
+        entries.append(
+            (
+                *(Rb + Cb, mask.data_ptr(), Rb, Cb, *mask.stride(), along_rows),
+                *(target.data_ptr() for target in out),
+            )
         )
-        _topology_list_kernel[(Rb + Cb,)](
-            kept, counts, *out[:6], Rb, Cb, SIZE=size, BY_ROWS=by_rows, CHUNK=chunk
+    chunk = min(CHUNK, 1 << (longest - 1).bit_length())
+    with on_device(masks[0]):
+        table, programs = device_table(masks[0].device, entries)
+        counts = torch.empty(programs, dtype=torch.int32, device=masks[0].device)
+        n = table.shape[1]
+        _topology_count_kernel[(programs,)](table, counts, N=n, CHUNK=chunk)
+        _topology_list_kernel[(programs,)](
+            table, counts, N=n, ROW_SIZE=row_size, COL_SIZE=col_size, CHUNK=chunk
         )
 
 
 @torch.library.custom_op("triton_sparsity::block_topology_", mutates_args={*Topology._fields})
 def _op(
-    mask: Tensor,
-    by_rows: bool,
-    size: int,
-    row_tasks: Tensor,
-    col_index: Tensor,
-    col_tasks: Tensor,
-    row_index: Tensor,
-    bundles: Tensor,
-    bundle_count: Tensor,
-    kept: Tensor,
+    masks: list[Tensor],
+    by_rows: list[int],
+    row_size: int,
+    col_size: int,
+    row_tasks: list[Tensor],
+    col_index: list[Tensor],
+    col_tasks: list[Tensor],
+    row_index: list[Tensor],
+    bundles: list[Tensor],
+    bundle_count: list[Tensor],
+    kept: list[Tensor],
 ) -> None:
-    _launch(
-        mask,
-        by_rows,
-        size,
-        Topology(row_tasks, col_index, col_tasks, row_index, bundles, bundle_count, kept),
-    )
+    lists = row_tasks, col_index, col_tasks, row_index, bundles, bundle_count, kept
+    _launch(masks, by_rows, row_size, col_size, *lists)
 
 
 @_op.register_fake
-def _(mask, by_rows, size, *lists) -> None:
+def _(masks, by_rows, row_size, col_size, *lists) -> None:
     return None
 
 
@@ -324,26 +342,69 @@ def block_topology(
         ValueError: the mask is no bool matrix, or ``out`` belongs to another shape or device.
         RuntimeError: ``"triton"`` is asked for where it cannot run.
     """
+    return block_topologies([mask], pattern, out=[out], backend=backend)[0]
+
+
+def block_topologies(
+    masks: Sequence[Tensor],
+    pattern: Pattern,
+    *,
+    out: Sequence[Topology | None] | None = None,
+    backend: Backend = "auto",
+) -> list[Topology]:
+    """Build the lists of several masks of one pattern and device, in two launches on a GPU.
+
+    Args:
+        masks: as ``block_topology``'s.
+        pattern: the blocks of all masks.
+        out: one a mask, as ``block_topology``'s.
+        backend: as ``block_topology``'s.
+
+    Raises:
+        ValueError, RuntimeError: as ``block_topology``; or devices differ. No list was written.
+    """
+    found: list[Topology] = []
+    for mask, target in zip(masks, out or [None] * len(masks), strict=True):
+        _check(mask, pattern, target, masks[0].device)
+        found.append(_empty(mask, pattern) if target is None else target)
+    triton_runs = bool(masks) and use_triton("block_topology", backend, masks[0])
+    pairs = []
+    for mask, topology in zip(masks, found, strict=True):
+        if triton_runs and mask.numel():
+            pairs.append((mask, topology))
+            continue
+        for target, source in zip(topology, topology_reference(mask, pattern), strict=True):
+            target.copy_(source)
+    if pairs:
+        given, lists = zip(*pairs, strict=True)
+        by_rows = [int(bundling(pattern, (m.shape[0], m.shape[1]))[0]) for m in given]
+        sizes = (max(BUNDLE_WIDTH // side, 1) for side in (pattern.cols, pattern.rows))
+        if torch.compiler.is_compiling():
+            _op([*given], by_rows, *sizes, *map(list, zip(*lists, strict=True)))
+        else:  # without the operator's Python, which takes longer than all else, a tensor
+            _launch(given, by_rows, *sizes, *zip(*lists, strict=True))
+            torch.autograd.graph.increment_version([t for topology in lists for t in topology])
+    return found
+
+
+def _check(mask: Tensor, pattern: Pattern, out: Topology | None, device: torch.device) -> None:
     if mask.dtype != torch.bool or mask.ndim != 2:
         raise ValueError(
             f"block_topology: mask must be a bool matrix, got {mask.dtype} {tuple(mask.shape)}"
         )
-    triton_runs = use_triton("block_topology", backend, mask)
+    if mask.device != device:
+        raise ValueError(
+            f"block_topology: mask must be on the others' {device}, got {mask.device}"
+        )
     grid = mask.shape[0], mask.shape[1]
     if out is None:
-        out = _empty(mask, pattern)
-    elif tuple(tuple(t.shape) for t in out) != capacities(grid, pattern):
+        return
+    if tuple(tuple(t.shape) for t in out) != capacities(grid, pattern):
         raise ValueError(
             f"block_topology: out must be of a mask {grid} of pattern {pattern}, got one of a "
             f"mask {tuple(out.kept.shape)}"
         )
-    elif out.kept.device != mask.device:
+    if out.kept.device != mask.device:
         raise ValueError(
             f"block_topology: out must be on the mask's {mask.device}, got {out.kept.device}"
         )
-    if triton_runs and mask.numel():
-        _op(mask, *bundling(pattern, grid), *out)
-    else:
-        for target, source in zip(out, topology_reference(mask, pattern), strict=True):
-            target.copy_(source)
-    return out

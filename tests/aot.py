@@ -133,3 +133,16 @@ def assert_lean(compiled, arch):
     assert compiled.spills == 0
     assert ".f64" not in compiled.ptx
     assert compiled.shared <= SHARED_LIMIT[arch]
+
+
+def loops(sass):
+    """Return the instructions of every loop of one block or more: from a label to a jump back."""
+    lines, labels = [], {}
+    for line in sass.splitlines():
+        if found := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[found.group(1)] = len(lines)
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+            lines.append(found.group(1))
+    jumps = [(n, re.search(r"\bBRA\b.*(\.L_x_\d+)", line)) for n, line in enumerate(lines)]
+    starts = [(labels[jump.group(1)], n) for n, jump in jumps if jump and jump.group(1) in labels]
+    return [lines[start : n + 1] for start, n in starts if start <= n]

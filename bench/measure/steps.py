@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.bits import expand_mask
-from ...kernels.block_score import block_score, block_score_reference
+from ...kernels.block_score import block_score_reference, block_scores
 from ...kernels.launch import Backend
 from ...kernels.mask import make_mask
 from ...kernels.pattern import NM, Block, Pattern, Unstructured
 from ...kernels.select import select
-from ...kernels.topology import Topology, block_topology, topology_reference
+from ...kernels.topology import Topology, block_topologies, topology_reference
 from .agreement import difference, disagreement, exact_dtype, first
 from .cases import Built, Case
 from .counts import groups, product_flops, step_bytes, update_bytes
@@ -40,21 +40,20 @@ def mask_update(
     def scores() -> list[Tensor]:
         if packed:
             return list(weights)
-        return [block_score(w, pattern, backend=backend) for w in weights]
+        return block_scores(weights, pattern, normed=False, backend=backend)[0]
 
     count = sum(groups((w.shape[0], w.shape[1]), pattern) for w in weights)
     pruned = round(level * count)
     threshold = select(scores(), pruned, backend=backend)
     masks = make_mask(scores(), threshold, packed=packed, backend=backend)
-    lists = [] if packed else [block_topology(m, pattern, backend=backend) for m in masks]
+    lists = [] if packed else block_topologies(masks, pattern, backend=backend)
 
     def run() -> tuple[list[Tensor], list[Topology]]:
         found = scores()
         threshold = select(found, pruned, backend=backend)
         make_mask(found, threshold, packed=packed, out=masks, backend=backend)
         if not packed:
-            for mask, out in zip(masks, lists, strict=True):
-                block_topology(mask, pattern, out=out, backend=backend)
+            block_topologies(masks, pattern, out=lists, backend=backend)
         return masks, lists
 
     return run

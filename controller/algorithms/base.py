@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...kernels.group_mask import set_masks
 from ...kernels.pattern import NM, Pattern, maximum_level
 from ..api import CompressionStage, StripFormat
 from ..config.algorithm import AlgorithmConfig, Pool
@@ -30,14 +31,7 @@ from ..masks.strip import strip_masks
 from ..masks.targets import find_targets
 from ..masks.weight import SparseModuleInfo, SparseWeight, Target, dense_weights
 from ..selection.scorer import Scorer
-from ..selection.thresholds import (
-    Scores,
-    apply_prunings,
-    check_finite,
-    check_reachable,
-    find_prunings,
-    pools,
-)
+from ..selection.thresholds import Scores, check_reachable, find_masks, find_prunings, pools
 from .batchnorm import adapt_batchnorm
 from .loss import CompressionLoss, ZeroCompressionLoss
 from .scheduler import CompressionScheduler, SparsityScheduler, StubScheduler
@@ -82,7 +76,7 @@ class BaseSparsityAlgoController:
         self._target_level: float | None = None
         self._pool: Pool = "global"
         self._keeps_values = False
-        self._thresholds: dict[str, Tensor] = {}
+        self._thresholds: dict[str, Tensor | None] = {}
         self._scorer: Scorer | None = None
         self._optimizer: Optimizer | None = None
         self._nearly_empty: set[str] = set()
@@ -291,18 +285,15 @@ class BaseSparsityAlgoController:
     def _find_masks(self, weights: list[Any], level: float) -> Change:
         """Find a level's masks, or refuse; return what writes them."""
         # a weight that is set by itself is asked for outright
-        limits, prunings = len(weights) > 1, []
-        for members in pools(weights, self._pool):
-            prunings += find_prunings(members, level, self.group_scores, limits=limits)
-        check_finite(prunings)
+        found = pools(weights, self._pool)
+        prunings = find_prunings(found, level, self.group_scores, limits=len(weights) > 1)
+        masks = find_masks(prunings)
 
         def write() -> None:
-            apply_prunings(prunings)
+            set_masks(*masks)
             for members, cut in prunings:
-                for weight in members:
-                    self._thresholds.pop(weight.name, None)
-                    if cut is not None and cut.threshold is not None:
-                        self._thresholds[weight.name] = cut.threshold.value
+                values = [None] * len(members) if cut is None else cut.values()
+                self._thresholds |= zip((w.name for w in members), values, strict=True)
 
         return write
 

@@ -89,4 +89,4 @@ class MagnitudeSparsityController(BaseSparsityAlgoController):
 
     def group_scores(self, weights: Sequence[SparseWeight]) -> Scores:
         """The criterion's importance; a block's is the mean over its elements."""
-        return self._criterion.scores(weights)
+        return self._criterion.scores(weights, self._pool)

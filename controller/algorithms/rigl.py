@@ -96,7 +96,8 @@ class RigLController(SETController):
             for weight in super()._regrowing():
                 gradient = self._gradients.setdefault(weight.name, torch.zeros_like(weight.weight))
                 torch.distributed.all_reduce(gradient)
-        self._overdue = not all(bool(g.isfinite().all()) for g in self._gradients.values())
+        finite = [gradient.isfinite().all() for gradient in self._gradients.values()]
+        self._overdue = bool(finite) and not torch.stack(finite).all()
         if not self._overdue:
             super()._regrow(step)
 

@@ -8,7 +8,6 @@ with moments of zero: both were cleared when it was pruned.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -16,10 +15,9 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from ...kernels.cut import keep_highest
+from ...kernels.group_mask import Grids
 from ..config.algorithm import AlgorithmConfig
 from ..config.declaration import Level, Positive, Share, Whole
-from ..masks.names import canonical
 from ..masks.weight import SparseWeight
 from ..selection.allocation import distribute, erdos_renyi, within
 from ..selection.criteria import WeightImportance, random_numbers
@@ -145,7 +143,7 @@ class SETController(BaseSparsityAlgoController):
         """Drop and grow; a refused update has changed nothing."""
         fraction = self.drop_fraction(step)
         growing = self._regrowing()
-        found: list[tuple[SparseWeight, Tensor]] = []
+        found = Grids()
         with self._changing(growing):
             for weights in pools(growing):
                 scores = zip(
@@ -155,13 +153,11 @@ class SETController(BaseSparsityAlgoController):
                     strict=True,
                 )
                 for weight, drop, grow in scores:
-                    before, kept = weight.kept_grid(), weight.kept
-                    moving = int(fraction * kept)
-                    after = _highest(weight, drop, kept - moving, among=before)
-                    after |= _highest(weight, grow, moving, among=~after)
-                    found.append((weight, after))
-            for weight, after in found:
-                weight.set_grid(after)
+                    kept, moving = weight.kept, int(fraction * weight.kept)
+                    after = found.highest(weight, drop, kept - moving, among=weight.kept_grid())
+                    after |= found.highest(weight, grow, moving, among=~after)
+                    found.add(weight, after)
+            self._checked(found)()
 
     def _find_masks(self, weights: list[SparseWeight], level: float) -> Change:
         """Distribute the level; drop the least important, or grow at random, to reach it.
@@ -170,7 +166,7 @@ class SETController(BaseSparsityAlgoController):
         """
         first = all(weight.all_kept for weight in self._weights)
         at_random = first and self.config.initial_masks == "random"
-        found: list[tuple[SparseWeight, Tensor]] = []
+        found = Grids()
         for pool in pools(weights):
             counts = self._counts(pool, level)
             drop = [self._random_grid(weight, 0) for weight in pool]
@@ -179,17 +175,12 @@ class SETController(BaseSparsityAlgoController):
                 drop = self._drop_scores(pool)
             for weight, count, score in zip(pool, counts, drop, strict=True):
                 before, kept = weight.kept_grid(), weight.kept
-                after = _highest(weight, score, min(kept, count), among=before)
+                after = found.highest(weight, score, min(kept, count), among=before)
                 if count > kept:
                     grow = self._random_grid(weight, max(self._scheduler.current_step, 0))
-                    after |= _highest(weight, grow, count - kept, among=~after)
-                found.append((weight, after))
-
-        def write() -> None:
-            for weight, after in found:
-                weight.set_grid(after)
-
-        return write
+                    after |= found.highest(weight, grow, count - kept, among=~after)
+                found.add(weight, after)
+        return self._checked(found)
 
     def _counts(self, pool: list[SparseWeight], level: float) -> list[int]:
         """Return how many groups each weight of a pool keeps."""
@@ -209,16 +200,16 @@ class SETController(BaseSparsityAlgoController):
         return distribute(total, groups, densities, least, most)
 
     def _random_grid(self, weight: SparseWeight, step: int) -> Tensor:
-        name = zlib.crc32(canonical(weight.name).encode())
-        numbers = random_numbers(weight.grid, self.config.seed, step, name)
-        return numbers.to(weight.weight.device)
+        device = weight.weight.device
+        return random_numbers(weight.name, weight.grid, device, self.config.seed, step)
 
-
-def _highest(weight: SparseWeight, scores: Tensor, count: int, *, among: Tensor) -> Tensor:
-    grid = keep_highest(scores, count, among, weight.backend)
-    if grid is None:
-        raise ValueError(
-            f"set_sparsity_level: the importance of {weight.name!r} holds NaN or Inf; "
-            "masks are left as they were"
-        )
-    return grid
+    @staticmethod
+    def _checked(found: Grids) -> Change:
+        """Refuse what is not finite; return what writes the masks. Waits for the device once."""
+        write, bad = found.read()
+        if isinstance(bad, SparseWeight):
+            raise ValueError(
+                f"set_sparsity_level: the importance of {bad.name!r} holds NaN or Inf; "
+                "masks are left as they were"
+            )
+        return write

@@ -150,7 +150,7 @@ class Guard:
             if module._parameters.get(name) is weight.weight
             and not weight.is_as_left(weight.weight)
         ]
-        for weight, written in zip(loaded, leaks(loaded), strict=True):
+        for weight, written in zip(loaded, leaks(loaded)(), strict=True):
             if weight.values_are_loaded and not written:
                 weight.leave()  # the model that goes with a state that was loaded before it
             else:

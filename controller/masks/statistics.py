@@ -107,7 +107,7 @@ class Statistics(SimpleNamespace):
 
 
 def summarise(
-    model: nn.Module, weights: Sequence[SparseWeight], thresholds: Mapping[str, Tensor]
+    model: nn.Module, weights: Sequence[SparseWeight], thresholds: Mapping[str, Tensor | None]
 ) -> SparsifiedModelStatistics:
     """Put figures together; ``thresholds`` are scalars, by name. Synchronises with the device."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -121,7 +121,7 @@ def summarise(
             pruned_groups=weight.pruned_groups(),
             pruned_elements=weight.pruned_elements(),
             weight_percentage=100 * weight.weight_shape.numel() / parameters,
-            threshold=float(thresholds[weight.name]) if weight.name in thresholds else None,
+            threshold=None if (t := thresholds.get(weight.name)) is None else float(t),
             path=weight.path,
         )
         for weight in weights

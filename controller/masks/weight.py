@@ -26,13 +26,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn import functional
 
+from ...kernels import group_mask
 from ...kernels.dispatch import Dispatch
 from ...kernels.group_mask import GroupMask
-from ...kernels.launch import Backend
-from ...kernels.masked_weight import apply_mask_, count_leaks
-from ...kernels.pattern import Block, Pattern
-from ...kernels.product import BlockProduct, has_blocks_to_skip
-from ...kernels.retained import put_back_, take_pruned
+from ...kernels.launch import Backend, read_later
+from ...kernels.pattern import Pattern
+from ...kernels.product import BlockProduct, make_product, update_products
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,8 @@ class SparseWeight(GroupMask):
     @property
     def weight(self) -> nn.Parameter:
         """The parameter, as its module has it now; see ``Target.weight``."""
-        return self.target.weight
+        found = self.module._parameters.get(self.parameter_name)
+        return self.target.weight if found is None else found
 
     def follow(self) -> nn.Parameter:
         """Return the parameter; the mask follows device and dtype. Refuses as ``check_fits``."""
@@ -211,23 +211,22 @@ class SparseWeight(GroupMask):
         with dense_weights([self]):
             self.set_grid(grid)
 
-    def set_(self, mask: Tensor | None, kept: int) -> None:
-        super().set_(mask, kept)
-        if self.product is not None:
-            self.product.update(self.mask, kept)
-        elif self.skips_blocks:
-            self.serve_product()
+    @staticmethod
+    def masks_changed(owners: Sequence[Any]) -> None:
+        """Bring the lists of blocks in line with the masks, where modules skip them."""
+        for weight in owners:
+            if weight.skips_blocks and weight.product is None:
+                weight.product = make_product(weight, weight.weight, weight.dispatch)
+        serving = [(p, weight.mask, weight.kept) for weight in owners if (p := weight.product)]
+        if serving:
+            update_products(*zip(*serving, strict=True))
 
     # the product of a linear
 
     def serve_product(self) -> None:
         """Prepare ``linear`` to skip pruned blocks, if the pattern has blocks to skip."""
-        self.product = None
-        if has_blocks_to_skip(self.pattern, self.weight, self.dispatch):
-            assert isinstance(self.pattern, Block)
-            sizes = self.pattern, self.shape, self._dtype
-            choice: Any = {"backend": self.backend, "dispatch": self.dispatch}
-            self.product = BlockProduct(self.mask, self.kept, *sizes, **choice)
+        self.product, self.skips_blocks = None, True
+        self.masks_changed([self])
 
     @property
     def path(self) -> str:
@@ -273,7 +272,7 @@ class SparseWeight(GroupMask):
         product = self.product
         if product is None or self.all_kept:
             return
-        written = int(leaks([self])[0])
+        written = leaks([self])()[0]
         if written and not product.unsafe:
             warnings.warn(
                 f"{written} pruned elements of {self.name!r} have been written (an adapter "
@@ -296,19 +295,8 @@ class SparseWeight(GroupMask):
             return
         if not self._is_here(parameter):
             self._move(parameter)
-        self.values, self.values_are_loaded = None, False
-        if not self.all_kept:
-            matrix = self.matrix(parameter)
-            mask, out = self.mask_for(matrix), self._take_spare()
-            self.values = take_pruned(matrix, mask, self.pattern, out=out)
-            self.copy_back(parameter, matrix)
+        _take([(self, parameter)])
         self._as_left = _state_of(parameter)
-
-    def _take_spare(self) -> Tensor | None:
-        """Return the memory of values that were put back, if the next ones fit."""
-        spare, self._spare = self._spare, None
-        wanted = self.shape if self.packed else (self.pruned_elements(),)
-        return spare if spare is not None and spare.shape == torch.Size(wanted) else None
 
     def copy_back(self, parameter: Tensor, matrix: Tensor) -> None:
         """Write a matrix back that is no view: a convolution's whose channels lie last."""
@@ -377,36 +365,28 @@ def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
     ``tensors`` has one each, of its shape: the weight, its gradient, an optimiser's state.
     """
     pairs = [(w, t) for w, t in zip(weights, tensors, strict=True) if not w.all_kept]
-    sharded, alike = _part(pairs)
-    for weight, tensor in sharded:
-        local, pruned = _shard(weight, tensor)
-        local.masked_fill_(pruned, 0)
-    for (pattern, backend), members in alike.items():
-        matrices = [weight.matrix(tensor) for weight, tensor in members]
-        masks = [weight.mask_for(tensor) for weight, tensor in members]
-        apply_mask_(matrices, masks, pattern, backend=backend)
-        for (weight, tensor), matrix in zip(members, matrices, strict=True):
-            weight.copy_back(tensor, matrix)
+    for weight, tensor in pairs:
+        if isinstance(tensor, DTensor):
+            local, pruned = _shard(weight, tensor)
+            local.masked_fill_(pruned, 0)
+    with _matrices(pairs) as (owners, matrices):
+        group_mask.clear_all_(owners, matrices)
 
 
 @torch.no_grad()
-def leaks(weights: Sequence[SparseWeight]) -> list[int]:
-    """Count, in each weight, what is not zero though it is pruned. Waits for the device once."""
+def leaks(weights: Sequence[SparseWeight]) -> Callable[[], list[int]]:
+    """Count, in each weight, what is not zero though it is pruned; read it as ``read_later``."""
     pairs = [(weight, weight.weight.detach()) for weight in weights if not weight.all_kept]
-    sharded, alike = _part(pairs)
-    found: list[Tensor] = []
-    order = [weight for weight, _ in sharded]
-    for weight, tensor in sharded:
-        local, pruned = _shard(weight, tensor)
-        found.append(local[pruned].count_nonzero()[None])
-    for (pattern, backend), members in alike.items():
-        matrices = [weight.matrix(tensor) for weight, tensor in members]
-        masks = [weight.mask_for(tensor) for weight, tensor in members]
-        found.append(count_leaks(matrices, masks, pattern, backend=backend))
-        order += [weight for weight, _ in members]
-    counts = torch.cat(found).tolist() if found else []
-    by_weight = dict(zip(order, counts, strict=True))
-    return [by_weight.get(weight, 0) for weight in weights]
+    if not pairs:
+        return lambda: [0] * len(weights)
+    found = dict.fromkeys(weights, torch.zeros((), dtype=torch.int64, device=pairs[0][1].device))
+    for weight, tensor in pairs:
+        if isinstance(tensor, DTensor):
+            local, pruned = _shard(weight, tensor)
+            found[weight] = local[pruned].count_nonzero()
+    owners, matrices = _whole(pairs)
+    found |= zip(owners, group_mask.count_all_leaks(owners, matrices), strict=True)
+    return read_later(torch.stack([*found.values()]))
 
 
 def _shard(weight: SparseWeight, tensor: DTensor) -> tuple[Tensor, Tensor]:
@@ -422,33 +402,53 @@ def _shard(weight: SparseWeight, tensor: DTensor) -> tuple[Tensor, Tensor]:
 _Pairs = list[tuple[SparseWeight, Tensor]]
 
 
-def _part(
-    pairs: _Pairs,
-) -> tuple[list[tuple[SparseWeight, DTensor]], dict[tuple[Pattern, Backend], _Pairs]]:
-    """Return the sharded ones, and the others by what one launch has in common."""
-    alike: dict[tuple[Pattern, Backend], _Pairs] = {}
-    for weight, tensor in pairs:
-        if not isinstance(tensor, DTensor):
-            alike.setdefault((weight.pattern, weight.backend), []).append((weight, tensor))
-    return [(w, t) for w, t in pairs if isinstance(t, DTensor)], alike
+def _whole(pairs: _Pairs) -> tuple[list[SparseWeight], list[Tensor]]:
+    """Return the tensors that are not sharded as matrices, and their weights."""
+    whole = [(w, w.matrix(t)) for w, t in pairs if not isinstance(t, DTensor)]
+    return [weight for weight, _ in whole], [matrix for _, matrix in whole]
+
+
+@contextmanager
+def _matrices(pairs: _Pairs) -> Iterator[tuple[list[SparseWeight], list[Tensor]]]:
+    """Give tensors as matrices to be written, as ``_whole``."""
+    owners, matrices = _whole(pairs)
+    yield owners, matrices
+    tensors = [tensor for _, tensor in pairs if not isinstance(tensor, DTensor)]
+    for weight, tensor, matrix in zip(owners, tensors, matrices, strict=True):
+        weight.copy_back(tensor, matrix)
 
 
 def drop_foreign(weights: Sequence[SparseWeight], when: str) -> None:
     """Make zero again what is pruned and was written; a UserWarning says how much, and where."""
+    drop_foreign_later(weights, when)()
+
+
+def drop_foreign_later(
+    weights: Sequence[SparseWeight], when: str, *, restoring: bool = False
+) -> Callable[[], None]:
+    """Make zero again what is pruned; return what warns, as ``read_later``. If values are
+    ``restoring``, those of blocks cover what was there; others are ORed, which -0 would spoil.
+    """
     guarded = [weight for weight in weights if weight.holds_zeros and not weight.all_kept]
     for weight in guarded:
         weight.follow()
-    written = {w.name: (w, n) for w, n in zip(guarded, leaks(guarded), strict=True) if n}
-    if written:
-        clear_([w for w, _ in written.values()], [w.weight for w, _ in written.values()])
-        total = sum(count for _, count in written.values())
-        warnings.warn(
-            f"{when}: {total} pruned elements had been written by somebody else and are zero "
-            f"again, in {', '.join(map(repr, written))}",
-            stacklevel=3,
-        )
+    read = leaks(guarded)
+    bare = [w for w in guarded if not restoring or w.packed or w.values is None]
+    clear_(bare, [weight.weight for weight in bare])
     for weight in guarded:
         _settle(weight)
+
+    def warn() -> None:
+        counts = dict(zip([weight.name for weight in guarded], read(), strict=True))
+        if total := sum(counts.values()):
+            names = ", ".join(repr(name) for name, count in counts.items() if count)
+            warnings.warn(
+                f"{when}: {total} pruned elements had been written by somebody else and are zero "
+                f"again, in {names}",
+                stacklevel=4,
+            )
+
+    return warn
 
 
 @contextmanager
@@ -462,26 +462,34 @@ def dense_weights(weights: Sequence[SparseWeight], *, keep: bool | None = None) 
                 f"set_sparsity_level: the weight of {weight.name!r} must not be sharded, got a "
                 "DTensor; masks hold on shards but cannot change there yet: freeze them before"
             )
-    drop_foreign(weights, "set_sparsity_level")
+    warn = drop_foreign_later(weights, "set_sparsity_level", restoring=True)
     restore_(weights)
     try:
         yield
     finally:
         take_values(weights, keep=keep)
+        warn()  # once the device was waited for anyway
 
 
 @torch.no_grad()
 def restore_(weights: Sequence[SparseWeight]) -> None:
     """Put pruned values back, where they are kept, in place."""
-    # those of fine patterns are put back by OR, which a negative zero would spoil
-    fine = [weight for weight in weights if weight.values is not None and weight.packed]
-    clear_(fine, [weight.weight for weight in fine])
-    for weight in weights:
-        if weight.values is not None:
-            matrix = weight.matrix(weight.weight)
-            put_back_(matrix, weight.values, weight.mask_for(matrix), weight.pattern)
-            weight.copy_back(weight.weight, matrix)
-            weight._spare, weight.values = weight.values, None
+    holding = [weight for weight in weights if weight.values is not None]
+    values: list[Any] = [weight.values for weight in holding]
+    with _matrices([(weight, weight.weight) for weight in holding]) as (owners, matrices):
+        group_mask.put_back_all_(owners, matrices, values)
+    for weight in holding:
+        weight._spare, weight.values = weight.values, None
+
+
+def _take(pairs: _Pairs) -> None:
+    """Take pruned values out of parameters, which their masks fit, and keep them."""
+    for weight, _ in pairs:
+        weight.values, weight.values_are_loaded = None, False
+    with _matrices([pair for pair in pairs if not pair[0].all_kept]) as (owners, matrices):
+        values = group_mask.take_all_(owners, matrices, [weight._spare for weight in owners])
+    for weight, own in zip(owners, values, strict=True):
+        weight.values, weight._spare = own, None
 
 
 @torch.no_grad()
@@ -489,14 +497,15 @@ def take_values(weights: Sequence[SparseWeight], *, keep: bool | None = None) ->
     """Make dense parameters zero where their masks prune. What was there is kept if ``keep``, or,
     with None, where the weight itself ``keeps_values``.
     """
-    cleared = []
+    taken, cleared = [], []
     for weight in weights:
         parameter = weight.follow()
-        if weight.keeps_values if keep is None else keep:
-            weight.take_from(parameter)
-        else:
+        if not (weight.keeps_values if keep is None else keep):
             weight.values = weight._spare = None
             cleared += [weight] if weight.holds_zeros else []
+        elif weight.holds_zeros:
+            taken.append((weight, parameter))
+    _take(taken)
     clear_(cleared, [weight.weight for weight in cleared])
     # of a backward pass before the masks changed
     found = [(w, g) for w in weights if w.holds_zeros and (g := w.weight.grad) is not None]

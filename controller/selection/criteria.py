@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.block_score import block_score
+from ...kernels.block_score import block_scores
+from ...kernels.numbers import uniform_numbers
+from ...kernels.pattern import Unstructured
 from ..masks.names import canonical
 from ..masks.weight import SparseWeight
 from .thresholds import Scores
@@ -36,7 +37,7 @@ class Evidence:
         momentum: float32 matrix, the decaying sum of |w g| over the steps; None before the first.
         input_norm: float32, root mean square of each input: (in,), or a matrix where rows have
             inputs of their own; None before a calibration.
-        seed: of random numbers, several integers.
+        seed: of random numbers.
     """
 
     name: str
@@ -45,14 +46,14 @@ class Evidence:
     gradient: Tensor | None = None
     momentum: Tensor | None = None
     input_norm: Tensor | None = None
-    seed: tuple[int, ...] = (0,)
+    seed: int = 0
 
 
 class Importance(NamedTuple):
-    """How important the elements are: ``|values| * scale``."""
+    """How important the elements are: ``|values|``."""
 
     values: Tensor  # matrix; the weight itself where that will do, so that no copy is made
-    scale: Tensor | None = None  # float32 scalar, or 1
+    normed: bool = False  # divided by its norm, or where that is 0 by 1
     per_group: bool = False  # one value a group
 
 
@@ -66,11 +67,7 @@ def magnitude(evidence: Evidence) -> Importance:
 
 def normed_magnitude(evidence: Evidence) -> Importance:
     """|w| / ||w||_2, the norm of the whole tensor (NNCF's ``normed_abs``); of zeros, 0."""
-    weight = evidence.weight
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(weight, dtype=wide).float()
-    # an all-zero weight has importance 0, whatever it is divided by
-    return Importance(weight, norm.where(norm > 0, 1).reciprocal())
+    return Importance(evidence.weight, normed=True)
 
 
 def snip(evidence: Evidence) -> Importance:
@@ -126,16 +123,18 @@ def wanda(evidence: Evidence) -> Importance:
 
 
 def random(evidence: Evidence) -> Importance:
-    """Uniform in [0, 1) for each group: a function of seed and name, the same on every rank."""
-    numbers = random_numbers(
-        evidence.grid, *evidence.seed, zlib.crc32(canonical(evidence.name).encode())
-    )
-    return Importance(numbers.to(evidence.weight.device), per_group=True)
+    """Uniform in (0, 1) for each group: a function of seed and name, the same on every rank."""
+    device = evidence.weight.device
+    numbers = random_numbers(evidence.name, evidence.grid, device, evidence.seed)
+    return Importance(numbers, per_group=True)
 
 
-def random_numbers(shape: tuple[int, int], *seed: int) -> Tensor:
-    """Return float32 numbers in [0, 1), on the CPU: a pure function of shape and seed."""
-    return torch.from_numpy(np.random.default_rng(seed).random(shape, np.float32))
+def random_numbers(
+    name: str, grid: tuple[int, int], device: torch.device, seed: int, number: int = 0
+) -> Tensor:
+    """Return ``uniform_numbers`` of the groups of a weight, which is told by its name."""
+    stream = zlib.crc32(canonical(name).encode())
+    return uniform_numbers(grid, seed=seed, number=number, stream=stream, device=device)
 
 
 def criterion(name: WeightImportance) -> Criterion:
@@ -151,10 +150,10 @@ def criterion(name: WeightImportance) -> Criterion:
 
 
 def check_gradients(
-    name: WeightImportance, weights: Sequence[SparseWeight], importances: Sequence[Importance]
+    name: WeightImportance, weights: Sequence[SparseWeight], speak: Sequence[Tensor]
 ) -> None:
     """Refuse a pool whose gradients say nothing: of equals the masks would go by position."""
-    if not torch.stack([found.values.any() for found in importances]).any():
+    if not torch.stack([*speak]).any():
         raise RuntimeError(
             f"{name}: |w g| is 0 throughout the pool of {weights[0].name!r}, "
             f"{len(weights)} weights in all, so that nothing ranks their groups; run a backward "
@@ -165,15 +164,9 @@ def check_gradients(
 
 def scores_by_group(weights: Sequence[SparseWeight], importances: Sequence[Importance]) -> Scores:
     """Return the scores of the groups of several weights of one pattern."""
-    first = weights[0]
-    tensors = [
-        found.values
-        if first.packed or found.per_group
-        else block_score(found.values, first.pattern, backend=first.backend)
-        for found in importances
-    ]
-    if all(found.scale is None for found in importances):
-        return Scores(tensors, None)
-    one = torch.ones((), dtype=torch.float32, device=tensors[0].device)
-    scales = [one if found.scale is None else found.scale for found in importances]
-    return Scores(tensors, torch.stack(scales))
+    first, values = weights[0], [found.values for found in importances]
+    if importances[0].per_group:
+        return Scores(values, None)
+    pattern = Unstructured() if first.packed else first.pattern
+    normed = importances[0].normed
+    return Scores(*block_scores(values, pattern, normed=normed, backend=first.backend))

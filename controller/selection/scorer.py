@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.squares import convolution_squares
+from ..config.algorithm import Pool
 from ..masks.weight import SparseWeight
 from .criteria import Evidence, WeightImportance, check_gradients, criterion, scores_by_group
-from .thresholds import Scores
+from .thresholds import Scores, pools
 
 # Intel Neural Compressor's factor
 MOMENTUM_DECAY = 0.9
@@ -31,17 +32,24 @@ class Scorer:
         self._momenta: dict[str, Tensor] = {}
         self._input_norms: dict[str, Tensor] = {}
 
-    def scores(self, weights: Sequence[SparseWeight]) -> Scores:
-        """Score every group of the weights given, which share one pattern.
+    def scores(self, weights: Sequence[SparseWeight], pool: Pool = "global") -> Scores:
+        """Score every group of the weights given, which share one pattern and are ``pool``s.
 
         Raises:
             RuntimeError: what the criterion needs has not been gathered, or is 0 throughout.
         """
-        importance_of = criterion(self.importance)
-        importances = [importance_of(self._evidence(weight)) for weight in weights]
-        if self.importance in BY_GRADIENT:
-            check_gradients(self.importance, weights, importances)
-        return scores_by_group(weights, importances)
+        importance_of, evidence = criterion(self.importance), map(self._evidence, weights)
+        if self.importance in ("abs", "normed_abs"):
+            return scores_by_group(weights, [*map(importance_of, evidence)])
+        # one by one: of a block pattern no more than one weight's copy is there at a time
+        tensors, speak = [], {}
+        for weight, found in zip(weights, map(importance_of, evidence), strict=True):
+            if self.importance in BY_GRADIENT:
+                speak[weight] = found.values.any()
+            tensors += scores_by_group([weight], [found]).tensors
+        for members in pools(weights, pool) if speak else ():
+            check_gradients(self.importance, members, [speak[weight] for weight in members])
+        return Scores(tensors, None)
 
     def observe(self) -> None:
         """Take in the gradients of the step that has ended, where the criterion sums them.
@@ -141,15 +149,16 @@ class Scorer:
         return take
 
     def _evidence(self, weight: SparseWeight) -> Evidence:
-        gradient = weight.weight.grad
+        parameter = weight.weight
+        gradient = parameter.grad
         return Evidence(
             name=weight.name,
-            weight=weight.matrix(weight.weight.detach()),
+            weight=weight.matrix(parameter.detach()),
             grid=weight.grid,
             gradient=None if gradient is None else weight.matrix(gradient),
             momentum=self._momenta.get(weight.name),
             input_norm=self._input_norms.get(weight.name),
-            seed=(self._seed,),
+            seed=self._seed,
         )
 
 

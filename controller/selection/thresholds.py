@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.bits import count_kept
 from ...kernels.cut import Cut, find_cut
-from ...kernels.pattern import Pattern, maximum_level
+from ...kernels.group_mask import read_counts
+from ...kernels.pattern import NM, Pattern, maximum_level
 from ..config.algorithm import Pool
 from ..masks.weight import SparseWeight
 from .allocation import allocate, within
@@ -71,12 +71,12 @@ def check_reachable(what: str, level: float, patterns: Sequence[Pattern]) -> Non
 
 
 def find_prunings(
-    weights: list[SparseWeight], level: float, scores: ScoresOf, *, limits: bool
+    pools: Sequence[list[SparseWeight]], level: float, scores: ScoresOf, *, limits: bool
 ) -> list[Pruning]:
-    """Find the thresholds of one pool; several where limits hold some weights apart.
+    """Find the thresholds of pools; several of one where limits hold some weights apart.
 
     Args:
-        weights: the weights, of one pattern.
+        pools: the weights, those of each of one pattern.
         level: ``round(level * groups)`` groups are pruned; of N:M tuples that share of what it
             can prune.
         scores: scores every group of the weights given.
@@ -84,43 +84,75 @@ def find_prunings(
             taken to the nearest they allow.
 
     Raises:
-        ValueError: the level is beyond what the limits allow. Whether scores are finite is for
-            ``check_finite`` to say.
+        ValueError: the level is beyond what the limits allow.
     """
-    groups = [weight.choices for weight in weights]
-    most = maximum_level(weights[0].pattern)
-    share = min(level / most, 1.0)
-    total = round(share * sum(groups))
-    targets = [weight.target for weight in weights]
-    if not limits or all(t.minimum_level <= 0 and t.maximum_level >= 1 for t in targets):
-        return [_prune(weights, total, scores)]
-    # a schedule passes levels below a weight's minimum on its way up
-    least = [min(target.minimum_level / most, share) for target in targets]
-    minimum = [round(part * n) for part, n in zip(least, groups, strict=True)]
-    greatest = [min(target.maximum_level / most, 1.0) for target in targets]
-    maximum = [round(part * n) for part, n in zip(greatest, groups, strict=True)]
-    minimum = [min(low, high) for low, high in zip(minimum, maximum, strict=True)]
-    total = within(level, "prune", total, minimum, maximum, sum(groups))
+    found: list[Pruning] = []
+    alone: dict[Pattern, list[tuple[SparseWeight, int]]] = {}
+    for weights in pools:
+        groups = [weight.choices for weight in weights]
+        pattern = weights[0].pattern
+        most = maximum_level(pattern)
+        share = min(level / most, 1.0)
+        total = round(share * sum(groups))
+        pairs = [(n, weight.target) for n, weight in zip(groups, weights, strict=True)]
+        held = limits and any(t.minimum_level > 0 or t.maximum_level < 1 for _, t in pairs)
+        maximum = [round(min(t.maximum_level / most, 1.0) * n) for n, t in pairs]
+        # a schedule passes levels below a weight's minimum on its way up
+        minimum = [round(min(t.minimum_level / most, share) * n) for n, t in pairs]
+        minimum = [*map(min, minimum, maximum)]
+        if held:
+            total = within(level, "prune", total, minimum, maximum, sum(groups))
+        if len(weights) == 1 and not isinstance(pattern, NM):
+            alone.setdefault(pattern, []).append((weights[0], total))
+        elif len(weights) > 1 and held:
+            found += _allocate(weights, total, minimum, maximum, scores)
+        else:
+            found.append(_prune(weights, total, scores))
+    # weights that are pools by themselves are searched together
+    for pairs in alone.values():
+        for kind in {bool(count) for _, count in pairs}:
+            members, counts = zip(*(p for p in pairs if bool(p[1]) == kind), strict=True)
+            found.append(_prune([*members], [*counts] if kind else 0, scores))
+    return found
 
+
+def _allocate(
+    weights: list[SparseWeight], total: int, least: list[int], most: list[int], scores: ScoresOf
+) -> list[Pruning]:
+    # waits for the device once a round: which weights meet a limit decides what is searched next
     def natural(members: list[int], k: int) -> list[int]:
         pruning = _prune([weights[i] for i in members], k, scores)
         check_finite([pruning])
-        if pruning.cut is None or pruning.cut.threshold is None:
-            return [groups[i] if k else 0 for i in members]
-        kept = count_kept(pruning.cut.kept())
-        return [groups[i] - n for i, n in zip(members, kept, strict=True)]
+        return [0] * len(members) if pruning.cut is None else pruning.cut.pruned()
 
-    fixed, free, left = allocate(total, minimum, maximum, natural)
+    fixed, free, left = allocate(total, least, most, natural)
     prunings = [_prune([weights[i]], count, scores) for i, count in fixed.items()]
     if free:
         prunings.append(_prune([weights[i] for i in free], left, scores))
     return prunings
 
 
+def find_masks(
+    prunings: Sequence[Pruning],
+) -> tuple[list[SparseWeight], list[Tensor], list[list[int]]]:
+    """Find the masks, compact, and how many groups and elements each keeps: ``set_masks``'s
+    arguments. Refuses scores that hold NaN or Inf, by their weight. Waits for the device once.
+    """
+    weights, masks = [], []
+    for members, cut in prunings:
+        weights += members
+        masks += [weight.full_mask() for weight in members] if cut is None else cut.masks()
+    nonfinite = [cut.nonfinite for _, cut in prunings if cut is not None]
+    counts, bad = read_counts(weights, masks, nonfinite)
+    if any(bad):
+        check_finite(prunings)
+    return weights, masks, counts
+
+
 def check_finite(prunings: Sequence[Pruning]) -> None:
-    """Refuse scores that hold NaN or Inf, by their weight, in one wait for the device."""
+    """Refuse scores that hold NaN or Inf, by their weight."""
     found = [(pruning.weights, pruning.cut) for pruning in prunings if pruning.cut is not None]
-    if found and torch.stack([cut.nonfinite for _, cut in found]).any():
+    if found and any(bool(cut.nonfinite.any()) for _, cut in found):
         for weights, cut in found:
             for weight, tensor in zip(weights, cut.scores, strict=True):
                 if not torch.isfinite(tensor).all():
@@ -131,21 +163,7 @@ def check_finite(prunings: Sequence[Pruning]) -> None:
                     )
 
 
-def apply_prunings(prunings: Sequence[Pruning]) -> None:
-    """Write the masks, in place. The parameters are the caller's to bring in line."""
-    for weights, cut in prunings:
-        if cut is not None:
-            cut.write([weight.mask for weight in weights])
-            continue
-        for weight in weights:
-            weight.mask.copy_(weight.full_mask())
-    weights = [weight for pruning in prunings for weight in pruning.weights]
-    counts = count_kept([weight.mask for weight in weights])
-    for weight, kept in zip(weights, counts, strict=True):
-        weight.set_(None, kept)
-
-
-def _prune(weights: list[SparseWeight], pruned: int, scores: ScoresOf) -> Pruning:
+def _prune(weights: list[SparseWeight], pruned: int | list[int], scores: ScoresOf) -> Pruning:
     if not pruned:
         # a criterion need not have its evidence, and no weight is read
         return Pruning(weights, None)

@@ -8,7 +8,12 @@ from torch.utils._pytree import tree_leaves
 
 import aot
 from triton_sparsity.kernels import block_score as module
-from triton_sparsity.kernels.block_score import block_score, block_score_reference, norm_
+from triton_sparsity.kernels.block_score import (
+    block_score,
+    block_score_reference,
+    block_scores,
+    norm_,
+)
 from triton_sparsity.kernels.launch import INTERPRET, tl
 from triton_sparsity.kernels.pattern import Block, Unstructured, grid_shape
 
@@ -265,32 +270,107 @@ def test_triton_is_never_replaced_silently():
 
 @pytest.mark.aot
 @pytest.mark.skipif(INTERPRET, reason="the interpreter replaces the compiler")
-@pytest.mark.parametrize("block", [(1, 1), (1, 2), (4, 4), (32, 32), (256, 256)], ids=str)
-@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "generic"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("block", [(1, 2), (4, 4), (32, 32), (256, 256)], ids=str)
+@pytest.mark.parametrize("dtype", [tl.float32, tl.bfloat16], ids=str)
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
-def test_the_weight_is_read_16_bytes_at_a_time(arch, dtype, aligned, block):
+def test_the_weight_is_read_once_and_16_bytes_at_a_time(arch, dtype, block):
     kernel = module._block_score_kernel
-    pointers = {"w_ptr": f"*{dtype}", "score_ptr": "*fp32"}
-    compiled = aot.compile_for(
-        arch,
-        kernel,
-        {name: pointers.get(name, "i32") for name in kernel.arg_names},
-        {
-            "ROWS": block[0],
-            "COLS": block[1],
-            "SQUARED": True,
-            "INDEX": tl.int32 if aligned else tl.int64,
-            **module.TILE,
-        },
-        aligned=aligned,
-        strides_of_one=("stride_wc", "stride_sc"),
-    )
-    aot.assert_lean(compiled, arch)
-    assert compiled.global_loads()
-    if aligned:
-        assert set(compiled.global_loads()) == {16}
-        assert block != (1, 1) or set(compiled.global_stores()) == {16}
+    pointers = {"table_ptr": "*i64", "score_ptr": "*fp32", "square_ptr": "*fp32"}
+    wide_loads = []
+    for normed in (False, True):
+        compiled = aot.compile_for(
+            arch,
+            kernel,
+            {name: pointers.get(name, "i32") for name in kernel.arg_names},
+            {
+                "DTYPE": dtype,
+                "ROWS": block[0],
+                "COLS": block[1],
+                "SQUARED": False,
+                "SCORED": True,
+                "NORMED": normed,
+                "INDEX": tl.int32,
+                "N": 256,
+                **module.TILE,
+            },
+        )
+        aot.assert_lean(compiled, arch)
+        wide_loads.append(compiled.global_loads().count(16))
+        assert not compiled.has("ATOMG")
+        assert not compiled.has("RED")
+    # the norm is of what the scores have loaded
+    assert wide_loads[0] == wide_loads[1] > 0
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Note the name of every kernel that is launched."""
+    names = []
+    for name in ("_block_score_kernel", "_norm_kernel"):
+        kernel = getattr(module, name)
+
+        def noted(grid, kernel=kernel, name=name):
+            names.append(name)
+            return kernel[grid]
+
+        monkeypatch.setattr(
+            module, name, type("Noted", (), {"__getitem__": lambda _, g, f=noted: f(g)})()
+        )
+    return names
+
+
+def listed():
+    """Weights of all kinds, and what each is as a plain matrix."""
+    weights = [make(shape) for shape in SHAPES]
+    weights += [view(make((65, 75))) for view in VIEWS.values()]
+    weights += [make((40, 64), torch.float16), torch.zeros(33, 65, device=DEVICE)]
+    return weights
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("pattern", [*PATTERNS[1:], Unstructured()], ids=str)
+def test_a_list_has_the_scores_of_each(pattern, normed):
+    weights = listed()
+    found, inverse = block_scores(weights, pattern, normed=normed)
+    for weight, scores in zip(weights, found, strict=True):
+        if isinstance(pattern, Unstructured):
+            assert scores is weight
+        else:
+            assert torch.equal(scores, block_score(weight, pattern))
+            assert_scores(scores, weight, pattern, "l1")
+    if not normed:
+        assert inverse is None
+        return
+    exact = torch.stack([weight.double().norm() for weight in weights])
+    want = exact.where(exact > 0, 1).reciprocal().float()
+    assert inverse.dtype == torch.float32
+    torch.testing.assert_close(inverse, want, rtol=1e-5, atol=0)
+    assert torch.equal(block_scores(weights, pattern, normed=True)[1], inverse)
+    for backend in ("auto", "torch"):
+        _, got = block_scores(weights[:3], pattern, normed=True, backend=backend)
+        torch.testing.assert_close(got, want[:3], rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(not ON_TRITON, reason="counts launches of the kernels")
+def test_a_list_is_one_launch_and_one_for_the_norms(launches):
+    weights = [make((33, 31 + i)) for i in range(9)]
+    block_scores(weights, Block(4, 8), normed=True)
+    assert launches == ["_block_score_kernel", "_norm_kernel"]
+    launches.clear()
+    block_scores([*weights, weights[0].T, weights[1].half()], Block(4, 8), normed=False)
+    assert launches == ["_block_score_kernel"] * 3
+
+
+def test_what_is_in_a_list_is_checked():
+    with pytest.raises(TypeError, match=r"^block_scores: weight must be of a float dtype, got"):
+        block_scores(
+            [torch.ones(2, 2), torch.ones(2, 2, dtype=torch.int8)], Block(2, 2), normed=False
+        )
+    with pytest.raises(ValueError, match=r"^block_scores: weight must be on the others' .*got"):
+        block_scores(
+            [torch.ones(2, 2), torch.ones(2, 2, device="meta")], Block(2, 2), normed=False
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -371,13 +371,10 @@ def test_sum_of_parts_is_lean(arch):
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_topology_kernels_are_lean(arch):
-    lists = ("row_tasks", "col_index", "col_tasks", "row_index", "bundles", "bundle_count")
-    types = {"mask_ptr": "*u8", "kept_ptr": "*u8", "counts_ptr": "*i32"}
-    types |= dict.fromkeys([f"{name}_ptr" for name in lists], "*i32")
-    types |= dict.fromkeys(("ROWS", "COLS", "stride_mr", "stride_mc"), "i32")
+    types = {"table_ptr": "*i64", "counts_ptr": "*i32"}
     for kernel, constants in (
-        (_topology_count_kernel, {"CHUNK": CHUNK}),
-        (_topology_list_kernel, {"CHUNK": CHUNK, "SIZE": 2, "BY_ROWS": True}),
+        (_topology_count_kernel, {}),
+        (_topology_list_kernel, {"ROW_SIZE": 2, "COL_SIZE": 4}),
     ):
-        mine = {name: types[name] for name in kernel.arg_names if name in types}
-        assert_lean(compile_for(arch, kernel, mine, constants, aligned=False), arch)
+        constants |= {"N": 256, "CHUNK": CHUNK}
+        assert_lean(compile_for(arch, kernel, types, constants), arch)

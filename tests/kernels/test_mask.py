@@ -170,6 +170,21 @@ def test_a_selected_threshold_prunes_exactly_k(packed, backend):
         assert_equal(masks, want_masks(tensors, k, packed))
 
 
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "bool"])
+def test_a_threshold_a_tensor_prunes_each_by_itself(packed, backend):
+    tensors = tied(SHAPES, view="mixed")
+    for share in (0, 0.3, 0.7, 1):
+        ks = [round(share * t.numel()) for t in tensors]
+        own = [threshold_for([t], k) for t, k in zip(tensors, ks, strict=True)]
+        each = Threshold(*map(torch.stack, zip(*own, strict=True)))
+        masks = make_mask(tensors, each, packed=packed, backend=backend)
+        for tensor, threshold, mask in zip(tensors, own, masks, strict=True):
+            (want,) = make_mask([tensor], threshold, packed=packed, backend=backend)
+            assert torch.equal(mask, want)
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "bool"])
 def test_minus_infinity_keeps_everything_and_pad_bits_stay_zero(packed, backend):
@@ -354,7 +369,8 @@ BAD = [
         "tensors",
         {"tensors": [torch.zeros(1, 1, device=DEVICE), torch.zeros(1, 1, device="meta")]},
     ),
-    ("threshold.value", {"threshold": GOOD._replace(value=ONE[None])}),
+    ("threshold.value", {"threshold": GOOD._replace(value=ONE.expand(2))}),
+    ("threshold.keep_ties", {"threshold": GOOD._replace(value=ONE[None])}),
     ("threshold.value", {"threshold": GOOD._replace(value=ONE.double())}),
     ("threshold.keep_ties", {"threshold": GOOD._replace(keep_ties=TWO.int())}),
     ("scales", {"scales": torch.ones(2, device=DEVICE)}),
@@ -413,7 +429,7 @@ def compile_pass(arch, kernel, layout, dtype, packed):
         tensor_of(layout, dtype), torch.zeros(1, dtype=torch.uint8), packed
     )
     assert chosen == layout
-    constants = {"PACKED": packed, "LAYOUT": layout, "INDEX": tl.int32, "N": 256}
+    constants = {"EACH": packed, "PACKED": packed, "LAYOUT": layout, "INDEX": tl.int32, "N": 256}
     constants["BLOCK_C"] = block_c
     if kernel is module._compare_kernel:
         constants |= {"DTYPE": getattr(tl, DTYPE_NAMES[dtype]), "BLOCK_R": block_r}

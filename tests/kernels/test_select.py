@@ -1,7 +1,6 @@
 import threading
 import tracemalloc
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +10,10 @@ from hypothesis import strategies as st
 
 import aot
 import oracle
-from triton_sparsity.controller.selection.criteria import Importance, scores_by_group
 from triton_sparsity.kernels import select as module
+from triton_sparsity.kernels.block_score import block_scores
 from triton_sparsity.kernels.launch import INTERPRET, tl
+from triton_sparsity.kernels.pattern import Block, Unstructured
 from triton_sparsity.kernels.select import kth_smallest, select, select_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,6 +71,7 @@ def small_samples(monkeypatch):
     """Sample lists of a few thousand elements as if they were large."""
     monkeypatch.setattr(module, "_SAMPLE", 1 << 10)
     monkeypatch.setattr(module, "_SAMPLE_CPU", 1 << 10)
+    monkeypatch.setattr(module, "_WHOLE", 0)
 
 
 def randn(*shape, seed=0):
@@ -160,6 +161,7 @@ def test_any_list(backend, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_SAMPLE", least)
         patch.setattr(module, "_SAMPLE_CPU", least)
+        patch.setattr(module, "_WHOLE", draw(st.sampled_from([0, 1 << 24])))
         patch.setattr(module, "_CHUNK", 1000)
         patch.setattr(module, "_KEPT", 3000)
         assert_selects(tensors, k, scales, backend=backend)
@@ -345,11 +347,11 @@ def test_torchs_defaults_do_not_matter(k, default, backend):
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.device("meta")], ids=str)
 def test_torchs_defaults_do_not_matter_to_scales_of_one(default):
-    weight = SimpleNamespace(packed=True)
-    scale = torch.tensor(1 / 3, device=DEVICE)
-    with other_default(default):
-        _, scales = scores_by_group([weight] * 2, [Importance(scale), Importance(scale, scale)])
-    assert torch.equal(scales, torch.tensor([1, 1 / 3], device=DEVICE))
+    weights = [torch.zeros(4, 4, device=DEVICE), torch.full((3, 3), 1.0, device=DEVICE)]
+    for pattern in (Unstructured(), Block(2, 2)):
+        with other_default(default):
+            _, scales = block_scores(weights, pattern, normed=True)
+        assert torch.equal(scales, torch.tensor([1, 1 / 3], device=DEVICE))
 
 
 def test_parameters_are_read_without_a_graph(backend):
@@ -641,6 +643,59 @@ def test_elements_are_read_16_bytes_at_a_time(arch, elements, variant):
         assert compiled.registers <= 96
     else:
         assert loads.count(size) >= per_thread // size
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(INTERPRET, reason="the interpreter replaces the compiler")
+def test_pairs_of_16_bit_patterns_take_eight_instructions_an_element():
+    types = dict.fromkeys(["table_ptr", "state_ptr", "counts_ptr"], "*i64")
+    types |= {"tensors": "i32", "stride": "i32"}
+    constants = {
+        "DTYPE": tl.int16, "PATTERN": 0x7FFF, "INFINITY": 0x7F80, "ALIGNED": True,
+        "SCALED": False, "SAMPLED": False, "COUNT_NONFINITE": False, "BINS": 1 << 15,
+        "COPIES": 32, "ROWS": 512, "VEC": 8, "RUN": 2, "SEARCH": module._SEARCH,
+        "scales_ptr": None,
+    }  # fmt: skip
+    numbers = ("tensors", "stride")
+    compiled = aot.compile_for(90, module._count_kernel, types, constants, unspecialized=numbers)
+    loads = 512 * 8 // 128 * 2 // 16
+    bodies = [body for body in aot.loops(compiled.sass) if sum("LDG" in i for i in body) == loads]
+    pairs = [body for body in bodies if not any("RED" in i or "ATOM" in i for i in body)]
+    binned = [body for body in bodies if body not in pairs]
+    elements = 512 * 8 // 128
+    assert len(min(pairs, key=len)) <= 8 * elements
+    # what other brackets take
+    assert len(min(binned, key=len)) <= 20 * elements
+
+
+@pytest.mark.skipif(not ON_TRITON, reason="it is about the kernel")
+@pytest.mark.parametrize("dtype", [torch.float16] if INTERPRET else DTYPES[1:], ids=str)
+def test_pairs_are_counted_as_bins_are(dtype):
+    tensors = [torch.randint(-9, 9, (n,)).to(DEVICE).to(dtype) for n in (64, 4104, 9000)]
+    tensors[1][7] = -0.0
+    plan = module._plan(tensors, None)
+    (launch,) = module._launches(tensors, 1)
+    keys = torch.cat(tensors).cpu().view(torch.int16).int() & 0x7FFF
+    found = keys.unique().tolist()
+    for lo, width in [(0, 1), (0, 2), *((key - n, 2) for key in found[1:] for n in (0, 1))]:
+        for tied in (False, True):
+            hi = lo + width
+            start, last = (lo + 1, max(hi - 1, lo + 1)) if tied else (lo, hi)
+            state = torch.tensor([0, lo, hi, start, last, 0, 0, 0, 0], device=DEVICE)
+            counts = torch.zeros(1, module._HEADER + plan.bins, dtype=torch.int64, device=DEVICE)
+            module._launch_count(launch, plan, None, state, counts, exactly=False)
+            header, bins = counts[0, :4].tolist(), counts[0, 4:]
+            assert header[0] == (keys < start).sum()
+            assert header[1] == ((keys == lo).sum() if start > lo else 0)
+            assert header[2] == ((keys == hi - 1).sum() if last < hi else 0)
+            assert bins[: last - start].tolist() == [
+                (keys == key).sum() for key in range(start, last)
+            ]
+            assert not bins[last - start :].any()
+            assert not header[3]
+    tensors[2][5] = INF
+    module._launch_count(launch, plan, None, state, counts, exactly=False)
+    assert counts[0, 3] > 0
 
 
 @pytest.mark.aot

@@ -3,10 +3,12 @@ from itertools import pairwise
 import pytest
 import torch
 
+from triton_sparsity.kernels import topology as module
 from triton_sparsity.kernels.launch import INTERPRET
 from triton_sparsity.kernels.pattern import Block
 from triton_sparsity.kernels.topology import (
     Topology,
+    block_topologies,
     block_topology,
     bundling,
     capacities,
@@ -135,7 +137,51 @@ def test_opcheck():
     mask, pattern = make((5, 7), "some"), Block(32, 32)
     lists = block_topology(mask, pattern)
     op = torch.ops.triton_sparsity.block_topology_.default
-    torch.library.opcheck(op, (mask, *bundling(pattern, (5, 7)), *lists))
+    by_rows, size = bundling(pattern, (5, 7))
+    torch.library.opcheck(op, ([mask], [int(by_rows)], size, size, *([t] for t in lists)))
+
+
+def masks_of(kind):
+    grids = [*GRIDS, (17, 11), (0, 5), (40, 2)]
+    masks = [make(grid, kind) if min(grid) else torch.zeros(grid) > 0 for grid in grids]
+    return [mask.to(DEVICE) for mask in masks] + [make((11, 17), kind).T]
+
+
+@pytest.mark.parametrize("pattern", [Block(64, 128), Block(256, 32), Block(32, 32)], ids=str)
+def test_a_list_of_masks_gets_the_lists_of_each_in_place(pattern):
+    topologies = block_topologies(masks_of("all"), pattern)
+    addresses = [[t.data_ptr() for t in topology] for topology in topologies]
+    for kind in ("some", "none", "skewed"):
+        masks = masks_of(kind)
+        got = block_topologies(masks, pattern, out=topologies)
+        assert all(a is b for a, b in zip(got, topologies, strict=True))
+        assert [[t.data_ptr() for t in topology] for topology in got] == addresses
+        for mask, topology in zip(masks, got, strict=True):
+            for a, b in zip(topology, topology_reference(mask, pattern), strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="counts launches in the interpreter")
+def test_a_list_of_masks_is_two_launches(monkeypatch):
+    launches = []
+    for name in ("_topology_count_kernel", "_topology_list_kernel"):
+        kernel = getattr(module, name)
+        noted = type(
+            "Noted", (), {"__getitem__": lambda _, g, k=kernel: launches.append(k) or k[g]}
+        )
+        monkeypatch.setattr(module, name, noted())
+    block_topologies(masks_of("some"), Block(64, 128))
+    assert len(launches) == 2
+
+
+def test_a_bad_mask_in_a_list_leaves_the_others():
+    pattern = Block(32, 32)
+    out = block_topologies([make((5, 7), "all"), make((3, 3), "all")], pattern)
+    with pytest.raises(ValueError, match="block_topology: out must be of a mask"):
+        block_topologies([make((5, 7), "none"), make((3, 4), "none")], pattern, out=out)
+    assert out[0].kept.all()
+    with pytest.raises(ValueError, match="block_topology: mask must be on the others'"):
+        block_topologies([make((5, 7), "none"), torch.zeros(3, 4, device="meta") > 0], pattern)
 
 
 @pytest.mark.parametrize("bad", ["dtype", "shape", "out shape", "out pattern"])

@@ -10,16 +10,20 @@ import triton_sparsity.kernels
 from stub_driver import kernels
 from triton_sparsity.kernels.bandwidth import read_repeatedly
 from triton_sparsity.kernels.bits import expand_mask, pack, packed_shape, unpack
-from triton_sparsity.kernels.block_score import block_score
+from triton_sparsity.kernels.block_score import block_score, block_scores
+from triton_sparsity.kernels.copy import copy_all_
+from triton_sparsity.kernels.count import kept_counts
 from triton_sparsity.kernels.cut import find_cut, keep_highest
 from triton_sparsity.kernels.group_mask import GroupMask
 from triton_sparsity.kernels.learned_mask import sample_mask, straight_through
 from triton_sparsity.kernels.mask import make_mask
 from triton_sparsity.kernels.masked_weight import apply_mask, apply_mask_, count_leaks
+from triton_sparsity.kernels.numbers import uniform_numbers
 from triton_sparsity.kernels.pattern import NM, Block, Unstructured, grid_shape
-from triton_sparsity.kernels.product import BlockProduct
-from triton_sparsity.kernels.retained import put_back_, take_pruned
+from triton_sparsity.kernels.product import BlockProduct, update_products
+from triton_sparsity.kernels.retained import put_all_back_, put_back_, take_all_pruned, take_pruned
 from triton_sparsity.kernels.select import kth_smallest, select
+from triton_sparsity.kernels.select_each import select_each
 from triton_sparsity.kernels.semi_structured import nm_mask, nm_score
 from triton_sparsity.kernels.topology import block_topology
 
@@ -76,11 +80,12 @@ def test_block_scores_are_one_launch(pattern, shape, dtype, layout, norm, stub):
 @pytest.mark.parametrize(
     ("shapes", "dtype", "layout", "scaled", "reads"),
     [
-        ([(512, 1024)] * 3, BF16, "rows", False, 3),
-        ([(2048, 4096)], BF16, "rows", False, 3),
+        ([(512, 1024)] * 3, BF16, "rows", False, 1),
+        # of a long list a sample is read first
+        ([(8192, 4096)], BF16, "rows", False, 3),
         # keys of 32 bits, which the product with a scale has too
-        ([(512, 1024), (333, 205)], FP16, "columns", True, 5),
-        ([(31, 7), (1, 1), (0, 5)], FP32, "sliced", False, 5),
+        ([(512, 1024), (333, 205)], FP16, "columns", True, 2),
+        ([(31, 7), (1, 1), (0, 5)], FP32, "sliced", False, 2),
     ],
     ids=str,
 )
@@ -194,6 +199,50 @@ def test_pruned_values_are_taken_in_one_launch_and_put_back(
 
 
 @pytest.mark.parametrize(
+    ("pattern", "launches"),
+    [(Block(32, 32), ["_place_kernel", "_move_kernel"]), (Unstructured(), ["_move_kernel"])],
+    ids=str,
+)
+def test_pruned_values_of_a_list_are_moved_in_two_launches_each_way(pattern, launches, stub):
+    shapes = [(512, 1024), (1000, 1016), (333, 205)]
+    weights = [make(shape) for shape in shapes]
+    masks = [compact(pattern, shape) for shape in shapes]
+    pruned = [
+        int((~expand_mask(m, pattern, s, backend="torch")).sum())
+        for m, s in zip(masks, shapes, strict=True)
+    ]
+    values = take_all_pruned(
+        weights, masks, pattern, pruned=pruned, out=[None] * 3, backend="triton"
+    )
+    assert kernels(stub.launches) == launches
+    put_all_back_(weights, values, masks, pattern, backend="triton")
+    assert kernels(stub.launches) == launches * 2
+
+
+@pytest.mark.parametrize("pattern", [Block(32, 32), Unstructured()], ids=str)
+def test_scores_and_norms_of_a_list_are_two_launches(pattern, stub):
+    weights = [make(shape) for shape in [(512, 1024), (1000, 1016), (333, 205)]]
+    block_scores(weights, pattern, normed=True, backend="triton")
+    assert kernels(stub.launches) == ["_block_score_kernel", "_norm_kernel"]
+
+
+def test_thresholds_and_counts_of_small_tensors_are_a_launch_each(stub):
+    scores = [torch.ones(16, 32) for _ in range(5)]
+    select_each(scores, [3] * 5, backend="triton")
+    assert kernels(stub.launches) == ["_select_each_kernel"]
+    stub.forget()
+    masks = [compact(Block(32, 32), (512, 1024)) for _ in range(5)]
+    kept_counts(masks, Block(32, 32), [(512, 1024)] * 5, backend="triton")
+    assert kernels(stub.launches) == ["_count_kernel"]
+
+
+def test_numbers_for_a_draw_are_one_launch(stub):
+    device = torch.device("cpu")
+    uniform_numbers((16, 32), seed=7, number=1, stream=2, device=device)
+    assert kernels(stub.launches) == ["_number_kernel"]
+
+
+@pytest.mark.parametrize(
     ("pattern", "grid"),
     [
         (Block(128, 128), (32, 112)),
@@ -260,9 +309,9 @@ def test_a_cut_and_its_masks_launch(pattern, stub):
     shape = (512, 1024)
     scores = [torch.ones(grid_shape(pattern, shape)) for _ in range(3)]
     masks = [compact(pattern, shape) for _ in scores]
-    find_cut(scores, 100, pattern, None, "triton").write(masks)
+    copy_all_(masks, find_cut(scores, 100, pattern, None, "triton").masks(), backend="triton")
     names = set(kernels(stub.launches))
-    wanted = {"_count_kernel", "_narrow_kernel", *COMPARE}
+    wanted = {"_count_kernel", "_narrow_kernel", "_copy_kernel", *COMPARE}
     assert names == (wanted | {"_nm_kernel"} if isinstance(pattern, NM) else wanted)
 
 
@@ -282,11 +331,11 @@ def test_a_mask_on_the_device_has_no_form_for_the_host(pattern, stub):
     packs = ["_pack_kernel"] * mask.packed
     assert kernels(stub.launches) == packs * 2
     if isinstance(pattern, Block):
-        product = BlockProduct(
-            mask.mask, 0, pattern, shape, BF16, backend="auto", dispatch="sparse"
-        )
+        product = BlockProduct(pattern, shape, BF16, backend="auto", dispatch="sparse")
+        update_products([product], [mask.mask], [0])
+        stub.forget()
         product(make((64, 1024)), weight, None)
-        assert kernels(stub.launches)[2:] == ["_block_sparse_linear_kernel"]
+        assert kernels(stub.launches) == ["_block_sparse_linear_kernel"]
 
 
 def test_reading_a_cache_is_one_launch_of_resident_programs(stub):

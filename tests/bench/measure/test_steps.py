@@ -45,7 +45,12 @@ def double(function):
 
 def rotate(function):
     """Score every group by its neighbour's weights."""
-    return lambda *args, **kwargs: function(*args, **kwargs).roll(1, 1)
+
+    def wrong(*args, **kwargs):
+        found, norms = function(*args, **kwargs)
+        return [scores.roll(1, 1) for scores in found], norms
+
+    return wrong
 
 
 def shift(function):
@@ -79,7 +84,8 @@ def shift_field(field):
     def breaks(function):
         def wrong(*args, **kwargs):
             found = function(*args, **kwargs)
-            found[field].bitwise_not_()
+            for topology in found:
+                topology[field].bitwise_not_()
             return found
 
         return wrong
@@ -105,7 +111,7 @@ def failure(case):
 @pytest.mark.parametrize(
     ("function", "breaks", "pattern", "detail"),
     [
-        ("block_score", rotate, Block(32, 32), "a pruned score"),
+        ("block_scores", rotate, Block(32, 32), "a pruned score"),
         ("select", shift, Block(32, 32), "groups are pruned, not"),
         ("select", shift, Unstructured(), "groups are pruned, not"),
         *(
@@ -115,13 +121,13 @@ def failure(case):
             for breaks, detail in ((invert, "a pruned score"), (leave, "a pruned score"))
         ),
         *(
-            ("block_topology", shift_field(i), Block(32, 32), name)
+            ("block_topologies", shift_field(i), Block(32, 32), name)
             for i, name in enumerate(Topology._fields)
             # the mask itself is looked at before
             if name != "kept"
         ),
-        ("block_topology", shift_field(6), Block(32, 32), "kept"),
-        ("block_topology", leave, Block(32, 32), "row_tasks"),
+        ("block_topologies", shift_field(6), Block(32, 32), "kept"),
+        ("block_topologies", leave, Block(32, 32), "row_tasks"),
     ],
 )
 def test_a_wrong_update_is_shown_as_failed_and_is_not_timed(

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import triton_sparsity as ts
-from triton_sparsity.controller.masks import weight as weight_module
 from triton_sparsity.controller.masks.guard import Guard
+from triton_sparsity.kernels import group_mask as mask_module
 
 
 class Homemade(torch.optim.AdamW):
@@ -31,7 +31,7 @@ def test_a_step_clears_gradients_at_once_and_weights_at_once(
     # as on a GPU: nobody looks at a gradient before the backward pass ends
     monkeypatch.setattr(Guard, "waits_for", staticmethod(lambda parameter: True))
     steps = optimizer(model.parameters(), lr=0.01)
-    lists, clear = [], weight_module.apply_mask_
+    lists, clear = [], mask_module.apply_mask_
 
     def count(tensors, *rest, **options):
         lists.append(len(tensors))
@@ -41,7 +41,7 @@ def test_a_step_clears_gradients_at_once_and_weights_at_once(
         controller.scheduler.step()
         steps.zero_grad()
         if step == 2:  # the first two clear the moments that the first has made
-            monkeypatch.setattr(weight_module, "apply_mask_", count)
+            monkeypatch.setattr(mask_module, "apply_mask_", count)
         model(torch.randn(4, 16)).square().sum().backward()
         for info in controller.sparsified_module_info:
             assert not info.weight.grad[~info.operand.binary_mask].any()

@@ -1,6 +1,7 @@
 """Criteria: hand-worked values, where their evidence comes from, and what is missing."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,15 +43,17 @@ def masks(controller):
     ],
 )
 def test_hand_worked_values(name, expected):
-    values, scale, per_group = criteria.criterion(name)(EVIDENCE)
-    importance = values.abs() * (1 if scale is None else scale)
+    values, normed, per_group = criteria.criterion(name)(EVIDENCE)
+    importance = values.abs() / (values.norm() if normed else 1)
     torch.testing.assert_close(importance, torch.tensor(expected, dtype=torch.float32))
     assert not per_group
 
 
 def test_the_norm_of_zeros_makes_importance_zero_not_nan():
-    values, scale, _ = criteria.normed_magnitude(Evidence("fc", torch.zeros(2, 2), (2, 2)))
-    assert (values * scale == 0).all()
+    found = criteria.normed_magnitude(Evidence("fc", torch.zeros(2, 2), (2, 2)))
+    weight = SimpleNamespace(packed=True, backend="auto")
+    (values,), scales = criteria.scores_by_group([weight], [found])
+    assert (values * scales == 0).all()
 
 
 @pytest.mark.parametrize(
