@@ -9,6 +9,9 @@ tiles before it starts: so the schedule is fixed by shape, and has to balance wh
 - **Dealing.** Programs take the tiles in rounds, in odd rounds backwards: what a program gains in
   one round it gives back in the next. Each pair of rounds is turned by ``shift`` programs, so that
   where a round is a whole panel no program has the same band in each.
+- **Split.** Where tokens are few and tiles fewer than a round or two, all steps are one row, tile
+  after tile, of which each program takes an equal share, however that cuts tiles. The float32 sums
+  of tiles that were cut go to a scratch, and a second launch adds them up in order.
 
 ``plan_product`` tries panels, numbers of programs, shifts and tiles on model masks. The functions
 above it are the kernel's arithmetic in numpy, and a test holds the two together.
@@ -51,6 +54,8 @@ class Rates(NamedTuple):
 
 HOPPER = Rates(5985, 53)  # 790 TFLOP/s of a dense product and 7 TB/s of L2, by 132
 TILE_TIME = 200.0  # ns of a tile's end, beside its bytes
+LAUNCH = 2000.0  # ns of a second launch
+FEW_ROUNDS = 3  # up to so many a split is tried
 
 
 class Plan(NamedTuple):
@@ -61,12 +66,14 @@ class Plan(NamedTuple):
         group: token tiles of a panel.
         programs: of the launch.
         shift: by how many programs a pair of rounds is turned against the pair before.
+        split: whether each program takes an equal share of all steps.
     """
 
     tile: Tile
     group: int
     programs: int
     shift: int
+    split: bool = False
 
 
 def tile_order(num_m: int, bands: int, group: int) -> tuple[Ints, Ints]:
@@ -84,27 +91,59 @@ def dealt(turn: Ints, program: Ints, programs: int, shift: int) -> Ints:
     return turn * programs + np.where(turn % 2 == 1, programs - 1 - rank, rank)
 
 
-def program_loads(plan: Plan, steps: Ints, num_m: int) -> tuple[Ints, Ints]:
-    """Return how many steps and tiles each program has.
+class Loads(NamedTuple):
+    """What each program does.
+
+    Attributes:
+        steps: of its tiles.
+        tiles: that it stores whole.
+        parts: of tiles that it stores.
+    """
+
+    steps: Ints
+    tiles: Ints
+    parts: Ints
+
+
+def program_loads(plan: Plan, steps: Ints, num_m: int) -> Loads:
+    """Return what each program does.
 
     Args:
         plan: the schedule.
         steps: of a tile of each band, the longest first.
         num_m: token tiles.
     """
+    if plan.split:
+        return _split_loads(plan.programs, np.repeat(steps, num_m))
     band = tile_order(num_m, len(steps), plan.group)[1]
     turns = np.arange(ceil_div(len(band), plan.programs))[:, None]
     mine = dealt(turns, np.arange(plan.programs), plan.programs, plan.shift)
     there = mine < len(band)
-    return (steps[band[np.where(there, mine, 0)]] * there).sum(0), there.sum(0)
+    own = (steps[band[np.where(there, mine, 0)]] * there).sum(0)
+    return Loads(own, there.sum(0), np.zeros_like(own))
+
+
+def _split_loads(programs: int, steps: Ints) -> Loads:
+    """Return the loads of a split; ``steps`` are of every tile, in order."""
+    ends = steps.cumsum()
+    cuts = np.arange(programs + 1) * int(ends[-1]) // programs
+    begin, stop = cuts[:-1], cuts[1:]
+    # the tiles that a share touches, and those of them that begin and end in it
+    first, last = np.searchsorted(ends, [begin, stop - 1], "right")
+    touched = np.where(stop > begin, last - first + 1, 0)
+    begins = np.searchsorted(ends - steps, begin), np.searchsorted(ends - steps, stop)
+    ended = np.searchsorted(ends, begin, "right"), np.searchsorted(ends, stop, "right")
+    whole = np.maximum(ended[1] - np.maximum(begins[0], ended[0]), 0)
+    return Loads(stop - begin, whole, touched - whole)
 
 
 def _loads(
-    plan: Plan, steps: Ints, num_m: int, processors: int, step: float, end: float
+    plan: Plan, steps: Ints, num_m: int, processors: int, times: TileTimes
 ) -> NDArray[np.float64]:
     """Return the load of each multiprocessor: programs beyond as many share them, in order."""
-    own, tiles = program_loads(plan, steps, num_m)
-    return np.bincount(np.arange(plan.programs) % processors, own * step + tiles * end, processors)
+    own, tiles, parts = program_loads(plan, steps, num_m)
+    load = own * times.step + tiles * times.end + parts * times.part
+    return np.bincount(np.arange(plan.programs) % processors, load, processors)
 
 
 def balance(plan: Plan, steps: Ints, num_m: int, processors: int, end: float = 1.5) -> float:
@@ -115,21 +154,36 @@ def balance(plan: Plan, steps: Ints, num_m: int, processors: int, end: float = 1
         processors: multiprocessors of the device.
         end: what a tile's end takes, in steps.
     """
-    load = _loads(plan, steps, num_m, processors, 1, end)
+    load = _loads(plan, steps, num_m, processors, TileTimes(1, end, end))
     return float(load.mean() / load.max())
 
 
-def tile_times(tile: Tile, size: int, rates: Rates = HOPPER) -> tuple[float, float]:
-    """Return the nanoseconds of a step, by arithmetic or L2 whichever is slower, and of an end.
+class TileTimes(NamedTuple):
+    """Nanoseconds of a step, of storing a tile, and of storing a part of one in float32."""
+
+    step: float
+    end: float
+    part: float
+
+
+def tile_times(tile: Tile, size: int, rates: Rates = HOPPER) -> TileTimes:
+    """Return what a tile takes; a step by arithmetic or L2, whichever is slower.
 
     Args:
         tile: of a product.
         size: bytes of an element.
         rates: of a multiprocessor.
     """
-    flops = 2 * tile.m * tile.n * tile.k * (size / 2)
+    flops, area = 2 * tile.m * tile.n * tile.k * (size / 2), tile.m * tile.n
     step = max(flops / rates.flops, (tile.m + tile.n) * tile.k * size / rates.bytes)
-    return step, TILE_TIME + tile.m * tile.n * size / rates.bytes
+    return TileTimes(step, *(TILE_TIME + area * n / rates.bytes for n in (size, 4)))
+
+
+def split_time(plan: Plan, parts: int, processors: int, rates: Rates = HOPPER) -> float:
+    """Return the nanoseconds of adding up the parts of tiles."""
+    if not plan.split:
+        return 0.0
+    return LAUNCH + parts * plan.tile.m * plan.tile.n * 4 / (rates.bytes * processors)
 
 
 def model_masks(lines: int, blocks: int) -> list[Ints]:
@@ -161,6 +215,20 @@ def _candidates(
                 yield Plan(tile, group, min(programs, tiles), shift)
 
 
+def _cost(
+    plan: Plan, all_steps: Sequence[Ints], num_m: int, processors: int, times: TileTimes
+) -> tuple[float, float]:
+    """Return a plan's time, masks counting alike however dense, and its worst balance."""
+    time, share = 0.0, 1.0
+    for steps in all_steps:
+        load = _loads(plan, steps, num_m, processors, times)
+        parts = int(program_loads(plan, steps, num_m).parts.sum()) if plan.split else 0
+        slowest = load.max() + split_time(plan, parts, processors)
+        time += slowest / (plan.tile.k * plan.tile.n * steps.sum())
+        share = min(share, load.mean() / load.max())
+    return time, share
+
+
 @lru_cache(maxsize=4096)
 def plan_product(
     M: int,
@@ -189,19 +257,22 @@ def plan_product(
         all_steps = [np.maximum(np.repeat(kept, per_line) * parts, 1) for kept in masks]
         times = tile_times(tile, size)
         widest = PANEL_BYTES // (tile.m * K * size)
-        filled, chosen, slowest = 0.0, None, 0.0
+
+        filled, chosen, slowest = 0.0, None, math.inf
         for plan in _candidates(tile, num_m, lines * per_line, widest, processors):
-            loads = [_loads(plan, steps, num_m, processors, *times) for steps in all_steps]
-            share = min(load.mean() / load.max() for load in loads)
+            time, share = _cost(plan, all_steps, num_m, processors, times)
             if share > filled:
-                filled, chosen = share, plan
-                # masks count alike, however dense
-                slowest = sum(
-                    load.max() / max(kept.sum(), 1)
-                    for load, kept in zip(loads, masks, strict=True)
-                )
+                filled, chosen, slowest = share, plan, time
             if share >= BALANCED:
                 break
+        limit = processors * tile.programs
+        if filled < FILLED and num_m * lines * per_line <= FEW_ROUNDS * limit:
+            # parts pass through the memory of a stage
+            fewer = tile._replace(stages=max(2, tile.stages - 1))
+            plan = Plan(fewer, num_m, limit, 0, split=True)
+            time, _ = _cost(plan, all_steps, num_m, processors, times)
+            if time < slowest:
+                chosen, slowest = plan, time
         if chosen is not None and slowest < least:
             best, least = chosen, slowest
         if filled >= FILLED:

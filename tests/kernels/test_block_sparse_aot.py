@@ -7,7 +7,10 @@ import torch
 
 from aot import SHARED_LIMIT, assert_lean, compile_for
 from triton_sparsity.kernels import block_sparse_wgrad as wgrad
-from triton_sparsity.kernels.block_sparse_linear import _block_sparse_linear_kernel
+from triton_sparsity.kernels.block_sparse_linear import (
+    _block_sparse_linear_kernel,
+    _block_sparse_linear_sum_kernel,
+)
 from triton_sparsity.kernels.launch import INTERPRET, tl
 from triton_sparsity.kernels.tiles import Device, Tile, linear_tiles, stores, wgrad_tile
 from triton_sparsity.kernels.topology import (
@@ -47,6 +50,7 @@ def compile_linear(
     aligned=True,
     tf32=True,
     bias=False,
+    split=False,
     index=tl.int32,
 ):
     precision = "tf32" if dtype != "fp32" or tf32 else "ieee"
@@ -54,6 +58,8 @@ def compile_linear(
     tile = linear_tiles(
         side_n, side_k, DTYPES[dtype], DEVICES[arch], precision=precision, bulk=bulk
     )[smaller]
+    if split:
+        tile = tile._replace(stages=tile.stages - 1)
     types = dict.fromkeys("xwy", f"*{dtype}")
     if bulk:
         types = {
@@ -65,6 +71,7 @@ def compile_linear(
     sizes = ["M", "N", "K", "TASKS", "absent", "group", "shift"]
     types |= dict.fromkeys([*sizes, *strides], "i32")
     types |= {"bias_ptr": f"*{dtype}", "task_ptr": "*i32", "index_ptr": "*i32"}
+    types |= {"scratch_ptr": "*fp32"}
     compiled = compile_for(
         arch,
         _block_sparse_linear_kernel,
@@ -78,6 +85,7 @@ def compile_linear(
             "BLOCK_N": tile.n,
             "BLOCK_K": tile.k,
             "STORES": stores(tile.n),
+            "SPLIT": split,
             "OUT": TL[dtype],
             "BULK": bulk,
             "PRECISION": precision,
@@ -228,6 +236,37 @@ def test_hopper_linear_of_few_tokens_keeps_many_copies_in_flight(side, smaller):
     assert_wgmma_runs_async(compiled)
     assert count(compiled, "UTMALDG") == 2 * tile.stages
     assert tile.stages >= 4
+
+
+@pytest.mark.parametrize(("side", "smaller"), [(256, 0), (128, 0), (128, 1), (64, 0), (64, 1)])
+def test_hopper_linear_in_equal_shares_costs_no_spill(side, smaller):
+    tile, compiled = compile_linear(90, "bf16", side, side, smaller=smaller, split=True)
+    assert_resident(tile, compiled, 90)
+    assert_operands_arrive_in_bulk(compiled)
+    assert_wgmma_runs_async(compiled)
+    assert count(compiled, "UTMALDG") == 2 * tile.stages
+    assert min(compiled.global_stores()) >= 8  # of parts
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_sum_of_a_products_parts_is_lean(arch):
+    strides = ["stride_ym", "stride_yn"]
+    types = dict.fromkeys(["M", "N", "TASKS", "programs", *strides], "i32")
+    types |= {"y_ptr": "*bf16", "bias_ptr": "*bf16", "task_ptr": "*i32", "scratch_ptr": "*fp32"}
+    constants = {
+        "HAS_BIAS": True, "PER_TASK": 1, "PARTS": 2, "SIDE_N": 128, "BLOCK_M": 256,
+        "BLOCK_N": 128, "SUM_ROWS": 16, "OUT": tl.bfloat16, "INDEX": tl.int32,
+    }  # fmt: skip
+    compiled = compile_for(
+        arch,
+        _block_sparse_linear_sum_kernel,
+        types,
+        constants,
+        strides_of_one=["stride_yn"],
+        unspecialized=["M", "TASKS", "programs"],
+    )
+    assert_lean(compiled, arch)
+    assert set(compiled.global_stores()) <= {8, 16}
 
 
 @pytest.mark.parametrize("by_k", [False, True], ids=["forward", "dgrad"])

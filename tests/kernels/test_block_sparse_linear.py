@@ -300,6 +300,19 @@ def test_panels_cover_every_tile(panel, monkeypatch):
 
 
 @triton_only
+@pytest.mark.parametrize("kind", ["some", "none", "empty lines", "skewed"])
+@pytest.mark.parametrize("programs", [1, 2, 7, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_product_in_equal_shares_is_whole(dtype, programs, kind, monkeypatch):
+    # shares that hold tiles, parts of one, parts of several, and nothing
+    shape = (64, 32, 16, 4, 3, 2) if dtype == torch.float32 else (64, 32, 32, 4, 2, 1)
+    plan = schedule.Plan(tiles.Tile(*shape), 3, programs, 0, split=True)
+    monkeypatch.setattr(linear_module, "plan_product", lambda *_: plan)
+    with poisoned_memory():
+        assert_all_agree(*make(130, 96, 128, 32, 32, dtype=dtype, kind=kind))
+
+
+@triton_only
 @pytest.mark.parametrize("case", [(70, 256, 96, 64, 32), (70, 128, 512, 128, 128)], ids=str)
 @pytest.mark.parametrize("processors", [5, 16])
 def test_a_weight_gradient_in_parts_is_whole(case, processors, monkeypatch):

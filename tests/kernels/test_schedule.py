@@ -1,6 +1,6 @@
 """Which program computes which tile of a product or a weight gradient, and how evenly."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ import torch
 
 from triton_sparsity.kernels import block_sparse_linear as linear_module
 from triton_sparsity.kernels import block_sparse_wgrad as wgrad_module
+from triton_sparsity.kernels import schedule
 from triton_sparsity.kernels import tiles as tiles_module
 from triton_sparsity.kernels.block_sparse_linear import block_sparse_linear
 from triton_sparsity.kernels.block_sparse_wgrad import launch_wgrad
@@ -21,7 +22,9 @@ from triton_sparsity.kernels.schedule import (
     gradient_loads,
     plan_product,
     program_loads,
+    split_time,
     tile_order,
+    tile_times,
 )
 from triton_sparsity.kernels.tiles import Device, Tile, linear_tiles, wgrad_tile
 from triton_sparsity.kernels.topology import block_topology, bundling
@@ -76,9 +79,18 @@ def test_panels_hold_every_tile_once(group):
 
 @pytest.mark.skipif(not INTERPRET, reason="follows the kernel in the interpreter")
 @pytest.mark.parametrize(
-    ("group", "programs", "shift"), [(1, 3, 0), (3, 5, 2), (4, 8, 3), (2, 28, 0)]
+    ("group", "programs", "shift", "split"),
+    [
+        (1, 3, 0, False),
+        (3, 5, 2, False),
+        (4, 8, 3, False),
+        (2, 28, 0, False),
+        (4, 3, 0, True),
+        (4, 25, 0, True),
+        (4, 200, 0, True),
+    ],
 )
-def test_the_kernel_does_as_planned(group, programs, shift, monkeypatch):
+def test_the_kernel_does_as_planned(group, programs, shift, split, monkeypatch):
     from triton.runtime.interpreter import interpreter_builder
 
     tokens, pattern = 4 * TILE.m - 9, Block(32, 32)
@@ -86,15 +98,21 @@ def test_the_kernel_does_as_planned(group, programs, shift, monkeypatch):
     mask = torch.rand(7, 6, generator=generator) > torch.linspace(0, 1, 7)[:, None]
     x, weight = torch.ones(tokens, 192).half(), torch.ones(224, 192).half()
     topology = block_topology(mask, pattern)
-    plan = Plan(TILE, group, programs, shift)
+    plan = Plan(TILE, group, programs, shift, split)
     monkeypatch.setattr(linear_module, "plan_product", lambda *_: plan)
     load, steps = linear_module._load, defaultdict(list)
+    store, stored = linear_module._store, Counter()
 
     def spy(source, row, col, *more, **options):
         steps[interpreter_builder.grid_idx[0]].append(number(row))
         return load(source, row, col, *more, **options)
 
+    def spy_on_store(*arguments):
+        stored[interpreter_builder.grid_idx[0]] += 1
+        return store(*arguments)
+
     monkeypatch.setattr(linear_module, "_load", spy)
+    monkeypatch.setattr(linear_module, "_store", spy_on_store)
     y = block_sparse_linear(x, weight, topology, pattern=pattern)
     expected = 32 * mask.sum(1).repeat_interleave(32)
     torch.testing.assert_close(y, expected.half().expand(tokens, -1))
@@ -102,16 +120,51 @@ def test_the_kernel_does_as_planned(group, programs, shift, monkeypatch):
     lines = topology.row_tasks[:, 0].tolist()
     lengths = np.maximum(topology.row_tasks[:, 2].numpy(), 1)
     token_tile, band = tile_order(4, 7, group)
+    row = np.repeat(np.arange(28), lengths[band])
+    own, tiles, parts = program_loads(plan, lengths, 4)
     for program in range(programs):
-        mine = dealt(np.arange(100), np.full(100, program), programs, shift)
-        wanted = []
-        for tile in mine[mine < len(band)]:
-            place = token_tile[tile] * TILE.m, lines[band[tile]] * 32
-            wanted += place * lengths[band[tile]]
-        assert steps[program] == wanted
-    own, tiles = program_loads(plan, lengths, 4)
-    assert own.tolist() == [len(steps[program]) // 2 for program in range(programs)]
-    assert tiles.sum() == len(band)
+        if split:
+            first, last = (len(row) * p // programs for p in (program, program + 1))
+            mine = row[first:last]
+            assert tiles[program] + parts[program] == len(set(mine))
+        else:
+            mine = dealt(np.arange(100), np.full(100, program), programs, shift)
+            mine = np.concatenate([row[row == tile] for tile in mine[mine < 28]] or [mine[:0]])
+        wanted = [(token_tile[tile] * TILE.m, lines[band[tile]] * 32) for tile in mine]
+        assert steps[program] == [place for both in wanted for place in both]
+        assert own[program] == len(wanted)
+        assert tiles[program] == stored[program]
+
+
+def modelled_time(plan, shape, side, tokens, level):
+    N, K = SHAPES[shape]
+    kept = np.repeat(kept_blocks(N // side, K // side, level, False), side // plan.tile.n)
+    steps = np.maximum(kept * (side // plan.tile.k), 1)
+    load = program_loads(plan, steps, -(-tokens // plan.tile.m))
+    step, end, part = tile_times(plan.tile, 2)
+    busy = load.steps * step + load.tiles * end + load.parts * part
+    busy = np.bincount(np.arange(plan.programs) % HOPPER.processors, busy)
+    return busy.max() + split_time(plan, load.parts.sum(), HOPPER.processors)
+
+
+@pytest.mark.parametrize("tokens", [512, 1024])
+@pytest.mark.parametrize("side", [128, 64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_few_tokens_gain_by_smaller_tiles_or_equal_shares(shape, side, tokens, monkeypatch):
+    """Of so few the usual tiles leave a part of the device idle."""
+    N, K = SHAPES[shape]
+    tiles = linear_tiles(side, side, torch.bfloat16, HOPPER, precision="tf32", bulk=True)
+    sizes = tokens, K, N // side, side, side, 2, HOPPER.processors
+    plan = plan_product(*sizes, tiles)
+    monkeypatch.setattr(schedule, "FEW_ROUNDS", 0)
+    usual = plan_product.__wrapped__(*sizes, tiles[:1])
+    assert not usual.split
+    times = [
+        sum(modelled_time(one, shape, side, tokens, level) for level in (0.8, 0.9))
+        for one in (plan, usual)
+    ]
+    # plans are made on model masks, which are others
+    assert times[0] <= (1.15 if shape == "up" else 0.9) * times[1]
 
 
 @pytest.mark.parametrize(
