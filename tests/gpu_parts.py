@@ -152,7 +152,7 @@ def run_part(
         *("-m", "not aot and not launch", "-n", str(workers), "--dist", "worksteal"),
         *("--max-worker-restart", "100", "--tb=short", "--show-capture=no", "--no-header"),
         *("-o", f"faulthandler_timeout={TEST_SECONDS}", "-o", "faulthandler_exit_on_timeout=true"),
-        *("-o", "console_output_style=none", "-p", "no:cacheprovider", *files),
+        *("-p", "no:cacheprovider", *files),
     ]
     search = os.pathsep.join(filter(None, (str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {

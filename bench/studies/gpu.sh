@@ -19,8 +19,14 @@ if [ "${1:-}" = -o ]; then
     out=$(cd "$2" && pwd)
     shift 2
 fi
-job=${1:?must be correctness, bench or tune}
-shift
+job=${1:-nothing}
+case $job in
+correctness | bench | tune) shift ;;
+*)
+    echo "gpu.sh: must be correctness, bench or tune, got $job" >&2
+    exit 2
+    ;;
+esac
 
 # a wheel is an archive of what is to be on the path; outside of the checkout, which it would swell
 site=$("$python" - "$root" "$bundle" <<'PYTHON'
@@ -59,8 +65,4 @@ case $job in
 correctness) exec "$python" "$root/tests/gpu_parts.py" --output "$out" "$@" ;;
 bench) exec "$python" -m triton_sparsity.bench.studies.gpu --output "$out" "$@" ;;
 tune) exec "$python" -m triton_sparsity.bench.cli autotune --output "$out/tuning.json" "$@" ;;
-*)
-    echo "must be correctness, bench or tune, got $job" >&2
-    exit 2
-    ;;
 esac
