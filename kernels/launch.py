@@ -71,6 +71,11 @@ def use_triton(operation: str, backend: Backend, tensor: Tensor) -> bool:
             )
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Tell whether what is launched on a tensor now goes into a CUDA graph, and runs later."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def extent(tensor: Tensor) -> int:
     """Return one plus the largest element offset reachable from ``tensor``'s first element."""
     if tensor.numel() == 0:

@@ -68,14 +68,9 @@ class BlockProduct:
 
     def update(self, mask: Tensor, kept: int) -> None:
         """Take over another mask, as at creation. Lists stay where they are in memory."""
-        moved = self.topology is None or self.topology.kept.device != mask.device
+        self._mask = mask
         self._triton_runs = use_triton("block_sparse_linear", self.backend, mask)
-        self.topology = block_topology(
-            mask,
-            self.pattern,
-            out=None if moved else self.topology,
-            backend="triton" if self._triton_runs else "torch",
-        )
+        self._list_blocks()
         for dtype in self._dtypes:
             self._paths[dtype] = choose(
                 kept,
@@ -87,6 +82,17 @@ class BlockProduct:
                 dispatch=self.dispatch,
             )
         self.flag()
+
+    def _list_blocks(self) -> None:
+        # while pruned blocks are written, all of them: a captured graph asks for no paths
+        mask = torch.ones_like(self._mask) if self.unsafe else self._mask
+        moved = self.topology is None or self.topology.kept.device != mask.device
+        self.topology = block_topology(
+            mask,
+            self.pattern,
+            out=None if moved else self.topology,
+            backend="triton" if self._triton_runs else "torch",
+        )
 
     @property
     def _dtypes(self) -> tuple[torch.dtype, ...]:
@@ -101,9 +107,12 @@ class BlockProduct:
             self._flags.setdefault(dtype, flags).copy_(flags)
 
     def trust(self, zero: bool) -> None:
-        """Take note whether the weight is zero in its pruned blocks: else no product skips any."""
+        """Take note whether the weight is zero in its pruned blocks: else no product skips any,
+        and one that a CUDA graph captured finds all blocks in its lists.
+        """
         if self.unsafe == zero:
             self.unsafe = not zero
+            self._list_blocks()
             self.flag()
 
     def want_dense_grad(self, wanted: bool) -> None:

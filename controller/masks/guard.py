@@ -38,7 +38,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from ...kernels.launch import takes_kernels
+from ...kernels.launch import is_captured, takes_kernels
 from .linear import note_adapter
 from .optimizers import keeps_zeros, moments, parameters_of
 from .weight import SparseWeight, clear_, drop_foreign, leaks, take_values
@@ -177,7 +177,10 @@ class Guard:
 
     def after_accumulation(self, weight: SparseWeight, parameter: Tensor) -> None:
         gradient = parameter.grad
-        if gradient is None or weight.all_kept or not weight.holds_zeros:
+        if gradient is None or not weight.holds_zeros:
+            return
+        # what a graph leaves out is left out for ever
+        if weight.all_kept and not is_captured(gradient):
             return
         if weight.mask.device != gradient.device:
             weight.follow()

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from ...kernels.dispatch import Dispatch
 from ...kernels.group_mask import GroupMask
-from ...kernels.launch import Backend
+from ...kernels.launch import Backend, is_captured
 from ...kernels.masked_weight import apply_mask_, count_leaks
 from ...kernels.pattern import Block, Pattern
 from ...kernels.product import BlockProduct, has_blocks_to_skip
@@ -376,7 +376,8 @@ def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
 
     ``tensors`` has one each, of its shape: the weight, its gradient, an optimiser's state.
     """
-    pairs = [(w, t) for w, t in zip(weights, tensors, strict=True) if not w.all_kept]
+    pairs = zip(weights, tensors, strict=True)
+    pairs = [(w, t) for w, t in pairs if not w.all_kept or is_captured(t)]
     sharded, alike = _part(pairs)
     for weight, tensor in sharded:
         local, pruned = _shard(weight, tensor)
@@ -393,6 +394,11 @@ def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
 def leaks(weights: Sequence[SparseWeight]) -> list[int]:
     """Count, in each weight, what is not zero though it is pruned. Waits for the device once."""
     pairs = [(weight, weight.weight.detach()) for weight in weights if not weight.all_kept]
+    if pairs and is_captured(pairs[0][1]):
+        raise RuntimeError(
+            f"the weight of {pairs[0][0].name!r} must be as it was last seen when a CUDA graph is "
+            "captured, got one that was written since: run it once, then capture"
+        )
     sharded, alike = _part(pairs)
     found: list[Tensor] = []
     order = [weight for weight, _ in sharded]
