@@ -41,12 +41,13 @@ root, bundle = map(pathlib.Path, sys.argv[1:])
 wheels = sorted((bundle / "wheels").glob("*.whl"))
 if not wheels:
     sys.exit(f"{bundle}/wheels must hold wheels, got none: run make gpu-bundle where there is a network")
-site = pathlib.Path(tempfile.gettempdir(), f"triton-sparsity-{os.getuid()}")
+# by that name hypothesis knows other people's code, which it does not read for constants
+site = pathlib.Path(tempfile.gettempdir(), f"triton-sparsity-{os.getuid()}", "site-packages")
 names = "\n".join(wheel.name for wheel in wheels)
 done = site / "wheels.txt"
 if not done.exists() or done.read_text() != names:
     shutil.rmtree(site, ignore_errors=True)
-    site.mkdir()
+    site.mkdir(parents=True)
     for wheel in wheels:
         zipfile.ZipFile(wheel).extractall(site)
     done.write_text(names)
