@@ -240,5 +240,5 @@ def test_a_step_is_told_by_the_device_and_by_the_clock(monkeypatch):
     assert "3.0x faster (target >= 2: reached)" in run.lines[0]
     assert (
         run.lines[1]
-        == "  by the clock 1.5 s, dense 3 s: 2x faster; the host queues ours in 500 ms"
+        == "  by the clock 1.5 s, dense 3 s: 2.0x faster; the host queues ours in 500 ms"
     )
