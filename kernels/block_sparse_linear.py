@@ -627,7 +627,12 @@ def _is_plain(*tensors: Tensor) -> bool:
     )
 
 
-@torch.library.custom_op("triton_sparsity::block_sparse_linear", mutates_args=())
+# the paths are read on the host, and a graph of mode="reduce-overhead" would keep those of its
+# capture for ever: so the compiler parts its graphs around the operators
+UNCAPTURED = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("triton_sparsity::block_sparse_linear", mutates_args=(), tags=UNCAPTURED)
 def _op(
     x: Tensor,
     weight: Tensor,
@@ -642,7 +647,9 @@ def _op(
     return _forward(x, weight, bias, Topology(*lists), paths, options)
 
 
-@torch.library.custom_op("triton_sparsity::block_sparse_linear_dgrad", mutates_args=())
+@torch.library.custom_op(
+    "triton_sparsity::block_sparse_linear_dgrad", mutates_args=(), tags=UNCAPTURED
+)
 def _dgrad_op(
     grad: Tensor,
     weight: Tensor,
@@ -655,7 +662,9 @@ def _dgrad_op(
     return _dgrad(grad, weight, Topology(*lists), paths, _Options(rows, cols, triton_runs))
 
 
-@torch.library.custom_op("triton_sparsity::block_sparse_linear_wgrad", mutates_args=())
+@torch.library.custom_op(
+    "triton_sparsity::block_sparse_linear_wgrad", mutates_args=(), tags=UNCAPTURED
+)
 def _wgrad_op(
     grad: Tensor,
     x: Tensor,

@@ -20,7 +20,7 @@ from .copy import copy_all_
 from .count import kept_counts
 from .cut import keep_highest
 from .grid import side_lengths
-from .launch import Backend, use_triton
+from .launch import Backend, is_captured, use_triton
 from .masked_weight import apply_mask_, count_leaks
 from .pattern import NM, Block, Pattern, grid_shape
 from .retained import put_all_back_, take_all_pruned
@@ -83,6 +83,12 @@ class GroupMask:
     def all_kept(self) -> bool:
         """True where nothing is pruned."""
         return self.kept == self.groups
+
+    def clears(self, tensor: Tensor) -> bool:
+        """Tell whether something is pruned of ``tensor``, or may be when a graph runs that is
+        captured now: what it leaves out is left out for ever.
+        """
+        return not self.all_kept or is_captured(tensor)
 
     def pruned_groups(self) -> int:
         """Return how many of ``groups`` are pruned."""

@@ -72,6 +72,20 @@ def use_triton(operation: str, backend: Backend, tensor: Tensor) -> bool:
             )
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Tell whether what is launched on a tensor now goes into a CUDA graph, and runs later."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(tensor: Tensor, what: str) -> None:
+    """Refuse to look at ``what`` while a CUDA graph is captured, which cannot wait."""
+    if is_captured(tensor):
+        raise RuntimeError(
+            f"{what} must be as it was last seen when a CUDA graph is captured, got one that was "
+            "written since: run it once, then capture"
+        )
+
+
 def extent(tensor: Tensor) -> int:
     """Return one plus the largest element offset reachable from ``tensor``'s first element."""
     if tensor.is_contiguous():  # as most are, and a list may have hundreds

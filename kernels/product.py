@@ -14,7 +14,7 @@ from .dispatch import BreakEven, Dispatch, Paths, as_tensor, choose
 from .group_mask import GroupMask
 from .launch import Backend, use_triton
 from .pattern import Block, Pattern
-from .topology import Topology, block_topologies
+from .topology import Topology, block_topologies, block_topology
 
 DENSE = Paths(False, False, False)
 
@@ -69,10 +69,17 @@ class BlockProduct:
         self._last_dtype = dtype
 
     def take_over(
-        self, topology: Topology, kept: int, triton_runs: bool, known: dict[object, BreakEven]
+        self,
+        mask: Tensor,
+        topology: Topology,
+        kept: int,
+        triton_runs: bool,
+        known: dict[object, BreakEven],
     ) -> None:
-        """Take over the lists of a mask that keeps ``kept`` blocks; ``known`` as ``choose``'s."""
-        self.topology = topology
+        """Take over a mask of ``kept`` blocks, and its lists; ``known`` as ``choose``'s."""
+        self._mask, self._triton_runs, self.topology = mask, triton_runs, topology
+        if self.unsafe:
+            self._list_blocks()
         for dtype in self._dtypes:
             self._paths[dtype] = choose(
                 kept,
@@ -85,6 +92,12 @@ class BlockProduct:
                 known=known,
             )
         self.flag()
+
+    def _list_blocks(self) -> None:
+        # while pruned blocks are written, all of them: a captured graph asks for no paths
+        mask = torch.ones_like(self._mask) if self.unsafe else self._mask
+        backend: Backend = "triton" if self._triton_runs else "torch"
+        block_topology(mask, self.pattern, out=self.topology, backend=backend)
 
     @property
     def _dtypes(self) -> tuple[torch.dtype, ...]:
@@ -102,9 +115,12 @@ class BlockProduct:
                 self._flagged[dtype] = paths
 
     def trust(self, zero: bool) -> None:
-        """Take note whether the weight is zero in its pruned blocks: else no product skips any."""
+        """Take note whether the weight is zero in its pruned blocks: else no product skips any,
+        and one that a CUDA graph captured finds all blocks in its lists.
+        """
         if self.unsafe == zero:
             self.unsafe = not zero
+            self._list_blocks()
             self.flag()
 
     def want_dense_grad(self, wanted: bool) -> None:
@@ -188,5 +204,5 @@ def update_products(
         found = block_topologies(
             given, pattern, out=here, backend="triton" if triton_runs else "torch"
         )
-        for product, topology, count in zip(own, found, counts, strict=True):
-            product.take_over(topology, count, triton_runs, known)
+        for product, mask, topology, count in zip(own, given, found, counts, strict=True):
+            product.take_over(mask, topology, count, triton_runs, known)

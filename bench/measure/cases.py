@@ -166,6 +166,7 @@ def rates(case: Case, seconds: float, ceilings: Ceilings, dense: Timing | None) 
             "dense_s": dense.median,
             "dense_p20_s": dense.quantile(0.2),
             "dense_p80_s": dense.quantile(0.8),
+            "dense_wall_s": dense.wall,
             "speedup": dense.median / seconds,
         }
         if case.dense_flops:

@@ -62,6 +62,8 @@ class Row:
         dense_p20_s, dense_p80_s: seconds.
         low_s, high_s, dense_low_s, dense_high_s: seconds; the spread over passes: the p20 of the
             fastest and the p80 of the slowest.
+        wall_s, dense_wall_s: seconds by the clock, of one of a few runs in a row on a GPU, with
+            the gaps in which it waits for the host.
     """
 
     operation: str
@@ -96,6 +98,8 @@ class Row:
     high_s: float | None = None
     dense_low_s: float | None = None
     dense_high_s: float | None = None
+    wall_s: float | None = None
+    dense_wall_s: float | None = None
 
 
 def environment(device: torch.device, backend: str) -> dict[str, Any]:
@@ -169,6 +173,7 @@ def times(timing: Timing) -> dict[str, Any]:
         "p80_s": timing.quantile(0.8),
         "runs": len(timing.seconds),
         "host_s": timing.host,
+        "wall_s": timing.wall,
     }
 
 

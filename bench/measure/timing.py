@@ -2,7 +2,8 @@
 
 On a GPU every run starts with the L2 cache overwritten, and with the device held busy until the
 host has queued the run: what is timed is then the device's work, without the gaps in which it
-would wait for Python. How long the host takes is kept beside it. Clocks are left alone.
+would wait for Python. How long the host takes is kept beside it, and what a few runs in a row take
+by the clock, gaps and all. The GPU's clocks are left alone.
 
 On a CPU nothing is flushed: what a step works on was touched by the step before it.
 """
@@ -21,6 +22,7 @@ Work = Callable[[], object]
 HOLD_CYCLES = 2e9  # a second of any GPU's clock, or somewhat more
 MAX_HOLD = 0.2  # seconds; a mask update of a whole model takes the host some 0.04
 FLUSH_FACTOR = 4  # times the L2
+IN_A_ROW = 3
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class Timing:
         seconds: one entry a run, in the order of the runs.
         scratch: bytes of memory beyond what it started with; None where nobody can tell.
         host: median time the host takes to queue one run on a GPU; None on a CPU.
+        wall: one run of some in a row on a GPU, by the clock; None on a CPU, where all are.
     """
 
     seconds: tuple[float, ...]
     scratch: int | None = None
     host: float | None = None
+    wall: float | None = None
 
     @property
     def median(self) -> float:
@@ -55,10 +59,12 @@ def pool(timings: Sequence[Timing]) -> Timing:
     """Return the runs of several timings of the same work as one timing."""
     hosts = [timing.host for timing in timings if timing.host is not None]
     scratch = [timing.scratch for timing in timings if timing.scratch is not None]
+    walls = [timing.wall for timing in timings if timing.wall is not None]
     return Timing(
         tuple(second for timing in timings for second in timing.seconds),
         max(scratch, default=None),
         statistics.median(hosts) if hosts else None,
+        statistics.median(walls) if walls else None,
     )
 
 
@@ -136,15 +142,18 @@ def on_gpu(works: Sequence[Work], device: torch.device) -> Callable[[int], list[
     """Warm up; return what runs so many rounds."""
     with torch.cuda.device(device):
         flush = torch.empty(FLUSH_FACTOR * l2_bytes(device) // 4, dtype=torch.int32, device=device)
-        hosts = []
+        hosts, walls = [], []
         for work in works:
-            # the first call compiles, the second shows what the host takes
+            # the first call compiles, the others show what the host takes
             work()
             torch.cuda.synchronize()
             start = time.perf_counter()
             work()
             hosts.append(time.perf_counter() - start)
+            for _ in range(IN_A_ROW - 1):
+                work()
             torch.cuda.synchronize()
+            walls.append((time.perf_counter() - start) / IN_A_ROW)
 
     def once(work: Work, host: float) -> tuple[torch.cuda.Event, torch.cuda.Event, float]:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -168,8 +177,9 @@ def on_gpu(works: Sequence[Work], device: torch.device) -> Callable[[int], list[
             Timing(
                 tuple(begin.elapsed_time(end) * 1e-3 for begin, end, _ in runs),
                 host=statistics.median(taken for *_, taken in runs),
+                wall=wall,
             )
-            for runs in zip(*queued, strict=True)
+            for runs, wall in zip(zip(*queued, strict=True), walls, strict=True)
         ]
 
     return run

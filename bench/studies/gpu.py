@@ -1,7 +1,7 @@
 """``make bench-gpu``: what the project promises of a GPU, measured, with the targets beside it.
 
 Everything is checked before it is timed. Nothing stops halfway: what fails is a row that says so,
-what there is no time for is a row that says so, and the record is written after every stage.
+what there is no time for is a row that says so, and the record is written after every row.
 
 Reading order: targets -> stages -> tables -> the run.
 """
@@ -70,6 +70,8 @@ class Run:
     out: Console
     rows: list[Row] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
+    # whoever stops it at any moment has all that was measured until then
+    save: Callable[[], object] = lambda: None
 
     def late(self) -> bool:
         return time.perf_counter() > self.deadline
@@ -84,6 +86,7 @@ class Run:
                 else:
                     outcome = measure_case(case, self.device, self.budget)
                     self.rows.append(to_row(case, [outcome], self.ceilings))
+                    self.save()
         # operands themselves may not fit; what was measured before stays
         except Exception as error:
             detail = first_line(error)
@@ -93,6 +96,7 @@ class Run:
     def say(self, line: str) -> None:
         self.lines.append(line)
         self.out.print(line)
+        self.save()
 
 
 def _no_time(case: Case) -> Row:
@@ -260,6 +264,7 @@ def updates(run: Run) -> None:
                 f"mask update {pattern}, {read / 1e9:.3g} GB of weights: "
                 f"{seconds(row.median_s)}, {ratio:.2f} x one read (target {limit}: {verdict})"
                 + ("" if row.host_s is None else f"; the host queues it in {seconds(row.host_s)}")
+                + ("" if row.wall_s is None else f", by the clock {seconds(row.wall_s)}")
             )
 
 
@@ -305,6 +310,12 @@ def transformer_step(run: Run) -> None:
             f"training step of a transformer block, {pattern}, 80 %: {seconds(row.median_s)}, "
             f"dense {seconds(row.dense_s)}: {faster(row.speedup)} (target {limit}: {verdict})"
         )
+        if row.wall_s is not None and row.dense_wall_s is not None:
+            run.say(
+                f"  by the clock {seconds(row.wall_s)}, dense {seconds(row.dense_wall_s)}: "
+                f"{faster(row.dense_wall_s / row.wall_s)}; the host queues ours in "
+                f"{seconds(row.host_s)}"
+            )
 
 
 def _transformer(run: Run, pattern: Pattern, level: float) -> Built:
@@ -358,8 +369,10 @@ def _transformer(run: Run, pattern: Pattern, level: float) -> Built:
     return Built(step(model, x), check, step(layer(), x))
 
 
-def peers(run: Run) -> list[dict[str, Any]]:
-    """Measure other libraries' forward products beside ours, in turn, in this process."""
+def peers(run: Run) -> Iterator[dict[str, Any]]:
+    """Measure other libraries' forward products beside ours, in turn, in this process; yield a row
+    each, then print them.
+    """
     found: list[dict[str, Any]] = []
     shape = run.size.shapes[0]
     for side in run.size.blocks[1:3] or run.size.blocks[:1]:
@@ -390,13 +403,15 @@ def peers(run: Run) -> list[dict[str, Any]]:
             if reason is None and run.late():
                 reason = "out of time"
             if reason is not None:
-                found.append(row | {"status": "skipped", "detail": reason})
-                continue
-            try:
-                found.append(row | _peer(run, o, name, make()))
-            # whatever a peer does wrong on this device
-            except Exception as error:
-                found.append(row | {"status": "failed", "detail": first_line(error)})
+                outcome = {"status": "skipped", "detail": reason}
+            else:
+                try:
+                    outcome = _peer(run, o, name, make())
+                # whatever a peer does wrong on this device
+                except Exception as error:
+                    outcome = {"status": "failed", "detail": first_line(error)}
+            found.append(row | outcome)
+            yield found[-1]
     lines = [
         (
             row["work"],
@@ -412,7 +427,6 @@ def peers(run: Run) -> list[dict[str, Any]]:
         table("Forward product, ours and theirs", ("work:", "subject:", "median", "p20 to p80",
                                                    "note:"), lines)
     )  # fmt: skip
-    return found
 
 
 def _peer(run: Run, o: Operands, name: str, made: Any) -> dict[str, Any]:
@@ -429,7 +443,7 @@ def _peer(run: Run, o: Operands, name: str, made: Any) -> dict[str, Any]:
 def bench(
     size: Size, device: torch.device, folder: Path, limit: float, budget: float
 ) -> tuple[dict[str, Any], bool]:
-    """Run all stages and write the record after each.
+    """Run all stages and write the record after each measurement.
 
     Args:
         size: how large.
@@ -467,12 +481,14 @@ def bench(
         write_atomic(folder / "gpu.csv", to_csv(run.rows, head))
         return record
 
+    run.save = write
     right = self_check(run)
     for stage in (applications, updates, transformer_step, products, product_table):
         stage(run)
         out.print(f"{stage.__name__}: {time.perf_counter() - start:.0f} s")
-        record = write()
-    theirs.extend(peers(run))
+    for row in peers(run):
+        theirs.append(row)
+        write()
     record = write()
     for name, draw in (("gpu-roofline.png", roofline), ("gpu-speedup.png", speedups)):
         # a picture that cannot be drawn, for want of points or of matplotlib, is no reason to fail

@@ -129,9 +129,7 @@ class RigLController(SETController):
         return take
 
     def distributed(self) -> None:
-        """Let ranks add up the gradients by which they grow, over the default process group, or
-        raise a RuntimeError where there is none.
-        """
+        """Let ranks add up the gradients by which they grow. RuntimeError: no process group."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise RuntimeError("distributed: torch.distributed must be initialised first")
         self._reduces = True

@@ -177,7 +177,7 @@ class Guard:
 
     def after_accumulation(self, weight: SparseWeight, parameter: Tensor) -> None:
         gradient = parameter.grad
-        if gradient is None or weight.all_kept or not weight.holds_zeros:
+        if gradient is None or not weight.holds_zeros or not weight.clears(gradient):
             return
         if weight.mask.device != gradient.device:
             weight.follow()

@@ -29,7 +29,7 @@ from torch.nn import functional
 from ...kernels import group_mask
 from ...kernels.dispatch import Dispatch
 from ...kernels.group_mask import GroupMask
-from ...kernels.launch import Backend, read_later
+from ...kernels.launch import Backend, read_later, refuse_capture
 from ...kernels.pattern import Pattern
 from ...kernels.product import BlockProduct, make_product, update_products
 
@@ -364,7 +364,7 @@ def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
 
     ``tensors`` has one each, of its shape: the weight, its gradient, an optimiser's state.
     """
-    pairs = [(w, t) for w, t in zip(weights, tensors, strict=True) if not w.all_kept]
+    pairs = [(w, t) for w, t in zip(weights, tensors, strict=True) if w.clears(t)]
     for weight, tensor in pairs:
         if isinstance(tensor, DTensor):
             local, pruned = _shard(weight, tensor)
@@ -379,6 +379,7 @@ def leaks(weights: Sequence[SparseWeight]) -> Callable[[], list[int]]:
     pairs = [(weight, weight.weight.detach()) for weight in weights if not weight.all_kept]
     if not pairs:
         return lambda: [0] * len(weights)
+    refuse_capture(pairs[0][1], f"the weight of {pairs[0][0].name!r}")
     found = dict.fromkeys(weights, torch.zeros((), dtype=torch.int64, device=pairs[0][1].device))
     for weight, tensor in pairs:
         if isinstance(tensor, DTensor):

@@ -563,6 +563,12 @@ def test_compiles_in_one_graph_and_masks_and_paths_change_without_another():
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("suffix", ["", "_dgrad", "_wgrad"])
+def test_the_compiler_captures_no_operator_whose_paths_are_read_on_the_host(suffix):
+    operator = getattr(torch.ops.triton_sparsity, f"block_sparse_linear{suffix}").default
+    assert torch.Tag.cudagraph_unsafe in operator.tags
+
+
 def test_flops_are_those_of_the_kept_weights():
     x, w, mask, b, pattern = make(5, 40, 70, 32, 16)
     kept = ~pruned_elements(mask, pattern, w)

@@ -627,6 +627,7 @@ def test_elements_are_read_16_bytes_at_a_time(arch, elements, variant):
         "ALIGNED": aligned, "SCALED": scaled, "SAMPLED": read == "sample",
         "COUNT_NONFINITE": read != "full", "BINS": bins, "COPIES": (1 << 20) // bins,
         "ROWS": rows, "VEC": vec, "RUN": 32 // (vec * size), "SEARCH": module._SEARCH,
+        "PAIRS": arch == 90 and pattern == 0x7FFF,
     }  # fmt: skip
     if not scaled:
         constants["scales_ptr"] = None
@@ -654,7 +655,7 @@ def test_pairs_of_16_bit_patterns_take_eight_instructions_an_element():
         "DTYPE": tl.int16, "PATTERN": 0x7FFF, "INFINITY": 0x7F80, "ALIGNED": True,
         "SCALED": False, "SAMPLED": False, "COUNT_NONFINITE": False, "BINS": 1 << 15,
         "COPIES": 32, "ROWS": 512, "VEC": 8, "RUN": 2, "SEARCH": module._SEARCH,
-        "scales_ptr": None,
+        "PAIRS": True, "scales_ptr": None,
     }  # fmt: skip
     numbers = ("tensors", "stride")
     compiled = aot.compile_for(90, module._count_kernel, types, constants, unspecialized=numbers)

@@ -15,9 +15,12 @@ from torch import nn
 from host_waits import HostWaits
 from stub_driver import kernels
 from triton_sparsity import NM, Block, MagnitudeSparsityConfig, Unstructured, create_controller
+from triton_sparsity.kernels import block_sparse_linear
 from triton_sparsity.kernels.bits import count_kept, expand_mask, pack
 from triton_sparsity.kernels.product import BlockProduct, update_products
+from triton_sparsity.kernels.schedule import Plan
 from triton_sparsity.kernels.semi_structured import nm_fits
+from triton_sparsity.kernels.tiles import Tile
 from triton_sparsity.kernels.topology import runs
 
 pytestmark = [pytest.mark.launch, pytest.mark.usefixtures("zero_memory")]
@@ -187,3 +190,14 @@ def test_an_eager_product_is_a_launch_forward_and_two_or_three_backward(tokens, 
         + ["_pruned_kernel"]
     )
     assert waits.found == []
+
+
+def test_a_product_of_few_tokens_in_equal_shares_is_two_launches(stub, monkeypatch):
+    layer, _ = sparse_model(Block(64, 64), 1, dispatch="sparse")
+    plan = Plan(Tile(64, 64, 64, 4, 4, 2), 1, 7, 0, split=True)
+    monkeypatch.setattr(block_sparse_linear, "plan_product", lambda *_: plan)
+    stub.forget()
+    with torch.no_grad():
+        layer(torch.zeros(48, SIDE, dtype=torch.bfloat16))
+    sums = "_block_sparse_linear_sum_kernel"
+    assert kernels(stub.launches) == ["_block_sparse_linear_kernel", sums]

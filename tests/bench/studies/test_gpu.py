@@ -9,11 +9,13 @@ from rich.console import Console
 
 from triton_sparsity.bench.measure import operations
 from triton_sparsity.bench.measure.ceilings import Ceilings
+from triton_sparsity.bench.measure.operands import Operands
 from triton_sparsity.bench.measure.record import Row, load
 from triton_sparsity.bench.studies import gpu
 from triton_sparsity.bench.studies.gpu import break_even, main
 from triton_sparsity.bench.studies.llama import FULL, TRIAL
 from triton_sparsity.bench.studies.render import render
+from triton_sparsity.kernels.pattern import Block
 
 CPU = torch.device("cpu")
 
@@ -205,3 +207,38 @@ def test_a_product_that_is_wrong_has_no_time_and_ours_counts(monkeypatch, tmp_pa
             gpu, "peers", lambda run, s=subject: [{"subject": s, "status": "failed"}]
         )
         assert trial(tmp_path)[1] is right
+
+
+def test_who_stops_it_has_what_was_measured_until_then(monkeypatch, tmp_path):
+    def stopped(run):
+        run.say("a line")
+        run.rows += product_rows(0.2, (1.5, 1.5, 1.5))
+        run.save()
+        raise KeyboardInterrupt
+
+    stopped.__name__ = "applications"
+    monkeypatch.setattr(gpu, "applications", stopped)
+    monkeypatch.setattr(gpu, "checks", lambda *_: iter(()))
+    with pytest.raises(KeyboardInterrupt):
+        trial(tmp_path)
+    record = load(tmp_path / "gpu.json")
+    assert len(record["rows"]) == 3
+    assert record["lines"][-1] == "a line"
+
+    run, written = a_run(), []
+    run.save = lambda: written.append(len(run.rows))
+    operands = Operands(TRIAL.shapes[0], Block(32, 32), 0.5, "random", torch.float32, CPU, "torch")
+    run.add(lambda: operations.operand_cases(operands, ["score", "mask"]))
+    assert written == [1, 2]
+
+
+def test_a_step_is_told_by_the_device_and_by_the_clock(monkeypatch):
+    run = a_run()
+    row = replace(product_rows(0.8, (1.0,) * 3, (3.0,) * 3)[0], host_s=0.5)
+    monkeypatch.setattr(run, "add", lambda *_: [replace(row, wall_s=1.5, dense_wall_s=3.0)])
+    gpu.transformer_step(run)
+    assert "3.0x faster (target >= 2: reached)" in run.lines[0]
+    assert (
+        run.lines[1]
+        == "  by the clock 1.5 s, dense 3 s: 2.0x faster; the host queues ours in 500 ms"
+    )

@@ -13,7 +13,9 @@ from triton_sparsity.controller.masks.weight import (
     dense_weights,
     leaks,
 )
+from triton_sparsity.kernels import launch
 from triton_sparsity.kernels import product as product_module
+from triton_sparsity.kernels.block_sparse_linear import block_sparse_linear
 from triton_sparsity.kernels.dispatch import Paths
 
 PATTERNS = [ts.Unstructured(), ts.Block(4, 4), ts.Block(1, 8), ts.NM(2, 4)]
@@ -194,6 +196,92 @@ def test_an_update_changes_the_paths_and_keeps_every_address():
         want = torch.nn.functional.linear(x, layer.weight, layer.bias)
         torch.testing.assert_close(layer(x), want, atol=1e-4, rtol=1e-4)
     assert before == addresses()
+
+
+def test_while_pruned_blocks_are_written_the_lists_have_all_blocks():
+    # a captured graph skips what its lists leave out, and asks nobody
+    layer, weight = linear_of(kept=0.1)
+    product = weight.product
+    lists = [part.clone() for part in product.topology]
+    addresses = [part.data_ptr() for part in product.topology]
+    x = torch.randn(3, 512)
+
+    def replayed():
+        return block_sparse_linear(x, layer.weight, product.topology, pattern=product.pattern)
+
+    with torch.no_grad():
+        layer.weight += 1
+    with pytest.warns(UserWarning, match="have been written"):
+        layer.eval()
+    want = torch.nn.functional.linear(x, layer.weight)
+    torch.testing.assert_close(replayed(), want, atol=1e-4, rtol=1e-4)
+    clear_([weight], [layer.weight])
+    layer(x)
+    assert not product.unsafe
+    assert all(torch.equal(a, b) for a, b in zip(product.topology, lists, strict=True))
+    assert addresses == [part.data_ptr() for part in product.topology]
+    want = torch.nn.functional.linear(x, layer.weight)
+    torch.testing.assert_close(replayed(), want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_capture_that_would_have_to_look_at_a_weight_is_refused(monkeypatch):
+    layer, _weight = linear_of(kept=0.1)
+    with torch.no_grad():
+        layer.weight += 1
+    monkeypatch.setattr(launch, "is_captured", lambda tensor: True)
+    with pytest.raises(RuntimeError, match="must be as it was last seen when a CUDA graph"):
+        layer(torch.randn(3, 512))
+
+
+def captured_step(step):
+    """Return a CUDA graph of a step that has run a few times."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dispatch", ["sparse", "dense"])
+@pytest.mark.parametrize("level", [0.25, 0.75])
+def test_a_captured_training_step_follows_the_masks(dispatch, level):
+    gpu = torch.device("cuda", 0)
+    model = nn.Sequential(nn.Linear(512, 512, bias=False)).to(gpu, torch.bfloat16)
+    config = ts.MagnitudeSparsityConfig(
+        pattern=ts.Block(64, 64),
+        schedule=ts.PolynomialSchedule(initial_level=level, target_level=level),
+    )
+    controller = ts.create_controller(model, config, dispatch=dispatch)
+    (info,) = controller.sparsified_module_info
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    x = torch.randn(256, 512, device=gpu, dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+
+    def step():
+        optimizer.zero_grad(set_to_none=False)
+        out = model(x)
+        y.copy_(out.detach())
+        out.float().square().mean().backward()
+        optimizer.step()
+
+    graph = captured_step(step)
+    for new in (level, 0.5, 0.9, 0.1):
+        controller.set_sparsity_level(new)
+        for _ in range(3):
+            before = info.weight.detach().clone()
+            graph.replay()
+            torch.testing.assert_close(y, x @ before.T, atol=2e-2, rtol=2e-2)
+            pruned = ~info.operand.binary_mask
+            assert not info.weight.detach()[pruned].any()
+            assert not info.weight.grad[pruned].any()
+            assert info.weight.grad.any()
 
 
 def test_a_weight_that_becomes_float64_goes_on_densely():
