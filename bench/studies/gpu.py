@@ -31,6 +31,7 @@ from ..measure.ceilings import Ceilings, measure_ceilings
 from ..measure.charts import roofline, speedups
 from ..measure.counts import PRODUCTS
 from ..measure.files import claim_folder, write_atomic
+from ..measure.model import DEVICES, H200, efficiency, geometric_mean
 from ..measure.operands import Operands
 from ..measure.operations import operand_cases
 from ..measure.record import Row, dump, environment, results_folder, times, to_csv
@@ -191,7 +192,7 @@ def product_table(run: Run) -> None:
                 for r in run.rows
             )
             if not mine:
-                lines.append((pattern, operation, "not measured", *[""] * 5, str(bad)))
+                lines.append((pattern, operation, "not measured", *[""] * 6, str(bad)))
                 continue
             efficiencies = sorted(r.efficiency or 0 for r in mine)
             # of memory-bound ones the GEMM is not the bound
@@ -205,6 +206,7 @@ def product_table(run: Run) -> None:
                     f"{middle:.2f}",
                     f"{efficiencies[0]:.2f} to {efficiencies[-1]:.2f}",
                     *_verdict(middle, target, ">="),
+                    f"{_modelled(run, operation, side):.2f}",
                     percent(shares[len(shares) // 2]) if shares else "",
                     f">= {100 * OF_BOUND:.0f} %",
                     str(bad),
@@ -212,7 +214,7 @@ def product_table(run: Run) -> None:
             )
     headings = (
         "pattern:", "product:", "e, median", "lowest to highest", "target", "verdict:",
-        "of bound", "target", "failed",
+        "modelled", "of bound", "target", "failed",
     )  # fmt: skip
     levels = ", ".join(f"{100 * level:g}" for level in run.size.levels)
     run.out.print(table(f"Efficiency e against the dense product, {levels} % sparsity, random "
@@ -234,6 +236,20 @@ def product_table(run: Run) -> None:
                 f"break-even sparsity of forward and backward, {shape}, {pattern}: "
                 f"{'none' if found is None else f'{found:.2f}'} (target {limit}: {verdict})"
             )
+
+
+def _modelled(run: Run, operation: str, side: int) -> float:
+    """Return what the model says beside a measured median: the mean of shapes and levels."""
+    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else H200.name
+    device = next((device for key, device in DEVICES.items() if key in name), H200)
+    block = Block(side, side)
+    return geometric_mean(
+        [
+            efficiency(operation, shape, block, level, device)
+            for shape in run.size.shapes
+            for level in run.size.levels
+        ]
+    )
 
 
 def _verdict(value: float | None, target: float | None, sign: str) -> tuple[str, str]:
