@@ -27,6 +27,7 @@ from ...kernels.schedule import (
     gradient_loads,
     plan_product,
     program_loads,
+    split_time,
     tile_times,
 )
 from ...kernels.tiles import Device, Tile, linear_tiles, wgrad_tile
@@ -142,8 +143,8 @@ def sparse_time(
             (mask, (block.rows, block.cols)) if by_rows else (mask.T, block_turned(block))
         )
         kept = np.sort(lines.sum(1))[::-1]
-        steps, ends = _product(shape.tokens, kept, lines.shape[1], sides, device.processors, rates)
-        after = 0.0
+        found = _product(shape.tokens, kept, lines.shape[1], sides, device.processors, rates)
+        steps, ends, after = found
     load = steps + ends
     kept_elements = int(mask.sum()) * block.rows * block.cols
     memory = product_bytes(operation, shape, kept_elements, BFLOAT16) / device.copy
@@ -199,8 +200,10 @@ def _product(
     sides: tuple[int, int],
     processors: int,
     rates: Rates,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the nanoseconds of each multiprocessor's steps, and of its tiles' ends."""
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return the nanoseconds of each multiprocessor's steps, and of its tiles' ends; the seconds
+    that adding up parts takes.
+    """
     side_n, side_k = sides
     options = {"precision": "tf32", "bulk": True}
     tiles = linear_tiles(side_n, side_k, torch.bfloat16, _facts(processors), **options)
@@ -208,19 +211,20 @@ def _product(
     plan: Plan = plan_product(*sizes, processors, tiles)
     tile = plan.tile
     steps = np.maximum(np.repeat(kept, side_n // tile.n) * (side_k // tile.k), 1)
-    own, stored = program_loads(plan, steps, ceil_div(tokens, tile.m))
-    step, end = tile_times(tile, BFLOAT16, rates)
+    load = program_loads(plan, steps, ceil_div(tokens, tile.m))
+    times = tile_times(tile, BFLOAT16, rates)
     place = np.arange(plan.programs) % processors
     return (
-        np.bincount(place, own * step, processors),
-        np.bincount(place, stored * end, processors),
+        np.bincount(place, load.steps * times.step, processors),
+        np.bincount(place, load.tiles * times.end + load.parts * times.part, processors),
+        split_time(plan, int(load.parts.sum()), processors, rates) * 1e-9,
     )
 
 
 def _gradient(
     shape: Shape, block: Block, mask: np.ndarray, processors: int, rates: Rates
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return the same of a weight gradient, and the seconds that adding up parts takes."""
+    """Return the same of a weight gradient."""
     by_rows, size = bundling(block, (mask.shape[0], mask.shape[1]))
     kept = mask.sum(1 if by_rows else 0)
     lone, other = (block.rows, block.cols) if by_rows else (block.cols, block.rows)
@@ -233,13 +237,13 @@ def _gradient(
     counts = int(wide.sum()) * per_bundle, int((pieces - wide).sum()) * per_bundle
     steps = ceil_div(shape.tokens, tile.k)
     loads = gradient_loads(*counts, steps, programs, MIN_STEPS)
-    step, end = tile_times(tile, BFLOAT16, rates)
-    narrow, _ = tile_times(Tile(tile.m, BUNDLE_WIDTH // 2, *tile[2:]), BFLOAT16, rates)
+    step, end, part = tile_times(tile, BFLOAT16, rates)
+    narrow = tile_times(Tile(tile.m, BUNDLE_WIDTH // 2, *tile[2:]), BFLOAT16, rates).step
     place = np.arange(programs) % processors
     # in the last rounds a program stores two parts at most, in float32
     parts = min(2 * programs, sum(counts)) if steps >= 2 * MIN_STEPS else 0
-    part = tile.m * BUNDLE_WIDTH * 4 / rates.bytes
-    summed = parts * part / processors * 1e-9 + LAUNCH if parts else 0.0
+    bytes_a_part = tile.m * BUNDLE_WIDTH * 4
+    summed = parts * bytes_a_part / (rates.bytes * processors) * 1e-9 + LAUNCH if parts else 0.0
     return (
         np.bincount(place, loads.wide_steps * step + loads.narrow_steps * narrow, processors),
         np.bincount(place, loads.tiles * end, processors) + part * parts / programs,
