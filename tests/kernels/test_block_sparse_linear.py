@@ -300,8 +300,8 @@ def test_panels_cover_every_tile(panel, monkeypatch):
 
 
 @triton_only
-@pytest.mark.parametrize("kind", ["some", "none", "empty lines", "skewed"])
-@pytest.mark.parametrize("programs", [1, 2, 7, 64])
+@pytest.mark.parametrize("kind", ["empty lines", "skewed"])
+@pytest.mark.parametrize("programs", [1, 7, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_product_in_equal_shares_is_whole(dtype, programs, kind, monkeypatch):
     # shares that hold tiles, parts of one, parts of several, and nothing

@@ -87,7 +87,7 @@ def test_panels_hold_every_tile_once(group):
         (2, 28, 0, False),
         (4, 3, 0, True),
         (4, 25, 0, True),
-        (4, 200, 0, True),
+        (4, 90, 0, True),
     ],
 )
 def test_the_kernel_does_as_planned(group, programs, shift, split, monkeypatch):
@@ -188,7 +188,7 @@ def test_a_plan_is_the_same_every_time():
 
 @pytest.mark.skipif(not INTERPRET, reason="follows the kernel in the interpreter")
 @pytest.mark.parametrize("processors", [3, 5, 16])
-@pytest.mark.parametrize("tokens", [96, 1000], ids=["short tiles", "long tiles"])
+@pytest.mark.parametrize("tokens", [96, 600], ids=["short tiles", "long tiles"])
 @pytest.mark.parametrize("sides", [(64, 64), (32, 32), (256, 64)], ids=str)
 def test_the_weight_gradient_does_as_planned(sides, tokens, processors, monkeypatch):
     from triton.runtime.interpreter import interpreter_builder
