@@ -34,7 +34,8 @@ def _copy_kernel(table_ptr, ALIGNED: tl.constexpr, N: tl.constexpr, BYTES: tl.co
     if left >= BYTES:  # a predicate a byte would split the accesses
         tl.store(target_ptr + offs, tl.load(source_ptr + offs))  # [BYTES]
     else:
-        tl.store(target_ptr + offs, tl.load(source_ptr + offs, mask=offs < left), mask=offs < left)
+        values = tl.load(source_ptr + offs, mask=offs < left, other=0)  # [BYTES]
+        tl.store(target_ptr + offs, values, mask=offs < left)
 
 
 def copy_all_(

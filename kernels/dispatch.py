@@ -76,9 +76,9 @@ _CPU_WGRAD = {256: 0.85, 128: 0.8, 64: 0.55, 32: 0.2, 16: 0.06}
 _CPU_LINE = 12288
 # the products of a smaller weight are over before the first line's are set up
 _CPU_ELEMENTS = 2**18
-# No GPU has been measured yet. Hopper: two thirds of the share of the peak that L2 leaves a tile
-# (block_sparse_linear.py). Others: two thirds of the densities at which torch.sparse's BSR linear
-# breaks even on an A100: 0.4, 0.2 and 0.1 for blocks of 64, 32 and 16.
+# No GPU has been measured yet. Hopper: two thirds of the density at which the model of
+# docs/modelled.md breaks even. Others: two thirds of the densities at which torch.sparse's BSR
+# linear does on an A100: 0.4, 0.2 and 0.1 for blocks of 64, 32 and 16.
 _HOPPER = {256: 0.5, 128: 0.5, 64: 0.33, 32: 0.18, 16: 0.09}
 _OTHER_GPU = {256: 0.27, 128: 0.27, 64: 0.27, 32: 0.13, 16: 0.06}
 # of a smaller weight the dense product takes little longer than a launch

@@ -35,6 +35,7 @@ from .topology import BUNDLE_WIDTH, bundling
 FORMAT = 1
 SOURCES = (
     "block_sparse_linear.py",
+    "block_sparse_product.py",
     "block_sparse_torch.py",
     "block_sparse_wgrad.py",
     "launch.py",

@@ -7,7 +7,7 @@ import torch
 
 from aot import SHARED_LIMIT, assert_lean, compile_for
 from triton_sparsity.kernels import block_sparse_wgrad as wgrad
-from triton_sparsity.kernels.block_sparse_linear import (
+from triton_sparsity.kernels.block_sparse_product import (
     _block_sparse_linear_kernel,
     _block_sparse_linear_sum_kernel,
 )

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import oracle
-from triton_sparsity.kernels import block_sparse_linear as linear_module
+from triton_sparsity.kernels import block_sparse_product as product_module
 from triton_sparsity.kernels import block_sparse_wgrad as wgrad_module
 from triton_sparsity.kernels import schedule, tiles
 from triton_sparsity.kernels.block_sparse_linear import (
@@ -294,7 +294,7 @@ def test_any_number_of_programs(processors, monkeypatch):
 @pytest.mark.parametrize("panel", [1, 3], ids=["panels of one tile", "of three"])
 def test_panels_cover_every_tile(panel, monkeypatch):
     plan = schedule.Plan(tiles.Tile(64, 32, 16, 4, 3, 2), panel, 4, 1)
-    monkeypatch.setattr(linear_module, "plan_product", lambda *_: plan)
+    monkeypatch.setattr(product_module, "plan_product", lambda *_: plan)
     with poisoned_memory():
         assert_all_agree(*make(260, 96, 64, 32, 32, kind="skewed"))
 
@@ -307,7 +307,7 @@ def test_a_product_in_equal_shares_is_whole(dtype, programs, kind, monkeypatch):
     # shares that hold tiles, parts of one, parts of several, and nothing
     shape = (64, 32, 16, 4, 3, 2) if dtype == torch.float32 else (64, 32, 32, 4, 2, 1)
     plan = schedule.Plan(tiles.Tile(*shape), 3, programs, 0, split=True)
-    monkeypatch.setattr(linear_module, "plan_product", lambda *_: plan)
+    monkeypatch.setattr(product_module, "plan_product", lambda *_: plan)
     with poisoned_memory():
         assert_all_agree(*make(130, 96, 128, 32, 32, dtype=dtype, kind=kind))
 
@@ -338,7 +338,7 @@ def test_offsets_in_int64_change_no_bit(case, monkeypatch):
     x, w, mask, b, pattern = make(*case)
     grad = torch.randn(case[0], case[1], device=DEVICE)
     want = run(block_sparse_linear, x, w, mask, b, pattern, grad)
-    monkeypatch.setattr(linear_module, "index_type", lambda *_: tl.int64)
+    monkeypatch.setattr(product_module, "index_type", lambda *_: tl.int64)
     monkeypatch.setattr(wgrad_module, "index_type", lambda *_: tl.int64)
     got = run(block_sparse_linear, x, w, mask, b, pattern, grad)
     assert all(map(torch.equal, got, want))
@@ -349,7 +349,7 @@ def test_operands_off_the_copy_engine_give_the_same(monkeypatch):
     args = make(37, 256, 128, 128, 64, dtype=torch.float16)
     grad = torch.randn(37, 256, device=DEVICE)
     bulk = run(block_sparse_linear, *args, grad)
-    for module in (linear_module, wgrad_module):
+    for module in (product_module, wgrad_module):
         monkeypatch.setattr(module, "bulk_copies", lambda *_: False)
     loads = run(block_sparse_linear, *args, grad)
     for a, b in zip(bulk, loads, strict=True):
@@ -366,7 +366,7 @@ def test_a_measured_tile_is_used(monkeypatch):
         seen.append((rows, cols))
         return descriptor(matrix, rows, cols)
 
-    monkeypatch.setattr(linear_module, "descriptor", spy)
+    monkeypatch.setattr(product_module, "descriptor", spy)
     key = "forward", (128, 64), args[4], torch.float16
     monkeypatch.setitem(tiles.measured, key, tiles.Tile(64, 16, 16, 4, 2, 1))
     assert_all_agree(*args)

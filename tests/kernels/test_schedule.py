@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from triton_sparsity.kernels import block_sparse_linear as linear_module
+from triton_sparsity.kernels import block_sparse_product as product_module
 from triton_sparsity.kernels import block_sparse_wgrad as wgrad_module
 from triton_sparsity.kernels import schedule
 from triton_sparsity.kernels import tiles as tiles_module
@@ -99,9 +99,9 @@ def test_the_kernel_does_as_planned(group, programs, shift, split, monkeypatch):
     x, weight = torch.ones(tokens, 192).half(), torch.ones(224, 192).half()
     topology = block_topology(mask, pattern)
     plan = Plan(TILE, group, programs, shift, split)
-    monkeypatch.setattr(linear_module, "plan_product", lambda *_: plan)
-    load, steps = linear_module._load, defaultdict(list)
-    store, stored = linear_module._store, Counter()
+    monkeypatch.setattr(product_module, "plan_product", lambda *_: plan)
+    load, steps = product_module._load, defaultdict(list)
+    store, stored = product_module._store, Counter()
 
     def spy(source, row, col, *more, **options):
         steps[interpreter_builder.grid_idx[0]].append(number(row))
@@ -111,8 +111,8 @@ def test_the_kernel_does_as_planned(group, programs, shift, split, monkeypatch):
         stored[interpreter_builder.grid_idx[0]] += 1
         return store(*arguments)
 
-    monkeypatch.setattr(linear_module, "_load", spy)
-    monkeypatch.setattr(linear_module, "_store", spy_on_store)
+    monkeypatch.setattr(product_module, "_load", spy)
+    monkeypatch.setattr(product_module, "_store", spy_on_store)
     y = block_sparse_linear(x, weight, topology, pattern=pattern)
     expected = 32 * mask.sum(1).repeat_interleave(32)
     torch.testing.assert_close(y, expected.half().expand(tokens, -1))

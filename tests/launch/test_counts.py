@@ -15,7 +15,7 @@ from torch import nn
 from host_waits import HostWaits
 from stub_driver import kernels
 from triton_sparsity import NM, Block, MagnitudeSparsityConfig, Unstructured, create_controller
-from triton_sparsity.kernels import block_sparse_linear
+from triton_sparsity.kernels import block_sparse_product
 from triton_sparsity.kernels.bits import count_kept, expand_mask, pack
 from triton_sparsity.kernels.product import BlockProduct, update_products
 from triton_sparsity.kernels.schedule import Plan
@@ -195,7 +195,7 @@ def test_an_eager_product_is_a_launch_forward_and_two_or_three_backward(tokens, 
 def test_a_product_of_few_tokens_in_equal_shares_is_two_launches(stub, monkeypatch):
     layer, _ = sparse_model(Block(64, 64), 1, dispatch="sparse")
     plan = Plan(Tile(64, 64, 64, 4, 4, 2), 1, 7, 0, split=True)
-    monkeypatch.setattr(block_sparse_linear, "plan_product", lambda *_: plan)
+    monkeypatch.setattr(block_sparse_product, "plan_product", lambda *_: plan)
     stub.forget()
     with torch.no_grad():
         layer(torch.zeros(48, SIDE, dtype=torch.bfloat16))
