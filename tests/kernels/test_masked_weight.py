@@ -403,7 +403,7 @@ def test_leaks_are_counted_by_definition_and_after_clearing_there_are_none(patte
     assert count_leaks([], [], pattern).tolist() == []
 
 
-@settings(deadline=None, max_examples=30 if INTERPRET else 60, derandomize=True)
+@settings(deadline=None, max_examples=15 if INTERPRET else 60, derandomize=True)
 @given(
     shapes=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 300)), min_size=1, max_size=4),
     sides=st.none() | st.tuples(st.integers(0, 8), st.integers(0, 8)),

@@ -13,7 +13,9 @@ from triton_sparsity.kernels.retained import put_all_back_, take_all_pruned, tak
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = INTERPRET or DEVICE == "cuda"
 SHAPES = [(1, 1), (32, 64), (33, 64), (32, 63), (31, 65), (40, 300), (7, 13), (0, 5), (64, 128)]
-PATTERNS = [Unstructured(), NM(2, 4), Block(1, 1), Block(2, 4), Block(16, 32), Block(256, 256)]
+PATTERNS = [Unstructured(), Block(2, 4), Block(256, 256)]
+if not INTERPRET:
+    PATTERNS += [NM(2, 4), Block(1, 1), Block(16, 32)]
 DTYPES = [torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.float64]
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -142,7 +142,7 @@ def test_opcheck():
 
 
 def masks_of(kind):
-    grids = [*GRIDS, (17, 11), (0, 5), (40, 2)]
+    grids = [(1, 1), (3, 5), (11, 17), (0, 5), (40, 2)]
     masks = [make(grid, kind) if min(grid) else torch.zeros(grid) > 0 for grid in grids]
     return [mask.to(DEVICE) for mask in masks] + [make((11, 17), kind).T]
 
