@@ -1,5 +1,10 @@
 """Fine-tune PyTorch models under sparse masks, with Triton kernels that make the sparsity pay."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 # absolute: pytest imports this file once more under the checkout's folder name
 from triton_sparsity.controller.algorithms.base import BaseSparsityAlgoController
 from triton_sparsity.controller.algorithms.composite import CompositeController
@@ -40,6 +45,10 @@ from triton_sparsity.kernels.select import Threshold, select
 from triton_sparsity.kernels.semi_structured import NMMask, nm_mask, nm_score
 from triton_sparsity.kernels.topology import Topology, block_topology
 
+if TYPE_CHECKING:
+    from triton_sparsity.controller.integrations.lightning import LightningCallback
+    from triton_sparsity.controller.integrations.transformers import TransformersCallback
+
 __all__ = [
     "NM",
     "AdaptiveSchedule",
@@ -51,6 +60,7 @@ __all__ = [
     "ConstSparsityConfig",
     "ConstSparsityController",
     "ExponentialSchedule",
+    "LightningCallback",
     "MagnitudeSparsityConfig",
     "MagnitudeSparsityController",
     "MovementSparsityConfig",
@@ -70,6 +80,7 @@ __all__ = [
     "StripFormat",
     "Threshold",
     "Topology",
+    "TransformersCallback",
     "Unstructured",
     "apply_mask",
     "apply_mask_",
@@ -89,3 +100,22 @@ __all__ = [
     "take_pruned",
     "unpack",
 ]
+
+# what needs a package that is an extra: imported when it is asked for
+_EXTRAS = {"TransformersCallback": "transformers", "LightningCallback": "lightning"}
+
+
+def __getattr__(name: str) -> Any:
+    if (extra := _EXTRAS.get(name)) is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = import_module(f"triton_sparsity.controller.integrations.{extra}")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{name} needs {error.name}: pip install 'triton-sparsity[{extra}]'", name=error.name
+        ) from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXTRAS})

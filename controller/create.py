@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,9 @@ from .config.algorithm import AlgorithmConfig
 from .masks.guard import guards_of
 from .masks.learned import read_plain
 from .masks.linear import restore_class
+from .masks.names import match
+from .masks.state import names_in
+from .masks.targets import weights_of
 from .masks.weight import SparseModuleInfo, Target, restore_
 from .nncf import ConfigLike, parse_config
 
@@ -27,6 +30,7 @@ def create_controller(
     backend: Backend = "auto",
     dispatch: Dispatch = "auto",
     batchnorm_data: Iterable[Any] | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> BaseSparsityAlgoController:
     """Put ``model`` under sparse masks, in place, and return what controls them.
 
@@ -46,10 +50,14 @@ def create_controller(
             weight gradient; ``"sparse"``: all; ``"dense"``: none.
         batchnorm_data: batches on the model's device, needed when the configuration asks for
             BatchNorm adaptation; see ``adapt_batchnorm``.
+        state: what ``get_state()`` of such a controller returned, to be loaded. Its weights are
+            then the targets: of a model whose own state is loaded already another one may be zero
+            throughout than at the start, which would leave it out.
 
     Raises:
-        ValueError, TypeError: the configuration or a weight does not fit, see the configuration's
-            class and ``find_targets``; the model is then as it was.
+        ValueError, TypeError: the configuration, a weight or the state does not fit, see the
+            configuration's class, ``find_targets`` and ``load_state``; the model's modules are
+            then as they were.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     configs = parse_config(config)
@@ -60,7 +68,8 @@ def create_controller(
     if any(one.batchnorm_adaptation for one in configs) and batchnorm_data is None:
         raise ValueError("create_controller: batchnorm_adaptation needs batchnorm_data, got None")
     classes: list[Any] = [algorithm_of(one).controller for one in configs]
-    targets = [cls.find_targets(model, one) for cls, one in zip(classes, configs, strict=True)]
+    searched = configs if state is None else _of_state(model, configs, state)
+    targets = [cls.find_targets(model, one) for cls, one in zip(classes, searched, strict=True)]
     _check_disjoint(targets, configs)
     options = {"backend": backend, "dispatch": dispatch}
     weights = [
@@ -73,6 +82,9 @@ def create_controller(
             cls(model, members, one, batchnorm_data)
             for cls, members, one in zip(classes, infos, configs, strict=True)
         ]
+        whole = controllers[0] if len(configs) == 1 else CompositeController(model, controllers)
+        if state is not None:
+            whole.load_state(dict(state))
     except BaseException:
         halfway = [info for members in infos for info in members]
         restore_([info.operand for info in halfway])
@@ -82,7 +94,27 @@ def create_controller(
             restore_class(module)
             read_plain(module)
         raise
-    return controllers[0] if len(configs) == 1 else CompositeController(model, controllers)
+    return whole
+
+
+def _of_state(
+    model: nn.Module, configs: Sequence[AlgorithmConfig], state: Mapping[str, Any]
+) -> list[AlgorithmConfig]:
+    """Return configurations that select the weights of ``state``, one an algorithm, where the
+    model has them; ``load_state`` will refuse any other state.
+    """
+    here = [name for candidate in weights_of(model) for name in candidate.names]
+    saved = [names_in(part) for part in state.values()] if isinstance(state, Mapping) else []
+    if len(saved) != len(configs):
+        return list(configs)
+    found = [match(names, here) if names else None for names in saved]
+    everywhere = {"ignored_scopes": (), "targets": None}
+    return [
+        one
+        if names is None
+        else one.model_copy(update={"target_scopes": tuple(names.values()), **everywhere})
+        for one, names in zip(configs, found, strict=True)
+    ]
 
 
 def _check_disjoint(

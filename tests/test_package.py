@@ -13,7 +13,10 @@ import triton_sparsity as ts
 ROOT = Path(__file__).parent.parent
 LAYERS = ("kernels", "controller", "bench")
 # of the controller, from the ground
-FLOORS = ("__init__", "api", "config", "masks", "selection", "algorithms", "nncf", "create")
+FLOORS = (
+    *("__init__", "api", "config", "masks", "selection", "algorithms", "nncf", "create"),
+    "integrations",
+)
 SOURCES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 
 
@@ -105,10 +108,27 @@ import triton_sparsity.bench.cli
 
 
 def test_the_public_face_is_what_it_lists():
-    public = {name for name in vars(ts) if not name.startswith("_")}
-    submodules = {"kernels", "controller", "bench"}
-    assert public - submodules == set(ts.__all__)
-    assert all(vars(ts)[name].__doc__ for name in ts.__all__)
+    public = {name for name in dir(ts) if not name.startswith("_")}
+    others = {"kernels", "controller", "bench", "annotations", "import_module"}
+    assert public - others - {"TYPE_CHECKING", "Any"} == set(ts.__all__)
+    assert all(getattr(ts, name).__doc__ for name in ts.__all__)
+
+
+def test_what_needs_an_extra_is_imported_when_it_is_asked_for():
+    code = """
+import sys
+import triton_sparsity as ts
+assert not {"transformers", "lightning", "accelerate", "peft"} & set(sys.modules)
+sys.modules["transformers"] = sys.modules["lightning"] = None
+for name, extra in (("TransformersCallback", "transformers"), ("LightningCallback", "lightning")):
+    try:
+        getattr(ts, name)
+    except ModuleNotFoundError as error:
+        assert f"pip install 'triton-sparsity[{extra}]'" in str(error), error
+    else:
+        raise AssertionError(name)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_readme_code_runs(tmp_path):

@@ -30,7 +30,7 @@ from ..masks.statistics import SparsifiedModelStatistics, SparsityStatistics, St
 from ..masks.strip import strip_masks
 from ..masks.targets import find_targets
 from ..masks.weight import SparseModuleInfo, SparseWeight, Target, dense_weights
-from ..selection.scorer import Scorer
+from ..selection.scorer import BY_GRADIENT, Scorer
 from ..selection.thresholds import Scores, check_reachable, find_masks, find_prunings, pools
 from .batchnorm import adapt_batchnorm
 from .loss import CompressionLoss, ZeroCompressionLoss
@@ -198,6 +198,11 @@ class BaseSparsityAlgoController:
     def needs_calibration(self) -> bool:
         """True if the importance looks at the inputs."""
         return self._scorer is not None and self._scorer.importance == "wanda"
+
+    @property
+    def needs_gradients(self) -> bool:
+        """True if the importance looks at the gradients of the last backward pass."""
+        return self._scorer is not None and self._scorer.importance in BY_GRADIENT
 
     def begin_step(self) -> None:
         """Look at what the step that has ended left; called at each ``scheduler.step()``."""

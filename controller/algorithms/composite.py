@@ -152,6 +152,14 @@ class CompositeController(BaseSparsityAlgoController):
                 stack.enter_context(part.calibration())
             yield
 
+    @property
+    def needs_calibration(self) -> bool:
+        return any(part.needs_calibration for part in self._parts)
+
+    @property
+    def needs_gradients(self) -> bool:
+        return any(part.needs_gradients for part in self._parts)
+
     def calibration(self) -> AbstractContextManager[None]:
         needing = [part for part in self._parts if part.needs_calibration]
         if not needing:

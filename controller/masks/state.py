@@ -33,6 +33,12 @@ def masks_state(weights: Sequence[SparseWeight]) -> dict[str, dict[str, Any]]:
     }
 
 
+def names_in(state: Any) -> list[str]:
+    """Return the names of the weights of a controller's state; none of what is no such state."""
+    weights = state.get("weights") if isinstance(state, Mapping) else None
+    return list(weights) if isinstance(weights, Mapping) else []
+
+
 def with_names_of(weights: Sequence[SparseWeight], state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a controller's state with the weights called as they are here; a state made on
     a wrapper of the model becomes one of the model, and the other way round. A ValueError refuses

@@ -1,0 +1,1 @@
+"""Controllers inside others' training loops: callbacks over the public API."""
