@@ -62,7 +62,7 @@ gpu-bundle: $(SETUP)
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: $(BUNDLE_FOR) \
 		--dest .gpu-bundle/wheels --requirement requirements-gpu.txt
 
-# the README's, from what is in bench/results
+# those of docs/benchmarks.md, from what is in bench/results
 figures: $(SETUP)
 	$(PYTHON) -m triton_sparsity.bench.studies.render
 

@@ -2,13 +2,18 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+import typer
+
 import triton_sparsity as ts
+from triton_sparsity.bench.cli import app
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ("kernels", "controller", "bench")
@@ -131,15 +136,57 @@ for name, extra in (("TransformersCallback", "transformers"), ("LightningCallbac
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_readme_code_runs(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", block],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+
+
+def fenced(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@every_page
+def test_code_of_the_pages_runs(page, tmp_path):
+    # one process for a page: each block has names of its own
+    code = "".join(
+        f"exec(compile({block!r}, 'block', 'exec'), {{}})\n" for block in fenced(page, "python")
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@every_page
+def test_commands_of_the_pages_are_commands(page):
+    makefile = (ROOT / "Makefile").read_text()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for line in "".join(fenced(page, "sh")).splitlines():
+        match shlex.split(line, comments=True):
+            case ["make", target]:
+                assert re.search(rf"^{target}:", makefile, re.MULTILINE), line
+            case ["triton-sparsity", *arguments]:
+                # parsed, options and all; not run
+                command = typer.main.get_command(app).commands[arguments[0]]
+                command.make_context(arguments[0], arguments[1:])
+            case ["pip", "install", *packages]:
+                for package in packages:
+                    named = re.search(r"\[(.*)\]", package)
+                    assert not named or set(named[1].split(",")) <= set(extras), line
+            case ["bash", script, *_]:
+                assert (ROOT / script).exists(), line
+            case [] | ["git" | "python" | "torchrun", *_]:
+                pass
+            case other:
+                raise AssertionError(f"{page.name}: {other}")
+
+
+@every_page
+def test_links_of_the_pages_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert link.startswith("http") or (page.parent / link).exists(), link

@@ -162,6 +162,37 @@ def speedups(record: Mapping[str, Any]) -> bytes:
     return _png(figure)
 
 
+def sweeps(record: Mapping[str, Any]) -> bytes:
+    """Draw how many times as fast as dense a block-sparse linear is over the share of its pruned
+    blocks, with the p20 to p80.
+
+    Args:
+        record: of ``compare``.
+    """
+    figure = _figure(figsize=(8, 4.5))
+    axes = figure.subplots()
+    works: dict[str, list[Mapping[str, Any]]] = {}
+    for row in _measured(record):
+        if row["work"].startswith("Block-sparse linear") and row.get("speedup"):
+            works.setdefault(row["work"], []).append(row)
+    for i, (work, rows) in enumerate(works.items()):
+        pruned = [int(row["subject"].split()[1]) for row in rows]
+        axes.plot(
+            pruned, [row["speedup"] for row in rows], "o-", color=f"C{i}", label=work.split(":")[0]
+        )
+        low, high = ([row[key] for row in rows] for key in ("speedup_p20", "speedup_p80"))
+        axes.fill_between(pruned, low, high, color=f"C{i}", alpha=0.15)
+    axes.axhline(1, color="0.2", label="dense")
+    axes.set_xlabel("pruned blocks, %")
+    axes.set_ylabel("dense time / sparse time")
+    axes.set_title(
+        f"{next(iter(works), ': ').split(': ')[1]}, measured on {record['device']}", fontsize=10
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+    return _png(figure)
+
+
 def modelled(
     device: str,
     levels: Sequence[float],

@@ -1,1 +1,1 @@
-"""What maintainers run: comparisons with peers, the figures of a device, the README's tables."""
+"""What maintainers run: comparisons with peers, the figures of a device, the pages' tables."""

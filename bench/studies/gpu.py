@@ -544,7 +544,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def summary(record: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """Return pattern, product and median efficiency of a record, for the README."""
+    """Return pattern, product and median efficiency of a record, for the page of figures."""
     found: dict[tuple[str, str], list[float]] = {}
     for row in record["rows"]:
         if row["operation"] in PRODUCTS and row["efficiency"] is not None:

@@ -1,7 +1,7 @@
-"""The README's figures, as Markdown, from the records alone.
+"""The figures of ``docs/benchmarks.md``, as Markdown and a picture, from the records alone.
 
-``python -m triton_sparsity.bench.studies.render`` writes them between the markers; ``--check``
-only tells whether they are up to date.
+``python -m triton_sparsity.bench.studies.render`` writes them between the markers, and the picture
+beside the page; ``--check`` only tells whether they are up to date.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..measure.charts import sweeps
 from ..measure.files import write_atomic
 from ..measure.record import RESULTS, ROOT, load
 from ..measure.tables import faster, faster_within, percent, seconds
+from .compare import verdict
 from .gpu import EFFICIENCY
 from .gpu import summary as efficiencies
 
@@ -39,12 +41,18 @@ def render(results: Path) -> str:
         if "compare.json" in records:
             parts.extend(_compare(records["compare.json"]))
         if "profile.json" in records:
-            parts.extend(_profile(records["profile.json"], f"bench/results/{folder.name}"))
+            parts.extend(_profile(records["profile.json"], f"../bench/results/{folder.name}"))
         if "gpu.json" in records:
-            parts.extend(_gpu(records["gpu.json"], f"bench/results/{folder.name}"))
+            parts.extend(_gpu(records["gpu.json"], f"../bench/results/{folder.name}"))
         for path in sorted(folder.glob("algorithms*.json")):
             parts.extend(_algorithms(load(path)))
     return "\n\n".join(parts or ["Nothing was recorded yet."])
+
+
+def picture(results: Path) -> bytes | None:
+    """Draw the page's picture, of the first device whose peers were compared; None without one."""
+    found = sorted(results.glob("*/compare.json"))
+    return sweeps(load(found[0])) if found else None
 
 
 def _made(record: Mapping[str, Any]) -> str:
@@ -77,14 +85,16 @@ def _compare(record: Mapping[str, Any]) -> list[str]:
         work = "" if row["work"] == last else row["work"]
         last = row["work"]
         if row["status"] == "failed":
-            rows.append((work, row["subject"], "FAILED", ""))
+            rows.append((work, row["subject"], "FAILED", "", ""))
             continue
         other = measured.get((row["work"], baseline))
         speedup = "the baseline" if other is row else ""
         if other is not None and other is not row and other["status"] == "ok":
             speedup = faster_within(*speedup_over(row, other))
-        rows.append((work, row["subject"], seconds(row["median_s"]), speedup))
-    headings = ("work:", "subject:", "median", "speed-up over the work's baseline (p20 to p80)")
+        rows.append((work, row["subject"], seconds(row["median_s"]), speedup, verdict(row)))
+    headings = (
+        "work:", "subject:", "median", "speed-up over the work's baseline (p20 to p80)", "target:"
+    )  # fmt: skip
     parts = [f"Ours and others' in turn. {_made(record)}", markdown(headings, rows)]
     if skipped:
         left_out = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
@@ -214,7 +224,7 @@ def insert(text: str, figures: str) -> str:
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
-        raise ValueError(f"the README must have {START} and {END}")
+        raise ValueError(f"the page must have {START} and {END}")
     return f"{before}{START}\n{figures}\n{END}{after}"
 
 
@@ -222,15 +232,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if old")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
     options = parser.parse_args(arguments)
     try:
-        text = options.readme.read_text()
+        text = options.page.read_text()
         new = insert(text, render(options.results))
         if options.check:
-            sys.exit(0 if new == text else f"{options.readme}: its figures are not up to date")
+            sys.exit(0 if new == text else f"{options.page}: its figures are not up to date")
         if new != text:
-            write_atomic(options.readme, new.encode())
+            write_atomic(options.page, new.encode())
+        if (drawn := picture(options.results)) is not None:
+            write_atomic(options.page.with_suffix(".png"), drawn)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -42,13 +42,13 @@ def results(folder):
     (folder / "algorithms-regrowth.json").write_bytes(dump(ended))
 
 
-def test_the_readme_is_made_from_the_records_alone(tmp_path, capsys):
+def test_the_page_is_made_from_the_records_alone(tmp_path, capsys):
     results(tmp_path / "a-cpu")
     text = render(tmp_path)
     assert "### a CPU" in text
-    assert "| Some work | ours | 1 s | 2.0x faster (2.0x to 2.0x) |" in text
-    assert "|  | theirs | 2 s | the baseline |" in text
-    assert "|  | bad | FAILED |  |" in text
+    assert "| Some work | ours | 1 s | 2.0x faster (2.0x to 2.0x) | as fast: reached |" in text
+    assert "|  | theirs | 2 s | the baseline |  |" in text
+    assert "|  | bad | FAILED |  |  |" in text
     assert "Left out: gone: absent." in text
     assert "`make bench`, 2026-01-01, commit abc" in text
     assert "| RigL | 2.5000 | 2.0000 | 3.0000 | 80 % |" in text
@@ -57,24 +57,25 @@ def test_the_readme_is_made_from_the_records_alone(tmp_path, capsys):
     )
     assert "- RigL IS WORSE than SET" in text
 
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")
-    arguments = ["--results", str(tmp_path), "--readme", str(readme)]
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    arguments = ["--results", str(tmp_path), "--page", str(page)]
     with pytest.raises(SystemExit, match="not up to date"):
         main([*arguments, "--check"])
     main(arguments)
-    assert readme.read_text() == f"before\n{START}\n{text}\n{END}\nafter\n"
+    assert page.read_text() == f"before\n{START}\n{text}\n{END}\nafter\n"
     with pytest.raises(SystemExit) as caught:
         main([*arguments, "--check"])
     assert caught.value.code == 0
-    readme.write_text("no markers")
+    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    page.write_text("no markers")
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
 
 
-def test_the_figures_of_the_readme_are_those_of_the_results():
-    text = (ROOT / "README.md").read_text()
+def test_the_figures_of_the_page_are_those_of_the_results():
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
     assert insert(text, render(RESULTS)) == text
 
 
