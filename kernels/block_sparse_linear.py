@@ -17,8 +17,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
@@ -27,7 +26,7 @@ from .block_sparse_product import launch_product, rows_of
 from .block_sparse_wgrad import launch_wgrad
 from .dispatch import Paths
 from .grid import expand_blocks, side_lengths
-from .launch import Backend, autocast, use_triton
+from .launch import Backend, autocast, is_plain, use_triton
 from .pattern import Block, Pattern, grid_shape
 from .tiles import Tile
 from .topology import Topology, block_topology, capacities
@@ -154,7 +153,7 @@ def _gradients(
     wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     grad_x = grad_weight = None
     # to be differentiated themselves, or seen by a mode, they must be operators
-    if torch.is_grad_enabled() or not _is_plain(grad, x, weight):
+    if torch.is_grad_enabled() or not is_plain(grad, x, weight):
         if wants_x:
             grad_x = _dgrad_op(grad, weight, lists, paths, *ctx.options)
         if wants_weight:
@@ -166,16 +165,6 @@ def _gradients(
         if wants_weight:
             grad_weight = _wgrad(grad, x, weight, topology, paths, ctx.options)
     return grad_x, grad_weight, _bias_grad(grad) if wants_bias else None
-
-
-def _is_plain(*tensors: Tensor) -> bool:
-    """Tell that nobody needs to see an operator: no tracer, transform, mode or subclass."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and peek_interpreter_stack() is None
-        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-    )
 
 
 # the paths are read on the host, and a graph of mode="reduce-overhead" would keep those of its
@@ -462,7 +451,7 @@ def block_sparse_linear(
         topology = block_topology(topology, pattern, backend=backend)
     flat = x[None] if x.ndim == 1 else x.flatten(0, -2)
     options = _Options(pattern.rows, pattern.cols, triton_runs)
-    if _is_plain(flat, weight, *([] if bias is None else [bias])):
+    if is_plain(flat, weight, *([] if bias is None else [bias])):
         y = _Linear.apply(flat, weight, bias, paths, options, *topology)
     else:
         y = _op(flat, weight, bias, list(topology), paths, *options)

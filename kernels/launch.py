@@ -12,7 +12,8 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 
 try:
     import triton
@@ -33,6 +34,16 @@ ON_CPU = INTERPRET
 TILE_ELEMENTS = 2**17  # no tile has more
 
 Backend = Literal["auto", "triton", "torch"]
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Tell that nobody needs to see an operator: no tracer, transform, mode or subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and peek_interpreter_stack() is None
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    )
 
 
 def takes_kernels(device: torch.device) -> bool:

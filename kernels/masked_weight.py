@@ -17,7 +17,16 @@ from torch import Tensor
 
 from .bits import WORDS, chunk_of, expand_mask, packed_shape, word_mask
 from .grid import ceil_div
-from .launch import Backend, index_type, on_device, takes_kernels, tl, triton, use_triton
+from .launch import (
+    Backend,
+    index_type,
+    is_plain,
+    on_device,
+    takes_kernels,
+    tl,
+    triton,
+    use_triton,
+)
 from .pattern import Block, Pattern, Unstructured, grid_shape
 from .pruned import launch_pruned
 from .topology import runs
@@ -418,7 +427,10 @@ def apply_mask_(
         (given if _takes_operator(name, w, m, pattern, backend) else rest).append((w, m))
     if given:
         weights, masks = map(list, zip(*given, strict=True))
-        _op_(weights, masks, pattern.rows, pattern.cols)
+        # on a CPU weights are cleared one by one, and an operator costs as much as a small one
+        direct = not takes_kernels(weights[0].device) and is_plain(*weights)
+        apply = _apply_ if direct else _op_
+        apply(weights, masks, pattern.rows, pattern.cols)
     for w, m in rest:
         w.masked_fill_(~expand_mask(m, pattern, w.shape, backend="torch"), 0)
 
