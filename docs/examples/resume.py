@@ -1,4 +1,4 @@
-"""Resume a run within an epoch, bit for bit: the model's state, the optimiser's, the controller's."""
+"""Resume a run within an epoch, bit for bit, from the states of model, optimiser, controller."""
 
 import tempfile
 
