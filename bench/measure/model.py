@@ -49,6 +49,7 @@ class ModelledDevice(NamedTuple):
         processors: multiprocessors.
         copy, cache: bytes a second of device memory and of L2.
         gemm: FLOP a second of a large 16-bit product.
+        capability: its compute capability, by which tiles are chosen.
     """
 
     name: str
@@ -57,14 +58,17 @@ class ModelledDevice(NamedTuple):
     copy: float
     cache: float
     gemm: float
+    capability: tuple[int, int] = (9, 0)
 
 
-# Memory is nine tenths of the data sheet's rate. Products are what cuBLAS is known to reach, of
-# 989 TFLOP/s on the data sheet. No data sheet has the L2's rate: 7 TB/s is an estimate.
+# Memory is nine tenths of the data sheet's rate. Products are what cuBLAS is known to reach on
+# Hopper, of 989 TFLOP/s on the data sheet; the same share of a B200's 2,250. No data sheet has the
+# L2's rate: Hopper's 7 TB/s is an estimate, and a B200's is that by its number of multiprocessors.
 _DATASHEET = "modelled, data sheet and estimates"
 H200 = ModelledDevice("H200", _DATASHEET, 132, 4.3e12, 7e12, 790e12)
 H100 = ModelledDevice("H100", _DATASHEET, 132, 3.0e12, 7e12, 750e12)
-DEVICES = {device.name: device for device in (H200, H100)}
+B200 = ModelledDevice("B200", _DATASHEET, 148, 7.2e12, 7.8e12, 1.8e15, (10, 0))
+DEVICES = {device.name: device for device in (H200, H100, B200)}
 
 
 def random_mask(grid: tuple[int, int], level: float, *, skewed: bool = False) -> np.ndarray:
@@ -136,14 +140,14 @@ def sparse_time(
     share = 1e9 * device.processors
     rates = Rates(device.gemm / share, device.cache / share)
     if operation == "dW":
-        steps, ends, after = _gradient(shape, block, mask, device.processors, rates)
+        steps, ends, after = _gradient(shape, block, mask, device, rates)
     else:
         by_rows = operation == "forward"
         lines, sides = (
             (mask, (block.rows, block.cols)) if by_rows else (mask.T, block_turned(block))
         )
         kept = np.sort(lines.sum(1))[::-1]
-        found = _product(shape.tokens, kept, lines.shape[1], sides, device.processors, rates)
+        found = _product(shape.tokens, kept, lines.shape[1], sides, device, rates)
         steps, ends, after = found
     load = steps + ends
     kept_elements = int(mask.sum()) * block.rows * block.cols
@@ -189,8 +193,8 @@ def break_even(operation: str, shape: Shape, block: Block, device: ModelledDevic
     return low / 100
 
 
-def _facts(processors: int) -> Device:
-    return Device((9, 0), processors, SHARED)
+def _facts(device: ModelledDevice) -> Device:
+    return Device(device.capability, device.processors, SHARED)
 
 
 def _product(
@@ -198,15 +202,15 @@ def _product(
     kept: Ints,
     blocks: int,
     sides: tuple[int, int],
-    processors: int,
+    device: ModelledDevice,
     rates: Rates,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Return the nanoseconds of each multiprocessor's steps, and of its tiles' ends; the seconds
     that adding up parts takes.
     """
-    side_n, side_k = sides
+    (side_n, side_k), processors = sides, device.processors
     options = {"precision": "tf32", "bulk": True}
-    tiles = linear_tiles(side_n, side_k, torch.bfloat16, _facts(processors), **options)
+    tiles = linear_tiles(side_n, side_k, torch.bfloat16, _facts(device), **options)
     sizes = tokens, blocks * side_k, len(kept), side_n, side_k, BFLOAT16
     plan: Plan = plan_product(*sizes, processors, tiles)
     tile = plan.tile
@@ -222,15 +226,16 @@ def _product(
 
 
 def _gradient(
-    shape: Shape, block: Block, mask: np.ndarray, processors: int, rates: Rates
+    shape: Shape, block: Block, mask: np.ndarray, device: ModelledDevice, rates: Rates
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Return the same of a weight gradient."""
+    processors = device.processors
     by_rows, size = bundling(block, (mask.shape[0], mask.shape[1]))
     kept = mask.sum(1 if by_rows else 0)
     lone, other = (block.rows, block.cols) if by_rows else (block.cols, block.rows)
     bulk = takes_bulk_copies(lone, other, "tf32")
     options = {"precision": "tf32", "bulk": bulk}
-    tile = wgrad_tile(lone, other, torch.bfloat16, _facts(processors), **options)
+    tile = wgrad_tile(lone, other, torch.bfloat16, _facts(device), **options)
     pieces, wide = -(-kept // size), (kept + size - size // 2 - 1) // size
     per_bundle = lone // tile.m
     programs = processors * tile.programs

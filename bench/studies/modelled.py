@@ -12,6 +12,7 @@ from ..measure.charts import modelled as picture
 from ..measure.counts import PRODUCTS
 from ..measure.files import write_atomic
 from ..measure.model import (
+    DEVICES,
     H200,
     ModelledDevice,
     break_even,
@@ -28,6 +29,7 @@ SIDES = (256, 128, 64, 32)
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 SHAPES = SETS["llama3-8b"][:3]  # without the narrow key and value weights
 TABLE_LEVEL = 0.8
+OTHERS_SIDE = 128
 
 
 def efficiencies(device: ModelledDevice) -> dict[str, dict[int, list[float]]]:
@@ -83,7 +85,25 @@ def page(device: ModelledDevice) -> str:
         level=100 * TABLE_LEVEL,
         shapes=", ".join(f"{s.outputs} x {s.inputs}" for s in SHAPES),
         table=markdown(headings, rows),
+        side=OTHERS_SIDE,
+        others=others(),
     )
+
+
+def others() -> str:
+    """Return a table of every device that the model knows."""
+    block = Block(OTHERS_SIDE, OTHERS_SIDE)
+    rows = []
+    for device in DEVICES.values():
+        means = [
+            geometric_mean([efficiency(name, s, block, TABLE_LEVEL, device) for s in SHAPES])
+            for name in PRODUCTS
+        ]
+        rates = f"{device.gemm / 1e12:.0f} TFLOP/s", f"{device.cache / 1e12:.3g} TB/s"
+        memory = f"{device.copy / 1e12:.3g} TB/s"
+        rows.append((device.name, *rates, memory, *(f"{mean:.2f}" for mean in means)))
+    headings = ("device:", "dense product", "L2", "memory", *(f"e of {name}" for name in PRODUCTS))
+    return markdown(headings, rows)
 
 
 PAGE = """# What a GPU is expected to do
@@ -111,6 +131,12 @@ would: one fetch of a weight tile for two multiprocessors (multicast), which lif
 FLOP a byte, or an L2 that is faster than the estimate.
 
 ![efficiency over level](modelled.png)
+
+The same for other devices, blocks of {side} at {level:.0f} %. Memory is nine tenths of the data
+sheet's rate, products a share of it, L2 an estimate. A B200 is modelled with the kernels that there
+are:
+
+{others}
 """
 
 
