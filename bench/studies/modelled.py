@@ -133,8 +133,7 @@ FLOP a byte, or an L2 that is faster than the estimate.
 ![efficiency over level](modelled.png)
 
 The same for other devices, blocks of {side} at {level:.0f} %. Memory is nine tenths of the data
-sheet's rate, products a share of it, L2 an estimate. A B200 is modelled with the kernels that there
-are:
+sheet's rate, products a share of it, L2 an estimate. A B200 is modelled with today's kernels:
 
 {others}
 """
