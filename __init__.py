@@ -31,6 +31,7 @@ from triton_sparsity.controller.config.schedule import (
     ExponentialSchedule,
     MultistepSchedule,
     PolynomialSchedule,
+    RampSchedule,
 )
 from triton_sparsity.controller.create import create_controller
 from triton_sparsity.controller.masks.weight import SparseModuleInfo
@@ -71,6 +72,7 @@ __all__ = [
     "PolynomialSchedule",
     "RBSparsityConfig",
     "RBSparsityController",
+    "RampSchedule",
     "RigLConfig",
     "RigLController",
     "SETConfig",

@@ -16,7 +16,7 @@ from ..selection.criteria import WeightImportance
 from ..selection.scorer import Scorer
 from ..selection.thresholds import Scores, check_reachable, is_reachable
 from .base import BaseSparsityAlgoController
-from .scheduler import SparsityScheduler
+from .scheduler import make_scheduler
 
 
 def _default_pool(data: dict[str, Any]) -> Pool:
@@ -80,7 +80,7 @@ class MagnitudeSparsityController(BaseSparsityAlgoController):
         self._keep_values(config.keep_pruned_values)
         self.disable_scheduler()
         if config.schedule is not None:
-            self._scheduler = SparsityScheduler(self, config.schedule)
+            self._scheduler = make_scheduler(self, config.schedule)
             self._target_level = config.schedule.target_level
             check_reachable("schedule: target_level", self._target_level, self._patterns)
         self.set_sparsity_level(config.initial_level)

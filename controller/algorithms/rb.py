@@ -26,7 +26,7 @@ from ..masks.weight import SparseWeight, Target
 from .base import Change
 from .learned import LearnedController
 from .logits import Draws, SparseLoss, logit_weights
-from .scheduler import SparsityScheduler
+from .scheduler import make_scheduler
 
 
 class RBSparsityConfig(ScheduledConfig):
@@ -89,7 +89,7 @@ class RBSparsityController(LearnedController):
         self._loss = self._sparse_loss = SparseLoss(self._weights, local=local)
         self.disable_scheduler()
         if config.schedule is not None:
-            self._scheduler = SparsityScheduler(self, config.schedule)
+            self._scheduler = make_scheduler(self, config.schedule)
             self._target_level = config.schedule.target_level
         self.set_sparsity_level(config.initial_level)
 

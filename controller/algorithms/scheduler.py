@@ -7,7 +7,14 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..config.schedule import AdaptiveSchedule, AdaptiveState, PolynomialSchedule, Schedule
+from ..config.schedule import (
+    AdaptiveSchedule,
+    AdaptiveState,
+    EpochSchedule,
+    PolynomialSchedule,
+    RampSchedule,
+    Schedule,
+)
 from ..config.state import check_keys, integer, number
 
 
@@ -135,15 +142,6 @@ class EpochLength:
 class SparsityScheduler(CompressionScheduler):
     """Sets the controller's level along a schedule.
 
-    At each ``epoch_step()`` the masks are found anew, even where the level stays, since the
-    weights have moved. With ``update_per_optimizer_step`` that is at each ``step()`` instead.
-
-    In the schedule's ``freeze_epoch`` the masks are frozen, once the level of that epoch is
-    applied. A freeze epoch before the target epoch waits for it: a run ends at its target.
-
-    With ``update_per_optimizer_step`` and ``steps_per_epoch`` unknown, the first epoch counts its
-    steps and does nothing else; both indices stay at -1.
-
     Args:
         controller: has ``begin_step``, ``check_epoch``, ``mask_level`` and ``follow``, as
             ``BaseSparsityAlgoController``; its masks are at ``schedule.initial_level`` already.
@@ -153,19 +151,12 @@ class SparsityScheduler(CompressionScheduler):
     def __init__(self, controller: Any, schedule: Schedule) -> None:
         super().__init__(controller.begin_step, controller.check_epoch)
         self._controller = controller
-        self._schedule = schedule
-        self._adaptive = AdaptiveState(schedule.initial_level, bad_epochs=0)
-        self._epoch: EpochLength | None = None  # where levels change at each step
-        if isinstance(schedule, PolynomialSchedule) and schedule.update_per_optimizer_step:
-            advice = "; to begin it again, give its index as next_epoch"
-            self._epoch = EpochLength(schedule.steps_per_epoch, advice)
+        self._schedule: Any = schedule
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule; once they are counted, with its ``steps_per_epoch``."""
-        if self._epoch is None:
-            return self._schedule
-        return self._schedule.model_copy(update={"steps_per_epoch": self._epoch.known})
+        """The schedule."""
+        return self._schedule
 
     @property
     def target_level(self) -> float:
@@ -175,6 +166,78 @@ class SparsityScheduler(CompressionScheduler):
     @property
     def current_sparsity_level(self) -> float:
         """The scheduled level of this epoch, or step; before the first the initial level."""
+        raise NotImplementedError
+
+
+class RampScheduler(SparsityScheduler):
+    """Follows a ``RampSchedule``: the masks are found anew at each of its updates, and frozen at
+    the last. Where indices are jumped over, the latest update of those that were is made.
+    """
+
+    def __init__(self, controller: Any, schedule: RampSchedule) -> None:
+        super().__init__(controller, schedule)
+        self._ticks = schedule.ticks()
+
+    @property
+    def current_sparsity_level(self) -> float:
+        """The level of the last update; before the first the initial level."""
+        ticks, schedule = self._ticks, self._schedule
+        time = self._current_step if ticks.by_step else self._current_epoch
+        if time < ticks.begin:
+            return schedule.initial_level
+        if (time := ticks.last_update(time)) >= ticks.end:
+            return schedule.target_level
+        in_epochs = schedule.unit == "epoch" and ticks.by_step
+        return schedule.level(time / schedule.steps_per_epoch if in_epochs else time)
+
+    def step(self, next_step: int | None = None) -> None:
+        before = self._current_step
+        super().step(next_step)
+        if self._ticks.by_step:
+            self._update(before, self._current_step)
+
+    def epoch_step(self, next_epoch: int | None = None) -> None:
+        before = self._current_epoch
+        super().epoch_step(next_epoch)
+        if not self._ticks.by_step:
+            self._update(before, self._current_epoch)
+
+    def _update(self, before: int, now: int) -> None:
+        if self._ticks.updates(now) > self._ticks.updates(before):
+            last = now >= self._ticks.freeze
+            self._controller.follow(self.current_sparsity_level, last=last)
+
+
+class EpochScheduler(SparsityScheduler):
+    """Follows a schedule that counts epochs, as NNCF's do.
+
+    At each ``epoch_step()`` the masks are found anew, even where the level stays, since the
+    weights have moved. With ``update_per_optimizer_step`` that is at each ``step()`` instead.
+
+    In the schedule's ``freeze_epoch`` the masks are frozen, once the level of that epoch is
+    applied. A freeze epoch before the target epoch waits for it: a run ends at its target.
+
+    With ``update_per_optimizer_step`` and ``steps_per_epoch`` unknown, the first epoch counts its
+    steps and does nothing else; both indices stay at -1.
+    """
+
+    def __init__(self, controller: Any, schedule: EpochSchedule) -> None:
+        super().__init__(controller, schedule)
+        self._adaptive = AdaptiveState(schedule.initial_level, bad_epochs=0)
+        self._epoch: EpochLength | None = None  # where levels change at each step
+        if isinstance(schedule, PolynomialSchedule) and schedule.update_per_optimizer_step:
+            advice = "; to begin it again, give its index as next_epoch"
+            self._epoch = EpochLength(schedule.steps_per_epoch, advice)
+
+    @property
+    def schedule(self) -> EpochSchedule:
+        """The schedule; once they are counted, with its ``steps_per_epoch``."""
+        if self._epoch is None:
+            return self._schedule
+        return self._schedule.model_copy(update={"steps_per_epoch": self._epoch.known})
+
+    @property
+    def current_sparsity_level(self) -> float:
         schedule = self.schedule
         if isinstance(schedule, AdaptiveSchedule):
             return self._adaptive.level
@@ -254,6 +317,13 @@ class SparsityScheduler(CompressionScheduler):
 
     def _apply(self) -> None:
         self._controller.follow(self.current_sparsity_level, last=self._freeze_is_due)
+
+
+def make_scheduler(controller: Any, schedule: Schedule) -> SparsityScheduler:
+    """Return the scheduler that follows ``schedule``; see ``SparsityScheduler``."""
+    if isinstance(schedule, RampSchedule):
+        return RampScheduler(controller, schedule)
+    return EpochScheduler(controller, schedule)
 
 
 def _next_index(name: str, given: int | None, current: int) -> int:

@@ -20,13 +20,16 @@ from ...kernels.pattern import NM, Block, Pattern, Unstructured
 from .declaration import Declaration, Level, Listed, Share, Whole
 from .schedule import (
     AdaptiveSchedule,
+    EpochSchedule,
     ExponentialSchedule,
     MultistepSchedule,
     PolynomialSchedule,
+    RampSchedule,
     Schedule,
 )
 from .scope import check_scope
 
+# by the names that NNCF has for them
 SCHEDULES = {
     "polynomial": PolynomialSchedule,
     "exponential": ExponentialSchedule,
@@ -72,7 +75,8 @@ def _spell_pattern(pattern: Pattern) -> str | dict[str, Any]:
 
 
 def _known_schedule(schedule: object) -> object:
-    known = isinstance(schedule, Mapping) and str(schedule.get("kind")) in SCHEDULES
+    kinds = (*SCHEDULES, RampSchedule.model_fields["kind"].default)
+    known = isinstance(schedule, Mapping) and str(schedule.get("kind")) in kinds
     if schedule is None or isinstance(schedule, Schedule) or known:
         return schedule
     raise ValueError(
@@ -92,7 +96,9 @@ ScheduleField = Annotated[
 ]
 
 
-def default_schedule(kind: type[Schedule]) -> Callable[[dict[str, Any]], Schedule | None]:
+def default_schedule(
+    kind: type[EpochSchedule],
+) -> Callable[[dict[str, Any]], EpochSchedule | None]:
     """Return what makes a configuration's schedule: ``kind()``, and None in ``local`` mode."""
     return lambda data: None if data.get("sparsity_level_setting_mode") == "local" else kind()
 

@@ -1,6 +1,7 @@
-"""Schedules: the sparsity level as a function of the epoch.
+"""Schedules: the sparsity level as a function of the epoch or the optimiser step.
 
-Formulas and defaults are NNCF's (https://github.com/openvinotoolkit/nncf, release 2.19).
+``RampSchedule`` counts either. The others' formulas and defaults are NNCF's
+(https://github.com/openvinotoolkit/nncf, release 2.19), and they count epochs.
 """
 
 from __future__ import annotations
@@ -185,4 +186,122 @@ class AdaptiveSchedule(Declaration):
         return AdaptiveState(level, bad_epochs)
 
 
-Schedule = PolynomialSchedule | ExponentialSchedule | MultistepSchedule | AdaptiveSchedule
+class Ticks(NamedTuple):
+    """A ramp's times as whole optimiser steps, or as whole epochs."""
+
+    by_step: bool
+    begin: int
+    end: int
+    every: int
+    freeze: int
+
+    def updates(self, time: int) -> int:
+        """Return how many updates are due up to ``time``."""
+        if time < self.begin:
+            return 0
+        regular = (min(time, self.freeze) - self.begin) // self.every + 1
+        return regular + (time >= self.end) + (time >= self.freeze)
+
+    def last_update(self, time: int) -> int:
+        """Return when the last update up to ``time`` was; ``time`` is not before the first."""
+        time = min(time, self.freeze)
+        if time in (self.end, self.freeze):
+            return time
+        regular = time - (time - self.begin) % self.every
+        return max(regular, self.end) if time > self.end else regular
+
+
+class RampSchedule(Declaration):
+    """From ``initial_level`` I to ``target_level`` T between two times, in steps or in epochs.
+
+    With the progress p = (t - begin) / (end - begin):
+
+    - ``"cubic"``: T - (T - I) (1 - p)^3, fast at first (Zhu and Gupta,
+      https://arxiv.org/abs/1710.01878);
+    - ``"linear"``: I + (T - I) p;
+    - ``"cosine"``: T - (T - I) (1 + cos(pi p)) / 2, slow at both ends;
+    - ``"exponential"``: 1 - (1 - I) ((1 - T) / (1 - I))^p: the density falls by the same factor at
+      each update.
+
+    Args:
+        target_level: T, in [0, 1).
+        end: when the target is reached.
+        begin: when the level leaves the initial one.
+        unit: of all times: optimiser steps, or epochs, of which there may be fractions.
+        every: time between two updates of the masks.
+        shape: which formula.
+        initial_level: I, in [0, 1).
+        freeze: when the masks are frozen, not before ``end``; None: at ``end``. Until then they
+            are found anew at every update, and groups may return.
+        steps_per_epoch: optimiser steps in an epoch, by which fractions of epochs become steps;
+            the callbacks of ``integrations`` give it where it is None.
+    """
+
+    kind: Literal["ramp"] = Field(default="ramp", repr=False)
+    target_level: Level
+    end: NotNegative
+    begin: NotNegative = 0
+    unit: Literal["step", "epoch"] = "step"
+    every: AboveZero = 1
+    shape: Literal["cubic", "linear", "cosine", "exponential"] = "cubic"
+    initial_level: Level = 0.0
+    freeze: NotNegative | None = None
+    steps_per_epoch: Positive | None = None
+
+    @model_validator(mode="after")
+    def _check_times(self) -> RampSchedule:
+        if self.end < self.begin:
+            raise ValueError(f"end must be at least begin {self.begin:g}, got {self.end:g}")
+        if self.freeze is not None and self.freeze < self.end:
+            raise ValueError(f"freeze must be at least end {self.end:g}, got {self.freeze:g}")
+        if self.unit == "step":
+            for name, time in self._times().items():
+                if time != int(time):
+                    raise ValueError(f"{name} must be whole with unit 'step', got {time:g}")
+        return self
+
+    def _times(self) -> dict[str, float]:
+        freeze = self.end if self.freeze is None else self.freeze
+        return {"begin": self.begin, "end": self.end, "every": self.every, "freeze": freeze}
+
+    def ticks(self) -> Ticks:
+        """Return the times on the clock that is counted: epochs where all are whole epochs and
+        nobody has said how many steps they have, else steps.
+
+        Raises:
+            ValueError: there are fractions of epochs, and ``steps_per_epoch`` is None.
+        """
+        times = self._times()
+        if self.unit == "step":
+            return Ticks(True, *map(int, times.values()))
+        if (steps := self.steps_per_epoch) is not None:
+            begin, end, every, freeze = (round(time * steps) for time in times.values())
+            return Ticks(True, begin, end, max(1, every), freeze)
+        if odd := {name: time for name, time in times.items() if time != int(time)}:
+            name, time = next(iter(odd.items()))
+            raise ValueError(
+                f"steps_per_epoch must be given where {name} is no whole epoch, got {time:g}"
+            )
+        return Ticks(False, *map(int, times.values()))
+
+    def level(self, time: float) -> float:
+        """Return the level at ``time``, in the schedule's unit."""
+        start, goal = self.initial_level, self.target_level
+        if time >= self.end:
+            return goal
+        progress = max(time - self.begin, 0.0) / (self.end - self.begin)
+        match self.shape:
+            case "cubic":
+                level = goal - (goal - start) * (1 - progress) ** 3
+            case "linear":
+                level = start + (goal - start) * progress
+            case "cosine":
+                level = goal - (goal - start) * (1 + math.cos(math.pi * progress)) / 2
+            case "exponential":
+                level = 1 - (1 - start) * ((1 - goal) / (1 - start)) ** progress
+        # rounding may step over either end by one unit in the last place, and 1.0 is no level
+        return min(max(level, min(start, goal)), max(start, goal))
+
+
+EpochSchedule = PolynomialSchedule | ExponentialSchedule | MultistepSchedule | AdaptiveSchedule
+Schedule = EpochSchedule | RampSchedule

@@ -27,7 +27,7 @@ from ..algorithms.rigl import RigLController
 from ..algorithms.table import algorithm_of
 from ..api import CompressionStage
 from ..config.algorithm import AlgorithmConfig
-from ..config.schedule import AdaptiveSchedule, PolynomialSchedule
+from ..config.schedule import AdaptiveSchedule, RampSchedule
 from ..create import create_controller
 from ..nncf import ConfigLike, parse_config
 
@@ -73,9 +73,9 @@ class ControlledTraining:
         state: Any = None,
     ) -> None:
         configs = [_with_steps(one, steps_per_epoch) for one in parse_config(config)]
-        if steps is not None and steps_per_epoch is not None:
+        if steps is not None:
             for one in configs:
-                _warn_of_late_target(one, steps / steps_per_epoch)
+                _warn_of_late_target(one, steps, steps_per_epoch)
         if state is not None:
             _check_state(state)
         options: dict[str, Any] = {"backend": backend, "dispatch": dispatch}
@@ -308,26 +308,32 @@ def _with_steps(config: AlgorithmConfig, steps: int | None) -> AlgorithmConfig:
     changes: dict[str, Any] = {}
     if getattr(config, "steps_per_epoch", 0) is None:
         changes["steps_per_epoch"] = steps
-    schedule = getattr(config, "schedule", None)
-    if (
-        isinstance(schedule, PolynomialSchedule)
-        and schedule.update_per_optimizer_step
-        and schedule.steps_per_epoch is None
-    ):
+    schedule: Any = getattr(config, "schedule", None)
+    by_step = getattr(schedule, "update_per_optimizer_step", isinstance(schedule, RampSchedule))
+    if by_step and schedule.steps_per_epoch is None:
         changes["schedule"] = schedule.model_copy(update={"steps_per_epoch": steps})
     return config.model_copy(update=changes) if changes and steps is not None else config
 
 
-def _warn_of_late_target(config: AlgorithmConfig, epochs: float) -> None:
+def _warn_of_late_target(config: AlgorithmConfig, steps: int, steps_per_epoch: int | None) -> None:
     """Warn of a schedule that training ends before."""
-    schedule = getattr(config, "schedule", None)
+    schedule: Any = getattr(config, "schedule", None)
     if schedule is None or isinstance(schedule, AdaptiveSchedule):
         return
-    if schedule.target_epoch >= epochs:
+    is_ramp = isinstance(schedule, RampSchedule)
+    target = schedule.end if is_ramp else schedule.target_epoch
+    unit, length = "epoch", float(steps)
+    if is_ramp and schedule.unit == "step":
+        unit = "step"
+    elif steps_per_epoch is None:
+        return
+    else:
+        length /= steps_per_epoch
+    if target >= length:
         warnings.warn(
-            f"the schedule reaches its target level {schedule.target_level:g} in epoch "
-            f"{schedule.target_epoch}, counted from 0, but training ends after {epochs:g} epochs: "
-            "it will end at a lower level",
+            f"the schedule reaches its target level {schedule.target_level:g} in {unit} "
+            f"{target:g}, counted from 0, but training ends after {length:g} {unit}s: it will end "
+            "at a lower level",
             stacklevel=5,
         )
 

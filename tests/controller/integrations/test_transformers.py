@@ -24,6 +24,12 @@ BY_STEP = ts.PolynomialSchedule(
 )
 ALGORITHMS = {
     "by step": ts.MagnitudeSparsityConfig(pattern=BLOCKS, schedule=BY_STEP),
+    "ramp": ts.MagnitudeSparsityConfig(
+        pattern=BLOCKS,
+        schedule=ts.RampSchedule(
+            target_level=0.75, begin=0.25, end=2.25, every=0.25, unit="epoch", shape="cosine"
+        ),
+    ),
     "wanda": ts.MagnitudeSparsityConfig(weight_importance="wanda", schedule=HALF),
     "snip": ts.MagnitudeSparsityConfig(weight_importance="snip", schedule=HALF),
     "snip_momentum": ts.MagnitudeSparsityConfig(weight_importance="snip_momentum", schedule=HALF),
@@ -546,6 +552,17 @@ def test_a_target_that_training_cannot_reach_is_said_at_the_start_and_at_the_end
     start = "level 0.5 in epoch 90, counted from 0, but training ends after 3 epochs"
     with (
         pytest.warns(UserWarning, match="training has ended at level 0.0"),
+        pytest.warns(UserWarning, match=start),
+    ):
+        train(tmp_path, callback)
+
+
+def test_a_ramp_by_steps_that_training_cannot_end_is_said_at_the_start(tmp_path):
+    late = ts.RampSchedule(target_level=0.5, end=500)
+    callback = ts.TransformersCallback(ts.MagnitudeSparsityConfig(schedule=late))
+    start = "level 0.5 in step 500, counted from 0, but training ends after 24 steps"
+    with (
+        pytest.warns(UserWarning, match="training has ended at level"),
         pytest.warns(UserWarning, match=start),
     ):
         train(tmp_path, callback)
