@@ -34,6 +34,7 @@ from triton_sparsity.controller.config.schedule import (
     RampSchedule,
 )
 from triton_sparsity.controller.create import create_controller
+from triton_sparsity.controller.integrations.peft import mask_adapters
 from triton_sparsity.controller.masks.weight import SparseModuleInfo
 from triton_sparsity.kernels.block_score import block_score
 from triton_sparsity.kernels.block_sparse_linear import block_sparse_linear
@@ -92,6 +93,7 @@ __all__ = [
     "count_leaks",
     "create_controller",
     "make_mask",
+    "mask_adapters",
     "nm_mask",
     "nm_score",
     "pack",

@@ -25,6 +25,7 @@ from ..config.algorithm import AlgorithmConfig, Pool
 from ..masks.export import export_onnx
 from ..masks.guard import Guard
 from ..masks.linear import skip_blocks
+from ..masks.optimizers import unwrapped
 from ..masks.state import masks_state, read_masks, with_names_of
 from ..masks.statistics import SparsifiedModelStatistics, SparsityStatistics, Statistics, summarise
 from ..masks.strip import strip_masks
@@ -151,7 +152,8 @@ class BaseSparsityAlgoController:
     def optimizer(self) -> Optimizer | None:
         """The optimiser of the weights. It need not be told: every one is seen at its steps. Told
         before its first, one that was at work before the controller forgets what it remembers of
-        pruned elements at each update, not at the step after it.
+        pruned elements at each update, not at the step after it. One that Accelerate has prepared
+        is as good as its own.
         """
         return self._optimizer
 
@@ -160,7 +162,7 @@ class BaseSparsityAlgoController:
         self._optimizer = optimizer
         if isinstance(optimizer, Optimizer):
             for guard in self._guards:
-                guard.know(optimizer)
+                guard.know(unwrapped(optimizer))
 
     @property
     def current_sparsity_level(self) -> float:

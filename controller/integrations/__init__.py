@@ -1,1 +1,1 @@
-"""Controllers inside others' training loops: callbacks over the public API."""
+"""Controllers beside other libraries: callbacks of training loops, adapters of PEFT."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .linear import conv1d_of
+from .linear import conv1d_of, is_tuner_layer
 
 _LINEAR = (nn.Linear, nn.Bilinear)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -95,10 +95,9 @@ def adapters(model: nn.Module) -> dict[str, str]:
     """Return path and holder of what PEFT puts beside a layer. By name: PEFT may be missing."""
     found: dict[str, str] = {}
     for path, module in model.named_modules():
-        names = {base.__name__ for base in type(module).__mro__}
-        if "BaseTunerLayer" in names:
+        if is_tuner_layer(type(module)):
             inside = {*module._modules, *module._parameters} - {"base_layer"}
-        elif "AuxiliaryTrainingWrapper" in names:
+        elif any(base.__name__ == "AuxiliaryTrainingWrapper" for base in type(module).__mro__):
             inside = list(module._modules)
         else:
             continue

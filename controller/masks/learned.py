@@ -67,7 +67,7 @@ class LearnedWeight(SparseWeight):
     @property
     def learning(self) -> bool:
         """True where a forward pass goes by the scores, not by the mask as it is stored."""
-        return self.module.training and not self.frozen
+        return self.module.training and not self.frozen and isinstance(self.module, LearnedModule)
 
     @property
     @abstractmethod
@@ -100,6 +100,12 @@ class LearnedWeight(SparseWeight):
             self.was_read = True
             masked.register_hook(self._note_learning)
         return masked
+
+    def masked(self, tensor: Tensor) -> Tensor:
+        if self.frozen:
+            return super().masked(tensor)
+        self.follow()
+        return self.learned(tensor) if self.learning else self.evaluated(tensor)
 
     def _move(self, weight: Tensor) -> None:
         super()._move(weight)

@@ -106,10 +106,12 @@ def _class_of(dense: type[nn.Module]) -> type[nn.Module]:
     return type(f"BlockSparse{dense.__name__}", (BlockSparseLinear, dense), attributes)
 
 
+def is_tuner_layer(kind: type[nn.Module]) -> bool:
+    """Tell whether PEFT puts such a module around a layer. By name: PEFT may be missing."""
+    return any(base.__name__ == "BaseTunerLayer" for base in kind.__mro__)
+
+
 def note_adapter(parent: nn.Module, child: nn.Module) -> None:
     """Remember that PEFT has put ``parent`` around a layer: it may merge into the weight."""
-    if not isinstance(child, BlockSparseLinear):
-        return
-    # by name: PEFT may be missing
-    if any(base.__name__ == "BaseTunerLayer" for base in type(parent).__mro__):
+    if isinstance(child, BlockSparseLinear) and is_tuner_layer(type(parent)):
         child.__dict__["_sparse_adapter"] = weakref.ref(parent), ()

@@ -43,3 +43,9 @@ def parameters_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:
     """Yield what ``optimizer`` steps."""
     for group in optimizer.param_groups:
         yield from group["params"]
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """Return the optimiser that steps, and that torch tells of: Accelerate puts one around it."""
+    inner = getattr(optimizer, "optimizer", None)
+    return unwrapped(inner) if isinstance(inner, Optimizer) else optimizer

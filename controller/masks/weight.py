@@ -30,6 +30,7 @@ from ...kernels import group_mask
 from ...kernels.dispatch import Dispatch
 from ...kernels.group_mask import GroupMask
 from ...kernels.launch import Backend, read_later, refuse_capture
+from ...kernels.masked_weight import apply_mask
 from ...kernels.pattern import Pattern
 from ...kernels.product import BlockProduct, make_product, update_products
 
@@ -220,6 +221,15 @@ class SparseWeight(GroupMask):
         serving = [(p, weight.mask, weight.kept) for weight in owners if (p := weight.product)]
         if serving:
             update_products(*zip(*serving, strict=True))
+
+    def masked(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the weight's shape under the mask as a forward pass has it, with a
+        gradient to what is kept.
+        """
+        self.follow()
+        matrix = self.matrix(tensor)
+        mask = self.mask_for(matrix)
+        return self.like_weight(apply_mask(matrix, mask, self.pattern, backend=self.backend))
 
     # the product of a linear
 
