@@ -91,15 +91,31 @@ def _mixes_tokens(module: nn.Module) -> bool:
     return any(_MIXES_TOKENS.search(type(m).__name__) for m in module.modules())
 
 
+# PEFT's models, and by what name each holds the model that it adapts
+_WRAPPERS = {"PeftModel": "base_model", "BaseTuner": "model"}
+
+
 def adapters(model: nn.Module) -> dict[str, str]:
-    """Return path and holder of what PEFT puts beside a layer. By name: PEFT may be missing."""
+    """Return path and holder of what PEFT puts beside a layer, or beside a model: soft prompts,
+    banks that layers share. By name: PEFT may be missing.
+    """
     found: dict[str, str] = {}
     for path, module in model.named_modules():
+        names = {base.__name__ for base in type(module).__mro__}
         if is_tuner_layer(type(module)):
             inside = {*module._modules, *module._parameters} - {"base_layer"}
-        elif any(base.__name__ == "AuxiliaryTrainingWrapper" for base in type(module).__mro__):
-            inside = list(module._modules)
+        elif "AuxiliaryTrainingWrapper" in names:
+            inside = set(module._modules)
+        elif wrapper := names & set(_WRAPPERS):
+            inside = _beside(module, _WRAPPERS[wrapper.pop()])
         else:
             continue
         found |= {f"{path}.{name}" if path else name: path for name in inside}
     return found
+
+
+def _beside(wrapper: nn.Module, adapted: str) -> set[str]:
+    """Name what a wrapper holds that is no part of the model that it adapts."""
+    model = wrapper._modules.get(adapted)
+    own = set() if model is None else {id(module) for module in model.modules()}
+    return {name for name, child in wrapper._modules.items() if id(child) not in own}

@@ -233,8 +233,9 @@ def test_the_state_of_another_model_is_refused_and_the_controller_stays(tmp_path
 def test_a_state_without_a_controller_is_refused_by_name(tmp_path):
     accelerator_ = accelerator()
     model = accelerator_.prepare(net(0))
-    accelerator_.register_for_checkpointing(optim.lr_scheduler.LambdaLR(optim.SGD(
-        model.parameters(), 0.1), lambda step: 1.0))
+    accelerator_.register_for_checkpointing(
+        optim.lr_scheduler.LambdaLR(optim.SGD(model.parameters(), 0.1), lambda step: 1.0)
+    )
     accelerator_.save_state(tmp_path)
     run = Run("unstructured")
     accelerator_ = accelerator()

@@ -183,23 +183,40 @@ def test_adapters_train_and_the_base_stays(pattern, merge_first):
 KINDS = {
     "LoRA": lambda: peft.LoraConfig(target_modules=TARGETS, r=4),
     "DoRA": lambda: peft.LoraConfig(target_modules=TARGETS, r=4, use_dora=True),
+    "rsLoRA": lambda: peft.LoraConfig(target_modules=TARGETS, r=4, use_rslora=True),
     "PiSSA": lambda: peft.LoraConfig(target_modules=TARGETS, r=4, init_lora_weights="pissa"),
+    "AdaLoRA": lambda: peft.AdaLoraConfig(target_modules=TARGETS, init_r=4, total_step=10),
     "IA3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
     "LoHa": lambda: peft.LoHaConfig(target_modules=TARGETS, r=4),
     "LoKr": lambda: peft.LoKrConfig(target_modules=TARGETS, r=4),
     "OFT": lambda: peft.OFTConfig(
         target_modules=TARGETS, oft_block_size=4, use_cayley_neumann=False
     ),
+    "BOFT": lambda: peft.BOFTConfig(target_modules=TARGETS, boft_block_size=4),
     "HRA": lambda: peft.HRAConfig(target_modules=TARGETS, r=4),
+    "VeRA": lambda: peft.VeraConfig(target_modules=["q_proj", "v_proj"], r=4),
+    "FourierFT": lambda: peft.FourierFTConfig(target_modules=TARGETS, n_frequency=16),
+    "RandLoRA": lambda: peft.RandLoraConfig(target_modules=TARGETS, r=4),
+    "VB-LoRA": lambda: peft.VBLoRAConfig(
+        target_modules=TARGETS, r=2, num_vectors=16, vector_length=16
+    ),
 }
 
 
 @both_paths
+@pytest.mark.parametrize("first", ["controller", "adapter"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:.*pruned elements")
-def test_every_kind_of_adapter_trains_over_zeros_and_strips_to_the_same(kind, pattern):
-    model, controller = build(pattern)
-    wrapped = peft.get_peft_model(model, KINDS[kind]())
+@pytest.mark.filterwarnings("ignore:masking parameters that are frozen")
+def test_every_kind_of_adapter_trains_over_zeros_and_strips_to_the_same(kind, first, pattern):
+    model = llama()
+    if first == "controller":
+        _, controller = build(pattern, model)
+        wrapped = peft.get_peft_model(model, KINDS[kind]())
+    else:
+        wrapped = peft.get_peft_model(model, KINDS[kind]())
+        _, controller = build(pattern, wrapped)
+    assert len(controller.sparsified_module_info) == 7
     train(wrapped)
     assert zeros_of(controller)
     want = logits(wrapped.eval())
@@ -208,6 +225,70 @@ def test_every_kind_of_adapter_trains_over_zeros_and_strips_to_the_same(kind, pa
     close(logits(stripped), want)
     wrapped.merge_adapter()
     close(logits(wrapped), want)
+
+
+BESIDE = KINDS | {
+    "prompts": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "P-tuning": lambda: peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=32
+    ),
+    "prefixes": lambda: peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=32,
+        prefix_projection=True,
+    ),
+    "tokens": lambda: peft.LoraConfig(
+        target_modules=TARGETS, r=4, trainable_token_indices=[1, 2]
+    ),
+    "LoRA of embeddings": lambda: peft.LoraConfig(target_modules=[*TARGETS, "embed_tokens"], r=4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+@pytest.mark.filterwarnings("ignore:masking parameters that are frozen")
+def test_adapters_of_no_kind_are_targets_unless_named(kind):
+    wrapped = peft.get_peft_model(llama(), BESIDE[kind]())
+    own = {id(parameter) for parameter in wrapped.parameters() if parameter.requires_grad}
+    assert own
+    _, controller = build("unstructured", wrapped, targets="all")
+    infos = controller.sparsified_module_info
+    assert not any(id(info.weight) in own for info in infos)
+    # the table that tokens are trained beside is PEFT's too
+    assert len(infos) == (8 if kind == "tokens" else 9)
+
+
+def test_an_adapter_that_is_named_is_a_target():
+    wrapped = peft.get_peft_model(llama(), KINDS["LoRA"]())
+    _, controller = build("unstructured", wrapped, target_scopes=["*.lora_A.default"])
+    names = [info.module_node_name for info in controller.sparsified_module_info]
+    assert len(names) == 3
+    assert all(name.endswith("lora_A.default") for name in names)
+    wrapped = peft.get_peft_model(llama(), BESIDE["P-tuning"]())
+    _, controller = build("unstructured", wrapped, target_scopes=["prompt_encoder.*.mlp_head.*"])
+    assert len(controller.sparsified_module_info) == 3
+
+
+@both_paths
+@pytest.mark.filterwarnings("ignore:.*products are dense until")
+def test_what_is_merged_is_saved_as_it_stands_until_strip_drops_it_with_the_number(
+    pattern, tmp_path
+):
+    model, controller = build(pattern)
+    wrapped = adapted(model)
+    train(wrapped)
+    want = logits(wrapped.eval())
+    merged = wrapped.merge_and_unload()
+    close(logits(merged), want)
+    found = masks(controller)
+    infos = controller.sparsified_module_info
+    written = sum(int(i.weight[~found[i.module_node_name]].count_nonzero()) for i in infos)
+    assert written > 1000
+    merged.save_pretrained(tmp_path)
+    close(logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), want)
+    close(logits(copy.deepcopy(merged)), want)
+    with pytest.warns(UserWarning, match=f"strip_model: {written} pruned elements"):
+        stripped = controller.strip_model(merged)
+    assert zeros_of(controller)
+    assert not torch.allclose(logits(stripped), want, atol=1e-3)
 
 
 def test_modules_that_peft_saves_beside_are_adapters():
