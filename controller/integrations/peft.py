@@ -41,9 +41,11 @@ def mask_adapters(model: nn.Module, controller: BaseSparsityAlgoController) -> l
     process merge first, or there too load the sparse model, create a controller of it with
     ``ConstSparsityConfig()``, and call this.
 
-    Costs, an adapter: the product of B and A, and one more product as large as the layer's own,
-    which skips pruned blocks where the layer's does; a matrix of the weight's shape and dtype,
-    forward and again backward, and nothing in between. Nothing that is trained grows.
+    An adapter costs the products of a layer that is trained whole, output and both gradients,
+    which skip pruned blocks where the layer's do (DoRA's output once more, in the backward pass),
+    and B times A. In memory it is a matrix of the weight's shape and dtype while the forward pass
+    is in the layer, two while the backward pass is, and nothing in between or for the optimiser.
+    PEFT's own DoRA, not masked, gives NaN where a whole row of the weight is pruned.
 
     Args:
         model: has adapters of PEFT: LoRA on linear, Conv1D, embedding or ungrouped convolution
@@ -51,7 +53,7 @@ def mask_adapters(model: nn.Module, controller: BaseSparsityAlgoController) -> l
         controller: of this model; it may have been stripped since.
 
     Returns:
-        The names of the weights whose adapters are masked now.
+        The names of the masked weights that have adapters, which a merge leaves sparse now.
 
     Raises:
         TypeError: ``controller`` is none.
@@ -63,6 +65,7 @@ def mask_adapters(model: nn.Module, controller: BaseSparsityAlgoController) -> l
             "mask_adapters: controller must be what create_controller returned, got "
             f"{controller!r}"
         )
+    layers: list[tuple[str, Any]]
     layers = [(p, m) for p, m in model.named_modules() if is_tuner_layer(type(m))]
     if not layers:
         raise ValueError(
@@ -76,7 +79,7 @@ def mask_adapters(model: nn.Module, controller: BaseSparsityAlgoController) -> l
     names: list[str] = []
     found: list[tuple[Any, str, MaskedLora]] = []
     for path, layer in layers:
-        inside = [weights.get(id(module), {}) for module in _base(layer).modules()]
+        inside = [weights.get(id(module), {}) for module in layer.get_base_layer().modules()]
         own = [w.name for members in inside for name, w in members.items() if name != "bias"]
         names += own
         if own and not type(layer).__module__.startswith("peft.tuners.ia3."):
@@ -93,10 +96,6 @@ def mask_adapters(model: nn.Module, controller: BaseSparsityAlgoController) -> l
     for layer, adapter, variant in found:
         layer.lora_variant[adapter] = variant
     return list(dict.fromkeys(names))
-
-
-def _base(layer: Any) -> nn.Module:
-    return layer.get_base_layer()
 
 
 _KINDS = ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")
@@ -117,10 +116,10 @@ def _check_layer(path: str, layer: Any) -> None:
         raise ValueError(
             f"{what} unmerged, got {layer.merged_adapters} merged; call unmerge_adapter() first"
         )
-    if getattr(_base(layer), "groups", 1) != 1:
+    if getattr(layer.get_base_layer(), "groups", 1) != 1:
         raise ValueError(
             f"{what} on a convolution of one group, as PEFT cannot merge others, got "
-            f"groups={_base(layer).groups}"
+            f"groups={layer.get_base_layer().groups}"
         )
 
 
@@ -183,7 +182,7 @@ class MaskedLora:
 
     def get_delta_weight(self, module: Any, adapter: str) -> Tensor:
         """Return what the adapter adds to the weight, of its shape and dtype; differentiable."""
-        parameter = _base(module)._parameters["weight"]
+        parameter = module.get_base_layer()._parameters["weight"]
         assert parameter is not None
         return self.weight.masked(module.get_delta_weight(adapter).to(parameter.dtype))
 
@@ -200,7 +199,7 @@ class MaskedLora:
         self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any
     ) -> Tensor:
         same = True  # x is the input that gave the result
-        if not isinstance(_base(module), nn.Embedding):
+        if not isinstance(module.get_base_layer(), nn.Embedding):
             dropout = module.lora_dropout[active_adapter]
             same = isinstance(dropout, nn.Identity) or not module.training
             x = dropout(x)
@@ -210,11 +209,11 @@ class MaskedLora:
         return checkpoint(own, module, active_adapter, x, result, same, **options)
 
     def _add(self, module: Any, adapter: str, x: Tensor, result: Tensor, _: bool) -> Tensor:
-        base: Any = _base(module)
+        base: Any = module.get_base_layer()
         delta = self.get_delta_weight(module, adapter)
         if isinstance(base, nn.Embedding):
             found = functional.embedding(x, delta, base.padding_idx)
-            scale = module._get_embed_scale()
+            scale = getattr(module, "_get_embed_scale", lambda: None)()
             return result + (found if scale is None else found * scale.to(found.dtype))
         bias = module.lora_B[adapter].bias
         if bias is not None:
@@ -234,7 +233,7 @@ class MaskedLora:
     def _add_dora(
         self, module: Any, adapter: str, x: Tensor, result: Tensor, same: bool
     ) -> Tensor:
-        base: Any = _base(module)
+        base: Any = module.get_base_layer()
         delta, weight = self.get_delta_weight(module, adapter), base.weight
         factor = self._factor(module, adapter, weight, delta)
         x = x.to(delta.dtype)
@@ -253,10 +252,11 @@ class MaskedLora:
         norm = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
         magnitude = module.lora_magnitude_vector[adapter].weight
         factor = magnitude / torch.where(norm > 0, norm, 1)
-        return torch.where(norm > 0, factor, 1).to(delta.dtype)
+        return torch.where(norm > 0, factor, 1)
 
     def _scale(self, weight: Tensor, factor: Tensor) -> Tensor:
-        return weight * (factor if self.weight.transposed else factor[:, None])
+        scaled = weight * (factor if self.weight.transposed else factor[:, None])
+        return scaled.to(weight.dtype)
 
     def merge_safe(self, module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
         delta = self.get_delta_weight(module, active_adapter)

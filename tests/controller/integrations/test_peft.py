@@ -308,9 +308,10 @@ def controller_mask(controller, name):
     return next(m for path, m in masks(controller).items() if f".{name}." in f"{path}.")
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_adapters_of_another_dtype_multiply_in_the_weights(dtype):
-    wrapped, controller, _ = build("skipped blocks", Net().to(dtype))
+def test_adapters_of_another_dtype_multiply_in_the_weights(dtype, use_dora):
+    wrapped, controller, _ = build("skipped blocks", Net().to(dtype), use_dora=use_dora)
     assert wrapped.base_model.model.up.lora_A["default"].weight.dtype == torch.float32
     x = data().to(dtype)
     train(wrapped, x=x)

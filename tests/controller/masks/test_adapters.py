@@ -192,7 +192,6 @@ KINDS = {
     "OFT": lambda: peft.OFTConfig(
         target_modules=TARGETS, oft_block_size=4, use_cayley_neumann=False
     ),
-    "BOFT": lambda: peft.BOFTConfig(target_modules=TARGETS, boft_block_size=4),
     "HRA": lambda: peft.HRAConfig(target_modules=TARGETS, r=4),
     "VeRA": lambda: peft.VeraConfig(target_modules=["q_proj", "v_proj"], r=4),
     "FourierFT": lambda: peft.FourierFTConfig(target_modules=TARGETS, n_frequency=16),

@@ -1,0 +1,38 @@
+"""The examples run as they stand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+SECONDS = 120  # a run takes a few; a machine may be busy
+NEEDS = {"lora.py": ("peft", "transformers"), "accelerate_loop.py": ("accelerate",)}
+
+
+def run(name, folder):
+    # PEFT asks transformers for what it has renamed
+    options = ["-W", "error", "-W", "ignore::FutureWarning"]
+    done = subprocess.run(
+        [sys.executable, *options, str(EXAMPLES / name), str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        check=False,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_an_example_runs(name, tmp_path):
+    for module in NEEDS.get(name, ()):
+        pytest.importorskip(module)
+    lines = run(name, tmp_path)
+    assert lines
+    if name == "accelerate_loop.py":  # it has left a checkpoint, from which it goes on
+        again = run(name, tmp_path)
+        assert again[0] == "resumed in epoch 1 after 8 micro-batches"
+        assert again[1:] == lines[1:]
