@@ -86,9 +86,8 @@ def test_kernels_live_in_kernels_and_no_file_names_a_device():
         assert "environ" not in text or "bench" in path.parts, path
 
 
-def test_importing_touches_no_gpu_and_asks_for_nothing_optional():
+def test_importing_touches_no_gpu():
     code = """
-import sys
 import torch
 
 def refuse(*args, **kwargs):
@@ -105,9 +104,6 @@ class Refuse:
 
 triton.runtime.driver.set_active(Refuse())
 import triton_sparsity
-
-asked = {"accelerate", "lightning", "peft", "transformers"} & set(sys.modules)
-assert not asked, asked
 import triton_sparsity.bench.cli
 """
     done = subprocess.run(
