@@ -8,7 +8,8 @@ imported: a model that has adapters has imported it.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels.bits import pack
@@ -49,7 +51,8 @@ def mask_adapters(model: nn.Module, controller: BaseSparsityAlgoController) -> l
 
     Args:
         model: has adapters of PEFT: LoRA on linear, Conv1D, embedding or ungrouped convolution
-            layers, or DoRA on linear ones. IA3 only scales, and needs no mask.
+            layers, or on experts' parameters, or DoRA on linear layers. IA3 only scales, and
+            needs no mask.
         controller: of this model; it may have been stripped since.
 
     Returns:
@@ -77,28 +80,34 @@ def mask_adapters(model: nn.Module, controller: BaseSparsityAlgoController) -> l
         for module, name in info.places:
             weights.setdefault(id(module), {})[name] = info.operand
     names: list[str] = []
-    found: list[tuple[Any, str, MaskedLora]] = []
+    found: list[tuple[dict[str, Any], dict[str, Any]]] = []  # what goes where
     for path, layer in layers:
         inside = [weights.get(id(module), {}) for module in layer.get_base_layer().modules()]
-        own = [w.name for members in inside for name, w in members.items() if name != "bias"]
-        names += own
-        if own and not type(layer).__module__.startswith("peft.tuners.ia3."):
-            _check_layer(path, layer)
-            found += [
-                (layer, name, _masked(path, layer, name, inside[0])) for name in layer.scaling
-            ]
+        own = {key: w for members in inside for key, w in members.items() if key != "bias"}
+        parameter = getattr(layer, "parameter_name", None)
+        if parameter is not None:  # of experts: one wrapper each
+            own = {key: weight for key, weight in own.items() if key == parameter}
+        names += [weight.name for weight in own.values()]
+        if not own or type(layer).__module__.startswith("peft.tuners.ia3."):
+            continue
+        _check_layer(path, layer)
+        if parameter is None:
+            variants = {name: _masked(path, layer, name, inside[0]) for name in layer.scaling}
+            found.append((layer.lora_variant, variants))
+        else:
+            found.append((layer.__dict__, _masked_parameter(path, layer, own[parameter])))
     if not names:
         raise ValueError(
             "mask_adapters: model must have adapters on weights under the controller's masks, got "
             f"a {type(model).__name__} without: it is another model, or the adapters are on "
             "other layers"
         )
-    for layer, adapter, variant in found:
-        layer.lora_variant[adapter] = variant
+    for place, parts in found:
+        place.update(parts)
     return list(dict.fromkeys(names))
 
 
-_KINDS = ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")
+_KINDS = ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "ParamWrapper")
 
 
 def _check_layer(path: str, layer: Any) -> None:
@@ -141,12 +150,26 @@ def _masked(path: str, layer: Any, adapter: str, weights: dict[str, SparseWeight
     return MaskedLora(weights["weight"], dora)
 
 
+def _masked_parameter(path: str, layer: Any, weight: SparseWeight) -> dict[str, Any]:
+    if not hasattr(layer, "_activate_lora"):
+        raise ValueError(
+            f"mask_adapters: the adapter of {path!r} must be of a PEFT whose wrapper of a "
+            "parameter is known here, got another; leave it out of the masks by ignored_scopes"
+        )
+    if not weight.holds_zeros:
+        raise ValueError(
+            f"mask_adapters: the mask of {weight.name!r} must not be learned, as its adapter of "
+            f"{path!r} hides the scores; freeze it before, or leave it out by ignored_scopes"
+        )
+    return MaskedParameter(layer, weight).methods()
+
+
 @dataclass(frozen=True)
 class CopiedMask:
     """The mask of a model that no controller has: of a copy.
 
     Attributes:
-        bits: packed, uint8 ``(out, ceil(in / 8))``.
+        bits: packed, uint8; a row for each of the weight's first dimension.
         transposed: the weight is stored ``(in, out)``.
     """
 
@@ -158,8 +181,15 @@ class CopiedMask:
         return tensor.T if self.transposed else tensor.flatten(1)
 
     def masked(self, tensor: Tensor) -> Tensor:
-        found = apply_mask(self.matrix(tensor), self.bits.to(tensor.device), Unstructured())
-        return (found.T if self.transposed else found).reshape(tensor.shape)
+        rows = tensor.flatten(1)
+        return apply_mask(rows, self.bits.to(rows.device), Unstructured()).view_as(tensor)
+
+
+def _copied(mask: SparseWeight | CopiedMask) -> CopiedMask:
+    if isinstance(mask, CopiedMask):
+        return mask
+    mask.settle()
+    return CopiedMask(pack(mask.binary_mask.flatten(1)), mask.transposed)
 
 
 class MaskedLora:
@@ -175,10 +205,7 @@ class MaskedLora:
         self.dora = dora
 
     def __reduce__(self) -> tuple[Any, ...]:
-        mask = self.weight
-        if isinstance(mask, SparseWeight):
-            mask = CopiedMask(pack(mask.kept_elements()), mask.transposed)
-        return MaskedLora, (mask, self.dora)
+        return MaskedLora, (_copied(self.weight), self.dora)
 
     def get_delta_weight(self, module: Any, adapter: str) -> Tensor:
         """Return what the adapter adds to the weight, of its shape and dtype; differentiable."""
@@ -277,3 +304,54 @@ class MaskedLora:
         if self.dora is not None:
             weight = self._scale(weight, 1 / module._cache_pop(f"{active_adapter}-masked"))
         return weight - self.get_delta_weight(module, active_adapter)
+
+
+class MaskedParameter:
+    """Takes part in PEFT's wrapper of a parameter, such as experts', which knows no variants.
+
+    Args:
+        layer: the wrapper.
+        weight: its parameter's mask.
+    """
+
+    def __init__(self, layer: Any, weight: SparseWeight | CopiedMask) -> None:
+        self.layer = layer
+        self.weight = weight
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MaskedParameter, (self.layer, _copied(self.weight))
+
+    def methods(self) -> dict[str, Any]:
+        """Return what the wrapper calls in place of its class's own methods."""
+        return {"get_delta_weight": self.get_delta_weight, "_activate_lora": self.activate}
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        return self.weight.masked(type(self.layer).get_delta_weight(self.layer, adapter_name))
+
+    @contextmanager
+    def activate(self, active_adapters: Sequence[str]) -> Iterator[None]:
+        """Let the parameter read as the sum while the context is open."""
+        adapters = [name for name in active_adapters if name in self.layer.lora_A]
+        if not adapters:
+            yield
+            return
+        base, name = self.layer.get_base_layer(), self.layer.parameter_name
+        requires_grad = base._parameters[name].requires_grad
+        # before the parameter goes: its mask is found by it
+        plus = _Plus(sum(self.get_delta_weight(adapter) for adapter in adapters))
+        parametrize.register_parametrization(base, name, plus)
+        base.parametrizations[name].original.requires_grad_(requires_grad)
+        try:
+            with parametrize.cached():
+                yield
+        finally:
+            parametrize.remove_parametrizations(base, name, leave_parametrized=False)
+
+
+class _Plus(nn.Module):
+    def __init__(self, delta: Any) -> None:
+        super().__init__()
+        self.delta = delta
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.delta

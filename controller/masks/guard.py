@@ -160,7 +160,8 @@ class Guard:
         weight = self._weight_at.get((id(module), name))
         if weight is None or parameter is None or weight.module is not module:
             return
-        if parameter is module._parameters.get(name):  # `module.weight *= 2` registers it anew
+        # `module.weight *= 2` registers it anew; who took it out for a while puts it back
+        if parameter is module._parameters.get(name) or weight.is_back(parameter):
             return
         weight.check_fits(parameter)
         if type(parameter) is nn.Parameter and parameter.device.type != "meta":

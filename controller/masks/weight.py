@@ -321,6 +321,13 @@ class SparseWeight(GroupMask):
         """Tell whether this is the parameter that was left."""
         return self._as_left[:1] == (id(weight),)
 
+    def is_back(self, weight: Tensor) -> bool:
+        """Tell that a parameter which its module had not for a while is the one that was left. A
+        new one that has its address in memory has not been written as often.
+        """
+        left, now = self._as_left, _state_of(weight)
+        return len(left) == len(now) and left[:2] == now[:2] and 0 < left[2] <= now[2]
+
     def is_clean(self, weight: Tensor) -> bool:
         """Tell that nobody has been seen to write, now or earlier."""
         return self.is_as_left(weight) and not (self.product and self.product.unsafe)

@@ -10,10 +10,14 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 import triton_sparsity as ts
+from tiny_models import gpt_oss, mixtral
 
 peft = pytest.importorskip("peft")
 # PEFT says so of every Conv1D
-pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
+]
 
 HALF = ts.PolynomialSchedule(initial_level=0.5, target_level=0.5)
 PATTERNS = {
@@ -378,6 +382,112 @@ def test_learned_masks_see_the_adapter_and_freeze_with_it(kind):
     close(merged(data()), want)
     assert zeros_of(controller)
     close(controller.strip_model(merged)(data()), want)
+
+
+# experts: one parameter, of which PEFT makes a sum for the length of a forward pass
+
+EXPERTS = {"stored (out, in)": mixtral, "stored (in, out)": gpt_oss}
+every_store = pytest.mark.parametrize("store", EXPERTS)
+IDS = torch.randint(128, (2, 8), generator=torch.Generator().manual_seed(1))
+
+
+def experts(store, pattern="unstructured", mask=True):
+    torch.manual_seed(0)
+    model = EXPERTS[store]().eval()
+    controller = control(model, pattern, ignored_scopes=["*mlp.gate", "*router", "{re}.*down.*"])
+    torch.manual_seed(1)
+    wrapped = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            target_modules=["q_proj"],
+            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+            r=4,
+            init_lora_weights=False,
+        ),
+    )
+    if mask:
+        names = ts.mask_adapters(wrapped, controller)
+        assert sum("gate_up_proj" in name for name in names) == 2
+    return wrapped, controller
+
+
+def logits(model):
+    return model(input_ids=IDS).logits
+
+
+@every_store
+@pytest.mark.parametrize("pattern", ["unstructured", "skipped blocks"])
+def test_what_is_added_to_experts_is_masked(store, pattern):
+    wrapped, controller = experts(store, pattern)
+    plain, _ = experts(store, pattern, mask=False)
+    # the oracle: by PEFT's own product, in a model whose experts are no parameters
+    found = masks(controller)
+    sums = {}
+    for path, layer in plain.named_modules():
+        if type(layer).__name__ == "ParamWrapper":
+            name = f"{path.removeprefix('base_model.model.')}.{layer.parameter_name}"
+            name = name.replace(".base_layer", "")
+            weight = layer.get_base_layer().get_parameter(layer.parameter_name).detach()
+            delta = layer.get_delta_weight("default")
+            sums[name] = weight + (delta * found[name] if name in found else delta)
+        elif hasattr(layer, "base_layer"):
+            name = path.removeprefix("base_model.model.")
+            delta = layer.get_delta_weight("default")
+            sums[f"{name}.weight"] = layer.base_layer.weight.detach() + delta * found[name]
+    torch.manual_seed(0)
+    bare = EXPERTS[store]().eval()
+    kept = {
+        n: (p * found[n.removesuffix(".weight")] if n.removesuffix(".weight") in found else p)
+        for n, p in bare.named_parameters()
+    }
+    want = torch.func.functional_call(bare, kept | sums, kwargs={"input_ids": IDS}).logits
+    got = logits(wrapped)
+    close(got, want)
+    got.square().sum().backward()
+    want.square().sum().backward()
+    own = {n: p.grad for n, p in wrapped.named_parameters() if "lora" in n}
+    theirs = {n: p.grad for n, p in plain.named_parameters() if "lora" in n}
+    assert own.keys() == theirs.keys()
+    for name, gradient in own.items():
+        close(gradient, theirs[name], 1e-3)
+
+
+@every_store
+@pytest.mark.parametrize("how", ["itself", "deepcopy", "pickle", "stripped"])
+def test_experts_merge_to_zeros_with_the_same_outputs(store, how):
+    wrapped, controller = experts(store)
+    want, found = logits(wrapped), masks(controller)
+    wrapped.merge_adapter()
+    close(logits(wrapped), want)
+    assert zeros_of(controller)
+    wrapped.unmerge_adapter()
+    close(logits(wrapped), want)
+    if how == "deepcopy":
+        wrapped = copy.deepcopy(wrapped)
+    elif how == "pickle":
+        wrapped = pickle.loads(pickle.dumps(wrapped))
+    elif how == "stripped":
+        wrapped = controller.strip_model(wrapped)
+    close(logits(wrapped), want)
+    merged = wrapped.merge_and_unload()
+    close(logits(merged), want)
+    for name, mask in found.items():
+        parameter = merged.get_parameter(name if "experts" in name else f"{name}.weight")
+        assert not parameter[~mask].any()
+
+
+def test_experts_whose_masks_are_learned_are_refused():
+    model = mixtral()
+    scopes = ["*.gate_up_proj"]
+    controller = ts.create_controller(model, ts.RBSparsityConfig(seed=0, target_scopes=scopes))
+    wrapped = peft.get_peft_model(
+        model,
+        peft.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"]),
+    )
+    with pytest.raises(ValueError, match=r"gate_up_proj' must not be learned"):
+        ts.mask_adapters(wrapped, controller)
+    controller.freeze()
+    assert len(ts.mask_adapters(wrapped, controller)) == 2
 
 
 # copies, strip, files

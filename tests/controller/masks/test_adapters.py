@@ -8,6 +8,7 @@ from torch import nn, optim
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import triton_sparsity as ts
+from tiny_models import mixtral
 from triton_sparsity.controller.masks.module import MaskedModule
 
 peft = pytest.importorskip("peft")
@@ -357,3 +358,36 @@ def test_a_model_of_accelerate_trains_under_its_masks():
         assert zeros_of(controller)
     stripped = controller.strip_model(accelerator.unwrap_model(wrapped))
     assert (stripped[0].weight == 0).any()
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "skipped blocks"])
+@pytest.mark.filterwarnings("ignore:.*pruned elements")
+def test_pruned_values_outlast_an_adapter_of_experts(pattern):
+    """PEFT takes the parameter out and puts it back at every forward pass."""
+    torch.manual_seed(0)
+    model, controller = build(pattern, mixtral(), ignored_scopes=["*mlp.gate"])
+    experts = [i for i in controller.sparsified_module_info if "gate_up" in i.module_node_name]
+    before = [info.operand.values.clone() for info in experts]
+    parameters = [info.weight for info in experts]
+    wrapped = adapted(model, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+    train(wrapped)
+    logits(wrapped.eval())
+    assert len(experts) == 2
+    for info, parameter, values in zip(experts, parameters, before, strict=True):
+        assert info.weight is parameter
+        assert torch.equal(info.operand.values, values)
+        assert values.any()
+    assert zeros_of(controller)
+    controller.set_sparsity_level(0)
+    assert all(info.weight.count_nonzero() == info.weight.numel() for info in experts)
+
+
+def test_a_new_parameter_in_the_place_of_one_that_is_gone_is_a_new_one():
+    model, controller = build("unstructured")
+    layer = controller.sparsified_module_info[0].module
+    for _ in range(20):  # it may be at the same address
+        del layer.weight
+        layer.weight = nn.Parameter(torch.ones(64, 64))
+        assert zeros_of(controller)
+        train(model, steps=1)
+        assert zeros_of(controller)
