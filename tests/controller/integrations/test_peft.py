@@ -394,7 +394,9 @@ IDS = torch.randint(128, (2, 8), generator=torch.Generator().manual_seed(1))
 def experts(store, pattern="unstructured", mask=True):
     torch.manual_seed(0)
     model = EXPERTS[store]().eval()
-    controller = control(model, pattern, ignored_scopes=["*mlp.gate", "*router", "{re}.*down.*"])
+    controller = control(
+        model, pattern, ignored_scopes=[], target_scopes=["*.gate_up_proj", "*.q_proj"]
+    )
     torch.manual_seed(1)
     wrapped = peft.get_peft_model(
         model,
