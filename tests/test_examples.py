@@ -1,14 +1,15 @@
 """The examples run as they stand."""
 
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 SECONDS = 120  # a run takes a few; a machine may be busy
-NEEDS = {"lora.py": ("peft", "transformers"), "accelerate_loop.py": ("accelerate",)}
 
 
 def run(name, folder):
@@ -28,8 +29,10 @@ def run(name, folder):
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_an_example_runs(name, tmp_path):
-    for module in NEEDS.get(name, ()):
-        pytest.importorskip(module)
+    source = (EXAMPLES / name).read_text()
+    for module in re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE):
+        if find_spec(module) is None:
+            pytest.skip(f"needs {module}")
     lines = run(name, tmp_path)
     assert lines
     if name == "accelerate_loop.py":  # it has left a checkpoint, from which it goes on
