@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 
+# to type checkers a kernel is the function that it was, which takes a constexpr where a launch
+# gives a number; of no type, they leave launches alone and check what is around them
+triton: Any
 try:
     import triton
     import triton.language as tl
 except ModuleNotFoundError:
-    triton: Any = SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda fn: fn))
+    triton = SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda fn: fn))
     tl: Any = SimpleNamespace(int32="int32", int64="int64")
     HAS_TRITON = INTERPRET = False
 else:

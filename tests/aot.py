@@ -6,31 +6,47 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
+# the variants of a kernel that differ in how a weight is loaded: of the bits of an element, and
+# generic ones; all of them for one device, what is common for each
+WIDTHS = [
+    pytest.param(90, 16, True, id="sm_90, 16 bits"),
+    pytest.param(90, 32, True, id="sm_90, 32 bits"),
+    pytest.param(90, 16, False, id="sm_90, generic"),
+    pytest.param(80, 16, True, id="sm_80, 16 bits"),
+    pytest.param(100, 16, True, id="sm_100, 16 bits"),
+]
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Compiled:
     """Machine code of one kernel variant and what the assembler says of it."""
 
     ptx: str
-    sass: str
+    cubin: bytes
     shared: int  # bytes
     registers: int
     stack: int  # bytes a thread: local arrays and spills
 
+    @cached_property
+    def sass(self) -> str:
+        """The machine code, in half a second: some tests have no need of it."""
+        return _read(self.cubin, "nvdisasm", "-c")
+
     @property
     def spills(self) -> int:
-        """Local-memory loads and stores."""
-        return len(re.findall(r"\b(?:LDL|STL)\b", self.sass))
+        """Local-memory loads and stores; without a stack there is nowhere to spill to."""
+        return len(re.findall(r"\b(?:LDL|STL)\b", self.sass)) if self.stack else 0
 
     def global_loads(self) -> list[int]:
         """Bytes a thread of every global load instruction, bulk copies excluded."""
@@ -44,6 +60,15 @@ class Compiled:
     def has(self, instruction: str) -> bool:
         """Tell whether a SASS mnemonic (``HGMMA``, ``HMMA``, ``UTMALDG``, ...) occurs."""
         return re.search(rf"\b{instruction}\b", self.sass) is not None
+
+
+def _read(cubin: bytes, tool: str, *options: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        return subprocess.run(
+            [TOOLS / tool, *options, path], check=True, capture_output=True, text=True
+        ).stdout
 
 
 def _width(modifiers: str) -> int:
@@ -112,19 +137,12 @@ def compile_for(
             "enable_fp_fusion": fp_fusion,
         },
     )
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(built.asm["cubin"])
-        sass = subprocess.run(
-            [TOOLS / "nvdisasm", "-c", cubin], check=True, capture_output=True, text=True
-        ).stdout
-        usage = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", cubin], check=True, capture_output=True, text=True
-        ).stdout
+    cubin = built.asm["cubin"]
+    usage = _read(cubin, "cuobjdump", "-res-usage")
     registers, stack = (
         int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK")
     )
-    return Compiled(built.asm["ptx"], sass, built.metadata.shared, registers, stack)
+    return Compiled(built.asm["ptx"], cubin, built.metadata.shared, registers, stack)
 
 
 def assert_lean(compiled, arch):

@@ -30,9 +30,9 @@ PATTERNS = [
     Block(128, 2),
     Block(256, 256),
 ]
-DTYPES = [torch.float32, torch.float16, torch.float64]
-if not INTERPRET:  # whose bfloat16 is unreliable
-    DTYPES.append(torch.bfloat16)
+DTYPES = [torch.float32, torch.float16]
+if not INTERPRET:  # whose bfloat16 is unreliable, and float64 is plain torch's
+    DTYPES += [torch.bfloat16, torch.float64]
 
 
 def make(shape, dtype=torch.float32):
@@ -113,8 +113,9 @@ def test_strides_are_respected(view, pattern):
     assert_scores(block_score(weight, pattern), weight, pattern, "l1")
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize(
+    ("norm", "bad"), [("l1", float("nan")), ("l1", float("-inf")), ("l2", float("inf"))]
+)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_a_block_with_nan_or_inf_alone_is_not_finite(pattern, norm, bad):
     weight = make((300, 290))
@@ -271,8 +272,11 @@ def test_triton_is_never_replaced_silently():
 @pytest.mark.aot
 @pytest.mark.skipif(INTERPRET, reason="the interpreter replaces the compiler")
 @pytest.mark.parametrize("block", [(1, 2), (4, 4), (32, 32), (256, 256)], ids=str)
-@pytest.mark.parametrize("dtype", [tl.float32, tl.bfloat16], ids=str)
-@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [(80, tl.bfloat16), (90, tl.bfloat16), (90, tl.float32), (100, tl.bfloat16)],
+    ids=str,
+)
 def test_the_weight_is_read_once_and_16_bytes_at_a_time(arch, dtype, block):
     kernel = module._block_score_kernel
     pointers = {"table_ptr": "*i64", "score_ptr": "*fp32", "square_ptr": "*fp32"}
@@ -329,7 +333,7 @@ def listed():
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("pattern", [*PATTERNS[1:], Unstructured()], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS[::3] if INTERPRET else PATTERNS, ids=str)
 def test_a_list_has_the_scores_of_each(pattern, normed):
     weights = listed()
     found, inverse = block_scores(weights, pattern, normed=normed)

@@ -519,12 +519,7 @@ VARIANTS = {
 @pytest.mark.skipif(INTERPRET, reason="the interpreter replaces the compiler")
 @pytest.mark.aot
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(
-    ("width", "aligned"),
-    [(16, True), (32, True), (16, False)],
-    ids=["16 aligned", "32 aligned", "generic"],
-)
-@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+@pytest.mark.parametrize(("arch", "width", "aligned"), aot.WIDTHS)
 def test_weights_and_logits_move_16_bytes_at_a_time(arch, width, aligned, variant):
     kernel, sampled, block = VARIANTS[variant]
     compiled = compile_kernel(kernel, arch, width, sampled=sampled, block=block, aligned=aligned)

@@ -39,7 +39,8 @@ def make_mask(pattern, shape, share, seed):
 def subjects(pattern, dtype, share):
     """Weights of all shapes and layouts, with masks of any strides."""
     weights = [anything(shape, dtype, i) for i, shape in enumerate(SHAPES)]
-    weights += [torch.empty_like(w.T.contiguous()).copy_(w.T).T for w in weights]
+    turned = weights[::2] if INTERPRET else weights
+    weights += [torch.empty_like(w.T.contiguous()).copy_(w.T).T for w in turned]
     weights.append(torch.cat([anything((65, 75), dtype, 0)] * 2, 1)[:, 3:78])
     weights.append(torch.cat([anything((65, 75), dtype, 1)] * 2, 1)[:, ::2])
     masks = [make_mask(pattern, w.shape, share, i) for i, w in enumerate(weights)]

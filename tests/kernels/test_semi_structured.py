@@ -23,6 +23,7 @@ if not INTERPRET:  # it would take half a minute
 TRANSPOSABLE = NM(2, 4, transposable=True)
 PATTERNS = [*(NM(n, m) for n, m in PAIRS), TRANSPOSABLE]
 FEW = [NM(2, 4), NM(9, 16), NM(3, 5), TRANSPOSABLE]
+BACKENDS = ["auto"] if INTERPRET else ["auto", "torch"]  # plain torch has a stage of its own
 VIEWS = ["contiguous", "transposed", "sliced", "expanded", "shifted"]
 
 
@@ -107,7 +108,8 @@ def test_the_tiles_are_the_90_patterns_in_order():
 @pytest.mark.usefixtures("poisoned_memory", "tiles")
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_the_largest_are_kept_and_of_equal_ones_the_first(pattern):
-    for down, across in [(5, 11), (3, 16)]:
+    # of an odd number of groups; of whole words as well
+    for down, across in [(5, 11)] if INTERPRET else [(5, 11), (3, 16)]:
         weight = tied(pattern, down, across)
         found = nm_mask(weight, pattern)
         assert_equal(found.mask, oracle.packbits(want_mask(weight, pattern)))
@@ -153,7 +155,7 @@ def test_groups_may_be_kept_whole_and_out_stays_in_place(pattern):
             assert_equal(out, oracle.packbits(want))
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pattern", FEW, ids=str)
 def test_groups_with_nan_or_inf_are_counted_and_scored_nan(pattern, backend):
     weight = tied(pattern, 6, 9)
