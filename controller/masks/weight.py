@@ -13,17 +13,16 @@ Reading order: one weight -> entries of a controller -> several weights at once.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn import functional
 
 from ...kernels import group_mask
@@ -33,6 +32,9 @@ from ...kernels.launch import Backend, read_later, refuse_capture
 from ...kernels.masked_weight import apply_mask
 from ...kernels.pattern import Pattern
 from ...kernels.product import BlockProduct, make_product, update_products
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -337,8 +339,14 @@ class SparseWeight(GroupMask):
         return self._as_left == _state_of(weight)
 
 
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Tell whether it is one of torch's, whose import takes a second: who has one has paid."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def _state_of(weight: Tensor) -> tuple[Any, ...]:
-    if isinstance(weight, DTensor):
+    if is_sharded(weight):
         return id(weight), weight.to_local().data_ptr(), weight._version, weight.requires_grad
     version = 0 if weight.is_inference() else weight._version
     return id(weight), weight.data_ptr(), version, weight.requires_grad
@@ -383,7 +391,7 @@ def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
     """
     pairs = [(w, t) for w, t in zip(weights, tensors, strict=True) if w.clears(t)]
     for weight, tensor in pairs:
-        if isinstance(tensor, DTensor):
+        if is_sharded(tensor):
             local, pruned = _shard(weight, tensor)
             local.masked_fill_(pruned, 0)
     with _matrices(pairs) as (owners, matrices):
@@ -399,7 +407,7 @@ def leaks(weights: Sequence[SparseWeight]) -> Callable[[], list[int]]:
     refuse_capture(pairs[0][1], f"the weight of {pairs[0][0].name!r}")
     found = dict.fromkeys(weights, torch.zeros((), dtype=torch.int64, device=pairs[0][1].device))
     for weight, tensor in pairs:
-        if isinstance(tensor, DTensor):
+        if is_sharded(tensor):
             local, pruned = _shard(weight, tensor)
             found[weight] = local[pruned].count_nonzero()
     owners, matrices = _whole(pairs)
@@ -409,6 +417,8 @@ def leaks(weights: Sequence[SparseWeight]) -> Callable[[], list[int]]:
 
 def _shard(weight: SparseWeight, tensor: DTensor) -> tuple[Tensor, Tensor]:
     """Return the local part of a sharded tensor, and which of its elements are pruned."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     local = tensor.to_local()
     _, offsets = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
@@ -422,7 +432,7 @@ _Pairs = list[tuple[SparseWeight, Tensor]]
 
 def _whole(pairs: _Pairs) -> tuple[list[SparseWeight], list[Tensor]]:
     """Return the tensors that are not sharded as matrices, and their weights."""
-    whole = [(w, w.matrix(t)) for w, t in pairs if not isinstance(t, DTensor)]
+    whole = [(w, w.matrix(t)) for w, t in pairs if not is_sharded(t)]
     return [weight for weight, _ in whole], [matrix for _, matrix in whole]
 
 
@@ -431,7 +441,7 @@ def _matrices(pairs: _Pairs) -> Iterator[tuple[list[SparseWeight], list[Tensor]]
     """Give tensors as matrices to be written, as ``_whole``."""
     owners, matrices = _whole(pairs)
     yield owners, matrices
-    tensors = [tensor for _, tensor in pairs if not isinstance(tensor, DTensor)]
+    tensors = [tensor for _, tensor in pairs if not is_sharded(tensor)]
     for weight, tensor, matrix in zip(owners, tensors, matrices, strict=True):
         weight.copy_back(tensor, matrix)
 
@@ -475,7 +485,7 @@ def dense_weights(weights: Sequence[SparseWeight], *, keep: bool | None = None) 
     then, ``keep`` as in ``take_values``. A context that ends in an error has changed nothing.
     """
     for weight in weights:
-        if isinstance(weight.weight, DTensor):
+        if is_sharded(weight.weight):
             raise RuntimeError(
                 f"set_sparsity_level: the weight of {weight.name!r} must not be sharded, got a "
                 "DTensor; masks hold on shards but cannot change there yet: freeze them before"
