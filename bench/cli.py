@@ -27,7 +27,7 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program and exit: 0, 2 after an error that is the user's to mend, 130 if stopped."""
     # typer brings its own click or depends on one, by version; the base of its errors is the same
-    usage_error = typer.BadParameter.__mro__[2]
+    usage_error: Any = typer.BadParameter.__mro__[2]
     try:
         sys.exit(app(args=arguments, prog_name="triton-sparsity", standalone_mode=False))
     except usage_error as error:
@@ -194,7 +194,7 @@ def finetune(
     if levels and not compare:
         raise typer.BadParameter("--levels needs --compare")
     own = ("output", "compare", "levels", "resume", "force", "as_json")
-    names = {
+    names: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in context.params.items()
         if value not in (None, [], ()) and name not in own

@@ -31,7 +31,7 @@ from ..kernels.select import Threshold, select, select_reference
 from ..kernels.select_each import select_each, select_each_reference
 from ..kernels.semi_structured import nm_mask, nm_score
 from ..kernels.topology import Topology, block_topology, topology_reference
-from .measure.agreement import difference, disagreement, first, worse_tuples
+from .measure.agreement import difference, disagreement, first, gradient_of, worse_tuples
 
 Check = Callable[[], str | None]
 
@@ -54,7 +54,8 @@ def checks(device: torch.device, backend: Backend) -> Iterator[tuple[str, Check]
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     def grid_of(pattern: Pattern, weight: Tensor) -> Tensor:
-        mask = torch.rand(grid_shape(pattern, weight.shape), generator=generator) < 0.5
+        rows, cols = weight.shape
+        mask = torch.rand(grid_shape(pattern, (rows, cols)), generator=generator) < 0.5
         mask[0], mask[:, -1] = False, False
         mask[-1, 0] = True
         return mask.to(device)
@@ -81,7 +82,7 @@ def checks(device: torch.device, backend: Backend) -> Iterator[tuple[str, Check]
         for pattern in (NM(2, 4), NM(1, 8), NM(2, 4, transposable=True)):
             yield f"nm_mask {pattern}, {name}", _tuples(tuples, pattern, backend)
         for pattern in (Unstructured(), Block(8, 16)):
-            logits = normal(*grid_shape(pattern, fine.shape))
+            logits = normal(*grid_shape(pattern, (37, 130)))
             random = torch.tensor([7, 3], device=device)
             rest = {"pattern": pattern, "backend": backend}
             size = f"37x130, {pattern}, {name}"
@@ -112,7 +113,7 @@ def _score(weight: Tensor, pattern: Pattern, backend: Backend) -> Check:
         return first(
             (
                 _named("value", disagreement(got, eager, exact.double())),
-                _named("gradient", disagreement(*(leaf.grad for leaf in leaves))),
+                _named("gradient", disagreement(*map(gradient_of, leaves))),
             )
         )
 
@@ -144,7 +145,7 @@ def _apply(weight: Tensor, mask: Tensor, pattern: Pattern, backend: Backend) -> 
         )
         found = [
             difference("value", got, wanted),
-            difference("gradient", poisoned.grad, keep.to(weight.dtype) * 3),
+            difference("gradient", gradient_of(poisoned), keep.to(weight.dtype) * 3),
             difference("leaks", leaks, (~keep).sum()[None]),
             difference("in place", in_place, wanted),
             difference("emptied", emptied, wanted),

@@ -207,6 +207,7 @@ def _measured(
             built = case.build()
             if problem := built.check():
                 raise ValueError(f"recommend: {shape} {block} {case.operation}: {problem}")
+            assert built.dense is not None
             skipping = measure(built.run, device, budget=budget).median
             usual = measure(built.dense, device, budget=budget).median
             dense += count * usual

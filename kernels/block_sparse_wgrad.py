@@ -305,17 +305,18 @@ def _tile(
     accs = _zeros(ACC_ROWS, ACC_COLS, DOTS)
     for step in range(first, end):
         t = step * BLOCK_T
-        sums = ()
+        sums = ()  # which a type checker takes for what it stays
         if not BULK:
             offs_u = u + tl.arange(0, BLOCK_U)
             offs_a = offs_u if LONE_A else places[0]
             offs_b = places[0] if LONE_A else offs_u
             x = _columns(a, t, offs_a, T, NA, stride_at, stride_aa, INDEX, BLOCK_T)
             y = _columns(b, t, offs_b, T, NB, stride_bt, stride_bb, INDEX, BLOCK_T)
+            acc = accs[0]  # pyright: ignore[reportGeneralTypeIssues]
             if TURN:
-                sums += (tl.dot(y.T, x, accs[0], input_precision=PRECISION),)
+                sums += (tl.dot(y.T, x, acc, input_precision=PRECISION),)
             else:
-                sums += (tl.dot(x.T, y, accs[0], input_precision=PRECISION),)
+                sums += (tl.dot(x.T, y, acc, input_precision=PRECISION),)
         elif LONE_A:
             lone = a.load([t, u]).T
             for i in tl.static_range(DOTS):
@@ -345,7 +346,7 @@ def _tile(
             tl.store(slot_ptr + i * (ACC_ROWS * ACC_COLS) + rows * SLOT_COLS + cols, accs[i])
     elif BULK:
         for i in tl.static_range(DOTS):
-            block = accs[i].to(out_ptr.dtype.element_ty)
+            block = accs[i].to(out_ptr.dtype.element_ty)  # pyright: ignore[reportAttributeAccessIssue]
             if LONE_A:
                 out.store([u, places[i]], block)
             else:
@@ -354,7 +355,8 @@ def _tile(
         offs_u = u + tl.arange(0, BLOCK_U)
         offs_a = offs_u if LONE_A else places[0]
         offs_b = places[0] if LONE_A else offs_u
-        _store_block(out_ptr, offs_a, offs_b, accs[0], NA, NB, stride_oa, stride_ob, TURN, INDEX)
+        acc = accs[0]  # pyright: ignore[reportGeneralTypeIssues]
+        _store_block(out_ptr, offs_a, offs_b, acc, NA, NB, stride_oa, stride_ob, TURN, INDEX)
     return down, across
 
 

@@ -160,8 +160,10 @@ def choose(
     limits = known.get(key)
     if limits is None and not torch.are_deterministic_algorithms_enabled():
         limits = measured.get(kind_of(shape, pattern, dtype, device))
-        limits = limits or break_even(shape, pattern, dtype, device)
-    limits = limits or built_in(shape, pattern, dtype, device, triton_runs=triton_runs)
+        if limits is None and (found := break_even(shape, pattern, dtype, device)):
+            limits = BreakEven(*found)
+    if limits is None:
+        limits = built_in(shape, pattern, dtype, device, triton_runs=triton_runs)
     known[key] = limits
     down, across = grid_shape(pattern, shape)
     return Paths(*(limit > 0 and kept <= limit * down * across for limit in limits))

@@ -9,26 +9,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 
-# to type checkers a kernel is the function that it was, which takes a constexpr where a launch
-# gives a number; of no type, they leave launches alone and check what is around them
-triton: Any
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError:
-    triton = SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda fn: fn))
-    tl: Any = SimpleNamespace(int32="int32", int64="int64")
-    HAS_TRITON = INTERPRET = False
-else:
+if TYPE_CHECKING:
+    # by Triton's own types a kernel is the Python function that it looks like, which would take a
+    # constexpr where a launch gives a number; of no type, kernels and their launches are left
+    # alone, and what is around them is checked
+    triton: Any
     HAS_TRITON = True
-    # decided when a kernel is decorated, so it cannot change after import
-    INTERPRET: bool = triton.knobs.runtime.interpret
+    INTERPRET = False
+
+    class tl(Any):
+        constexpr: TypeAlias = Any
+
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ModuleNotFoundError:
+        triton = SimpleNamespace(jit=lambda fn=None, **_: fn or (lambda fn: fn))
+        tl = SimpleNamespace(int32="int32", int64="int64")
+        HAS_TRITON = INTERPRET = False
+    else:
+        HAS_TRITON = True
+        # decided when a kernel is decorated, so it cannot change after import
+        INTERPRET = triton.knobs.runtime.interpret
 
 # whether kernels take a CPU's tensors, as the interpreter's do; tests that launch them against a
 # stub of the driver say so too
@@ -54,7 +63,7 @@ def takes_kernels(device: torch.device) -> bool:
     return device.type == "cuda" or ON_CPU
 
 
-def use_triton(operation: str, backend: Backend, tensor: Tensor) -> bool:
+def use_triton(operation: str, backend: Backend | str, tensor: Tensor) -> bool:
     """Tell whether ``operation`` runs its Triton kernel on ``tensor``'s device.
 
     Args:

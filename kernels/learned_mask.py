@@ -19,6 +19,9 @@ gradient, weight and logits and one write of two gradients. For blocks logits co
 Reading order: reference -> CPU (``draw.py``) -> kernels -> launchers -> operators -> public.
 """
 
+# in a kernel one constexpr decides what is bound and what is used
+# pyright: reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -49,7 +52,8 @@ class _StraightThrough(torch.autograd.Function):
         return torch.where(kept, weight, 0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (grad,) = grads
         weight, soft, kept = ctx.saved_tensors
         wide = torch.promote_types(weight.dtype, torch.float32)
         sums = _block_sums(grad.to(wide) * weight, ctx.pattern.rows, ctx.pattern.cols)
@@ -432,7 +436,8 @@ def _launch(
     if weight.numel() == 0:
         return out
     blocks = rows > 1 or cols > 1
-    grid, layout = _programs(*weight.shape, rows, cols, blocks=blocks)
+    R, C = weight.shape
+    grid, layout = _programs(R, C, rows, cols, blocks=blocks)
     kernel = _sample_blocks_kernel if blocks else _sample_kernel
     with on_device(weight):
         # fused, a multiplication and an addition round once: other masks than elsewhere

@@ -510,13 +510,11 @@ def make_mask(
     if scales is not None:
         scales = scales.contiguous()
     with torch.no_grad():
-        if plain:
-            out = _new_masks(tensors, packed) if out is None else out
-            make_mask_reference(tensors, value, keep_ties, scales, packed, out)
-        elif out is None:
-            out = _op(tensors, value, keep_ties, scales, packed)
-        else:
-            _out_op(tensors, value, keep_ties, scales, packed, out)
+        if out is None and not plain:
+            return _op(tensors, value, keep_ties, scales, packed)
+        out = _new_masks(tensors, packed) if out is None else out
+        fill = make_mask_reference if plain else _out_op
+        fill(tensors, value, keep_ties, scales, packed, out)
     return list(out)
 
 

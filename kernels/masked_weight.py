@@ -202,7 +202,8 @@ def _apply_(weights: Sequence[Tensor], masks: Sequence[Tensor], rows: int, cols:
         else:
             _clear(weight, mask, rows, cols)
     if launched:
-        launch_pruned(*zip(*launched, strict=True), rows, cols)
+        owners, pruned = zip(*launched, strict=True)
+        launch_pruned(owners, pruned, rows, cols)
 
 
 def _clear(weight: Tensor, mask: Tensor, rows: int, cols: int) -> None:
@@ -364,7 +365,7 @@ def apply_mask(
     *,
     backend: Backend = "auto",
 ) -> list[Tensor]: ...
-def apply_mask(weight, mask, pattern, *, backend="auto"):
+def apply_mask(weight: Any, mask: Any, pattern: Pattern, *, backend: Backend = "auto") -> Any:
     """Return ``weight`` with its pruned elements +0; gradients are +0 there too.
 
     Args:
@@ -423,7 +424,8 @@ def apply_mask_(
         TypeError, ValueError, RuntimeError: as ``apply_mask``.
     """
     name, given, rest = "apply_mask_", [], []
-    for w, m in [(weight, mask)] if isinstance(weight, Tensor) else _pairs(name, weight, mask):
+    one: Any = [(weight, mask)]  # the mask of one weight is one too
+    for w, m in one if isinstance(weight, Tensor) else _pairs(name, weight, mask):
         (given if _takes_operator(name, w, m, pattern, backend) else rest).append((w, m))
     if given:
         weights, masks = map(list, zip(*given, strict=True))

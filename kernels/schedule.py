@@ -143,7 +143,9 @@ def _loads(
     """Return the load of each multiprocessor: programs beyond as many share them, in order."""
     own, tiles, parts = program_loads(plan, steps, num_m)
     load = own * times.step + tiles * times.end + parts * times.part
-    return np.bincount(np.arange(plan.programs) % processors, load, processors)
+    places = np.arange(plan.programs) % processors
+    weights: NDArray[np.float64] = load.astype(np.float64)
+    return np.bincount(places, weights, processors).astype(np.float64, copy=False)
 
 
 def balance(plan: Plan, steps: Ints, num_m: int, processors: int, end: float = 1.5) -> float:

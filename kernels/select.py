@@ -25,6 +25,9 @@ bins: keys are compared with its bounds two at a time, 8 instructions an element
 Reading order: reference -> kernels -> launcher -> plain torch -> operator -> public function.
 """
 
+# in a kernel one constexpr decides what is bound and what is used
+# pyright: reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -668,9 +671,10 @@ def _read(pieces: Sequence[_Piece], plan: _Plan, step: int, *bracket: int) -> _C
         return count(pieces)
     with ThreadPoolExecutor(threads) as pool:
         shares = list(pool.map(count, (pieces[n::threads] for n in range(threads))))
-    keeps = all(share.inside is not None for share in shares)
-    inside = list(chain(*(share.inside for share in shares))) if keeps else None
-    return _Counts(sum(share.numbers for share in shares), inside)
+    inside = [share.inside for share in shares if share.inside is not None]
+    keeps = len(inside) == len(shares)
+    numbers = np.sum([share.numbers for share in shares], axis=0)
+    return _Counts(numbers, list(chain(*inside)) if keeps else None)
 
 
 def _search_torch(
@@ -746,7 +750,8 @@ def _runs_triton(tensors: Sequence[Tensor], backend: Backend) -> bool:
 @torch.library.custom_op("triton_sparsity::select", mutates_args=())
 def _op(tensors: list[Tensor], k: int, scales: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     implementation = _select_triton if _runs_triton(tensors, "auto") else _select_torch
-    return tuple(implementation(tensors, k, scales))
+    value, keep_ties, nonfinite = implementation(tensors, k, scales)
+    return value, keep_ties, nonfinite
 
 
 @_op.register_fake

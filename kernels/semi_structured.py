@@ -599,9 +599,9 @@ def nm_mask(
                 f"with strides {tensor.stride()}"
             )
     spelled = pattern.n, pattern.m, pattern.transposable
-    if takes_operator and out is None:
-        return NMMask(*_mask_op(weight, *spelled, whole))
     if takes_operator:
+        if out is None:
+            return NMMask(*_mask_op(weight, *spelled, whole))
         return NMMask(out, _mask_out_op(weight, *spelled, whole, out))
     if out is None:
         out = weight.new_empty(packed_shape(weight.shape), dtype=torch.uint8)

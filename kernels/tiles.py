@@ -9,7 +9,7 @@ density, because the kernels' loops run over what is kept. Of several tiles of a
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .launch import HAS_TRITON
 from .pattern import Pattern
 from .topology import BUNDLE_WIDTH
 
-if HAS_TRITON:
+if HAS_TRITON or TYPE_CHECKING:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED_PROCESSORS = 3  # few, so that the programs of small tests walk several tiles each
@@ -137,7 +137,8 @@ def linear_tiles(
     # tokens, outputs, reduced features a step; warps, stages at most, programs a multiprocessor
     shapes: list[tuple[int, int, int, int, int, int]] = []
     if not bulk:
-        shapes.append((128, n, wide // size, *((8, 4, 1) if n == 128 else (4, 4, 2))))
+        warps, programs = (8, 1) if n == 128 else (4, 2)
+        shapes.append((128, n, wide // size, warps, 4, programs))
     elif size == 4:
         shapes.append((128, n, 32, 8, 4, 1))
     else:

@@ -103,8 +103,8 @@ def finetune(
     if options.algorithm == "const":
         # without a level the zeros that are there are enough, whatever their number
         options = replace(options, level=asked)
-    for name in task.data if saved else ():
-        before, now = saved["data"].get(name), task.data[name]
+    for name, now in task.data.items():
+        before = now if saved is None else saved["data"].get(name)
         if before != now:
             raise ValueError(
                 f"the data of {options.task!r} are not those of the run to resume: {name} is "
@@ -236,6 +236,7 @@ def control(model: nn.Module, options: Options) -> BaseSparsityAlgoController:
     # too few zeros there: those of one pruning, which then stay
     controller.strip(do_copy=False)
     level = end_level(options)
+    assert level is not None
     once = PolynomialSchedule(initial_level=level, target_level=level)
     shared = config.model_dump(exclude={"algorithm"})
     magnitude = MagnitudeSparsityConfig(**shared, schedule=once, weight_importance="abs")

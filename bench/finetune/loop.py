@@ -89,8 +89,8 @@ def train(job: Job, model: nn.Module, controller: Any, state: dict[str, Any]) ->
         optimizer.load_state_dict(state["optimizer"])
     if controller is not None:
         controller.optimizer = optimizer
-    if state["controller"] is not None:
-        controller.load_state(state["controller"])
+        if state["controller"] is not None:
+            controller.load_state(state["controller"])
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"], job.device)

@@ -297,9 +297,13 @@ def schedule(options: Options) -> Schedule:
     assert options.epochs is not None
     # the level of an epoch holds from its start, so the last epoch is the latest to reach it in
     target_epoch = min(max(1, round(options.ramp * options.epochs)), options.epochs - 1)
-    span = {"initial_level": options.initial_level, "target_level": options.level}
+    assert options.level is not None
+    span: dict[str, Any] = {
+        "initial_level": options.initial_level,
+        "target_level": options.level,
+    }
     # groups may return as long as training goes on
-    end = {"freeze_epoch": options.epochs}
+    end: dict[str, Any] = {"freeze_epoch": options.epochs}
     match options.schedule:
         case "polynomial":
             return PolynomialSchedule(

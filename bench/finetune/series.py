@@ -71,7 +71,7 @@ def run_series(
 
 
 def comparison(
-    options: Options, algorithms: Sequence[str], levels: Sequence[float]
+    options: Options, algorithms: Sequence[str], levels: Sequence[float | None]
 ) -> list[Entry]:
     """Return the runs that compare ``algorithms`` at each of ``levels``.
 
@@ -91,8 +91,8 @@ def comparison(
         own = [None] if algorithm == "movement" else levels
         entries += [
             Entry(
-                f"{algorithm} {100 * level:g} %" if len(own) > 1 else algorithm,
-                f"{algorithm}-{level:g}" if len(own) > 1 else algorithm,
+                algorithm if level is None or len(own) == 1 else f"{algorithm} {100 * level:g} %",
+                algorithm if level is None or len(own) == 1 else f"{algorithm}-{level:g}",
                 replace(options, algorithm=algorithm, level=level),
             )
             for level in own

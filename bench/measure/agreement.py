@@ -51,6 +51,12 @@ def difference(name: str, actual: Tensor, wanted: Tensor) -> str | None:
     return f"{name}: {wrong} of {wanted.numel()} elements differ" if wrong else None
 
 
+def gradient_of(leaf: Tensor) -> Tensor:
+    """Return the gradient of what was in a backward pass."""
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 def first(problems: Iterable[str | None]) -> str | None:
     return next((problem for problem in problems if problem is not None), None)
 

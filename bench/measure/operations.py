@@ -127,11 +127,12 @@ def _nm_mask(o: Operands) -> Built:
 
 def _nm_score(o: Operands) -> Built:
     assert isinstance(o.pattern, NM)
-    run = partial(nm_score, o.weight, o.pattern, backend=o.backend)
+    pattern = o.pattern
+    run = partial(nm_score, o.weight, pattern, backend=o.backend)
 
     def check() -> str | None:
         """What a group loses is the sum of what its mask drops."""
-        tall, wide = o.pattern.group
+        tall, wide = pattern.group
         lost = o.weight.abs().masked_fill(o.grid, 0)
         groups = (-1, tall), (-1, wide)
 

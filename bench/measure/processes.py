@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def in_turn(
         By name the times; or what went wrong, in set-up, check or run, of which there is no time.
     """
     context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
+    pipes: dict[str, Any] = {}  # connections, of a type that depends on the platform
     processes = []
     gpu = device is not None and device.type == "cuda"
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
@@ -74,7 +75,7 @@ def in_turn(
 
 
 def _ask(
-    name: str, pipes: Mapping[str, Connection], failures: dict[str, str]
+    name: str, pipes: Mapping[str, Any], failures: dict[str, str]
 ) -> tuple[float, int | None] | None:
     """Let a subject run once; None if it has failed."""
     if name in failures:

@@ -214,17 +214,17 @@ def profiler_overhead(device: torch.device, pairs: int = 15) -> float:
     a = torch.randn(side, side, device=device)
 
     def bare() -> float:
-        if gpu:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * gpu)]
+        for event in events[:1]:
+            event.record()
         start = time.perf_counter()
         for _ in range(5):
-            a @ a
-        if gpu:
-            end.record()
-            torch.cuda.synchronize(device)
-            return begin.elapsed_time(end) * 1e-3 / 5
-        return (time.perf_counter() - start) / 5
+            torch.mm(a, a)
+        if not gpu:
+            return (time.perf_counter() - start) / 5
+        events[1].record()
+        torch.cuda.synchronize(device)
+        return events[0].elapsed_time(events[1]) * 1e-3 / 5
 
     bare()
     ratios = []

@@ -1,5 +1,8 @@
 """blksprs, a Triton library of block-sparse matrices: ``matmul`` of three sparse operands."""
 
+# a peer need not be installed
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import importlib.util

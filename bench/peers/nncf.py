@@ -1,5 +1,8 @@
 """NNCF 2.14.1 or 2.19.0, the last releases with sparsity controllers for PyTorch."""
 
+# a peer need not be installed
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import os

@@ -1,5 +1,8 @@
 """STK, MegaBlocks' block-sparse products: ``dds``, dense = dense x sparse, of 128-blocks."""
 
+# a peer need not be installed
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import importlib.util

@@ -13,10 +13,10 @@ def compress(model: nn.Sequential, level: float) -> Callable[[], None]:
     weights = [(layer, "weight") for layer in model]
 
     def update() -> None:
-        for layer in model:
+        for name, buffer in model.named_buffers():
             # else the next masks would prune a part of what is left
-            if hasattr(layer, "weight_mask"):
-                layer.weight_mask.fill_(1)
+            if name.endswith("weight_mask"):
+                buffer.fill_(1)
         prune.global_unstructured(weights, pruning_method=prune.L1Unstructured, amount=level)
 
     update()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
-from torch.ao.pruning import WeightNormSparsifier
+from torch.ao.pruning.sparsifier.weight_norm_sparsifier import WeightNormSparsifier
 
 
 def mask_update(layer: nn.Linear, block: tuple[int, int], level: float) -> Callable[[], None]:
@@ -20,4 +21,5 @@ def mask_update(layer: nn.Linear, block: tuple[int, int], level: float) -> Calla
 
 def mask_of(layer: nn.Linear) -> Tensor:
     """Return the mask that ``layer`` has got: bool, of the weight's shape."""
-    return layer.parametrizations.weight[0].mask.bool()
+    parametrizations: Any = layer.parametrizations
+    return parametrizations.weight[0].mask.bool()

@@ -164,7 +164,7 @@ def train_peer(options: Options, folder: Path, progress: Advance) -> dict[str, f
     weights = strip().state_dict()
     # NNCF's modules keep the names
     stripped.load_state_dict({name: weights[name] for name in stripped.state_dict()})
-    pruned = [stripped.get_submodule(name).weight for name in targets]
+    pruned = [stripped.get_parameter(f"{name}.weight") for name in targets]
     zeros = sum(int((weight == 0).sum()) for weight in pruned)
     level = zeros / sum(weight.numel() for weight in pruned)
     return evaluate(job, stripped) | {"level": level}

@@ -281,7 +281,12 @@ def rows(comparison: Comparison, results: Mapping[str, Timing | str]) -> list[di
             names = "speedup", "speedup_p20", "speedup_p80"
             row |= zip(names, quotients(timings, baseline, name), strict=True)
             row["speedup_target"] = comparison.targets.get(name) if first else None
-        if first and name in comparison.shares and comparison.beyond in timings:
+        if (
+            baseline is not None
+            and first
+            and name in comparison.shares
+            and comparison.beyond in timings
+        ):
             share, *_ = quotients(timings, name, baseline, comparison.beyond)
             row |= {"share": share, "share_target": comparison.shares[name]}
         found.append(row)

@@ -367,10 +367,11 @@ def _transformer(run: Run, pattern: Pattern, level: float) -> Built:
             if kind is not None:
                 net = layer().to(kind)
                 for name, mask in masks.items():
-                    net.get_submodule(name).weight.data.masked_fill_(~mask, 0)
+                    net.get_parameter(f"{name}.weight").data.masked_fill_(~mask, 0)
             net(x if kind is None else x.to(kind)).float().square().mean().backward()
             for name, mask in masks.items():
-                gradient = net.get_submodule(name).weight.grad
+                gradient = net.get_parameter(f"{name}.weight").grad
+                assert gradient is not None
                 found[name].append(gradient.masked_fill(~mask, 0) if kind else gradient.clone())
         model.zero_grad()
         for name, three in found.items():

@@ -14,7 +14,7 @@ from ...controller.algorithms.magnitude import MagnitudeSparsityConfig
 from ...controller.config.schedule import PolynomialSchedule
 from ...controller.create import create_controller
 from ...kernels.pattern import Block, Pattern
-from ..measure.agreement import disagreement
+from ..measure.agreement import disagreement, gradient_of
 
 LEVEL = 0.8
 BLOCK = Block(32, 32)
@@ -46,6 +46,11 @@ def linears(place: Place, count: int) -> nn.Sequential:
     torch.manual_seed(0)
     layers = [nn.Linear(place.width, place.width) for _ in range(count)]
     return nn.Sequential(*layers).to(place.kind, place.dtype)
+
+
+def layers_of(model: nn.Module) -> list[nn.Linear]:
+    """Return the linear layers of what ``linears`` made, masked or not."""
+    return [layer for layer in model.children() if isinstance(layer, nn.Linear)]
 
 
 def sparse(model: nn.Module, pattern: Pattern, level: float = LEVEL) -> Any:
@@ -101,7 +106,7 @@ def check_order(model: nn.Sequential, masks: list[Tensor]) -> None:
         masks: of its layers.
     """
     check_count(masks)
-    sizes = [layer.weight.detach().abs() for layer in model]
+    sizes = [layer.weight.detach().abs() for layer in layers_of(model)]
     kept = min(s[m].min().item() for s, m in zip(sizes, masks, strict=True))
     dropped = max(s[~m].max().item() for s, m in zip(sizes, masks, strict=True))
     check(dropped <= kept, "a pruned weight is larger than a kept one")
@@ -128,7 +133,7 @@ def pruned_by_hand(
     """Return the dense model, zeros written where ``masks`` prune."""
     model = linears(place, len(masks)).to(dtype or place.dtype)
     with torch.no_grad():
-        for layer, mask in zip(model, masks, strict=True):
+        for layer, mask in zip(layers_of(model), masks, strict=True):
             layer.weight.masked_fill_(~mask, 0)
     return model
 
@@ -149,10 +154,11 @@ def check_gradients(model: nn.Sequential, controller: Any, place: Place, tokens:
     for kind in (None, place.dtype, torch.float64):
         net = model if kind is None else pruned_by_hand(place, masks, kind)
         net(x if kind is None else x.to(kind)).square().mean().backward()
-        found = [layer.weight.grad for layer in net]
+        found = [gradient_of(layer.weight) for layer in layers_of(net)]
         gradients.append([g.masked_fill(~m, 0) for g, m in zip(found, masks, strict=True)])
     outside = sum(
-        int(layer.weight.grad[~m].count_nonzero()) for layer, m in zip(model, masks, strict=True)
+        int(gradient_of(layer.weight)[~m].count_nonzero())
+        for layer, m in zip(layers_of(model), masks, strict=True)
     )
     check(outside == 0, f"{outside} pruned weights have a gradient")
     for three in zip(*gradients, strict=True):

@@ -20,6 +20,7 @@ from ...controller.config.schedule import MultistepSchedule
 from ...controller.create import create_controller
 from ...kernels.pattern import Pattern, Unstructured
 from ...kernels.select import select
+from ..measure.agreement import gradient_of
 from ..measure.timing import Work
 from ..peers import nncf, thresholds, torch_prune
 from ..peers import weight_norm as weight_norm_peer
@@ -37,6 +38,7 @@ from .setup import (
     check_forward,
     check_gradients,
     check_order,
+    layers_of,
     linears,
     masks_of,
     pruned_by_hand,
@@ -71,10 +73,10 @@ def nncf_global_update(place: Place) -> Work:
 def torch_global_update(place: Place) -> Work:
     model = linears(place, place.layers)
     update = torch_prune.compress(model, LEVEL)
-    for layer in model:
-        layer.weight_mask.zero_()
+    for mask in model.buffers():
+        mask.zero_()
     update()
-    check_order(linears(place, place.layers), [m.weight_mask.bool() for m in model])
+    check_order(linears(place, place.layers), [mask.bool() for mask in model.buffers()])
     return update
 
 
@@ -155,7 +157,7 @@ def nncf_step(place: Place, tokens: int) -> Work:
 def torch_step(place: Place, tokens: int) -> Work:
     model = linears(place, LAYERS)
     torch_prune.compress(model, LEVEL)
-    masks = [m.weight_mask.bool() for m in model]
+    masks = [mask.bool() for mask in model.buffers()]
     check_order(linears(place, LAYERS), masks)
     check_forward(model, masks, place, tokens)
     return training_step(model, place, tokens)
@@ -175,7 +177,7 @@ def learning_step(model: nn.Module, controller: Any, place: Place, tokens: int) 
     return step
 
 
-def shown_mask(layer: nn.Module, algorithm: str, pattern: Pattern) -> Tensor:
+def shown_mask(layer: nn.Linear, algorithm: str, pattern: Pattern) -> Tensor:
     """Return which weights a forward pass shows, having checked that these are as they must be.
 
     A sigmoid of rb's first logits, 4.595, keeps 99 %; movement's first threshold keeps all.
@@ -204,7 +206,7 @@ def our_learning_step(place: Place, algorithm: str, pattern: Pattern, tokens: in
     controller = create_controller(model, config)
     controller.scheduler.epoch_step()
     controller.scheduler.step()
-    layer, parameter = model[0], controller.sparsified_module_info[0].weight
+    (layer, *_), parameter = layers_of(model), controller.sparsified_module_info[0].weight
     kept = shown_mask(layer, algorithm, pattern)
     out = layer(x)
     out.square().mean().backward()
@@ -218,9 +220,9 @@ def our_learning_step(place: Place, algorithm: str, pattern: Pattern, tokens: in
         return full.where(kept, 0), blocks.sum((1, 3))
 
     eager, exact = gradients(x.dtype), gradients(torch.float64)
-    check_close(parameter.grad, eager[0], exact[0])
+    check_close(gradient_of(parameter), eager[0], exact[0])
     if algorithm == nncf.MOVEMENT:
-        check_close(layer.weight_scores.grad, eager[1], exact[1])
+        check_close(gradient_of(layer.get_parameter("weight_scores")), eager[1], exact[1])
     model.zero_grad()
     return learning_step(model, controller, place, tokens)
 
@@ -263,7 +265,7 @@ def our_strip(place: Place) -> Work:
     masks = masks_of(controller)
     check_order(linears(place, LAYERS), masks)
     wanted = pruned_by_hand(place, masks)
-    for layer, other in zip(controller.strip(), wanted, strict=True):
+    for layer, other in zip(controller.strip(), layers_of(wanted), strict=True):
         check(type(layer) is nn.Linear, f"{type(layer).__name__} is not the original class")
         check(torch.equal(layer.weight, other.weight), "weights are not the masked ones")
         check(torch.equal(layer.bias, other.bias), "biases have changed")

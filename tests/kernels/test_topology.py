@@ -151,7 +151,7 @@ def masks_of(kind):
 def test_a_list_of_masks_gets_the_lists_of_each_in_place(pattern):
     topologies = block_topologies(masks_of("all"), pattern)
     addresses = [[t.data_ptr() for t in topology] for topology in topologies]
-    for kind in ("some", "none", "skewed"):
+    for kind in ("none", "skewed") if INTERPRET else ("some", "none", "skewed"):
         masks = masks_of(kind)
         got = block_topologies(masks, pattern, out=topologies)
         assert all(a is b for a, b in zip(got, topologies, strict=True))
