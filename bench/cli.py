@@ -86,7 +86,12 @@ def finetune(
         typer.Option("--output", "-o", help="Folder for the run's files; made if not there."),
     ],
     task: Annotated[
-        Text, _option("stdlib-lm (language model of Python's source) or digits.", "stdlib-lm")
+        Text,
+        _option(
+            "stdlib-lm (language model of Python's source), stdlib-lm-wide, digits or minilm "
+            "(pretrained sentence encoder).",
+            "stdlib-lm",
+        ),
     ] = None,
     algorithm: Annotated[
         Text, _option("magnitude, const, set, rigl, rb or movement.", "magnitude")
@@ -142,7 +147,7 @@ def finetune(
     regularization: Annotated[Real, _option("Of movement: factor of its loss.", "0.1")] = None,
     scope: Annotated[
         list[str] | None,
-        _option("Modules to prune: path, glob or {re}expression; may be repeated.", "layers"),
+        _option("Modules to prune: path, glob or {re}expression; may be repeated.", "by task"),
     ] = None,
     ignore: Annotated[
         list[str] | None, _option("Modules to leave dense; may be repeated.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,15 @@ def load_state(folder: Path) -> dict[str, Any] | None:
     return state
 
 
-def claim(folder: Path, *, force: bool) -> None:
-    """Make sure that a new run may write its files to ``folder``.
+def claim(folder: Path, further: Iterable[str] = (), *, force: bool) -> None:
+    """Make sure that a new run may write its files to ``folder``, ``further`` ones included.
 
     Raises:
         FileExistsError: some are there already, and ``force`` is not given.
         OSError: ``folder`` is no folder.
     """
     # the state first: without it the other files are no run that could be resumed
-    names = (STATE, REPORT, DENSE, STRIPPED, CURVES)
+    names = (STATE, REPORT, DENSE, STRIPPED, CURVES, *further)
     present = [name for name in names if (folder / name).exists()]
     if present and not force:
         raise FileExistsError(

@@ -127,7 +127,7 @@ def finetune(
     with catch_signals() as interrupted:
         job = Job(task, options, folder, progress, interrupted)
         if saved is None:
-            claim(folder, force=force)
+            claim(folder, task.files, force=force)
             saved = start(job, model)
         if saved["phase"] == "dense":
             saved = dense_phase(job, model, saved)
@@ -211,6 +211,8 @@ def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str,
         "history": state["history"],
     }
     write_atomic(job.folder / STRIPPED, weights)
+    for name, content in job.task.files.items():
+        write_atomic(job.folder / name, content)
     write_atomic(job.folder / CURVES, curves({"": report}))
     # last: a run that has its report has ended
     write_atomic(job.folder / REPORT, json.dumps(report, indent=1, allow_nan=False).encode())
@@ -254,8 +256,10 @@ def calibrate(job: Job, model: nn.Module, controller: BaseSparsityAlgoController
 
 
 def seconds_per_step(state: dict[str, Any], phase: str) -> dict[str, float | None]:
-    """Return the median training step of a phase; None where it had none."""
-    seconds = state["history"][phase]["seconds"]
+    """Return the median training step at the level a phase ended with; None where it had none."""
+    history = state["history"][phase]
+    steps = zip(history["level"], history["seconds"], strict=True)
+    seconds = [second for level, second in steps if level == history["level"][-1]]
     return {"seconds_per_step": statistics.median(seconds) if seconds else None}
 
 

@@ -18,7 +18,7 @@ from ..measure.files import write_atomic
 from ..measure.progress import Advance
 from .files import STATE
 from .options import Options
-from .tasks import Task, cross_entropy
+from .tasks import Batch, Outputs, Task
 
 PHASES = ("dense", "sparse")
 
@@ -78,19 +78,11 @@ def train(job: Job, model: nn.Module, controller: Any, state: dict[str, Any]) ->
     assert steps_per_epoch is not None
     assert options.batch_size is not None
     history = state["history"][phase]
-    scores = [] if controller is None else controller.parameters()
-    own = {id(score) for score in scores}
-    weights = [weight for weight in model.parameters() if id(weight) not in own]
-    groups = [{"params": weights, "peak": peak, "weight_decay": 0.1}]
-    if scores:
-        groups.append({"params": scores, "peak": options.score_lr, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
+    optimizer = make_optimizer(model, controller, peak, options.score_lr)
     if state["optimizer"] is not None:
         optimizer.load_state_dict(state["optimizer"])
-    if controller is not None:
-        controller.optimizer = optimizer
-        if state["controller"] is not None:
-            controller.load_state(state["controller"])
+    if controller is not None and state["controller"] is not None:
+        controller.load_state(state["controller"])
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"], job.device)
@@ -105,14 +97,8 @@ def train(job: Job, model: nn.Module, controller: Any, state: dict[str, Any]) ->
             controller.scheduler.step()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, total)
-        inputs, targets = (tensor.to(job.device) for tensor in batch)
-        with autocast(job):
-            task_loss = cross_entropy(model(inputs), targets)
-        loss = task_loss if controller is None else task_loss + controller.loss()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        history["loss"].append(loss.item())
+        loss = update(job, model, controller, optimizer, batch)
+        history["loss"].append(loss)
         history["seconds"].append(time.perf_counter() - started)
         history["level"].append(0.0 if controller is None else controller.current_sparsity_level)
         if not math.isfinite(history["loss"][-1]):
@@ -131,6 +117,38 @@ def train(job: Job, model: nn.Module, controller: Any, state: dict[str, Any]) ->
             raise KeyboardInterrupt
 
 
+def make_optimizer(model: nn.Module, controller: Any, peak: float, score_peak: float) -> Any:
+    """Return the optimiser of weights and, with a rate of their own, the controller's scores.
+
+    Args:
+        model: whose weights.
+        controller: is told of the optimiser; None: there is none.
+        peak, score_peak: peak learning rates; a group has its own under ``"peak"``.
+    """
+    scores = [] if controller is None else controller.parameters()
+    own = {id(score) for score in scores}
+    weights = [weight for weight in model.parameters() if id(weight) not in own]
+    groups = [{"params": weights, "peak": peak, "weight_decay": 0.1}]
+    if scores:
+        groups.append({"params": scores, "peak": score_peak, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), fused=True)
+    if controller is not None:
+        controller.optimizer = optimizer
+    return optimizer
+
+
+def update(job: Job, model: nn.Module, controller: Any, optimizer: Any, batch: Batch) -> float:
+    """Train on one batch; return the loss."""
+    inputs, targets = (tensor.to(job.device) for tensor in batch)
+    with autocast(job):
+        task_loss = job.task.loss(model(inputs), targets)
+    loss = task_loss if controller is None else task_loss + controller.loss()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
 def learning_rate(step: int, total: int) -> float:
     """Return the fraction of the peak: up in a tenth of the steps, at most 50, then a cosine."""
     warm_up = min(50, max(1, total // 10))
@@ -138,27 +156,33 @@ def learning_rate(step: int, total: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(job: Job, model: nn.Module, *, batches: int | None = None) -> dict[str, float]:
+def evaluate(job: Job, model: nn.Module, *, batches: int | None = None) -> dict[str, Any]:
     """Measure the metric on held-out batches, and the median time of a forward pass.
 
     Args:
         job: whose task and device.
         model: on that device.
-        batches: how many; None: as many as the options say.
+        batches: how many; None: as many as the options say, and the task's further figures.
     """
     held_out = job.task.held_out[: batches or job.options.eval_batches]
+    further = None if batches else job.task.further
     model.eval()
-    score, seconds = torch.zeros((), dtype=torch.float64), []
+    score, count, seconds = torch.zeros((), dtype=torch.float64), 0, []
+    kept: list[Outputs] = []
     for batch in held_out:
         inputs, targets = (tensor.to(job.device) for tensor in batch)
         started = time.perf_counter()
         with autocast(job):
-            logits = model(inputs)
-        score += job.task.score(logits, targets).double().cpu()
+            outputs = model(inputs)
+        scores = job.task.score(outputs, targets)
+        score += scores.double().sum().cpu()
         seconds.append(time.perf_counter() - started)
+        count += scores.numel()
+        if further is not None:
+            kept.append((outputs.cpu(), targets.cpu()))
     model.train()
-    count = sum(targets.numel() for _, targets in held_out)
-    return {"metric": score.item() / count, "seconds_per_batch": statistics.median(seconds)}
+    result = {"metric": score.item() / count, "seconds_per_batch": statistics.median(seconds)}
+    return result if further is None else result | {"further": further(kept)}
 
 
 def autocast(job: Job) -> Any:

@@ -1,7 +1,7 @@
 """The tasks: real data, a model for it, what is measured, and how long to train by default.
 
-Both tasks need nothing from the network: one reads the Python standard library's own source, the
-other the digits that come with scikit-learn.
+None needs the network: the language models read the Python standard library's own source, the
+digits come with scikit-learn, and the pretrained encoder of ``minilm.py`` is a package.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import sysconfig
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .models import LanguageModel, VisionTransformer
 
 Batch = tuple[Tensor, Tensor]  # inputs, targets
+Outputs = tuple[Tensor, Tensor]  # a model's for a batch, and the batch's targets
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,12 @@ class Task:
         build: make the dense model, from torch's global generator.
         sample: draw a training batch of a size from a generator.
         held_out: batches that are never trained on, each a fair sample of them all.
-        score: logits and targets -> the metric, summed over the targets.
+        loss: outputs and targets -> what training minimises, a mean over the batch.
+        score: outputs and targets -> the metric of each target, ``(targets,)``.
         data: what identifies the data, for the report; a resumed run must find the same.
+        further: all held-out batches' outputs and targets -> figures beside the metric, by name.
+        files: what a run's folder holds beside the stripped weights, so that others load it as
+            one of theirs: contents by name.
     """
 
     name: str
@@ -58,8 +63,11 @@ class Task:
     build: Callable[[], nn.Module]
     sample: Callable[[np.random.Generator, int], Batch]
     held_out: tuple[Batch, ...]
+    loss: Callable[[Tensor, Tensor], Tensor]
     score: Callable[[Tensor, Tensor], Tensor]
     data: dict[str, str | int]
+    further: Callable[[Sequence[Outputs]], dict[str, float]] | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     def batch(self, size: int, *stream: int) -> Batch:
         """Return the training batch of a stream such as (seed, phase, step): a pure function."""
@@ -67,7 +75,10 @@ class Task:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Return the cross entropy in nats; ``logits`` have one dimension more than ``targets``."""
+    """Return the cross entropy in nats; ``logits`` have one dimension more than ``targets``.
+
+    The reduction is as ``torch.nn.functional.cross_entropy``'s.
+    """
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction=reduction)
 
 
@@ -75,24 +86,34 @@ def load_task(name: str) -> Task:
     """Read a task's data.
 
     Args:
-        name: ``"stdlib-lm"`` or ``"digits"``.
+        name: ``"stdlib-lm"``, ``"stdlib-lm-wide"``, ``"digits"`` or ``"minilm"``.
 
     Raises:
-        ValueError: the name is neither, or the data are not there.
-        ModuleNotFoundError: scikit-learn is needed and missing.
+        ValueError: the name is none of these, or the data are not there.
+        ModuleNotFoundError: a package is needed and missing.
     """
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
     match name:
         case "stdlib-lm":
-            return stdlib_lm(Path(sysconfig.get_paths()["stdlib"]))
+            return stdlib_lm(stdlib)
+        case "stdlib-lm-wide":
+            return stdlib_lm_wide(stdlib)
         case "digits":
             return digits()
-    raise ValueError(f"task must be 'stdlib-lm' or 'digits', got {name!r}")
+        case "minilm":
+            # imports transformers
+            from .minilm import minilm
+
+            return minilm(stdlib)
+    raise ValueError(
+        f"task must be 'stdlib-lm', 'stdlib-lm-wide', 'digits' or 'minilm', got {name!r}"
+    )
 
 
 LM_LENGTH = 128
 LM_HELD_OUT_WINDOWS = 512
 # packages of others, tests, and modules that are generated tables rather than written source
-LM_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"} | {
+SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"} | {
     "pydoc_data"
 }
 
@@ -128,9 +149,40 @@ def stdlib_lm(root: Path) -> Task:
         sample=sample,
         # every batch is spread over all files
         held_out=tuple(windows(held_out, starts[i::16]) for i in range(16)),
-        score=lambda logits, targets: cross_entropy(logits, targets, "sum") / math.log(2),
+        loss=cross_entropy,
+        score=lambda logits, targets: cross_entropy(logits, targets, "none") / math.log(2),
         data={"train_bytes": len(train), "held_out_bytes": len(held_out), "sha256": digest},
     )
+
+
+def stdlib_lm_wide(root: Path) -> Task:
+    """The same with two layers of width 512: products from which skipping blocks takes time."""
+    return replace(
+        stdlib_lm(root),
+        name="stdlib-lm-wide",
+        recipe=Recipe(
+            dense_epochs=6,
+            epochs=6,
+            steps_per_epoch=20,
+            batch_size=8,
+            dense_lr=2e-3,
+            lr=2e-3,
+        ),
+        build=lambda: LanguageModel(width=512, heads=8, layers=2),
+    )
+
+
+def sources(root: Path) -> Iterator[tuple[bytes, bytes]]:
+    """Yield a digest of the name, and the text, of each ``.py`` file below ``root``, by name."""
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if SKIP.isdisjoint(name.parts):
+            yield hashlib.sha256(name.as_posix().encode()).digest(), path.read_bytes()
+
+
+def is_held_out(key: bytes) -> bool:
+    """Tell a twentieth of the files, by their names' digests, from those to train on."""
+    return key[0] < 13
 
 
 def read_sources(root: Path) -> tuple[np.ndarray, np.ndarray, str]:
@@ -141,13 +193,9 @@ def read_sources(root: Path) -> tuple[np.ndarray, np.ndarray, str]:
     """
     files: dict[bool, list[bytes]] = {True: [], False: []}
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if LM_SKIP.isdisjoint(name.parts):
-            text = path.read_bytes()
-            key = hashlib.sha256(name.as_posix().encode()).digest()
-            files[key[0] < 13].append(text)
-            digest.update(key + hashlib.sha256(text).digest())
+    for key, text in sources(root):
+        files[is_held_out(key)].append(text)
+        digest.update(key + hashlib.sha256(text).digest())
     train, held_out = (np.frombuffer(b"\n".join(files[k]), np.uint8) for k in (False, True))
     return train, held_out, digest.hexdigest()
 
@@ -186,7 +234,8 @@ def digits() -> Task:
         build=lambda: VisionTransformer(side=8, patch=2, width=64, heads=4, layers=3, classes=10),
         sample=lambda generator, size: take(generator.choice(train, size)),
         held_out=tuple(take(chunk) for chunk in np.array_split(test, 4)),
-        score=lambda logits, targets: (logits.argmax(-1) == targets).sum(),
+        loss=cross_entropy,
+        score=lambda logits, targets: logits.argmax(-1) == targets,
         data={
             "train_images": len(train),
             "held_out_images": len(test),
