@@ -147,7 +147,7 @@ def finetune(
     regularization: Annotated[Real, _option("Of movement: factor of its loss.", "0.1")] = None,
     scope: Annotated[
         list[str] | None,
-        _option("Modules to prune: path, glob or {re}expression; may be repeated.", "by task"),
+        _option("Modules to prune: path, glob or {re}expression; may be repeated.", "its layers"),
     ] = None,
     ignore: Annotated[
         list[str] | None, _option("Modules to leave dense; may be repeated.")

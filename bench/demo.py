@@ -7,7 +7,7 @@ measured once more at the end, of all models in turn.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def main() -> None:
     started = time.perf_counter()
     reports = run(FOLDER)
     first = next(iter(reports.values()))
-    table = rows(reports) | timed_rows(FOLDER, reports)
+    table = timed_rows(FOLDER, reports)
     console = Console(highlight=False, soft_wrap=True)
     console.print(summary(first))
     console.print(results_table(first["metric"], table))

@@ -137,6 +137,7 @@ def minilm(root: Path) -> Task:
             batch_size=32,
             dense_lr=1e-4,
             lr=1e-3,
+            scope=("encoder",),
         ),
         build=lambda: trainable(encoder(folder)),
         sample=sample,

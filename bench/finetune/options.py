@@ -60,8 +60,8 @@ class Options:
         growth: of rigl: ``"normed_gradient"`` or ``"gradient"``.
         score_lr: of rb and movement: peak learning rate of the scores, without weight decay.
         regularization: of movement: factor of its loss.
-        scope, ignore: target and ignored scopes; by default the linear layers of the
-            transformer's blocks, without embedding and head.
+        scope, ignore: target and ignored scopes; by default the transformer's layers, without
+            embedding, norms and head.
         dense_epochs, epochs: of the dense and the sparse training. With a checkpoint the default
             is no dense training.
         steps_per_epoch: optimiser steps in an epoch.
@@ -96,7 +96,7 @@ class Options:
     growth: str = "normed_gradient"
     score_lr: float = 0.1
     regularization: float = 0.1
-    scope: tuple[str, ...] = ()
+    scope: tuple[str, ...] | None = None
     ignore: tuple[str, ...] = ()
     dense_epochs: int | None = None
     epochs: int | None = None
@@ -258,7 +258,7 @@ def sparsity_config(options: Options) -> AlgorithmConfig:
         given |= warm_up(options)
     return config(
         pattern=parse_pattern(options.pattern),
-        target_scopes=options.scope or None,
+        target_scopes=options.scope,
         ignored_scopes=options.ignore,
         **{name: value for name, value in given.items() if name in config.model_fields},
     )

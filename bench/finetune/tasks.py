@@ -34,6 +34,7 @@ class Recipe:
     batch_size: int
     dense_lr: float
     lr: float
+    scope: tuple[str, ...] = ("layers",)
 
 
 @dataclass(frozen=True)
