@@ -100,7 +100,7 @@ def test_json_is_all_that_is_printed_and_is_the_stored_report(tmp_path, capsys):
         (["--pattern", "rows"], "got 'rows'"),
         (["--pattern", "block:17"], "power of two from 1 to 256, got 17"),
         (["--pattern", "block:256"], "larger than the weight of 'layers.0.attention.qkv'"),
-        (["--task", "mnist"], "task must be 'stdlib-lm' or 'digits', got 'mnist'"),
+        (["--task", "mnist"], "'digits' or 'minilm', got 'mnist'"),
         (["--device", "tpu"], "got 'tpu'"),
         (["--device", "cuda:99"], "'cuda:99' is not there"),
         (["--dtype", "float8"], "dtype must be one of float32, bfloat16, got 'float8'"),

@@ -11,6 +11,7 @@ QUICK = {
     "steps_per_epoch": 4,
     "batch_size": 8,
     "threads": 1,
+    "pattern": "block:16",  # digits has no 64-blocks to spare
 }
 
 
@@ -26,13 +27,11 @@ def test_the_demo_prunes_one_dense_model_in_each_way(tmp_path):
     assert len(weights) == 1
     assert weights != {b"stale"}
 
-    rows = demo.rows(reports)
-    assert [*rows] == [
-        "dense",
-        "dense, trained on",
-        "80 % unstructured",
-        "80 % 16x16 blocks",
-    ]
-    assert [row["level"] for row in rows.values()] == pytest.approx([0, 0, 0.8, 0.8], abs=4e-3)
+    rows = demo.timed_rows(tmp_path, reports, seconds=0.05)
+    assert [*rows] == ["dense", "dense, trained on", "80 % in 64x64 blocks"]
+    assert [row["level"] for row in rows.values()] == pytest.approx([0, 0, 0.8], abs=4e-3)
+    # of all models in turn, not of the runs one after the other
+    for row, plain in zip(rows.values(), demo.rows(reports).values(), strict=True):
+        assert 0 < row["seconds_per_step"] != plain["seconds_per_step"]
     sizes = [row["compressed_bytes"] for row in rows.values()]
-    assert max(sizes[2:]) < 0.6 * min(sizes[:2])
+    assert sizes[2] < 0.6 * min(sizes[:2])
