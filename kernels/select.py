@@ -285,8 +285,6 @@ def _count_kernel(
             if has_ties:
                 at_lo += tl.sum((key == lo_tie).to(tl.int32), 0)
                 at_hi += tl.sum((key == hi_tie).to(tl.int32), 0)
-            # each thread adds what it has loaded, in whatever order
-            above = tl.ravel(above, can_reorder=True)
             in_bins = above.to(tl.uint32, bitcast=True) < width
             offs_b = above if BINS > PATTERN else above >> shift
             tl.atomic_add(counts_ptr + 4 + offs_b, weight, mask=in_bins, sem="relaxed")
