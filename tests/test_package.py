@@ -144,11 +144,12 @@ def fenced(page, language):
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-@every_page
-def test_code_of_the_pages_runs(page, tmp_path):
-    # one process for a page: each block has names of its own
+def test_code_of_the_pages_runs(tmp_path):
+    # one process for all, which takes seconds to start: each block has names of its own
     code = "".join(
-        f"exec(compile({block!r}, 'block', 'exec'), {{}})\n" for block in fenced(page, "python")
+        f"exec(compile({block!r}, {page.name!r}, 'exec'), {{}})\n"
+        for page in PAGES
+        for block in fenced(page, "python")
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],

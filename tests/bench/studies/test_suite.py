@@ -16,7 +16,12 @@ def test_the_suite_records_the_profile_and_the_comparison(tmp_path, monkeypatch,
         return True
 
     plan = profile.make_plan(
-        shapes="16x64x64", patterns=["block:32"], levels=[0.5], operations=["apply"], budget=0.001
+        shapes="16x64x64",
+        patterns=["block:32"],
+        levels=[0.5],
+        operations=["apply"],
+        budget=0.001,
+        passes=1,
     )
     monkeypatch.setattr(compare, "run", run)
     monkeypatch.setattr(profile, "make_plan", lambda **_: plan)

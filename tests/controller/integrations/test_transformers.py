@@ -299,19 +299,22 @@ def test_every_family_trains_and_loads_again_without_us(family, tmp_path):
     assert zeros > 0.2 * sum(p.numel() for p in again.parameters())
 
 
+COMPILE = {"torch_compile": True, "torch_compile_backend": "eager"}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("name", "options"),
     [
-        {"bf16": True},
-        {"gradient_checkpointing": True},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
+        ("by step", {"bf16": True}),
+        ("rb", {"gradient_checkpointing": True}),
+        pytest.param("by step", COMPILE, marks=pytest.mark.slow),
+        pytest.param("rb", COMPILE, marks=pytest.mark.slow),
     ],
-    ids=lambda options: next(iter(options)),
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
-@pytest.mark.parametrize("name", ["by step", "rb"])
 @pytest.mark.filterwarnings("ignore:training has ended at level")
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
-def test_it_works_with_what_the_trainer_offers(options, name, tmp_path):
+def test_it_works_with_what_the_trainer_offers(name, options, tmp_path):
     callback = ts.TransformersCallback(ALGORITHMS[name])
     trainer = train(tmp_path, callback, model=llama(), **options)
     assert level_of(trainer.model) > 0.1
@@ -339,32 +342,39 @@ import transformers as hf
 import triton_sparsity as ts
 from tiny_models import Examples, llama
 
-torch.manual_seed(0)
+folder = sys.argv[1]
 half = ts.PolynomialSchedule(target_level=0.5, target_epoch=1)
-config = {
-    "magnitude": ts.MagnitudeSparsityConfig(schedule=half, weight_importance="wanda"),
-    "rb": ts.RBSparsityConfig(schedule=half),
-}[sys.argv[1]]
-model = llama()
 arguments = hf.TrainingArguments(
-    output_dir=sys.argv[2], num_train_epochs=2, per_device_train_batch_size=4, report_to=[],
+    output_dir=folder, num_train_epochs=2, per_device_train_batch_size=4, report_to=[],
     disable_tqdm=True, use_cpu=True, ddp_backend="gloo", save_strategy="no",
 )
-trainer = hf.Trainer(
-    model, arguments, train_dataset=Examples(count=32), callbacks=[ts.TransformersCallback(config)]
-)
-trainer.train()
-torch.save(model.state_dict(), f"{sys.argv[2]}/rank{arguments.process_index}.pt")
+
+def train(config):
+    torch.manual_seed(0)
+    model = llama()
+    callbacks = [ts.TransformersCallback(config)]
+    data = Examples(count=32)
+    hf.Trainer(model, arguments, train_dataset=data, callbacks=callbacks).train()
+    return model.state_dict()
+
+found = {
+    "weights": train(ts.MagnitudeSparsityConfig(schedule=half, weight_importance="wanda"))
+}
+try:
+    train(ts.RBSparsityConfig(schedule=half))
+except ValueError as error:
+    found["refused"] = str(error)
+torch.save(found, f"{folder}/rank{arguments.process_index}.pt")
 """
 
 
-def torchrun(folder, algorithm):
+def torchrun(folder):
     (folder / "script.py").write_text(SCRIPT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     tests = Path(__file__).parents[2]
     paths = os.pathsep.join(filter(None, [str(tests), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
-        [*launcher, "--nproc-per-node=2", str(folder / "script.py"), algorithm, str(folder)],
+        [*launcher, "--nproc-per-node=2", str(folder / "script.py"), str(folder)],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -374,20 +384,16 @@ def torchrun(folder, algorithm):
 
 
 @pytest.mark.slow
-def test_two_processes_end_with_the_same_weights(tmp_path):
-    done = torchrun(tmp_path, "magnitude")
+def test_two_processes_end_with_the_same_weights_and_learn_no_masks(tmp_path):
+    done = torchrun(tmp_path)
     assert done.returncode == 0, done.stderr
-    ours, theirs = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    for one in found:
+        assert "rb_sparsity must be trained by one process, got 2" in one["refused"]
+    ours, theirs = (one["weights"] for one in found)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     weight = ours["model.layers.0.mlp.up_proj.weight"]
     assert (weight == 0).any()
-
-
-@pytest.mark.slow
-def test_learned_masks_are_refused_by_several_processes(tmp_path):
-    done = torchrun(tmp_path, "rb")
-    assert done.returncode != 0
-    assert "rb_sparsity must be trained by one process, got 2" in done.stderr
 
 
 # what is refused
@@ -399,12 +405,13 @@ def refused(folder, message, callback, error=ValueError, **options):
     model = options.pop("model", None) or llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     classes = [type(module) for module in model.modules()]
-    resume = options.pop("resume", None)
+    resume, file = options.pop("resume", None), options.pop("file", "")
     trainer = hf.Trainer(
         model, arguments(folder, **options), train_dataset=Examples(), callbacks=[callback]
     )
-    with pytest.raises(error, match=re.escape(message)):
+    with pytest.raises(error, match=re.escape(message)) as caught:
         trainer.train(resume_from_checkpoint=resume)
+    assert str(file) in str(caught.value)
     assert [type(module) for module in model.modules()] == classes
     if resume is None:
         assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
@@ -542,8 +549,7 @@ def test_a_damaged_state_is_refused_by_the_name_of_its_file(
     path = folder / "checkpoint-20" / "sparsity_state.pt"
     damage(path)
     callback = ts.TransformersCallback(ts.MagnitudeSparsityConfig(schedule=HALF))
-    refused(folder, message, callback, resume=str(path.parent))
-    refused(folder, str(path), callback, resume=str(path.parent))
+    refused(folder, message, callback, resume=str(path.parent), file=path)
 
 
 def test_a_target_that_training_cannot_reach_is_said_at_the_start_and_at_the_end(tmp_path):
