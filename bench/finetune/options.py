@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 
@@ -16,6 +16,7 @@ from ...controller.config.schedule import (
     ExponentialSchedule,
     MultistepSchedule,
     PolynomialSchedule,
+    RampSchedule,
     Schedule,
 )
 from ...controller.selection.criteria import WeightImportance
@@ -32,13 +33,12 @@ GRADIENT_OR_INPUT = ("snip", "snip_momentum", "wanda")
 
 
 @dataclass(frozen=True)
-class Options:
-    """All that a run's result depends on, the data apart. None: the task's own default.
+class RunOptions:
+    """What every run is told, of a built-in task or of a model of the user's own.
 
     Attributes:
-        task: ``"stdlib-lm"``, ``"stdlib-lm-wide"``, ``"digits"`` or ``"minilm"``.
-        algorithm: ``"magnitude"`` along the schedule; ``"const"``: the checkpoint's zeros stay,
-            or where it has none those of one pruning by magnitude; ``"set"`` and ``"rigl"``: at
+        algorithm: ``"magnitude"`` along the schedule; ``"const"``: the zeros that are there stay,
+            or where there are none those of one pruning by magnitude; ``"set"`` and ``"rigl"``: at
             the level from the start, with masks that move until the end of the ramp; ``"rb"``:
             learned, pulled along the schedule; ``"movement"``: learned, a warm-up as long as the
             ramp, from the second epoch on.
@@ -60,16 +60,12 @@ class Options:
         growth: of rigl: ``"normed_gradient"`` or ``"gradient"``.
         score_lr: of rb and movement: peak learning rate of the scores, without weight decay.
         regularization: of movement: factor of its loss.
-        scope, ignore: target and ignored scopes; by default the transformer's layers, without
-            embedding, norms and head.
-        dense_epochs, epochs: of the dense and the sparse training. With a checkpoint the default
-            is no dense training.
-        steps_per_epoch: optimiser steps in an epoch.
-        batch_size: windows of text, or images, in a step.
-        dense_lr, lr: peak learning rates.
+        scope, ignore: target and ignored scopes.
+        epochs: of the sparse training.
+        batch_size: examples in a step.
+        lr: peak learning rate.
         eval_batches: how many of the held-out batches count.
         save_every: steps between two saves of the state.
-        checkpoint: a safetensors file to start from.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         dtype: ``"float32"``, or ``"bfloat16"``: matrix products in bfloat16 by autocast, weights
             and optimiser in float32.
@@ -77,10 +73,9 @@ class Options:
         dispatch: which layers skip pruned blocks: ``"auto"`` (where it is faster), ``"sparse"``
             or ``"dense"``.
         threads: of torch on the CPU; None: as many as torch takes.
-        seed: of the model's start and of the order of the data.
+        seed: of all that is random, the order of the data for one.
     """
 
-    task: str = "stdlib-lm"
     algorithm: str = "magnitude"
     pattern: str = "block:16x16"
     level: float | None = None
@@ -94,19 +89,15 @@ class Options:
     alpha: float = 0.3
     delta_t: int | None = None
     growth: str = "normed_gradient"
-    score_lr: float = 0.1
+    score_lr: float | None = 0.1
     regularization: float = 0.1
     scope: tuple[str, ...] | None = None
     ignore: tuple[str, ...] = ()
-    dense_epochs: int | None = None
-    epochs: int | None = None
-    steps_per_epoch: int | None = None
+    epochs: float | None = None
     batch_size: int | None = None
-    dense_lr: float | None = None
     lr: float | None = None
     eval_batches: int | None = None
     save_every: int = 50
-    checkpoint: str | None = None
     device: str = "auto"
     dtype: str = "float32"
     backend: str = "auto"
@@ -115,7 +106,31 @@ class Options:
     seed: int = 0
 
 
-def checked(options: Options) -> Options:
+@dataclass(frozen=True)
+class Options(RunOptions):
+    """All that a built-in task's result depends on, the data apart. None: the task's own default.
+
+    Attributes:
+        task: ``"stdlib-lm"`` or ``"digits"``.
+        scope: by default the transformer's layers, without embedding, norms and head.
+        dense_epochs: of the dense training. With a checkpoint the default is none.
+        steps_per_epoch: optimiser steps in an epoch.
+        dense_lr: peak learning rate of the dense training.
+        checkpoint: a safetensors file to start from.
+    """
+
+    task: str = "stdlib-lm"
+    scope: tuple[str, ...] = ("layers",)
+    dense_epochs: int | None = None
+    steps_per_epoch: int | None = None
+    dense_lr: float | None = None
+    checkpoint: str | None = None
+
+
+_Run = TypeVar("_Run", bound=RunOptions)
+
+
+def checked(options: _Run) -> _Run:
     """Return ``options`` with pattern, level, device and threads spelled out.
 
     Raises:
@@ -168,7 +183,7 @@ def checked(options: Options) -> Options:
         ("threads", lambda x: x >= 1, "at least 1"),
         ("seed", lambda x: 0 <= x < 2**63, "from 0 to 2^63 - 1"),
     ):
-        value = getattr(options, name)
+        value = getattr(options, name, None)
         if value is not None and not fits(value):
             raise ValueError(f"{name.replace('_', '-')} must be {what}, got {value!r}")
     if isinstance(pattern, NM) and options.algorithm not in WITH_NM:
@@ -206,7 +221,7 @@ def with_defaults(options: Options, recipe: Recipe) -> Options:
     return replace(options, **missing)
 
 
-def end_level(options: Options) -> float | None:
+def end_level(options: RunOptions) -> float | None:
     """Return the level that is asked for, or by default 0.8, or all that N:M can express.
 
     Movement has none.
@@ -217,20 +232,23 @@ def end_level(options: Options) -> float | None:
     return maximum_level(pattern) if isinstance(pattern, NM) else 0.8
 
 
-def same_run(saved: Options, asked: Options, given: Collection[str]) -> Options:
+def same_run(
+    saved: _Run, asked: _Run, given: Collection[str], check: Callable[[_Run], _Run] = checked
+) -> _Run:
     """Return the saved options, if nothing that was asked for explicitly differs from them.
 
     Args:
         saved: of the run to resume.
         asked: of this call.
         given: names of the options that the user gave.
+        check: spells options out.
 
     Raises:
         ValueError: an option differs; the message names it and both values.
     """
     wanted = {name: getattr(asked, name) for name in given}
     wanted = {name: value for name, value in wanted.items() if value is not None}
-    merged = checked(replace(saved, **wanted))
+    merged = check(replace(saved, **wanted))
     for name in wanted:
         before, now = getattr(saved, name), getattr(merged, name)
         if before != now:
@@ -267,9 +285,15 @@ def sparsity_config(options: Options) -> AlgorithmConfig:
 def warm_up(options: Options) -> dict[str, Any]:
     """Return movement's warm-up: it begins with the second epoch and is as long as the ramp."""
     assert options.epochs is not None
+    if options.epochs <= 1:
+        raise ValueError(
+            "epochs must be more than 1 with movement, whose warm-up begins with the second, got "
+            f"{options.epochs!r}"
+        )
+    end = min(1 + max(1, round(options.ramp * options.epochs)), math.ceil(options.epochs))
     return {
         "warmup_start_epoch": 1,
-        "warmup_end_epoch": min(1 + max(1, round(options.ramp * options.epochs)), options.epochs),
+        "warmup_end_epoch": end,
         "importance_regularization_factor": options.regularization,
         "init_importance_threshold": -0.1,
         "enable_structured_masking": False,
@@ -295,16 +319,22 @@ def regrowth(options: Options) -> dict[str, Any]:
 def schedule(options: Options) -> Schedule:
     """Return the schedule; the target is reached at the end of the ramp."""
     assert options.epochs is not None
+    epochs = math.ceil(options.epochs)
     # the level of an epoch holds from its start, so the last epoch is the latest to reach it in
-    target_epoch = min(max(1, round(options.ramp * options.epochs)), options.epochs - 1)
+    target_epoch = min(max(1, round(options.ramp * options.epochs)), epochs - 1)
     assert options.level is not None
     span: dict[str, Any] = {
         "initial_level": options.initial_level,
         "target_level": options.level,
     }
     # groups may return as long as training goes on
-    end: dict[str, Any] = {"freeze_epoch": options.epochs}
+    end: dict[str, Any] = {"freeze_epoch": epochs}
     match options.schedule:
+        # a single epoch is time enough for a schedule by steps
+        case "polynomial" if epochs == 1:
+            assert options.steps_per_epoch is not None
+            steps = max(1, round(options.epochs * options.steps_per_epoch))
+            return RampSchedule(**span, end=round(options.ramp * steps), freeze=steps)
         case "polynomial":
             return PolynomialSchedule(
                 **span,
