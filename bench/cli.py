@@ -6,6 +6,7 @@ What is wrong with an option, a file or the disk becomes one line on stderr and 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -82,9 +83,9 @@ Real = float | None
 def finetune(
     context: typer.Context,
     output: Annotated[
-        Path,
+        Path | None,
         typer.Option("--output", "-o", help="Folder for the run's files; made if not there."),
-    ],
+    ] = None,
     task: Annotated[
         Text,
         _option(
@@ -93,6 +94,53 @@ def finetune(
             "stdlib-lm",
         ),
     ] = None,
+    model: Annotated[
+        Text, _option("Instead of a task: folder of a model that from_pretrained reads.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        _option(
+            "Of model: text, JSON lines, CSV, image or datasets folder; may be repeated.",
+        ),
+    ] = None,
+    eval_data: Annotated[
+        list[str] | None, _option("Of model: data to evaluate on; may be repeated.", "held out")
+    ] = None,
+    held_out: Annotated[
+        Real, _option("Of model: fraction of the data that is evaluated on.", "0.05")
+    ] = None,
+    objective: Annotated[
+        Text,
+        _option(
+            "Of model: causal-lm, masked-lm, classification, image-classification or embedding.",
+            "by architecture",
+        ),
+    ] = None,
+    text_column: Annotated[
+        Text, _option("Of model: column of texts, or of token ids.", "text, input_ids")
+    ] = None,
+    label_column: Annotated[Text, _option("Of model: column of labels.", "label")] = None,
+    max_length: Annotated[
+        Whole, _option("Of model: tokens in an example.", "512, or what it takes")
+    ] = None,
+    new_head: Annotated[
+        bool, typer.Option("--new-head", help="Of model: classify the labels of the data anew.")
+    ] = False,
+    distill: Annotated[
+        Text, _option("Of model: learn logits, hidden or logits,hidden of the dense one.", "none")
+    ] = None,
+    distill_weight: Annotated[Real, _option("Share of these in the loss.", "0.5")] = None,
+    temperature: Annotated[Real, _option("Of distilled logits.", "2")] = None,
+    trainer: Annotated[
+        list[str] | None,
+        _option("Of model: key=value of transformers.TrainingArguments; may be repeated."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Of model: a recipe, YAML of these options.")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole recipe, and do no more.")
+    ] = False,
     algorithm: Annotated[
         Text, _option("magnitude, const, set, rigl, rb or movement.", "magnitude")
     ] = None,
@@ -178,18 +226,30 @@ def finetune(
             help="Go on with the run in the folder, with its options; start one if there is none.",
         ),
     ] = False,
+    resume_without_state: Annotated[
+        bool,
+        typer.Option(
+            "--resume-without-state",
+            help="Of model: resume also from a checkpoint that has no masks.",
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a run in the folder.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON and nothing else.")
     ] = False,
 ) -> None:
-    """Train a dense baseline, fine-tune it under a sparsity schedule, strip and evaluate it.
+    """Fine-tune a dense model under a sparsity schedule, strip and evaluate it.
 
-    Writes model.safetensors (stripped), dense.safetensors, report.json, curves.png and state.pt,
-    from which --resume goes on after the run was stopped or killed.
+    A --task trains its own dense model first, and writes model.safetensors (stripped),
+    dense.safetensors, report.json, curves.png and state.pt. A --model is a folder, and so is what
+    comes of it, model/, beside checkpoints/, recipe.yaml, report.json and curves.png. After a run
+    was stopped or killed --resume goes on.
     """
+    resume = resume or resume_without_state
     if resume and force:
         raise typer.BadParameter("--resume and --force exclude each other")
+    if output is None and not print_config:
+        raise typer.BadParameter("--output must be given: a folder for the run's files")
     for one, other, both in (
         ("--compare", "--algorithm", compare and algorithm),
         ("--levels", "--level", levels and level is not None),
@@ -198,12 +258,48 @@ def finetune(
             raise typer.BadParameter(f"{one} and {other} exclude each other")
     if levels and not compare:
         raise typer.BadParameter("--levels needs --compare")
-    own = ("output", "compare", "levels", "resume", "force", "as_json")
-    names: dict[str, Any] = {
+    given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in context.params.items()
-        if value not in (None, [], ()) and name not in own
+        if value is not None and value is not False and value != [] and name not in CALL
     }
+    whose = "model" if model or config or print_config else "task"
+    if resume and output is not None and (output / "recipe.yaml").exists():
+        whose = "model"
+    for name in OF_TASK if whose == "model" else OF_MODEL:
+        if name in given:
+            needs = "the built-in tasks" if whose == "model" else "--model, which is not given"
+            raise typer.BadParameter(f"--{name.replace('_', '-')} is of {needs}")
+    how: dict[str, Any] = {"resume": resume, "force": force}
+    try:
+        if whose == "model":
+            _finetune_model(given, output, print_config, resume_without_state, as_json, how)
+        else:
+            assert output is not None
+            _finetune_task(given, output, as_json, how)
+    except KeyboardInterrupt:
+        print(
+            f"triton-sparsity: stopped; to go on: triton-sparsity finetune --resume -o {output}",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
+
+
+# options that say how to run, not what; those of either kind of run alone
+CALL = ("output", "resume", "resume_without_state", "force", "as_json", "print_config")
+OF_TASK = (
+    "task", "compare", "levels", "checkpoint", "dense_epochs", "steps_per_epoch", "dense_lr",
+)  # fmt: skip
+OF_MODEL = (
+    "data", "eval_data", "held_out", "objective", "text_column", "label_column", "max_length",
+    "new_head", "distill", "distill_weight", "temperature", "trainer",
+)  # fmt: skip
+
+
+def _finetune_task(
+    given: dict[str, Any], output: Path, as_json: bool, how: dict[str, Any]
+) -> None:
+    compare, levels = given.pop("compare", None), given.pop("levels", None)
     # torch and matplotlib take seconds to import, which --help has no use for
     from .finetune.job import finetune as run
     from .finetune.options import Options
@@ -211,30 +307,68 @@ def finetune(
     from .finetune.series import comparison, run_series
     from .measure.progress import progress_bars
 
-    how: dict[str, Any] = {"resume": resume, "force": force}
-    try:
-        with progress_bars(quiet=as_json) as progress:
-            if compare:
-                options = Options(**names)
-                entries = comparison(
-                    options, compare.split(","), _numbers(levels) or [options.level]
-                )
-                given = {*names, "algorithm", "level"}
-                report = run_series(entries, output, given=given, progress=progress, **how)
-            else:
-                report = run(Options(**names), output, given=names, progress=progress, **how)
-    except KeyboardInterrupt:
-        print(
-            f"triton-sparsity: stopped; to go on: triton-sparsity finetune --resume -o {output}",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130) from None
+    with progress_bars(quiet=as_json) as progress:
+        options = Options(**given)
+        if compare:
+            entries = comparison(options, compare.split(","), _numbers(levels) or [options.level])
+            names = {*given, "algorithm", "level"}
+            report = run_series(entries, output, given=names, progress=progress, **how)
+        else:
+            report = run(options, output, given=given, progress=progress, **how)
     if as_json:
         print(json.dumps(report, allow_nan=False))
     elif compare:
         print_comparison(report, output)
     else:
         print_report(report, output)
+
+
+def _finetune_model(
+    given: dict[str, Any],
+    output: Path | None,
+    print_config: bool,
+    resume_without_state: bool,
+    as_json: bool,
+    how: dict[str, Any],
+) -> None:
+    try:
+        from .finetune import recipe as recipes
+        from .finetune.pretrained import finetune as run
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"finetune --model needs {error.name}: pip install 'triton-sparsity[transformers]'"
+        ) from None
+    from .finetune.report import print_pretrained
+    from .measure.progress import progress_bars
+
+    path = given.pop("config", None)
+    if "distill" in given:
+        given["distill"] = tuple(given["distill"].split(","))
+    if "trainer" in given:
+        given["trainer"] = recipes.parse_settings(given["trainer"])
+    written = {} if path is None else recipes.read_recipe(path)
+    both = recipes.merged(written, given)
+    recipe = recipes.make_recipe(both, f"recipe {path}" if path else "the command line")
+    if print_config:
+        recipes.checked_recipe(recipe)
+        print(recipes.spelled(recipe), end="")
+        return
+    assert output is not None
+    # of several processes, which torchrun starts, one speaks
+    speaks = os.environ.get("RANK", "0") == "0"
+    with progress_bars(quiet=as_json or not speaks) as progress:
+        report = run(
+            recipe,
+            output,
+            given=both,
+            resume_without_state=resume_without_state,
+            progress=progress,
+            **how,
+        )
+    if speaks and as_json:
+        print(json.dumps(report, allow_nan=False))
+    elif speaks:
+        print_pretrained(report, output)
 
 
 def _numbers(text: str | None) -> list[float]:
@@ -251,7 +385,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON and
 Shapes = Annotated[
     Text,
     _option(
-        "llama3-8b, vit-h, square, tiny, TOKENSxINxOUT[,...] or a .safetensors file.", "by device"
+        "llama3-8b, vit-h, square, tiny, TOKENSxINxOUT[,...], a .safetensors file or a model's "
+        "folder.",
+        "by device",
     ),
 ]
 Tokens = Annotated[Whole, _option("Tokens through a model file's weights.", "by device")]
@@ -351,7 +487,9 @@ def autotune(
     budget: Annotated[Real, _option("Seconds to time a candidate.", "by device")] = None,
     recommend: Annotated[
         Path | None,
-        typer.Option("--recommend", help="Instead, choose the block for this safetensors model."),
+        typer.Option(
+            "--recommend", help="Instead, choose the block for this model: file or folder."
+        ),
     ] = None,
     output: Annotated[
         Path | None,

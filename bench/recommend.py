@@ -59,7 +59,7 @@ def recommend(
     """Weigh the speed-up of each candidate block against the magnitude that it keeps.
 
     Args:
-        model: a safetensors file.
+        model: a safetensors file, or a folder as ``save_pretrained`` writes it.
         level: fraction of the blocks to prune, in (0, 1).
         patterns: candidates, as on the command line.
         tokens: through each weight.
@@ -124,7 +124,7 @@ def recommend(
         progress("recommend", i, len(candidates), str(pattern))
     best = choose(rows)
     return environment(place, kind) | {
-        "model": model.name,
+        "model": model.resolve().name,
         "level": level,
         "weights": len(weights),
         "parameters": sum(w.numel() for w in weights),

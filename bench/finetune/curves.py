@@ -102,6 +102,46 @@ def metric_over_level(runs: Mapping[str, Mapping[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
+def training_curves(report: Mapping[str, Any]) -> bytes:
+    """Draw loss, level and metric over the steps of a run on a model of the user's own, as a PNG.
+
+    Args:
+        report: its report.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 8), dpi=120, layout="constrained")
+    loss, level, metric = figure.subplots(3, sharex=True)
+    logged, held_out = report["history"]["train"], report["history"]["held_out"]
+    results = report["results"]
+    steps = [entry["step"] for entry in logged]
+    values = [entry["loss"] for entry in logged]
+    loss.plot(steps, values, color="C0", alpha=0.25, linewidth=0.8)
+    loss.plot(steps, _smooth(values), color="C0")
+    for name, style in (("", "-"), ("_min", ":"), ("_max", ":")):
+        levels = [100 * entry[f"sparsity_level{name}"] for entry in logged]
+        level.plot(steps, levels, color="C0", linestyle=style)
+    level.plot([], [], "C0:", label="of single weights, least and greatest")
+    points = [(entry["step"], entry["eval_metric"]) for entry in held_out]
+    metric.plot([x for x, _ in points], [y for _, y in points], "C0.-", label="held out")
+    metric.axhline(results["dense"]["metric"], color="0.35", linestyle="--", label="dense")
+    end = max(steps, default=0)
+    metric.plot(end, results["stripped"]["metric"], "C0*", markersize=12, label="stripped")
+    for axes in (loss, level, metric):
+        axes.grid(alpha=0.3)
+    loss.set_ylabel("training loss")
+    level.set_ylabel("sparsity level, %")
+    level.set_ylim(-5, 105)
+    metric.set_ylabel(report["metric"])
+    metric.set_xlabel("optimiser step")
+    level.legend()
+    metric.legend()
+    loss.set_title(f"{report['model']}, {report['objective']}: fine-tuning under masks")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
 def _smooth(values: list[float]) -> list[float]:
     """Return the exponential moving average over about 20 values, unbiased at the start."""
     smoothed, total, weight = [], 0.0, 0.0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ FORMAT = 1
 STATE, REPORT = "state.pt", "report.json"
 DENSE, STRIPPED, CURVES = "dense.safetensors", "model.safetensors", "curves.png"
 LEVELS = "levels.png"  # of several runs
+# of a run on a model of the user's own: what was asked for, what is measured before training
+RECIPE, START, MODEL, CHECKPOINTS = "recipe.yaml", "start.json", "model", "checkpoints"
 
 
 def load_checkpoint(model: nn.Module, path: Path) -> None:
@@ -83,7 +87,10 @@ def claim(folder: Path, further: Iterable[str] = (), *, force: bool) -> None:
         OSError: ``folder`` is no folder.
     """
     # the state first: without it the other files are no run that could be resumed
-    names = (STATE, REPORT, DENSE, STRIPPED, CURVES, *further)
+    names = (
+        *(STATE, RECIPE, START, CHECKPOINTS, REPORT, DENSE, STRIPPED, MODEL, CURVES),
+        *further,
+    )
     present = [name for name in names if (folder / name).exists()]
     if present and not force:
         raise FileExistsError(
@@ -91,7 +98,24 @@ def claim(folder: Path, further: Iterable[str] = (), *, force: bool) -> None:
             "--force replaces it"
         )
     for name in present:
-        (folder / name).unlink()
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink()
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make ``folder``, and take it away again if the first file cannot be written to it."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def serialised(model: nn.Module) -> bytes:

@@ -12,12 +12,9 @@ from __future__ import annotations
 import copy
 import json
 import platform
-import signal
 import statistics
-import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
 from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -44,11 +41,14 @@ from .files import (
     claim,
     load_checkpoint,
     load_state,
+    new_folder,
     serialised,
     sizes,
 )
+from .layers import layers_of, target_names
 from .loop import PHASES, Job, autocast, evaluate, save, train
 from .options import Options, checked, end_level, same_run, sparsity_config, with_defaults
+from .signals import catch_signals
 from .tasks import load_task
 
 CALIBRATION_BATCHES = 8
@@ -147,15 +147,8 @@ def start(job: Job, model: nn.Module) -> dict[str, Any]:
         },
         "dense": None,
     }
-    made = [path for path in (job.folder, *job.folder.parents) if not path.exists()]
-    try:
-        job.folder.mkdir(parents=True, exist_ok=True)
+    with new_folder(job.folder):
         return save(job, state, model)
-    except OSError:
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()
-        raise
 
 
 def dense_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
@@ -174,21 +167,13 @@ def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str,
     if controller.needs_calibration and state["controller"] is None:
         calibrate(job, model, controller)
     train(job, model, controller, state)
-    parts = [part.model_statistics for part in vars(controller.statistics()).values()]
-    layers = [layer for part in parts for layer in part.sparsified_layers_summary]
+    layers = layers_of(controller.statistics())
     sparse = evaluate(job, model) | seconds_per_step(state, "sparse")
     sparse |= {"level": controller.compression_rate}
 
     stripped = controller.strip(do_copy=True)
     weights = serialised(stripped)
-    targets = [
-        stripped.get_parameter(
-            f"{info.module_node_name}.weight"
-            if info.parameter_name == "weight"
-            else info.module_node_name
-        )
-        for info in controller.sparsified_module_info
-    ]
+    targets = [stripped.get_parameter(name) for name in target_names(controller)]
     zeros = sum(int((weight == 0).sum()) for weight in targets)
     report = describe(job) | {
         "results": {
@@ -198,16 +183,7 @@ def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str,
             | {"level": zeros / sum(weight.numel() for weight in targets)}
             | sizes(weights),
         },
-        "layers": [
-            {
-                "name": layer.name,
-                "shape": list(layer.weight_shape),
-                "groups": layer.groups,
-                "pruned_groups": layer.pruned_groups,
-                "path": layer.path,
-            }
-            for layer in layers
-        ],
+        "layers": layers,
         "history": state["history"],
     }
     write_atomic(job.folder / STRIPPED, weights)
@@ -293,28 +269,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-@contextmanager
-def catch_signals() -> Iterator[Callable[[], bool]]:
-    """Note SIGINT and SIGTERM rather than act on them; a second one acts as it always did."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, frame: object) -> None:
-        caught.append(number)
-        restore()
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield lambda: bool(caught)
-    finally:
-        restore()

@@ -111,8 +111,8 @@ class Options(RunOptions):
     """All that a built-in task's result depends on, the data apart. None: the task's own default.
 
     Attributes:
-        task: ``"stdlib-lm"`` or ``"digits"``.
-        scope: by default the transformer's layers, without embedding, norms and head.
+        task: ``"stdlib-lm"``, ``"stdlib-lm-wide"``, ``"digits"`` or ``"minilm"``.
+        scope: None: the task's own, without embedding, norms and head.
         dense_epochs: of the dense training. With a checkpoint the default is none.
         steps_per_epoch: optimiser steps in an epoch.
         dense_lr: peak learning rate of the dense training.
@@ -120,7 +120,6 @@ class Options(RunOptions):
     """
 
     task: str = "stdlib-lm"
-    scope: tuple[str, ...] = ("layers",)
     dense_epochs: int | None = None
     steps_per_epoch: int | None = None
     dense_lr: float | None = None
@@ -276,7 +275,7 @@ def sparsity_config(options: Options) -> AlgorithmConfig:
         given |= warm_up(options)
     return config(
         pattern=parse_pattern(options.pattern),
-        target_scopes=options.scope,
+        target_scopes=options.scope or None,
         ignored_scopes=options.ignore,
         **{name: value for name, value in given.items() if name in config.model_fields},
     )

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..measure.tables import where
 from .files import CURVES, LEVELS, REPORT
 
 
@@ -40,10 +41,30 @@ def print_report(report: Mapping[str, Any], folder: Path) -> None:
         + how.get(algorithm, f"level {options['level']} from the start")
     )
     console.print(results_table(report["metric"], report["results"]))
+    _print_paths(console, report)
+    console.print(f"{folder}: {', '.join(report['files'].values())}")
+
+
+def print_pretrained(report: Mapping[str, Any], folder: Path) -> None:
+    """Print what was done to a model of the user's own, and what came of it."""
+    recipe, data = report["recipe"], report["data"]
+    console = Console(highlight=False, soft_wrap=True)
+    guessed = ", guessed from its architecture" if report["guessed"] else ""
+    console.print(f"{report['model']}, {report['objective']}{guessed}; {where(report)}")
+    target = "" if recipe["level"] is None else f", level {recipe['level']}"
+    console.print(f"{recipe['algorithm']}, pattern {recipe['pattern']}{target}")
+    console.print(
+        f"{data['train']} {data['examples']}; held out {data['held_out']}: {data['split']}"
+    )
+    console.print(results_table(report["metric"], report["results"]))
+    _print_paths(console, report)
+    console.print(f"{folder}: {', '.join(report['files'].values())}, {REPORT}")
+
+
+def _print_paths(console: Console, report: Mapping[str, Any]) -> None:
     paths = Counter(layer["path"] for layer in report["layers"])
     layers = ", ".join(f"{count} {path}" for path, count in paths.most_common())
     console.print(f"products of the {len(report['layers'])} sparse layers: {layers}")
-    console.print(f"{folder}: {', '.join(report['files'].values())}")
 
 
 def print_comparison(reports: Mapping[str, Mapping[str, Any]], folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -56,7 +57,8 @@ def parse_shapes(text: str, tokens: int) -> tuple[Shape, ...]:
     """Return the shapes that a command line names.
 
     Args:
-        text: a set's name; ``TOKENSxINxOUT``, several with commas between; or a safetensors file.
+        text: a set's name; ``TOKENSxINxOUT``, several with commas between; a safetensors file, or
+            a folder of such files as ``save_pretrained`` writes it.
         tokens: for a file's weights.
 
     Raises:
@@ -65,15 +67,15 @@ def parse_shapes(text: str, tokens: int) -> tuple[Shape, ...]:
     """
     if text in SETS:
         return SETS[text]
-    if text.endswith(".safetensors"):
+    if text.endswith(".safetensors") or (text and Path(text).is_dir()):
         return shapes_of(Path(text), tokens)
     shapes = []
     for part in text.split(","):
         sides = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", part.strip())
         if sides is None:
             raise ValueError(
-                f"shapes must be one of {', '.join(SETS)}, TOKENSxINxOUT[,...] or a .safetensors "
-                f"file, got {part.strip() or text!r}"
+                f"shapes must be one of {', '.join(SETS)}, TOKENSxINxOUT[,...], a .safetensors "
+                f"file or a model's folder, got {part.strip() or text!r}"
             )
         shapes.append(Shape(*map(int, sides.groups())))
     return tuple(dict.fromkeys(shapes))
@@ -86,19 +88,67 @@ def shapes_of(path: Path, tokens: int) -> tuple[Shape, ...]:
 
 
 def matrices(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of a model's file that can be pruned, as matrices, by name.
+    """Yield the weights of a model that can be pruned, as matrices, by name.
 
     Those are floats of two or more dimensions, 64 or more a side when seen as ``(outputs, the
     rest)``; tables that look tokens or places up are left out, as the controller's default does.
+    Fused experts are a matrix each. In a folder weights that the architecture stores as
+    ``(inputs, outputs)`` are turned.
+
+    Args:
+        path: a safetensors file, or a folder of such files as ``save_pretrained`` writes it.
 
     Raises:
-        ValueError: the file is damaged, holds NaN or infinity, or has no such weight.
+        ValueError: a file is damaged or missing, or there is no such weight.
         OSError: it cannot be read.
     """
+    files, family = (_files(path), _family(path)) if path.is_dir() else ([path], "")
+    found = False
+    for file in files:
+        for name, matrix in _matrices(file, family):
+            found = True
+            yield name, matrix
+    if not found:
+        raise ValueError(
+            f"{path} must hold a float weight of at least {MIN_SIDE}x{MIN_SIDE}, embeddings "
+            "apart, and has none"
+        )
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return a folder's files, those that its index names if it is sharded."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+    else:
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} must be the index of a sharded model: {error!r}") from None
+        files = sorted(folder / name for name in names)
+    if not files:
+        raise ValueError(f"{folder} must hold a model as save_pretrained writes it, .safetensors")
+    return files
+
+
+def _family(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "config.json").read_text()).get("model_type", ""))
+    except FileNotFoundError:
+        return ""
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} must be a configuration: {error!r}") from None
+
+
+# whose weights stand as (inputs, outputs)
+CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+TURNED_EXPERTS = {"gpt_oss", "llama4", "llama4_text"}
+
+
+def _matrices(path: Path, family: str) -> Iterator[tuple[str, Tensor]]:
     # safetensors' own errors name no file
     with path.open("rb"):
         pass
-    found = False
     try:
         with safe_open(path, framework="pt") as file:
             for name in sorted(file.keys()):
@@ -109,14 +159,14 @@ def matrices(path: Path) -> Iterator[tuple[str, Tensor]]:
                 tensor = file.get_tensor(name)
                 if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                     continue
-                matrix = tensor.flatten(1)
-                if min(matrix.shape) >= MIN_SIDE:
-                    found = True
-                    yield name, matrix
+                if tensor.dim() == 3 and "experts" in name:
+                    turned = family in TURNED_EXPERTS
+                    parts = [(f"{name}[{i}]", matrix) for i, matrix in enumerate(tensor)]
+                else:
+                    turned = family in CONV1D and tensor.dim() == 2
+                    parts = [(name, tensor.flatten(1))]
+                for part, matrix in parts:
+                    if min(matrix.shape) >= MIN_SIDE:
+                        yield part, matrix.T.contiguous() if turned else matrix
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
-    if not found:
-        raise ValueError(
-            f"{path} must hold a float weight of at least {MIN_SIDE}x{MIN_SIDE}, embeddings "
-            "apart, and has none"
-        )

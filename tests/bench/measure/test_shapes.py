@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import safetensors.torch
 import torch
@@ -50,3 +52,40 @@ def test_shapes_are_spelled_as_they_are_parsed():
     for shapes in SETS.values():
         assert parse_shapes(spell_shapes(shapes), 1) == shapes
     assert spell_shapes((Shape(1, 2, 3),) * 2 + (Shape(4, 5, 6),)) == "2*1x2x3,4x5x6"
+
+
+def test_a_folder_has_the_shapes_of_its_shards(tmp_path):
+    one = {"layers.0.up": torch.ones(256, 64), "embed.weight": torch.ones(512, 64)}
+    other = {"mlp.experts.gate_up_proj": torch.ones(3, 64, 128), "narrow": torch.ones(8, 64)}
+    names = {}
+    for number, weights in enumerate((one, other), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        safetensors.torch.save_file(weights, tmp_path / file)
+        names |= dict.fromkeys(weights, file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "gpt_oss"}')
+    found = {name: matrix.shape for name, matrix in matrices(tmp_path)}
+    assert found == {
+        "layers.0.up": (256, 64),
+        **{f"mlp.experts.gate_up_proj[{i}]": (128, 64) for i in range(3)},
+    }
+    assert parse_shapes(str(tmp_path), 9) == ((9, 64, 256), (9, 64, 128))
+    # another family stores its experts as (experts, outputs, inputs)
+    config.write_text('{"model_type": "mixtral"}')
+    assert parse_shapes(str(tmp_path), 9) == ((9, 64, 256), (9, 128, 64))
+    config.write_text('{"model_type": "gpt2"}')
+    assert parse_shapes(str(tmp_path), 9)[0] == (9, 256, 64)
+
+
+def test_a_folder_must_hold_what_its_index_names(tmp_path):
+    with pytest.raises(ValueError, match=r"must hold a model as save_pretrained writes it"):
+        parse_shapes(str(tmp_path), 1)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "a.safetensors"}}')
+    with pytest.raises(FileNotFoundError):
+        parse_shapes(str(tmp_path), 1)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match=r"must be the index of a sharded model"):
+        parse_shapes(str(tmp_path), 1)
