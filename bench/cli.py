@@ -261,7 +261,8 @@ def finetune(
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in context.params.items()
-        if value is not None and value is not False and value != [] and name not in CALL
+        # 0 is a value
+        if not (value is None or value is False or value in ([], ())) and name not in CALL
     }
     whose = "model" if model or config or print_config else "task"
     if resume and output is not None and (output / "recipe.yaml").exists():
