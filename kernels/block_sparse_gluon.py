@@ -260,3 +260,56 @@ def _block_sparse_linear_specialised_kernel(
             [1],
             [PRODUCER_REGISTERS],
         )  # fmt: skip
+
+
+def _descriptor(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """Describe a matrix to the bulk copy engine, in tiles of ``rows`` by ``cols``."""
+    kind = getattr(gl, str(matrix.dtype).removeprefix("torch."))
+    layout = gl.NVMMASharedLayout.get_default_for([rows, cols], kind)
+    return TensorDescriptor(
+        matrix, list(matrix.shape), list(matrix.stride()), [rows, cols], layout
+    )
+
+
+def launch_specialised(
+    x: Tensor,
+    stored: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    tasks: Tensor,
+    index: Tensor,
+    side_n: int,
+    side_k: int,
+    by_k: bool,
+    plan: Plan,
+) -> None:
+    """Compute ``y = x weight^T + bias`` over the blocks that ``tasks`` and ``index`` list.
+
+    Args:
+        x, y: as ``launch_product``'s, of 16 bits, which the bulk copy engine can address.
+        stored: the weight as its rows lie in memory: [N, K], or if ``by_k`` [K, N].
+        bias, tasks, index, side_n, side_k: as ``launch_product``'s.
+        plan: the schedule; no split, and of a tile that ``tiles.can_specialise``.
+    """
+    tile, consumers = plan.tile, plan.tile.warps // 4
+    with on_device(x):
+        _block_sparse_linear_specialised_kernel[(plan.programs,)](
+            _descriptor(x, tile.m, tile.k),
+            _descriptor(stored, *((tile.k, tile.n) if by_k else (tile.n, tile.k))),
+            _descriptor(y, tile.m // consumers, tile.n // stores(tile.n)),
+            x if bias is None else bias, tasks, index, x.shape[0], y.shape[1], len(tasks),
+            plan.group, plan.shift,
+            HAS_BIAS=bias is not None,
+            W_BY_K=by_k,
+            SIDE_N=side_n,
+            SIDE_K=side_k,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            BLOCK_K=tile.k,
+            STAGES=tile.stages,
+            STORES=stores(tile.n),
+            CONSUMERS=consumers,
+            CONSUMER_REGISTERS=CONSUMER_REGISTERS,
+            PRODUCER_REGISTERS=PRODUCER_REGISTERS,
+            num_warps=4,
+        )  # fmt: skip

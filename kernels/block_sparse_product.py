@@ -18,7 +18,8 @@ rows, so n is the block's and only m is free; two registers in three hold float3
 
 Both numbers are estimates, to be replaced by measured ones; dense Triton GEMMs with the tiles of
 the first two lines reach 0.85 to 0.9 of cuBLAS on Hopper. Multicasting W's tile over a cluster of
-two tiles of tokens would lift 256 x 128 to 102, and is out of reach of plain Triton.
+two tiles of tokens would lift 256 x 128 to 102, and is out of reach of plain Triton. Where a table
+has measured it to be faster, ``block_sparse_gluon.py`` computes the same with a producer warp.
 
 **One loop.** A program (one a multiprocessor: 8 warps, 160 to 230 registers, 200 KB of shared
 memory) walks its tiles in a single loop over all their steps, so that the copy engine fetches the
@@ -417,6 +418,12 @@ def launch_product(
     sizes = M, K, len(tasks), side_n, side_k, x.element_size()
     plan = plan_product(*sizes, device.processors, tiles)
     tile, programs = plan.tile, plan.programs
+    if tile.specialised and bulk and x.element_size() == 2 and not plan.split:
+        # only what was measured comes here: nobody else needs Gluon
+        from .block_sparse_gluon import launch_specialised
+
+        launch_specialised(x, stored, bias, y, tasks, index, side_n, side_k, by_k, plan)
+        return y
     parts = 2 * programs * tile.m * tile.n if plan.split else 0
     scratch = x.new_empty(parts, dtype=torch.float32)
     kind = getattr(tl, str(x.dtype).removeprefix("torch."))

@@ -39,6 +39,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     programs: int  # resident on a multiprocessor; the grid is no larger than they allow
+    specialised: int = 0  # 1: by the kernel of ``block_sparse_gluon.py``, its warps consumers'
 
 
 class Device(NamedTuple):
@@ -100,6 +101,14 @@ def descriptor(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:
 
 # all of a descriptor but its tensor, by what that is like; a handful a weight and batch
 _forms: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+
+def can_specialise(tile: Tile) -> bool:
+    """Tell whether warps of two kinds can compute a product's tile: each group of four consumer
+    warps a ``wgmma`` of its rows, one program alone on its multiprocessor.
+    """
+    consumers = tile.warps // 4
+    return tile.warps in (4, 8) and tile.programs == 1 and 64 * consumers <= tile.m
 
 
 def dot_precision(dtype: torch.dtype) -> str:

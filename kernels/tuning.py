@@ -29,11 +29,12 @@ import torch
 
 from .launch import HAS_TRITON, Backend, triton, use_triton
 from .pattern import Block, Pattern, grid_shape
-from .tiles import Tile, measured
+from .tiles import Tile, can_specialise, measured
 from .topology import BUNDLE_WIDTH, bundling
 
 FORMAT = 1
 SOURCES = (
+    "block_sparse_gluon.py",
     "block_sparse_linear.py",
     "block_sparse_product.py",
     "block_sparse_torch.py",
@@ -129,8 +130,9 @@ def _subject(row: Any) -> tuple[tuple[int, int], Block, torch.dtype]:
 def _tile(value: Any) -> Tile:
     fields = Tile._fields
     ok = isinstance(value, dict) and set(value) == set(fields)
-    ok = ok and all(type(value[name]) is int and value[name] > 0 for name in fields)
-    _must(ok, f"tiles of {', '.join(fields)}", value)
+    ok = ok and all(type(value[name]) is int for name in fields)
+    ok = ok and min(value[name] for name in fields if name != "specialised") > 0
+    _must(ok and value["specialised"] in (0, 1), f"tiles of {', '.join(fields)}", value)
     tile = Tile(**value)
     powers = all(v & (v - 1) == 0 for v in (tile.m, tile.n, tile.k, tile.warps))
     sane = min(tile[:3]) >= 16 and max(tile[:3]) <= 1024 and tile.warps <= 16
@@ -140,6 +142,8 @@ def _tile(value: Any) -> Tile:
 
 def fits(tile: Tile, direction: str, shape: tuple[int, int], block: Block) -> bool:
     """Tell whether a kernel can cut a weight's blocks into such tiles."""
+    if tile.specialised and (direction == "wgrad" or not can_specialise(tile)):
+        return False
     match direction:
         case "forward":
             return tile.n <= block.rows and tile.k <= block.cols
