@@ -1,11 +1,12 @@
 """Block-sparse products, forward and backward, down to the driver."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from stub_driver import PROCESSORS, kernels
+from triton_sparsity.kernels import tiles, tuning
 from triton_sparsity.kernels.block_sparse_linear import block_sparse_linear
 from triton_sparsity.kernels.pattern import Block, grid_shape
 
@@ -16,6 +17,7 @@ SHARED = 228 * 1024  # bytes of a multiprocessor
 RESERVED = 1024  # bytes of shared memory that the driver takes of every block
 LISTS = ["_topology_count_kernel", "_topology_list_kernel"]
 LINEAR = "_block_sparse_linear_kernel"
+SPECIALISED = "_block_sparse_linear_specialised_kernel"
 WGRAD = "_block_sparse_wgrad_kernel"
 SUM = "_block_sparse_wgrad_sum_kernel"
 
@@ -146,6 +148,58 @@ def test_products_of_all_shapes_launch(case, stub, float32_products):
         assert dgrad.maps[2].shape == x.shape
     if case.wgrad:
         assert_describes(wgrad.maps[2], weight.grad.T if case.transposed else weight.grad)
+
+
+def measure_specialised(monkeypatch, case):
+    """Let a tuning table say that warps of two kinds are faster, with the kernel's own tiles."""
+    (rows, cols), block = case.block, Block(*case.block)
+    facts = tiles.device_of(torch.empty(0))
+    for direction, sides in (("forward", (rows, cols)), ("dgrad", (cols, rows))):
+        own, *_ = tiles.linear_tiles(*sides, case.dtype, facts, precision="tf32", bulk=True)
+        tile = own._replace(specialised=1)
+        assert tuning.fits(tile, direction, case.weight, block)
+        monkeypatch.setitem(tiles.measured, (direction, case.weight, block, case.dtype), tile)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # so many that tiles fill the device without a split of the sums
+        replace(case, tokens=32768 if case.tokens >= 4096 else case.tokens)
+        for case in CASES
+        if case.dtype.itemsize == 2
+    ],
+    ids=lambda case: case.name,
+)
+def test_products_of_all_shapes_launch_with_warps_of_two_kinds(case, stub, monkeypatch):
+    measure_specialised(monkeypatch, case)
+    pattern = Block(*case.block)
+    mask = torch.ones(grid_shape(pattern, case.weight), dtype=torch.bool)
+    weight = case.make_weight().requires_grad_()
+    x = case.make_x().requires_grad_()
+    bias = torch.zeros(case.weight[0], dtype=case.dtype) if case.bias else None
+
+    y = block_sparse_linear(x, weight, mask, bias, pattern=pattern, backend="triton")
+    y.backward(torch.zeros((), dtype=case.dtype).expand_as(y))
+
+    forward, dgrad = (
+        launched for launched in stub.launches if launched.kernel in (LINEAR, SPECIALISED)
+    )
+    # elsewhere the tokens are few and the sums split, or the copy engine cannot move the operands
+    whole = case.tokens == 32768
+    for launched, by_copies in ((forward, case.forward), (dgrad, case.dgrad)):
+        wanted = SPECIALISED if whole and by_copies else LINEAR
+        assert launched.kernel == wanted
+        if wanted == SPECIALISED:
+            assert len(launched.maps) == 3
+            assert launched.grid[0] <= PROCESSORS
+            assert launched.shared + RESERVED <= SHARED
+            assert launched.threads in (256, 384)
+            assert launched.threads * launched.registers <= REGISTERS
+    if whole and case.forward:
+        stored = weight.T if case.transposed else weight
+        assert_describes(forward.maps[1], stored)
+        assert_describes(forward.maps[2], y)
 
 
 @pytest.mark.parametrize("aligned", [True, False])
