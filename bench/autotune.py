@@ -3,7 +3,8 @@
 Tiles are found by descent: from the tile that ``tiles.py`` would take, one field is changed at a
 time, and a faster tile becomes the new start. Tiles that cannot fit the device, or that read much
 more from the L2, are not tried; a tile that three runs show to be slow is dropped. Each is checked
-before it is timed.
+before it is timed. The kernel with warps of two kinds is one of a tile's fields, and is tried in a
+process of its own that is ended if it does not return.
 
 Break-even densities are found by bisection, each against the dense product measured just before.
 Without Triton there are no tiles; then the densities are those of the plain-torch path.
@@ -28,6 +29,7 @@ from ..kernels.block_sparse_linear import MIN_SIDE
 from ..kernels.launch import INTERPRET, Backend, use_triton
 from ..kernels.pattern import Block
 from ..kernels.tiles import Tile, device_of
+from .apart import apart
 from .autotune_tiles import OPERATION, descend, usable
 from .measure.counts import intensity, tiles_of
 from .measure.files import claim_file, write_atomic
@@ -41,6 +43,7 @@ from .measure.timing import measure
 
 GIVE_UP = 1.1
 LEAST_INTENSITY = 0.6  # of the usual tile's
+TRIAL = 240.0  # seconds that a tile may take in a process of its own, compilation and all
 LOWEST, STEPS = 0.02, 5  # of the search for a break-even density
 
 
@@ -268,16 +271,11 @@ def _tile_row(
     built = _built(operands, direction)
 
     def time(tile: Tile, best: float | None) -> float | None:
-        tiles.measured[key] = tile
+        if tile.specialised:
+            # its warps wait for one another: a fault in that would be a launch without an end
+            return apart(_trial, search, shape, block, dtype, direction, tile, best, limit=TRIAL)
         try:
-            if (problem := built.check()) is not None:
-                if best is None:
-                    raise ValueError(problem)
-                return None
-            give_up = None if best is None else GIVE_UP * best
-            return measure(
-                built.run, device, budget=search.budget, least=3, give_up=give_up
-            ).median
+            return _time(built, search, key, tile, best)
         # a tile that does not compile or fit is no candidate, for whatever reason
         except Exception as error:
             if best is None:
@@ -286,8 +284,6 @@ def _tile_row(
                     f"autotune: {what}: the kernel's own tile {tile} fails: {error}"
                 ) from error
             return None
-        finally:
-            del tiles.measured[key]
 
     fits = partial(
         usable,
@@ -296,6 +292,7 @@ def _tile_row(
         block=block,
         device=device_of(operands.weight),
         size=dtype.itemsize,
+        specialise=device.type == "cuda",
         least=LEAST_INTENSITY * intensity(operation, start, dtype.itemsize),
     )
     best, seconds, tried = descend(start, fits, time, search.candidates, others)
@@ -306,6 +303,37 @@ def _tile_row(
         "default_seconds": tried[start],
         "tried": len(tried),
     }
+
+
+def _trial(
+    search: Search,
+    shape: Shape,
+    block: Block,
+    dtype: torch.dtype,
+    direction: str,
+    tile: Tile,
+    best: float | None,
+) -> float | None:
+    """Return a tile's seconds; on operands of its own, for a process of its own."""
+    built = _built(_operands(search, shape, block, dtype, search.level), direction)
+    return _time(built, search, (direction, shape.weight, block, dtype), tile, best)
+
+
+def _time(
+    built: Any, search: Search, key: tuning.TileKey, tile: Tile, best: float | None
+) -> float | None:
+    """Return a tile's seconds, None if its result is wrong and it is not the first."""
+    tiles.measured[key] = tile
+    try:
+        if (problem := built.check()) is not None:
+            if best is None:
+                raise ValueError(problem)
+            return None
+        give_up = None if best is None else GIVE_UP * best
+        timing = measure(built.run, search.device, budget=search.budget, least=3, give_up=give_up)
+        return timing.median
+    finally:
+        del tiles.measured[key]
 
 
 def _break_even_row(

@@ -63,6 +63,7 @@ def neighbours(tile: Tile) -> Iterator[Tile]:
     for stages in (tile.stages + 1, tile.stages - 1, tile.stages - 2):
         if stages >= 2:
             yield tile._replace(stages=stages)
+    yield tile._replace(specialised=1 - tile.specialised)
     for name in ("k", "m", "n"):
         for value in (getattr(tile, name) * 2, getattr(tile, name) // 2):
             # the pipeline keeps as many bytes in flight, or as many stages
@@ -81,6 +82,7 @@ def usable(
     block: Block,
     device: Device,
     size: int,
+    specialise: bool,
     least: float,
 ) -> bool:
     """Tell whether a tile can run and is worth trying.
@@ -90,9 +92,12 @@ def usable(
         direction, shape, block: of the product: whether ``m``, ``n`` and ``k`` divide them.
         device: whose shared memory it must fit.
         size: bytes of an element.
+        specialise: whether warps of two kinds can be tried, on a Hopper device with 16 bits.
         least: FLOPs per byte read from the L2 that it must reach.
     """
     if not tuning.fits(tile, direction, shape, block) or min(tile[:3]) < MIN_SIDE:
+        return False
+    if tile.specialised and not (specialise and device.capability == (9, 0) and size == 2):
         return False
     room = device.shared // tile.programs - RESERVE
     held = tile.m * tile.n // (1 if direction == "wgrad" else tiles.stores(tile.n))

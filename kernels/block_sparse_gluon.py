@@ -1,25 +1,26 @@
 """The product of ``block_sparse_product.py`` for Hopper, with warps of two kinds, in Gluon.
 
-A producer warp walks this program's tiles and their kept blocks, and has the bulk copy engine bring
-the operands of one step after the other into a ring of stages. One or two warp groups of consumers
-multiply them, each its share of a tile's tokens, and store its sums. What the one kind waits for
-the other need not: while consumers convert and store a tile, the producer fills the ring with the
-next one's operands, and no consumer computes an address of an operand or loads an index.
+A producer warp walks this program's tiles and their kept blocks, and has the bulk copy engine
+bring the operands of one step after the other into a ring of stages. One or two groups of four
+consumer warps multiply them, each its share of a tile's tokens, and store its sums. What one kind
+waits for the other need not: while consumers convert and store a tile, the producer fills the ring
+with the next one's operands, and no consumer computes an operand's address or loads an index.
 
-**The ring.** A stage is one step's tile of x and one of w. It has two barriers: ``full``, which a
-phase completes when all bytes of both have arrived, and ``empty``, which one completes when every
-consumer has read them. Steps are numbered through all tiles: step i is in stage i % STAGES, and is
-the (i // STAGES)-th use of it. Use u is filled after the ``empty`` of use u - 1, and read after the
-``full`` of use u; a barrier's phases alternate, so each side carries one bit from tile to tile. Of
-the first round there is no use before: waiting for the phase before a barrier's first one returns
-at once.
+**The ring.** A stage is one step's tile of x and one of w. It has two barriers: ``full``, of which
+a phase ends when all bytes of both have arrived, and ``empty``, of which one ends when every
+consumer has read them. Steps are numbered through all tiles: step i is in stage i % STAGES, as its
+use i // STAGES. Use u is filled after the ``empty`` of use u - 1, and read after the ``full`` of
+use u. A barrier knows the last phase from the one before by a bit, which each side carries from
+tile to tile. Before the first round there is no use: to wait for the phase before a barrier's
+first returns at once.
 
-**Sums.** One ``wgmma`` group stays in flight across steps, as in the other kernel: a stage is given
-back when the next one's group was issued. A tile without kept blocks takes no step at all.
+**Sums.** One ``wgmma`` group stays in flight across steps, as in the other kernel: a stage is
+given back when the next one's group was issued. A tile without kept blocks takes no step at all.
 
-It replaces the other kernel only where a tuning table has measured that it is faster: a tile with
-``specialised`` set. It needs 16-bit operands that the bulk copy engine can address, and no split of
-the sums; ``launch_product`` takes the other kernel elsewhere.
+It is launched only where a tuning table has measured it to be faster: for a tile that is
+``specialised``. It needs 16-bit operands that the bulk copy engine can address, and no split of
+the sums; ``launch_product`` takes the other kernel elsewhere. Gluon has no interpreter;
+``tests/gluon_replay.py`` runs this file's own functions on a model of barriers and copies.
 
 Reading order: the walk -> producer -> consumer -> kernel -> launcher.
 """
@@ -44,7 +45,9 @@ from .launch import on_device
 from .schedule import Plan
 from .tiles import stores
 
-CONSUMER_REGISTERS = 240  # a thread; with the producer's, what a multiprocessor has for three groups
+CONSUMER_REGISTERS = (
+    240  # a thread; with the producer's, what a multiprocessor has for three groups
+)
 PRODUCER_REGISTERS = 24
 
 # the other kernel's schedule, in Gluon
@@ -214,9 +217,12 @@ def _block_sparse_linear_specialised_kernel(
     if _dealt(turns, shift) < tiles:
         turns += 1
 
-    xs = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout)
-    ws = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_type.shape, w.layout)
-    staging = gl.allocate_shared_memory(y.dtype, [CONSUMERS] + y.block_type.shape, y.layout)
+    x_shape: gl.constexpr = x.block_type.shape
+    w_shape: gl.constexpr = w.block_type.shape
+    y_shape: gl.constexpr = y.block_type.shape
+    xs = gl.allocate_shared_memory(x.dtype, [STAGES, x_shape[0], x_shape[1]], x.layout)
+    ws = gl.allocate_shared_memory(w.dtype, [STAGES, w_shape[0], w_shape[1]], w.layout)
+    staging = gl.allocate_shared_memory(y.dtype, [CONSUMERS, y_shape[0], y_shape[1]], y.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):

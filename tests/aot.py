@@ -13,6 +13,7 @@ import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 ARCHITECTURES = (80, 90, 100)
 # the variants of a kernel that differ in how a weight is loaded: of the bits of an element, and
@@ -128,8 +129,9 @@ def compile_for(
         and n not in unspecialized
         and (types[n].startswith("*") or types[n] in ("i32", "i64"))
     }
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
     built = triton.compile(
-        ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attrs),
+        source(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attrs),
         target=GPUTarget("cuda", arch, 32),
         options={
             "num_warps": num_warps,

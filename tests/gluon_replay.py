@@ -57,7 +57,7 @@ class Pointer:
 
 def _load(pointer, mask=True, other=0):
     at, inside = np.broadcast_arrays(pointer.offset, mask)
-    if inside.any() and not (0 <= at[inside]).all() & (at[inside] < len(pointer.values)).all():
+    if inside.any() and not (at[inside] >= 0).all() & (at[inside] < len(pointer.values)).all():
         raise Fault(f"a load at {at[inside]} of a list of {len(pointer.values)}")
     found = np.where(inside, pointer.values[np.where(inside, at, 0)], other)
     return found.view(Tensor) if found.ndim else found.item()

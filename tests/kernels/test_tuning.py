@@ -10,7 +10,7 @@ from triton_sparsity.kernels.pattern import Block
 from triton_sparsity.kernels.tiles import Tile
 
 CPU = torch.device("cpu")
-TILE = {"m": 128, "n": 64, "k": 32, "warps": 4, "stages": 3, "programs": 1}
+TILE = {"m": 128, "n": 64, "k": 32, "warps": 4, "stages": 3, "programs": 1, "specialised": 0}
 BLOCK = Block(64, 64)
 
 
@@ -77,6 +77,21 @@ DAMAGE = {
     "a tile with no stages": content(tiles=[tile_row(tile={k: TILE[k] for k in "mnk"})]),
     "a tile that is no power of two": content(tiles=[tile_row(tile=TILE | {"m": 100})]),
     "a tile wider than the block": content(tiles=[tile_row(tile=TILE | {"n": 128})]),
+    "a tile of a third kind": content(tiles=[tile_row(tile=TILE | {"specialised": 2})]),
+    "warps of two kinds for a weight gradient": content(
+        tiles=[
+            tile_row(
+                direction="wgrad",
+                tile=TILE | {"m": 64, "n": 256, "specialised": 1},
+            )
+        ]
+    ),
+    "warps of two kinds that share a program's room": content(
+        tiles=[tile_row(tile=TILE | {"programs": 2, "specialised": 1})]
+    ),
+    "consumers without rows": content(
+        tiles=[tile_row(tile=TILE | {"m": 64, "warps": 8, "specialised": 1})]
+    ),
     "a huge tile": content(tiles=[tile_row(tile=TILE | {"m": 4096})]),
     "a density": content(break_even=[even_row(dgrad=1.5)]),
     "a density that is none": content(break_even=[even_row(total=None)]),

@@ -1,0 +1,46 @@
+"""Work in a process of its own, for what may never return: a kernel that waits for ever on a GPU
+can be ended only with the process that launched it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+ENDING = 10.0  # seconds to wait for a killed process
+
+
+def apart(work: Callable[..., Any], *arguments: Any, limit: float) -> Any:
+    """Return what ``work`` returns in a process of its own; None if it fails, dies or takes longer
+    than ``limit`` seconds, from the start of the process on.
+
+    Args:
+        work: a function of a module, which the other process imports anew.
+        arguments: its own; they and the result are pickled.
+        limit: seconds.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, work, arguments), daemon=True)
+    process.start()
+    # the other process's end alone is open then, and its death is seen
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(limit) else None
+    except EOFError:
+        return None
+    finally:
+        process.kill()
+        process.join(ENDING)
+        receiver.close()
+
+
+def _send(sender: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        found = work(*arguments)
+    # whatever it is, the caller goes on without it
+    except Exception:
+        found = None
+    sender.send(found)
