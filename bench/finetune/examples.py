@@ -137,18 +137,20 @@ def _encode(
     """Return the token ids of each row."""
     name = _text_column(recipe, rows)
     values = column(rows, name, "--text-column")
-    if all(isinstance(value, str) for value in values):
+    is_text = isinstance(values[0], str)
+    for row, value in zip(rows, values, strict=True):
+        # an id that is no integer would be cut to one
+        fits = isinstance(value, list) and all(type(token) is int for token in value)
+        if isinstance(value, str) != is_text or not (is_text or fits):
+            raise ValueError(
+                f"data {row.place}: {name} must be text or a list of token ids, alike in all "
+                f"rows, got {str(value)[:60]!r}"
+            )
+    if is_text:
         if tokenizer is None:
             raise ValueError(f"model {recipe.model} must hold a tokenizer for text, and has none")
         ids = tokenizer(values, **how)["input_ids"]
     else:
-        for row, value in zip(rows, values, strict=True):
-            # an id that is no integer would be cut to one
-            if not isinstance(value, list) or not all(type(token) is int for token in value):
-                raise ValueError(
-                    f"data {row.place}: {name} must be text or a list of token ids, got "
-                    f"{str(value)[:60]!r}"
-                )
         ids = [value[: how.get("max_length")] for value in values]
     size = config.get_text_config().vocab_size
     for row, tokens in zip(rows, ids, strict=True):

@@ -46,6 +46,7 @@ from .folders import (
     sizes,
     zeros,
 )
+from .job import control
 from .layers import layers_of, target_names
 from .options import Options, RunOptions, sparsity_config
 from .recipe import FIELDS, Recipe, checked_recipe, make_recipe, read_recipe, same_recipe, spelled
@@ -213,9 +214,8 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
     steps, total = length(args, len(examples.train))  # pyright: ignore[reportArgumentType]
     if "logging_steps" not in recipe.trainer:
         args.logging_steps = max(1, total // 200)
-    shared = {one.name: getattr(recipe, one.name) for one in fields(RunOptions)}
     sparsity = sparsity_config(
-        Options(**shared | {"epochs": total / steps, "steps_per_epoch": steps})
+        Options(**_shared(recipe) | {"epochs": total / steps, "steps_per_epoch": steps})
     )
     model = load(source, objective, labels=examples.labels, seed=recipe.seed)
     # what cannot be pruned is to fail now, not after the dense model is measured; what there is
@@ -239,6 +239,11 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
         sparsity=sparsity,
         data=data,
     )
+
+
+def _shared(recipe: Recipe) -> dict[str, Any]:
+    """Return the options that the recipe has in common with a built-in task's run."""
+    return {one.name: getattr(recipe, one.name) for one in fields(RunOptions)}
 
 
 def _check_objective(recipe: Recipe, objective: str) -> None:
@@ -395,6 +400,9 @@ def train(
     model = run.load()
     teaches = bool(recipe.distill) or run.objective == "embedding"
     dense = run.load() if teaches else None
+    if recipe.algorithm == "const":
+        # where there are too few zeros, those of one pruning; the callback then finds them there
+        control(model, Options(**_shared(recipe))).strip(do_copy=False)
     backend: Any = recipe.backend
     dispatch: Any = recipe.dispatch
     callback = TransformersCallback(

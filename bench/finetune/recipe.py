@@ -80,7 +80,7 @@ class Recipe(RunOptions):
     score_lr: float | None = None
     scope: Names = ()
     ignore: Names = ()
-    epochs: float = 3
+    epochs: float = 3.0
     batch_size: int = 8
     lr: float = 5e-5
     save_every: int = 200
