@@ -27,6 +27,7 @@ def run(name, folder):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_an_example_runs(name, tmp_path):
     source = (EXAMPLES / name).read_text()

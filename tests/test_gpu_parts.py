@@ -57,6 +57,7 @@ def needed_by(names):
     return found
 
 
+@pytest.mark.slow
 def test_what_is_carried_is_what_package_and_tests_need():
     folders = ("kernels", "controller", "bench", "tests/kernels", "tests/controller")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
@@ -102,6 +103,7 @@ def test_that_is_skipped():
 """
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_a_broken_device_spoils_one_test(tmp_path):
     file, record = tmp_path / "test_it.py", tmp_path / "record.txt"
     file.write_text(TESTS)

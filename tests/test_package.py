@@ -86,6 +86,7 @@ def test_kernels_live_in_kernels_and_no_file_names_a_device():
         assert "environ" not in text or "bench" in path.parts, path
 
 
+@pytest.mark.slow
 def test_importing_touches_no_gpu():
     code = """
 import torch
@@ -119,6 +120,7 @@ def test_the_public_face_is_what_it_lists():
     assert all(getattr(ts, name).__doc__ for name in ts.__all__)
 
 
+@pytest.mark.slow
 def test_what_needs_an_extra_is_imported_when_it_is_asked_for():
     code = """
 import sys
@@ -144,6 +146,7 @@ def fenced(page, language):
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
+@pytest.mark.slow
 def test_code_of_the_pages_runs(tmp_path):
     # one process for all, which takes seconds to start: each block has names of its own
     code = "".join(

@@ -15,6 +15,7 @@ QUICK = {
 }
 
 
+@pytest.mark.slow
 def test_the_demo_prunes_one_dense_model_in_each_way(tmp_path):
     # what an earlier demo left is replaced
     for _, name, _ in demo.RUNS:

@@ -50,6 +50,7 @@ def run(*arguments):
     return caught.value.code or 0
 
 
+@pytest.mark.slow
 def test_a_profile_leaves_its_table_files_and_pictures(tmp_path, capsys):
     trace = tmp_path / "trace.json"
     assert run("profile", *QUICK, "-o", tmp_path / "out", "--trace", trace) == 0
@@ -111,6 +112,7 @@ def test_passes_take_place_in_processes_and_are_pooled():
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_an_error(monkeypatch):
     monkeypatch.setattr(job, "_serve_pass", os._exit)
     plan = job.make_plan(**SMALL, passes=2)

@@ -203,6 +203,7 @@ def test_one_read_is_the_rule(dtype, backend):
         assert_selects([x], 4321, backend=backend, reads=1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="millions of elements are too many for the interpreter")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_read_of_a_large_list(dtype, backend):

@@ -168,6 +168,7 @@ def test_a_run_killed_after_any_step_ends_as_if_it_had_not_been(
     assert_same_result(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_run_killed_at_every_write_in_turn_ends_as_if_it_had_not_been(
     tmp_path, uninterrupted, monkeypatch, moment
@@ -199,6 +200,7 @@ def test_a_run_killed_at_every_write_in_turn_ends_as_if_it_had_not_been(
     assert_same_result(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["exponential", "multistep", "adaptive"])
 @pytest.mark.parametrize("pattern", ["unstructured", "block:16x4"])
 def test_every_schedule_resumes(tmp_path, schedule, pattern):

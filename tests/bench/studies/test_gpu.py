@@ -24,6 +24,7 @@ def trial(folder, limit=300):
     return gpu.bench(TRIAL, CPU, folder, limit, 0.0005)
 
 
+@pytest.mark.slow
 def test_a_trial_on_a_cpu_goes_through_every_stage(tmp_path, capsys):
     folder = tmp_path / "a-cpu"
     folder.mkdir()

@@ -537,6 +537,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_after_distributed_all_ranks_draw_what_the_first_draws(tmp_path):
     ranks = [
         subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)])

@@ -157,7 +157,13 @@ def test_callbacks_behind_it_see_the_figures(tmp_path):
     assert all("sparsity_level" in logs for logs in seen if "loss" in logs)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "by step" else pytest.param(name, marks=pytest.mark.slow)
+        for name in ALGORITHMS
+    ],
+)
 @pytest.mark.filterwarnings("ignore:training has ended at level")
 def test_a_run_resumed_within_an_epoch_ends_bit_for_bit_the_same(name, tmp_path):
     config, save = ALGORITHMS[name], {"save_strategy": "steps", "save_steps": 5}
@@ -174,6 +180,7 @@ def test_a_run_resumed_within_an_epoch_ends_bit_for_bit_the_same(name, tmp_path)
     assert all(logged[0][step] == logged[1][step] for step in (16, 20, 24))
 
 
+@pytest.mark.slow
 def test_rb_reaches_its_target_by_a_loss_that_no_trainer_adds(tmp_path):
     config = ts.RBSparsityConfig(pattern=BLOCKS, schedule=HALF)
     trainer = train(tmp_path, ts.TransformersCallback(config), num_train_epochs=5)
@@ -226,6 +233,7 @@ def pretrained(folder):
     return model
 
 
+@pytest.mark.slow
 def test_no_checkpoint_is_the_best_before_the_target_is_reached(tmp_path):
     schedule = ts.PolynomialSchedule(target_level=0.97, target_epoch=2, freeze_epoch=3)
     trainer = train(
@@ -281,6 +289,7 @@ def test_the_best_checkpoint_comes_back_under_its_own_masks(tmp_path):
     assert_same(callback.controller.strip(), best)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("ignore:left dense, because")
 def test_every_family_trains_and_loads_again_without_us(family, tmp_path):
@@ -302,13 +311,14 @@ def test_every_family_trains_and_loads_again_without_us(family, tmp_path):
 COMPILE = {"torch_compile": True, "torch_compile_backend": "eager"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("by step", {"bf16": True}),
         ("rb", {"gradient_checkpointing": True}),
-        pytest.param("by step", COMPILE, marks=pytest.mark.slow),
-        pytest.param("rb", COMPILE, marks=pytest.mark.slow),
+        ("by step", COMPILE),
+        ("rb", COMPILE),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
@@ -488,6 +498,7 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_a_state_is_refused_unless_told_so(checkpoints, tmp_path):
     config = ts.MagnitudeSparsityConfig(schedule=HALF)
     dense = shutil.copytree(checkpoints / "dense", tmp_path / "dense")
@@ -574,6 +585,7 @@ def test_a_ramp_by_steps_that_training_cannot_end_is_said_at_the_start(tmp_path)
         train(tmp_path, callback)
 
 
+@pytest.mark.slow
 def test_a_second_training_makes_a_controller_of_its_own(tmp_path):
     callback = ts.TransformersCallback(ts.MagnitudeSparsityConfig(schedule=HALF))
     trainer = train(tmp_path, callback)
