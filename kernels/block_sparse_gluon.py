@@ -22,6 +22,12 @@ It is launched only where a tuning table has measured it to be faster: for a til
 the sums; ``launch_product`` takes the other kernel elsewhere. Gluon has no interpreter;
 ``tests/gluon_replay.py`` runs this file's own functions on a model of barriers and copies.
 
+**No multicast.** Two programs of a cluster could share w's tiles. Triton 3.7.1 can launch clusters
+and multicast, but not so: only the copy's arrivals reach the other program. ``mbarrier.arrive``
+stays in its own, so that the one that copies cannot know when the other has emptied a stage; and
+the barrier of a cluster, which all its threads must reach, is compiled for the first partition's
+alone. 3.6 has neither.
+
 Reading order: the walk -> producer -> consumer -> kernel -> launcher.
 """
 
