@@ -103,6 +103,7 @@ def trained(weights: Path, report: Mapping[str, Any], *, sparse: bool) -> tuple[
     """
     options = Options(**report["options"])
     assert options.lr is not None
+    assert options.score_lr is not None
     assert options.batch_size is not None
     task = load_task(options.task)
     model = task.build()

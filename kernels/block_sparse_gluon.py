@@ -51,9 +51,8 @@ from .launch import on_device
 from .schedule import Plan
 from .tiles import stores
 
-CONSUMER_REGISTERS = (
-    240  # a thread; with the producer's, what a multiprocessor has for three groups
-)
+# a thread; together what a multiprocessor has for three groups
+CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = 24
 
 # the other kernel's schedule, in Gluon

@@ -147,7 +147,11 @@ def _image_folder(path: Path) -> Iterator[Row]:
 
 def _dataset(path: Path) -> tuple[list[Row], list[Row]]:
     try:
-        from datasets import DatasetDict, load_from_disk
+        # an extra of the user's
+        from datasets import (  # pyright: ignore[reportMissingImports]
+            DatasetDict,
+            load_from_disk,
+        )
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             f"data {path} was saved by datasets, which is missing: "

@@ -254,7 +254,7 @@ def _texts(
         tokenizer.pad_token = tokenizer.eos_token
         pad = tokenizer.pad_token_id
     train, held_out, about = _parted(recipe, rows, apart, "rows")
-    labels = None
+    labels, numbers = None, ((), ())
     if objective == "classification":
         labels, numbers = _labels(recipe, config, train, held_out)
 

@@ -42,7 +42,7 @@ class Job:
         epochs = self.options.dense_epochs if phase == "dense" else self.options.epochs
         assert epochs is not None
         assert self.options.steps_per_epoch is not None
-        return epochs * self.options.steps_per_epoch
+        return round(epochs * self.options.steps_per_epoch)
 
 
 def save(
@@ -77,6 +77,7 @@ def train(job: Job, model: nn.Module, controller: Any, state: dict[str, Any]) ->
     assert peak is not None
     assert steps_per_epoch is not None
     assert options.batch_size is not None
+    assert options.score_lr is not None
     history = state["history"][phase]
     optimizer = make_optimizer(model, controller, peak, options.score_lr)
     if state["optimizer"] is not None:

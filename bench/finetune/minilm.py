@@ -49,9 +49,11 @@ class SentenceEncoder(BertModel):
     State dict and configuration are those of ``BertModel``.
     """
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, tokens: Tensor
+    ) -> Tensor:
         there = tokens != 0
-        found = super().forward(
+        found: Any = super().forward(
             input_ids=tokens, attention_mask=there.long(), output_hidden_states=True
         )
         return torch.stack(found.hidden_states[1:], 1) * there[:, None, :, None]

@@ -174,12 +174,12 @@ def finetune(
     torch.set_num_threads(recipe.threads)
     run = prepare(recipe, folder)
     checkpoint = None
+    start: dict[str, Any] = {"format": FORMAT, "data": run.data, "dense": None}
     if resumed:
         start = _read_start(run)
         checkpoint = last_checkpoint(run, without_state=resume_without_state)
     with catch_signals() as interrupted:
         if not resumed:
-            start = {"format": FORMAT, "data": run.data, "dense": None}
             _together(run, lambda: _claim(run, start, force))
         if start["dense"] is None:
             start = start | {"dense": measure_dense(run, progress)}
