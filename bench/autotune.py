@@ -29,8 +29,8 @@ from ..kernels.block_sparse_linear import MIN_SIDE
 from ..kernels.launch import INTERPRET, Backend, use_triton
 from ..kernels.pattern import Block
 from ..kernels.tiles import Tile, device_of
-from .apart import apart
 from .autotune_tiles import OPERATION, descend, usable
+from .measure.apart import apart
 from .measure.counts import intensity, tiles_of
 from .measure.files import claim_file, write_atomic
 from .measure.operands import Operands

@@ -18,9 +18,12 @@ TARGET = {"extra": "", "python_version": "3.12", "sys_platform": "linux"}
 MACHINE = ("torch", "triton", "numpy")  # are there, with all that they need
 LEFT_OUT = {
     "blksprs": "a peer that may be absent",
+    "datasets": "reads one kind of folder, and may be absent",
+    "lightning": "of one callback, of which a GPU shows nothing new; 20 MB with what it needs",
     "matplotlib": "draws pictures, which can be drawn later; 25 MB with what it needs",
     "nncf": "a peer that may be absent",
     "onnxruntime": "of one export, which a GPU has no part in",
+    "pillow": "reads images, of which a GPU shows nothing new",
     "scikit-learn": "of the demo and its tests",
     "stk": "a peer that may be absent",
 }

@@ -4,14 +4,17 @@ import logging
 import re
 import warnings
 
-import lightning.pytorch as lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import triton_sparsity as ts
+
+lightning = pytest.importorskip("lightning.pytorch")
+Callback = lightning.Callback
+EarlyStopping = lightning.callbacks.EarlyStopping
+ModelCheckpoint = lightning.callbacks.ModelCheckpoint
 
 HALF = ts.PolynomialSchedule(target_level=0.5, target_epoch=1)
 BY_STEP = ts.PolynomialSchedule(

@@ -1,7 +1,7 @@
 import os
 import time
 
-from triton_sparsity.bench.apart import apart
+from triton_sparsity.bench.measure.apart import apart
 
 
 def test_work_apart_returns_what_it_found():
