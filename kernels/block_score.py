@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .grid import block_counts, ceil_div, expand_blocks, pad_to_blocks, side_lengths
-from .launch import Backend, index_type, on_device, takes_kernels, tl, triton, use_triton
+from .launch import Backend, on_device, takes_kernels, tl, triton, use_triton
 from .pattern import MAX_BLOCK_SIDE, Pattern, Unstructured
-from .table import device_table, find_tensor
+from .table import Matrices, alike, device_table, find_tensor, first_of, list_index_type, swap
 
 # no block is wider than the tile; four or eight 16-byte loads of a thread are in flight at once
 TILE = {"TILE_R": 16, "TILE_C": MAX_BLOCK_SIDE}
@@ -217,72 +218,62 @@ def _norm_kernel(table_ptr, square_ptr, out_ptr, N: tl.constexpr, BLOCK: tl.cons
     tl.store(out_ptr + tl.load(entry + 11 * N), tl.div_rn(1.0, tl.where(norm > 0, norm, 1.0)))
 
 
-def _starts(weights: Sequence[Tensor], rows: int, cols: int) -> list[int]:
-    """Return where the scores of every weight begin in one tensor of all, and its end."""
-    starts = [0]
-    for weight in weights:
-        down, across = block_counts(weight.shape, rows, cols)
-        starts.append(starts[-1] + ceil_div(down * across, 16) * 16)
-    return starts
-
-
 def _launch(
     weights: Sequence[Tensor], rows: int, cols: int, squared: bool, scored: bool, normed: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the scores, one weight's after another's, and the inverse norms."""
-    first = weights[0]
-    starts = _starts(weights, rows, cols) if scored else [0] * (len(weights) + 1)
-    scores = first.new_empty(starts[-1], dtype=torch.float32)
+) -> tuple[list[Tensor], Tensor]:
+    """Return the scores, parts of one tensor, and the inverse norms."""
+    first, own = weights[0], Matrices.of(weights)
+    down, across = ceil_div(own.rows, rows), ceil_div(own.cols, cols)
+    sizes = down * across if scored else np.zeros_like(down)
+    starts = first_of(ceil_div(sizes, 16) * 16)
+    scores = first.new_empty(int((starts + sizes).max()), dtype=torch.float32)
     inverse = first.new_empty(len(weights) if normed else 0, dtype=torch.float32)
-    if normed and not all(w.numel() for w in weights):
-        inverse.fill_(1)  # of an empty weight no program tells
-    launches: dict[tuple[torch.dtype, int, int], list[tuple[int, ...]]] = {}
-    for place, (w, start) in enumerate(zip(weights, starts, strict=False)):
-        (R, C), (stride_r, stride_c), address = w.shape, w.stride(), w.data_ptr()
-        if not R or not C:
-            continue
-        tall, wide, stride_sr, stride_sc = rows, cols, ceil_div(C, cols), 1
-        if stride_r < stride_c:  # stored transposed: neighbours lie down the columns
-            R, C, stride_r, stride_c, tall, wide = C, R, stride_c, stride_r, cols, rows
-            stride_sr, stride_sc = 1, stride_sr
-        unit = 16 // w.element_size()
-        runs = stride_c == 1 and not (stride_r % unit or C % unit or address % 16)
-        programs = ceil_div(R, max(tall, TILE["TILE_R"])) * ceil_div(C, TILE["TILE_C"])
-        entry = (
-            *(programs, programs, address, R, C, stride_r, stride_c),
-            *(start, stride_sr, stride_sc, int(runs), place),
-        )
-        launches.setdefault((w.dtype, tall, wide), []).append(entry)
-    index = index_type(*weights)
+    # along their memory; blocks that are no squares are others then
+    turned = own.turned
+    R, C = swap(turned, own.rows, own.cols)
+    stride_r, stride_c = swap(turned, own.row_stride, own.col_stride)
+    stride_sr, stride_sc = swap(turned, across, 1)
+    tall, wide = swap(turned, rows, cols)
+    programs = ceil_div(R, np.maximum(tall, TILE["TILE_R"])) * ceil_div(C, TILE["TILE_C"])
+    index = list_index_type(own)
+    kinds = zip((w.dtype for w in weights), tall.tolist(), wide.tolist(), strict=True)
     with on_device(first):
-        for (dtype, tall, wide), entries in launches.items():
-            table, programs = device_table(first.device, entries)
-            squares = first.new_empty(programs if normed else 1, dtype=torch.float32)
-            _block_score_kernel[(programs,)](
-                table,
-                scores if scored else squares,
-                squares,
-                DTYPE=getattr(tl, str(dtype).removeprefix("torch.")),
-                ROWS=tall,
-                COLS=wide,
-                SQUARED=squared,
-                SCORED=scored,
-                NORMED=normed,
-                INDEX=index,
-                N=table.shape[1],
-                **TILE,
+        for (dtype, ROWS, COLS), at in alike(kinds).items():
+            unit = 16 // dtype.itemsize
+            runs = (stride_c == 1) & ((stride_r % unit | C % unit | own.address % 16) == 0)
+            columns = (
+                *(programs, programs, own.address, R, C, stride_r, stride_c),
+                *(starts, stride_sr, stride_sc, runs, np.arange(len(weights))),
             )
+            table, total = device_table(first.device, [column[at] for column in columns])
+            squares = first.new_empty(max(total, 1) if normed else 1, dtype=torch.float32)
+            if total:
+                _block_score_kernel[(total,)](
+                    table,
+                    scores if scored else squares,
+                    squares,
+                    DTYPE=getattr(tl, str(dtype).removeprefix("torch.")),
+                    ROWS=ROWS,
+                    COLS=COLS,
+                    SQUARED=squared,
+                    SCORED=scored,
+                    NORMED=normed,
+                    INDEX=index,
+                    N=table.shape[1],
+                    **TILE,
+                )
             if normed:
-                _norm_kernel[(len(entries),)](
+                _norm_kernel[(len(at),)](
                     table, squares, inverse, N=table.shape[1], BLOCK=NORM_BLOCK
                 )
-    return scores, inverse
+    grids = zip(down.tolist(), across.tolist(), starts.tolist(), strict=True)
+    found = [scores.as_strided((i, j), (j, 1), start) for i, j, start in grids] if scored else []
+    return found, inverse
 
 
 def _launch_one(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
-    down, across = block_counts(weight.shape, rows, cols)
-    scores, _ = _launch([weight], rows, cols, squared, scored=True, normed=False)
-    return scores[: down * across].view(down, across)
+    (scores,), _ = _launch([weight], rows, cols, squared, scored=True, normed=False)
+    return scores
 
 
 def _score(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
@@ -403,16 +394,8 @@ def block_scores(
     if _runs_triton("block_scores", weights, backend):
         if not scored and not normed:
             return list(weights), None
-        flat, inverse = _launch(weights, rows, cols, False, scored, normed)
-        found = list(weights)
-        if scored:
-            grids = [block_counts(w.shape, rows, cols) for w in weights]
-            starts = _starts(weights, rows, cols)
-            found = [
-                flat.as_strided((down, across), (across, 1), start)
-                for (down, across), start in zip(grids, starts, strict=False)
-            ]
-        return found, inverse if normed else None
+        found, inverse = _launch(weights, rows, cols, False, scored, normed)
+        return found if scored else list(weights), inverse if normed else None
     if not scored:
         return list(weights), inverse_norms_reference(weights) if normed else None
     if not weights[0].is_cpu or takes_kernels(weights[0].device):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .grid import ceil_div
 from .launch import Backend, on_device, tl, triton, use_triton
-from .table import device_table, find_tensor
+from .table import addresses, device_table, find_tensor
 
 BYTES = 8192  # that a program copies
 
@@ -51,7 +52,6 @@ def copy_all_(
         ValueError: shapes or dtypes differ, or a tensor has gaps.
         RuntimeError: ``"triton"`` is asked for where it cannot run.
     """
-    entries = []
     for target, source in zip(targets, sources, strict=True):
         if target.shape != source.shape or target.dtype != source.dtype:
             raise ValueError(
@@ -60,17 +60,18 @@ def copy_all_(
             )
         if not (target.is_contiguous() and source.is_contiguous()):
             raise ValueError(f"copy_all_: masks must be contiguous, got strides {source.stride()}")
-        if (size := target.numel() * target.element_size()) and target is not source:
-            addresses = source.data_ptr(), target.data_ptr()
-            entries.append((ceil_div(size, BYTES), *addresses, size))
-    if not entries:
+    if not targets:
         return
     if not use_triton("copy_all_", backend, targets[0]):
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
         return
+    at, to = addresses(sources), addresses(targets)
+    sizes = np.where(at == to, 0, [target.numel() for target in targets])
+    if not sizes.any():
+        return
     with on_device(targets[0]):
-        table, programs = device_table(targets[0].device, entries)
-        aligned = not any((a | b) % 16 for _, a, b, _ in entries)
+        table, programs = device_table(targets[0].device, (ceil_div(sizes, BYTES), at, to, sizes))
+        aligned = not ((at | to) % 16).any()
         _copy_kernel[(programs,)](table, ALIGNED=aligned, N=table.shape[1], BYTES=BYTES)
     torch.autograd.graph.increment_version(targets)

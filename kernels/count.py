@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .grid import ceil_div, side_lengths
-from .launch import Backend, on_device, takes_kernels, tl, triton, use_triton
+from .launch import Backend, is_plain, on_device, takes_kernels, tl, triton, use_triton
 from .pattern import Block, Pattern
-from .table import device_table, find_tensor
+from .table import Matrices, device_table, find_tensor
 
 BYTES = 8192  # of a mask that a program counts
 
@@ -89,21 +90,19 @@ def _launch(
     masks: Sequence[Tensor], rows: int, cols: int, heights: Sequence[int], widths: Sequence[int]
 ) -> Tensor:
     counts = torch.zeros(len(masks), 2, dtype=torch.int64, device=masks[0].device)
-    entries = [
-        (ceil_div(m.numel(), BYTES), m.data_ptr(), m.numel(), m.shape[1], height, width, place)
-        for place, (m, height, width) in enumerate(zip(masks, heights, widths, strict=True))
-        if m.numel()
-    ]
-    if entries:
+    own = Matrices.of(masks)
+    sizes = own.rows * own.cols
+    if sizes.any():
         with on_device(masks[0]):
-            table, programs = device_table(masks[0].device, entries)
+            columns = own.address, sizes, own.cols, heights, widths, np.arange(len(masks))
+            table, programs = device_table(masks[0].device, (ceil_div(sizes, BYTES), *columns))
             _count_kernel[(programs,)](
                 table,
                 counts,
                 ROWS=rows,
                 COLS=cols,
                 PACKED=masks[0].dtype == torch.uint8,
-                ALIGNED=not any(entry[1] % 16 for entry in entries),
+                ALIGNED=not (own.address % 16).any(),
                 N=table.shape[1],
                 BYTES=BYTES,
                 num_warps=8,
@@ -159,5 +158,7 @@ def kept_counts(
             )
     use_triton("kept_counts", backend, masks[0])
     heights, widths = (list(sides) for sides in zip(*shapes, strict=True))
-    run = kept_counts_reference if backend == "torch" else _op
-    return run(list(masks), pattern.rows, pattern.cols, heights, widths)
+    counted = kept_counts_reference
+    if backend != "torch":
+        counted = _count if is_plain(*masks) else _op
+    return counted(list(masks), pattern.rows, pattern.cols, heights, widths)

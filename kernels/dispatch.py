@@ -148,7 +148,7 @@ def choose(
         device: the weight's.
         triton_runs: whether the Triton kernels run there, or plain torch.
         dispatch: ``"auto"``: what is faster; ``"sparse"``, ``"dense"``: this for all.
-        known: break-evens that were looked up for other weights of the same update.
+        known: break-evens that were looked up for weights of these blocks on this device.
 
     Raises:
         ValueError: ``dispatch`` is none of the three.
@@ -156,7 +156,7 @@ def choose(
     check_dispatch(dispatch)
     if dispatch != "auto":
         return Paths(*[dispatch == "sparse"] * 3)
-    known, key = {} if known is None else known, (shape, pattern, dtype, device, triton_runs)
+    known, key = {} if known is None else known, (shape, dtype)
     limits = known.get(key)
     if limits is None and not torch.are_deterministic_algorithms_enabled():
         limits = measured.get(kind_of(shape, pattern, dtype, device))

@@ -9,8 +9,9 @@ more, as wide as the matrix, which clears in place at the speed of memory (under
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,18 @@ from .masked_weight import apply_mask_, count_leaks
 from .pattern import NM, Block, Pattern, grid_shape
 from .retained import put_all_back_, take_all_pruned
 from .semi_structured import nm_fits
+from .table import alike
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What masks that share launches have in common; the same object, so that none is compared."""
+
+    pattern: Pattern
+    backend: Backend
+
+
+_kind_of = cache(Kind)
 
 
 class GroupMask:
@@ -49,6 +62,7 @@ class GroupMask:
         self.pattern = pattern
         self.shape = shape
         self.backend: Backend = backend
+        self.kind = _kind_of(pattern, backend)
         # groups down and across; under N:M elements, since a pruned group keeps some of its
         self.grid = grid_shape(pattern, shape)
         # what a level counts, and what is chosen among: under N:M elements, and its tuples
@@ -179,12 +193,10 @@ class GroupMask:
 # Several masks at once. On a GPU what is said of launches is of all masks of one pattern.
 
 
-def _alike(owners: Sequence[GroupMask]) -> dict[tuple[Pattern, Backend], list[int]]:
-    """Return the places of those that share launches."""
-    found: dict[tuple[Pattern, Backend], list[int]] = {}
-    for place, owner in enumerate(owners):
-        found.setdefault((owner.pattern, owner.backend), []).append(place)
-    return found
+def _kinds(owners: Sequence[GroupMask]) -> Iterable[tuple[Pattern, Backend, list[int]]]:
+    """Return patterns and backends, and the places of those that share launches."""
+    found = alike(owner.kind for owner in owners)
+    return [(kind.pattern, kind.backend, places) for kind, places in found.items()]
 
 
 def _chosen(
@@ -197,17 +209,23 @@ def _chosen(
 
 def clear_all_(owners: Sequence[GroupMask], matrices: Sequence[Tensor]) -> None:
     """Set what the masks prune to zero, in place: one launch for each width of element."""
-    for (pattern, backend), places in _alike(owners).items():
+    for pattern, backend, places in _kinds(owners):
         apply_mask_(*_chosen(owners, matrices, places), pattern, backend=backend)
 
 
-def count_all_leaks(owners: Sequence[GroupMask], matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Count what is pruned and yet not zero: an int64 scalar a matrix, in one launch."""
-    counts: dict[int, Tensor] = {}
-    for (pattern, backend), places in _alike(owners).items():
-        found = count_leaks(*_chosen(owners, matrices, places), pattern, backend=backend)
-        counts |= zip(places, found.unbind(), strict=True)
-    return [counts[place] for place in range(len(owners))]
+def count_all_leaks(
+    owners: Sequence[GroupMask], matrices: Sequence[Tensor]
+) -> tuple[list[int], list[Tensor]]:
+    """Count what is pruned and yet not zero, in one launch.
+
+    Returns:
+        Places in the lists, and int64 vectors: one after another, the counts of those places.
+    """
+    order, counts = [], []
+    for pattern, backend, places in _kinds(owners):
+        order += places
+        counts.append(count_leaks(*_chosen(owners, matrices, places), pattern, backend=backend))
+    return order, counts
 
 
 def take_all_(
@@ -215,28 +233,29 @@ def take_all_(
 ) -> list[Tensor]:
     """Take pruned values out, as ``take_all_pruned``; into ``memory`` where that fits."""
     values: dict[int, Tensor] = {}
-    for (pattern, backend), places in _alike(owners).items():
+    pruned = [owner.pruned_elements() for owner in owners]
+    for pattern, backend, places in _kinds(owners):
         found = take_all_pruned(
             *_chosen(owners, matrices, places),
             pattern,
-            pruned=[owners[place].pruned_elements() for place in places],
-            out=[_fitting(memory[place], owners[place]) for place in places],
+            pruned=[pruned[place] for place in places],
+            out=[_fitting(memory[place], owners[place], pruned[place]) for place in places],
             backend=backend,
         )
         values |= zip(places, found, strict=True)
     return [values[place] for place in range(len(owners))]
 
 
-def _fitting(memory: Tensor | None, owner: GroupMask) -> Tensor | None:
-    shape = owner.shape if owner.packed else (owner.pruned_elements(),)
-    return memory if memory is not None and memory.shape == torch.Size(shape) else None
+def _fitting(memory: Tensor | None, owner: GroupMask, pruned: int) -> Tensor | None:
+    shape = owner.shape if owner.packed else (pruned,)
+    return memory if memory is not None and memory.shape == shape else None
 
 
 def put_back_all_(
     owners: Sequence[GroupMask], matrices: Sequence[Tensor], values: Sequence[Tensor]
 ) -> None:
     """Put pruned values back, as ``put_all_back_``."""
-    for (pattern, backend), places in _alike(owners).items():
+    for pattern, backend, places in _kinds(owners):
         chosen, masks = _chosen(owners, matrices, places)
         own = [values[place] for place in places]
         put_all_back_(chosen, own, masks, pattern, backend=backend)
@@ -255,16 +274,16 @@ def read_counts(
     Returns:
         How many groups and elements each mask keeps; ``more``'s numbers.
     """
-    alike = _alike(owners)
+    kinds = _kinds(owners)
     found = [number.flatten() for number in more]
-    for (pattern, backend), places in alike.items():
+    for pattern, backend, places in kinds:
         shapes = [owners[place].shape for place in places]
         own = [masks[place] for place in places]
         found.append(kept_counts(own, pattern, shapes, backend=backend).flatten())
     numbers = torch.cat(found).tolist()
     first = start = sum(number.numel() for number in more)
     counts = [[0, 0]] * len(owners)
-    for place in (place for places in alike.values() for place in places):
+    for place in (place for _, _, places in kinds for place in places):
         counts[place] = numbers[first : first + 2]
         first += 2
     return counts, numbers[:start]

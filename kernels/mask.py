@@ -14,9 +14,9 @@ Reading order: reference -> kernels -> launcher -> operators -> public function.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,10 +33,10 @@ from .bits import (
     word_mask,
 )
 from .grid import ceil_div, pad_to_blocks
-from .launch import Backend, index_type, on_device, takes_kernels, tl, triton, use_triton
+from .launch import Backend, is_plain, on_device, takes_kernels, tl, triton, use_triton
 from .pattern import NM, Pattern, Unstructured
 from .semi_structured import nm_complete
-from .table import find_tensor
+from .table import Column, Matrices, alike, device_table, find_tensor, first_of, list_index_type
 
 if TYPE_CHECKING:
     from .select import Threshold
@@ -277,26 +277,48 @@ def _ties_kernel(
         _add_ties(out_ptr, equal_ptr, one, first, C, True, PACKED, LAYOUT, BLOCK_C, STEP)
 
 
-def _tiling(
-    tensor: Tensor, out: Tensor, packed: bool
-) -> tuple[str, tuple[int, int], tuple[int, int], int, int]:
-    """Choose layout, (rows, columns) to see ``tensor`` as, their strides, and the tile's sides.
+class _Tiling(NamedTuple):
+    """How matrices are seen, and the tiles they are compared in: one number a matrix.
 
     A matrix in one run, whose packed rows are in one run too, is seen as one row: a tile is then
     no longer bound to the matrix's width.
     """
-    rows, cols = tensor.shape
-    aligned = tensor.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
-    if tensor.is_contiguous() and (cols % 8 == 0 or not packed):
-        size = tensor.numel()
-        if aligned and size % 128 == 0:
-            return "flat", (1, size), (size, 1), 1, TILE_BYTES // tensor.element_size()
-        return "any", (1, size), (size, 1), 1, STRIDED_TILE
-    stride_r, stride_c = tensor.stride()
-    if aligned and stride_r == 1 and rows % 8 == stride_c % 8 == 0:
-        return "columns", (rows, cols), (1, stride_c), 64, STRIDED_TILE // 64
-    block_c = max(8, min(triton.next_power_of_2(cols), PIECE))
-    return "any", (rows, cols), (stride_r, stride_c), STRIDED_TILE // block_c, block_c
+
+    layout: Column  # in LAYOUTS
+    rows: Column
+    cols: Column
+    row_stride: Column
+    col_stride: Column
+    block_r: Column
+    block_c: Column
+
+
+LAYOUTS = ("any", "flat", "columns")
+
+
+def _tiling(own: Matrices, out: Column, widths: Column, packed: bool) -> _Tiling:
+    _, rows, cols, row_stride, col_stride = own
+    aligned = (own.address | out) % 16 == 0
+    one_run = ((col_stride == 1) | (cols == 1)) & ((row_stride == cols) | (rows == 1))
+    if packed:
+        one_run &= cols % 8 == 0
+    size = rows * cols
+    flat = one_run & aligned & (size % 128 == 0)
+    along = aligned & (row_stride == 1) & ((rows | col_stride) % 8 == 0) & ~one_run
+    # pieces of rows, of a power of two
+    piece = np.minimum(cols, PIECE)
+    piece = np.maximum(8, 1 << np.ceil(np.log2(np.maximum(piece, 1))).astype(np.int64))
+    block_c = np.where(along, STRIDED_TILE // 64, piece)
+    block_c = np.where(one_run, np.where(flat, TILE_BYTES // widths, STRIDED_TILE), block_c)
+    return _Tiling(
+        np.where(flat, 1, np.where(along, 2, 0)),
+        np.where(one_run, 1, rows),
+        np.where(one_run, size, cols),
+        np.where(one_run, size, row_stride),
+        np.where(one_run, 1, col_stride),
+        np.where(one_run, 1, STRIDED_TILE // block_c),
+        block_c,
+    )
 
 
 def _launch(
@@ -310,54 +332,49 @@ def _launch(
     # Tensors of one dtype, layout and tile share a launch, which costs more than a small tensor's
     # work. A unit is what a tile has of one row: a run of consecutive elements. Units are numbered
     # in the order of the list, row-major, so the running sum of their equals gives ranks.
-    launches: dict[tuple, list[tuple[int, ...]]] = {}
-    units = equal_bytes = 0
-    for i, (tensor, mask) in enumerate(zip(tensors, out, strict=True)):
-        if tensor.numel() == 0:
-            continue
-        layout, (rows, cols), strides, block_r, block_c = _tiling(tensor, mask, packed)
-        block_u = max(1, TIES_TILE[packed and layout == "flat"] // block_c)
-        pieces = ceil_div(cols, block_c)
-        entry = (
-            ceil_div(rows, block_r) * pieces,
-            ceil_div(rows * pieces, block_u),
-            *(tensor.data_ptr(), mask.data_ptr(), rows, cols, *strides, units, equal_bytes, i),
-        )
-        launches.setdefault((tensor.dtype, layout, block_r, block_c, block_u), []).append(entry)
-        units += rows * pieces
-        equal_bytes += ceil_div(rows * ceil_div(cols, 8), 16) * 16
-    if not launches:
+    own, masks = Matrices.of(tensors), Matrices.of(out)
+    widths = np.array([tensor.element_size() for tensor in tensors])
+    tiling = _tiling(own, masks.address, widths, packed)
+    layout, rows, cols, *strides, block_r, block_c = tiling
+    pieces = ceil_div(cols, block_c)
+    units, equal_bytes = rows * pieces, ceil_div(rows * ceil_div(cols, 8), 16) * 16
+    if not units.any():
         return
-    equal = value.new_empty(equal_bytes, dtype=torch.uint8)
-    count = value.new_empty(units, dtype=torch.int32)
-    index = index_type(*tensors, *out)
-
+    ties_tile = np.where(layout == 1, TIES_TILE[packed], TIES_TILE[False])
+    block_u = np.maximum(1, ties_tile // block_c)
+    columns = (
+        *(ceil_div(rows, block_r) * pieces, ceil_div(units, block_u), own.address, masks.address),
+        *(rows, cols, *strides, first_of(units), first_of(equal_bytes), np.arange(len(tensors))),
+    )
+    equal = value.new_empty(int(equal_bytes.sum()), dtype=torch.uint8)
+    count = value.new_empty(int(units.sum()), dtype=torch.int32)
+    index = list_index_type(own, masks)
+    kinds = zip(
+        (t.dtype for t in tensors),
+        *(column.tolist() for column in (layout, block_r, block_c, block_u)),
+        strict=True,
+    )
     ties_launches = []
     with on_device(value):
-        for (dtype, layout, block_r, block_c, block_u), entries in launches.items():
-            columns = [list(column) for column in zip(*entries, strict=True)]
-            programs, ties_programs = sum(columns[0]), sum(columns[1])
-            columns[:2] = [list(accumulate(c, initial=0))[:-1] for c in columns[:2]]
-            # what fills the table up starts after every program
-            n = 1 << (len(entries) - 1).bit_length()
-            table = torch.tensor(
-                [column + [2**62] * (n - len(entries)) for column in columns],
-                device="cpu",
-                pin_memory=value.is_cuda,
-            ).to(value.device, non_blocking=True)
+        for (dtype, how, BLOCK_R, BLOCK_C, BLOCK_U), at in alike(kinds).items():
+            programs, ties_programs, *rest = (column[at] for column in columns)
+            if not programs.any():
+                continue
+            table, total = device_table(value.device, (programs, first_of(ties_programs), *rest))
             meta = {
                 "EACH": value.ndim > 0,
                 "PACKED": packed,
-                "LAYOUT": layout,
+                "LAYOUT": LAYOUTS[how],
                 "INDEX": index,
-                "N": n,
+                "N": table.shape[1],
             }
-            meta |= {"BLOCK_C": block_c, "num_warps": 8}
-            _compare_kernel[(programs,)](
+            meta |= {"BLOCK_C": BLOCK_C, "num_warps": 8}
+            _compare_kernel[(total,)](
                 table, value, scales, equal, count,
-                DTYPE=getattr(tl, str(dtype).removeprefix("torch.")), BLOCK_R=block_r, **meta,
+                DTYPE=getattr(tl, str(dtype).removeprefix("torch.")), BLOCK_R=BLOCK_R, **meta,
             )  # fmt: skip
-            ties_launches.append((ties_programs, table, {"BLOCK_U": block_u, **meta}))
+            meta["BLOCK_U"] = BLOCK_U
+            ties_launches.append((int(ties_programs.sum()), table, meta))
         end = torch.cumsum(count, 0)
         for programs, table, meta in ties_launches:
             _ties_kernel[(programs,)](table, keep_ties, equal, count, end, **meta)
@@ -377,7 +394,7 @@ def _make_new(
     packed: bool,
 ) -> list[Tensor]:
     out = _new_masks(tensors, packed)
-    _out_op(tensors, value, keep_ties, scales, packed, out)
+    _write(tensors, value, keep_ties, scales, packed, out)
     return out
 
 
@@ -511,7 +528,8 @@ def make_mask(
         scales = scales.contiguous()
     with torch.no_grad():
         if out is None and not plain:
-            return _op(tensors, value, keep_ties, scales, packed)
+            make = _make_new if is_plain(*tensors) else _op
+            return make(tensors, value, keep_ties, scales, packed)
         out = _new_masks(tensors, packed) if out is None else out
         fill = make_mask_reference if plain else _out_op
         fill(tensors, value, keep_ties, scales, packed, out)

@@ -29,6 +29,7 @@ from .launch import (
 )
 from .pattern import Block, Pattern, Unstructured, grid_shape
 from .pruned import launch_pruned
+from .table import alike
 from .topology import runs
 
 TILE = 4096  # elements of a program: 4 or 8 16-byte loads in flight for each thread
@@ -197,13 +198,14 @@ def _apply_(weights: Sequence[Tensor], masks: Sequence[Tensor], rows: int, cols:
     for weight, mask in zip(weights, masks, strict=True):
         if mask.dtype in WORDS.values():
             and_words(weight, mask, rows, weight)
-        elif use_triton("apply_mask_", "auto", weight):
+        elif takes_kernels(weight.device):
             launched.append((weight, mask))
         else:
             _clear(weight, mask, rows, cols)
     if launched:
-        owners, pruned = zip(*launched, strict=True)
-        launch_pruned(owners, pruned, rows, cols)
+        tensors, own = zip(*launched, strict=True)
+        launch_pruned(tensors, own, rows, cols)
+        torch.autograd.graph.increment_version(tensors)
 
 
 def _clear(weight: Tensor, mask: Tensor, rows: int, cols: int) -> None:
@@ -321,6 +323,14 @@ def check_mask(operation: str, weight: Tensor, mask: Tensor, pattern: Pattern) -
         )
 
 
+def kinds(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> list[list[int]]:
+    """Return the places of pairs that are alike in all that is checked: few, in a model."""
+    pairs = zip(weights, masks, strict=True)
+    return [
+        *alike((w.dtype, w.shape, w.device, m.dtype, m.shape, m.device) for w, m in pairs).values()
+    ]
+
+
 def _takes_operator(
     operation: str, weight: Tensor, mask: Tensor, pattern: Pattern, backend: Backend
 ) -> bool:
@@ -423,18 +433,20 @@ def apply_mask_(
     Raises:
         TypeError, ValueError, RuntimeError: as ``apply_mask``.
     """
-    name, given, rest = "apply_mask_", [], []
     one: Any = [(weight, mask)]  # the mask of one weight is one too
-    for w, m in one if isinstance(weight, Tensor) else _pairs(name, weight, mask):
-        (given if _takes_operator(name, w, m, pattern, backend) else rest).append((w, m))
+    pairs = one if isinstance(weight, Tensor) else [*_pairs("apply_mask_", weight, mask)]
+    given: list[int] = []
+    for places in kinds(*zip(*pairs, strict=True)) if pairs else ():
+        if _takes_operator("apply_mask_", *pairs[places[0]], pattern, backend):
+            given += places
+            continue
+        for w, m in (pairs[place] for place in places):
+            w.masked_fill_(~expand_mask(m, pattern, w.shape, backend="torch"), 0)
     if given:
-        weights, masks = map(list, zip(*given, strict=True))
+        weights, masks = map(list, zip(*(pairs[place] for place in given), strict=True))
         # on a CPU weights are cleared one by one, and an operator costs as much as a small one
-        direct = not takes_kernels(weights[0].device) and is_plain(*weights)
-        apply = _apply_ if direct else _op_
+        apply = _apply_ if is_plain(*weights) else _op_
         apply(weights, masks, pattern.rows, pattern.cols)
-    for w, m in rest:
-        w.masked_fill_(~expand_mask(m, pattern, w.shape, backend="torch"), 0)
 
 
 @torch.no_grad()
@@ -467,7 +479,7 @@ def count_leaks(
     if not pairs:
         return torch.zeros(0, dtype=torch.int64, device="cpu")
     device, is_words = tensors[0].device, masks[0].dtype in WORDS.values()
-    for tensor, mask in pairs:
+    for tensor, mask in (pairs[places[0]] for places in kinds(tensors, masks)):
         _takes_operator("count_leaks", tensor, mask, pattern, backend)
         if tensor.device != device:
             raise ValueError(
@@ -477,4 +489,5 @@ def count_leaks(
         if (mask.dtype in WORDS.values()) != is_words:
             raise ValueError("count_leaks: masks must be of one form, got compact ones and words")
     triton_runs = use_triton("count_leaks", backend, tensors[0])
-    return _leaks_op(list(tensors), list(masks), pattern.rows, pattern.cols, triton_runs)
+    count = _count if is_plain(*tensors) else _leaks_op
+    return count(list(tensors), list(masks), pattern.rows, pattern.cols, triton_runs)

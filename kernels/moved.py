@@ -18,9 +18,19 @@ import torch
 from torch import Tensor
 
 from .bits import WORDS
-from .grid import block_counts, ceil_div
-from .launch import index_type, on_device, tl, triton
-from .table import device_table, find_tensor
+from .grid import ceil_div
+from .launch import on_device, tl, triton
+from .table import (
+    Column,
+    Matrices,
+    addresses,
+    alike,
+    device_table,
+    find_tensor,
+    first_of,
+    list_index_type,
+    swap,
+)
 
 CHUNK = 2048  # blocks that a program places at a time
 # two to eight 16-byte accesses of a thread; a chunk is 16 bytes of a 16-bit float
@@ -211,30 +221,29 @@ def _move_kernel(
         )  # fmt: skip
 
 
-def _entry(w: Tensor, values: Tensor, mask: Tensor, rows: int, cols: int) -> tuple[int, ...]:
-    """Return an entry but for the first of the blocks' places."""
-    (M, W), (stride_m, stride_n), (mask_m, mask_n) = w.shape, w.stride(), mask.stride()
-    packed = mask.dtype == torch.uint8
-    value_m, value_n = values.stride() if packed else (0, 0)
-    whole, rest = divmod(W, cols)
-    turned = stride_m < stride_n
-    if turned:
-        M, W, stride_m, stride_n, mask_m, mask_n = W, M, stride_n, stride_m, mask_n, mask_m
-        value_m, value_n, rows, cols = value_n, value_m, cols, rows
-    unit = 16 // w.element_size()
-    runs = stride_n == 1 and not (stride_m % unit or W % unit or w.data_ptr() % 16)
-    runs = runs and values.data_ptr() % 16 == 0
-    if packed:
-        runs = runs and value_n == 1 and value_m % unit == 0
-    else:
-        # values of a block that is walked down its columns, or is narrower, lie otherwise
-        runs = runs and not turned and not rest
-    return (
-        ceil_div(M, TILE["TILE_M"]) * ceil_div(W, TILE["CHUNKS"] * TILE["WIDTH"]),
-        *(w.data_ptr(), values.data_ptr(), M, W, stride_m, stride_n, mask.data_ptr()),
-        *(mask_m, mask_n, value_m, value_n, rows.bit_length() - 1, cols.bit_length() - 1),
-        *(int(runs), int(turned), whole, rest),
-    )
+def _columns(
+    weights: Matrices,
+    values: Column,
+    value_strides: tuple[Column | int, Column | int],
+    masks: Matrices,
+    rows: int,
+    cols: int,
+    width: int,
+) -> list[Column]:
+    """Return the columns but for those that blocks alone have."""
+    turned = weights.turned
+    M, W = swap(turned, weights.rows, weights.cols)
+    stride_m, stride_n = swap(turned, weights.row_stride, weights.col_stride)
+    mask_m, mask_n = swap(turned, masks.row_stride, masks.col_stride)
+    value_m, value_n = swap(turned, *value_strides)
+    log_rows, log_cols = swap(turned, rows.bit_length() - 1, cols.bit_length() - 1)
+    unit = 16 // width
+    runs = (stride_n == 1) & ((stride_m % unit | W % unit | (weights.address | values) % 16) == 0)
+    programs = ceil_div(M, TILE["TILE_M"]) * ceil_div(W, TILE["CHUNKS"] * TILE["WIDTH"])
+    return [
+        *(programs, weights.address, values, M, W, stride_m, stride_n, masks.address),
+        *(mask_m, mask_n, value_m, value_n, log_rows, log_cols, runs),
+    ]
 
 
 def launch_moved(
@@ -256,36 +265,39 @@ def launch_moved(
         take: out of the weights, which are zero then; else back.
     """
     packed = masks[0].dtype == torch.uint8
-    sides = (1, 8) if packed else (rows, cols)
-    launches: dict[torch.dtype, list[tuple[int, ...]]] = {}
-    places = 0
-    for w, own, mask in zip(weights, values, masks, strict=True):
-        if not w.numel():
+    for width, at in alike(weight.element_size() for weight in weights).items():
+        own, their_masks = (Matrices.of([t[place] for place in at]) for t in (weights, masks))
+        if packed:
+            kept_at = Matrices.of([values[place] for place in at])
+            columns = _columns(own, kept_at.address, kept_at[3:], their_masks, 1, 8, width)
+            columns[14] &= (columns[11] == 1) & (columns[10] % (16 // width) == 0)
+            index, blocks = list_index_type(own, their_masks, kept_at), 1
+        else:
+            kept_at = addresses(values[place] for place in at)
+            columns = _columns(own, kept_at, (0, 0), their_masks, rows, cols, width)
+            whole, rest = own.cols // cols, own.cols % cols
+            # values of a block that is walked down its columns, or is narrower, lie otherwise
+            columns[14] &= ~own.turned & (rest == 0)
+            grid = ceil_div(own.rows, rows) * ceil_div(own.cols, cols)
+            columns += [first_of(grid), own.turned, whole, rest]
+            index, blocks = list_index_type(own, their_masks), int(grid.sum())
+        if not columns[0].any():
             continue
-        entry = _entry(w, own, mask, *sides)
-        launches.setdefault(WORDS[w.element_size()], []).append((*entry[:15], places, *entry[15:]))
-        down, across = block_counts(w.shape, rows, cols)
-        places += 0 if packed else down * across
-    if not launches:
-        return
-    first = weights[0]
-    place = torch.empty(max(places, 1), dtype=torch.int64, device=first.device)
-    index = index_type(*weights, *(v for v in values if packed), *masks)
-    with on_device(first):
-        for word, entries in launches.items():
-            table, programs = device_table(first.device, entries)
+        with on_device(weights[0]):
+            place = torch.empty(blocks, dtype=torch.int64, device=weights[0].device)
+            table, programs = device_table(weights[0].device, columns)
             n = table.shape[1]
             if not packed:
-                _place_kernel[(len(entries),)](
+                _place_kernel[(len(at),)](
                     table, place, N=n, ROWS=rows, COLS=cols, CHUNK=CHUNK, num_warps=8
                 )
             _move_kernel[(programs,)](
                 table,
                 place,
-                WORD=getattr(tl, str(word).removeprefix("torch.")),
+                WORD=getattr(tl, str(WORDS[width]).removeprefix("torch.")),
                 TAKE=take,
                 PACKED=packed,
-                BROAD=min(entry[13] for entry in entries) >= 3,
+                BROAD=bool(columns[13].min() >= 3),
                 INDEX=index,
                 N=n,
                 **TILE,

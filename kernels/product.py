@@ -193,8 +193,8 @@ def update_products(
     for product, mask, count in zip(products, masks, kept, strict=True):
         key = product.pattern, mask.device, product.backend
         alike.setdefault(key, []).append((product, mask, count))
-    known: dict[object, BreakEven] = {}
     for (pattern, device, backend), members in alike.items():
+        known: dict[object, BreakEven] = {}
         own, given, counts = zip(*members, strict=True)
         triton_runs = use_triton("block_sparse_linear", backend, given[0])
         here = [

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .bits import WORDS
 from .grid import ceil_div
-from .launch import index_type, on_device, tl, triton
-from .table import device_table, find_tensor
+from .launch import on_device, tl, triton
+from .table import Column, Matrices, alike, device_table, find_tensor, list_index_type, swap
 
 # two to eight 16-byte accesses of a thread; a chunk is 16 bytes of a 16-bit float
 TILE = {"TILE_M": 16, "CHUNKS": 32, "WIDTH": 8}
@@ -139,19 +140,20 @@ def _pruned_kernel(
         tl.atomic_add(at, leaks.to(tl.int64), mask=leaks > 0)
 
 
-def _entry(tensor: Tensor, mask: Tensor, rows: int, cols: int, place: int) -> tuple[int, ...]:
-    (M, N), (stride_m, stride_n), (mask_m, mask_n) = tensor.shape, tensor.stride(), mask.stride()
-    if mask.dtype == torch.uint8:
-        rows, cols = 1, 8
-    if stride_m < stride_n:
-        M, N, stride_m, stride_n, mask_m, mask_n = N, M, stride_n, stride_m, mask_n, mask_m
-        rows, cols = cols, rows
-    unit = 16 // tensor.element_size()
-    runs = stride_n == 1 and not (stride_m % unit or N % unit or tensor.data_ptr() % 16)
+def _columns(
+    tensors: Matrices, masks: Matrices, rows: int, cols: int, width: int
+) -> tuple[Column, ...]:
+    turned = tensors.turned
+    M, N = swap(turned, tensors.rows, tensors.cols)
+    stride_m, stride_n = swap(turned, tensors.row_stride, tensors.col_stride)
+    mask_m, mask_n = swap(turned, masks.row_stride, masks.col_stride)
+    log_rows, log_cols = swap(turned, rows.bit_length() - 1, cols.bit_length() - 1)
+    unit = 16 // width
+    runs = (stride_n == 1) & ((stride_m % unit | N % unit | tensors.address % 16) == 0)
+    programs = ceil_div(M, TILE["TILE_M"]) * ceil_div(N, TILE["CHUNKS"] * TILE["WIDTH"])
     return (
-        ceil_div(M, TILE["TILE_M"]) * ceil_div(N, TILE["CHUNKS"] * TILE["WIDTH"]),
-        *(tensor.data_ptr(), mask.data_ptr(), M, N, stride_m, stride_n, mask_m, mask_n),
-        *(rows.bit_length() - 1, cols.bit_length() - 1, runs, place),
+        *(programs, tensors.address, masks.address, M, N, stride_m, stride_n, mask_m, mask_n),
+        *(log_rows, log_cols, runs),
     )
 
 
@@ -170,23 +172,24 @@ def launch_pruned(
         rows, cols: sides of the pattern.
         counts: int64, on the tensors' one device.
     """
-    launches: dict[tuple[torch.device, torch.dtype], list[tuple[int, ...]]] = {}
-    for place, (tensor, mask) in enumerate(zip(tensors, masks, strict=True)):
-        if tensor.numel():
-            key = tensor.device, WORDS[tensor.element_size()]
-            launches.setdefault(key, []).append(_entry(tensor, mask, rows, cols, place))
     packed = masks[0].dtype == torch.uint8
-    for (device, word), entries in launches.items():
-        with on_device(tensors[entries[0][-1]]):
-            table, programs = device_table(device, entries)
+    sides = (1, 8) if packed else (rows, cols)
+    for (device, width), places in alike((t.device, t.element_size()) for t in tensors).items():
+        own = Matrices.of([tensors[place] for place in places])
+        their_masks = Matrices.of([masks[place] for place in places])
+        columns = _columns(own, their_masks, *sides, width)
+        if not columns[0].any():
+            continue
+        with on_device(tensors[places[0]]):
+            table, programs = device_table(device, [*columns, np.array(places)])
             _pruned_kernel[(programs,)](
                 table,
                 table if counts is None else counts,
-                WORD=getattr(tl, str(word).removeprefix("torch.")),
+                WORD=getattr(tl, str(WORDS[width]).removeprefix("torch.")),
                 COUNT=counts is not None,
                 PACKED=packed,
-                BROAD=min(entry[10] for entry in entries) >= 3,
-                INDEX=index_type(*tensors, *masks),
+                BROAD=bool(columns[10].min() >= 3),
+                INDEX=list_index_type(own, their_masks),
                 ENTRIES=table.shape[1],
                 **TILE,
                 num_warps=WARPS[packed],

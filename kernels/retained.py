@@ -28,7 +28,7 @@ from torch import Tensor
 from .bits import WORDS, bytes_of, chunk_of, chunks, word_mask
 from .grid import regions, view_blocks
 from .launch import Backend, use_triton
-from .masked_weight import apply_mask_, check_mask
+from .masked_weight import apply_mask_, check_mask, kinds
 from .moved import launch_moved
 from .pattern import Block, Pattern
 
@@ -217,13 +217,14 @@ def take_all_pruned(
     if not _launches(masks, backend):
         groups = zip(weights, masks, out, strict=True)
         return [take_pruned(w, mask, pattern, out=memory) for w, mask, memory in groups]
-    values = []
-    for weight, mask, count, memory in zip(weights, masks, pruned, out, strict=True):
-        check_mask("take_pruned", weight, mask, pattern)
-        shape = (count,) if isinstance(pattern, Block) else weight.shape
+    for first, *_ in kinds(weights, masks):
+        check_mask("take_pruned", weights[first], masks[first], pattern)
+    values, is_flat = [], isinstance(pattern, Block)
+    for weight, count, memory in zip(weights, pruned, out, strict=True):
+        shape = (count,) if is_flat else weight.shape
         if memory is not None:
             _check_out(memory, shape, weight)
-        elif isinstance(pattern, Block):
+        elif is_flat:
             memory = weight.new_empty(shape)
         else:
             memory = torch.empty_like(weight)
@@ -255,8 +256,9 @@ def put_all_back_(
         for weight, own, mask in zip(weights, values, masks, strict=True):
             put_back_(weight, own, mask, pattern)
         return
-    for weight, own, mask in zip(weights, values, masks, strict=True):
-        check_mask("put_back_", weight, mask, pattern)
+    for first, *_ in kinds(weights, masks):
+        check_mask("put_back_", weights[first], masks[first], pattern)
+    for weight, own in zip(weights, values, strict=True):
         _check_values(own, weight)
         if not isinstance(pattern, Block) and own.shape != weight.shape:
             raise ValueError(

@@ -30,10 +30,9 @@ Reading order: reference -> kernels -> launcher -> plain torch -> operator -> pu
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, chain
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +40,8 @@ import torch
 from torch import Tensor
 
 from .grid import ceil_div
-from .launch import Backend, on_device, tl, triton, use_triton
+from .launch import Backend, is_plain, on_device, tl, triton, use_triton
+from .table import addresses, alike
 from .tiles import device_of
 
 Reduce = Callable[[Tensor], Tensor]
@@ -458,27 +458,27 @@ class _Launch(NamedTuple):
 
 def _launches(tensors: Sequence[Tensor], step: int) -> list[_Launch]:
     """Divide flat tensors into whole aligned 16-byte vectors and the rest; lay tiles over both."""
-    groups = defaultdict(list)
-    for position, t in enumerate(tensors):
-        address, size = t.data_ptr(), t.numel()
-        whole = 0 if address % 16 else size - size % (16 // t.itemsize)
-        if whole:
-            groups[t.dtype, True].append((address, whole, position))
-        if whole < size:
-            tail = address + whole * t.itemsize, size - whole, position
-            groups[t.dtype, False].append(tail)
+    address, size = addresses(tensors), np.array([t.numel() for t in tensors])
     launches = []
-    for (dtype, aligned), pieces in groups.items():
-        rows, vec = (512, 16 // dtype.itemsize) if aligned else (2048, 1)
-        span = rows * vec * step
-        tiles = [0, *accumulate(ceil_div(size, span) for _, size, _ in pieces)]
-        table = _upload([*chain(*zip(*pieces, strict=True)), *tiles], tensors[0].device)
-        launches.append(_Launch(dtype, aligned, rows, vec, step, len(pieces), tiles[-1], table))
+    for dtype, at in alike(t.dtype for t in tensors).items():
+        begin, length, position = address[at], size[at], np.array(at)
+        whole = np.where(begin % 16 == 0, length - length % (16 // dtype.itemsize), 0)
+        aligned = begin, whole, position
+        tails = begin + whole * dtype.itemsize, length - whole, position
+        for is_aligned, pieces in ((True, aligned), (False, tails)):
+            pieces = np.stack(pieces)[:, pieces[1] > 0]
+            if not pieces.size:
+                continue
+            rows, vec = (512, 16 // dtype.itemsize) if is_aligned else (2048, 1)
+            ends = ceil_div(pieces[1], rows * vec * step).cumsum()
+            table = _upload(np.concatenate([pieces.ravel(), [0], ends]), tensors[0].device)
+            sizes = rows, vec, step, pieces.shape[1], int(ends[-1])
+            launches.append(_Launch(dtype, is_aligned, *sizes, table))
     return launches
 
 
-def _upload(values: Sequence[int], device: torch.device) -> Tensor:
-    host = torch.tensor(values, dtype=torch.int64, device="cpu")
+def _upload(values: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
+    host = torch.from_numpy(np.array(values, np.int64))
     # from memory that is not pinned, the copy would wait for the device
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
@@ -526,7 +526,7 @@ def _search_triton(
     passes = 2 * plan.samples + 1 if step > 1 or reduce is not None else plan.samples
     # several copies of the bins, where many additions would meet at few addresses
     copies = 1 if total <= _SAMPLE else (1 << 20) // plan.bins
-    flat = [t.contiguous().view(-1) if (f := _flat(t)) is None else f for t in tensors]
+    flat = [t if t.is_contiguous() or _flat(t) is not None else t.contiguous() for t in tensors]
     scales = None if scales is None else scales.contiguous()
     with on_device(tensors[0]):
         full = _launches(flat, 1)
@@ -813,7 +813,7 @@ def select(
     runs_triton = _runs_triton(tensors, backend)
     tensors = [t.detach() for t in tensors]
     scales = None if scales is None else scales.detach()
-    if reduce is None and backend == "auto":
+    if reduce is None and backend == "auto" and not is_plain(*tensors):
         return Threshold(*_op(tensors, k, scales))
     return (_select_triton if runs_triton else _select_torch)(tensors, k, scales, reduce)
 

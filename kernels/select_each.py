@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .launch import Backend, on_device, tl, triton, use_triton
+from .launch import Backend, is_plain, on_device, tl, triton, use_triton
 from .select import Threshold, select
-from .table import device_table
+from .table import addresses, alike, device_table
 
 MOST = 2**18  # elements: sixteen passes over them take one multiprocessor a quarter millisecond
 BLOCK = 4096
@@ -106,13 +107,12 @@ def _launch(
     first = tensors[0]
     value = first.new_empty(len(tensors), dtype=torch.float32)
     keep_ties, nonfinite = (first.new_empty(len(tensors), dtype=torch.int64) for _ in range(2))
-    launches: dict[torch.dtype, list[tuple[int, ...]]] = {}
-    for place, (tensor, k) in enumerate(zip(tensors, ks, strict=True)):
-        entry = (1, tensor.data_ptr(), tensor.numel(), k, place)
-        launches.setdefault(tensor.dtype, []).append(entry)
+    sizes = np.array([tensor.numel() for tensor in tensors])
     with on_device(first):
-        for dtype, entries in launches.items():
-            table, programs = device_table(first.device, entries)
+        for dtype, places in alike(tensor.dtype for tensor in tensors).items():
+            own = addresses(tensors[place] for place in places)
+            columns = (1, own, sizes[places], np.array(ks)[places], places)
+            table, programs = device_table(first.device, columns)
             _select_each_kernel[(programs,)](
                 table, scales, value, keep_ties, nonfinite,
                 DTYPE=getattr(tl, str(dtype).removeprefix("torch.")), N=table.shape[1],
@@ -171,7 +171,8 @@ def select_each(
         counts = [0 if i in large else k for i, k in enumerate(ks)]
         flat = [tensor.detach().contiguous() for tensor in here]
         scales = None if scales is None else scales.contiguous()
-        found = Threshold(*_op(flat, counts, scales))
+        searched = _launch if is_plain(*flat) else _op
+        found = Threshold(*searched(flat, counts, scales))
         if not large:
             return found
     places = sorted(large)

@@ -2,31 +2,96 @@
 
 A table is int64, ``(columns, N)``, one place a tensor: addresses, sizes, strides, and in the first
 column the first of its programs, ascending. N is a power of two; what fills it up starts after
-every program.
+every program. A tensor without programs is found by none.
 
-Reading order: kernels' side -> the table on the device.
+A launch of hundreds of tensors is short beside a few microseconds of Python for each. So what a
+tensor says of itself is read once, and columns are computed as columns.
+
+Reading order: what a list says -> kernels' side -> the table on the device.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Hashable, Iterable, Sequence
 from threading import Lock
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .launch import tl, triton
+from .launch import TILE_ELEMENTS, tl, triton
 
 KEPT = 64  # tables: a model's weights, gradients and optimiser states, and what they replaced
 NEVER = 2**62
 
-Key = tuple[torch.device, int, tuple[tuple[int, ...], ...]]
+Key = tuple[torch.device, int, int, bytes]
+Column = np.ndarray  # int64, one number a tensor
+Kind = TypeVar("Kind", bound=Hashable)
 
 _tables: OrderedDict[Key, Tensor] = OrderedDict()
 _captured: list[tuple[Tensor, ...]] = []
 _lock = Lock()  # hooks on gradients run in autograd's threads
+
+
+class Matrices(NamedTuple):
+    """Where the matrices of a list lie."""
+
+    address: Column
+    rows: Column
+    cols: Column
+    row_stride: Column
+    col_stride: Column
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Matrices:
+        """Read it."""
+        found = [(t.data_ptr(), *t.shape, *t.stride()) for t in tensors]
+        return cls(*np.array(found, np.int64).reshape(-1, 5).T)
+
+    @property
+    def turned(self) -> Column:
+        """Which are stored transposed: neighbours lie down the columns."""
+        return self.row_stride < self.col_stride
+
+    @property
+    def extent(self) -> int:
+        """One plus the largest offset of an element in any: ``launch.extent``."""
+        ends = (self.rows - 1) * self.row_stride + (self.cols - 1) * self.col_stride
+        return int(ends.max(initial=-1, where=self.rows * self.cols > 0)) + 1
+
+
+def addresses(tensors: Iterable[Tensor]) -> Column:
+    """Return where tensors begin."""
+    return np.array([tensor.data_ptr() for tensor in tensors], np.int64)
+
+
+def list_index_type(*lists: Matrices) -> Any:
+    """Return ``launch.index_type`` of all matrices of the lists."""
+    wide = any(matrices.extent > 2**31 - TILE_ELEMENTS for matrices in lists)
+    return tl.int64 if wide else tl.int32
+
+
+def swap(where: Column, one: Column | int, other: Column | int) -> tuple[Column, Column]:
+    """Return two columns, exchanged where that is so."""
+    return np.where(where, other, one), np.where(where, one, other)
+
+
+def first_of(counts: Column) -> Column:
+    """Return where each begins when all stand one after another."""
+    return counts.cumsum() - counts
+
+
+def alike(kinds: Iterable[Kind]) -> dict[Kind, list[int]]:
+    """Return the places of each kind: what shares a launch."""
+    found: dict[Kind, list[int]] = {}
+    for place, kind in enumerate(kinds):
+        if kind in found:
+            found[kind].append(place)
+        else:
+            found[kind] = [place]
+    return found
 
 
 @triton.jit
@@ -42,7 +107,7 @@ def find_tensor(first_ptr, N: tl.constexpr):
     return found
 
 
-def device_table(device: torch.device, entries: Sequence[tuple[int, ...]]) -> tuple[Tensor, int]:
+def device_table(device: torch.device, columns: Sequence[Any]) -> tuple[Tensor, int]:
     """Return the table of a list, and how many programs it takes; the device is not waited for.
 
     The last ``KEPT`` tables stay where they are, so that the same list on the same stream is not
@@ -51,31 +116,31 @@ def device_table(device: torch.device, entries: Sequence[tuple[int, ...]]) -> tu
 
     Args:
         device: of the kernel; the current one, if a GPU.
-        entries: one a tensor: how many programs it takes, one or more, and its other columns.
+        columns: of one or more tensors: how many programs each takes, and the other columns; or
+            a number for all, but of the second.
     """
-    programs = sum(entry[0] for entry in entries)
+    length = len(columns[1])
+    table = np.full((len(columns), 1 << (length - 1).bit_length()), NEVER)
+    for row, column in zip(table, columns, strict=True):
+        row[:length] = column
+    counts = table[0, :length]
+    programs = int(counts.sum())
+    counts[:] = first_of(counts)
     on_gpu = device.type == "cuda"
     if on_gpu and torch.cuda.is_current_stream_capturing():
-        host = _host_table(entries, pin_memory=True)
-        table = host.to(device, non_blocking=True)
-        _captured.append((host, table))
-        return table, programs
+        host = torch.from_numpy(table).pin_memory()
+        found = host.to(device, non_blocking=True)
+        _captured.append((host, found))
+        return found, programs
     # on another stream neither would the copy be over nor the memory's next use be later
     stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-    key = device, stream, tuple(entries)
+    key = device, stream, len(columns), table.tobytes()
     with _lock:
-        table = _tables.pop(key, None)
-        if table is None:
-            table = _host_table(entries, pin_memory=on_gpu).to(device, non_blocking=True)
-        _tables[key] = table
+        found = _tables.pop(key, None)
+        if found is None:
+            host = torch.from_numpy(table)
+            found = (host.pin_memory() if on_gpu else host).to(device, non_blocking=True)
+        _tables[key] = found
         if len(_tables) > KEPT:
             _tables.popitem(last=False)
-    return table, programs
-
-
-def _host_table(entries: Sequence[tuple[int, ...]], *, pin_memory: bool) -> Tensor:
-    counts, *columns = (list(column) for column in zip(*entries, strict=True))
-    first = list(accumulate(counts, initial=0))[:-1]
-    spare = [NEVER] * ((1 << (len(entries) - 1).bit_length()) - len(entries))
-    table = [column + spare for column in (first, *columns)]
-    return torch.tensor(table, device="cpu", pin_memory=pin_memory)
+    return found, programs

@@ -12,6 +12,7 @@ Reading order: layout -> reference -> kernels -> launcher -> operator -> public 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 from .grid import ceil_div
 from .launch import Backend, on_device, tl, triton, use_triton
 from .pattern import Pattern
-from .table import device_table, find_tensor
+from .table import Matrices, addresses, device_table, find_tensor
 
 BUNDLE_WIDTH = 256  # elements: the widest tile of a weight gradient
 CHUNK = 256
@@ -65,6 +66,9 @@ def capacities(grid: tuple[int, int], pattern: Pattern) -> tuple[tuple[int, ...]
     (Rb, Cb), (by_rows, size) = grid, bundling(pattern, grid)
     bundles = Rb * ceil_div(Cb, size) if by_rows else Cb * ceil_div(Rb, size)
     return (Rb, 3), (Rb * Cb,), (Cb, 3), (Rb * Cb,), (bundles, 3), (2,), (Rb, Cb)
+
+
+_capacities = cache(capacities)  # weights are of a few shapes; a compiler would see through it
 
 
 def runs(grid: Tensor) -> Iterator[list[tuple[int, int]]]:
@@ -282,19 +286,12 @@ def _topology_list_kernel(
 def _launch(
     masks: Sequence[Tensor], by_rows: Sequence[int], row_size: int, col_size: int, *lists: Any
 ) -> None:
-    entries, longest = [], 16
-    for mask, along_rows, *out in zip(masks, by_rows, *lists, strict=True):
-        Rb, Cb = mask.shape
-        longest = max(longest, Rb, Cb)
-        entries.append(
-            (
-                *(Rb + Cb, mask.data_ptr(), Rb, Cb, *mask.stride(), along_rows),
-                *(target.data_ptr() for target in out),
-            )
-        )
+    own = Matrices.of(masks)
+    longest = max(16, int(own.rows.max()), int(own.cols.max()))
     chunk = min(CHUNK, 1 << (longest - 1).bit_length())
+    columns = (own.rows + own.cols, *own, by_rows, *map(addresses, lists))
     with on_device(masks[0]):
-        table, programs = device_table(masks[0].device, entries)
+        table, programs = device_table(masks[0].device, columns)
         counts = torch.empty(programs, dtype=torch.int32, device=masks[0].device)
         n = table.shape[1]
         _topology_count_kernel[(programs,)](table, counts, N=n, CHUNK=chunk)
@@ -377,7 +374,7 @@ def block_topologies(
             target.copy_(source)
     if pairs:
         given, lists = zip(*pairs, strict=True)
-        by_rows = [int(bundling(pattern, (m.shape[0], m.shape[1]))[0]) for m in given]
+        by_rows = [int(bundling(pattern, m.shape)[0]) for m in given]
         sizes = (max(BUNDLE_WIDTH // side, 1) for side in (pattern.cols, pattern.rows))
         if torch.compiler.is_compiling():
             _op([*given], by_rows, *sizes, *map(list, zip(*lists, strict=True)))
@@ -399,7 +396,7 @@ def _check(mask: Tensor, pattern: Pattern, out: Topology | None, device: torch.d
     grid = mask.shape[0], mask.shape[1]
     if out is None:
         return
-    if tuple(tuple(t.shape) for t in out) != capacities(grid, pattern):
+    if tuple(t.shape for t in out) != _capacities(grid, pattern):
         raise ValueError(
             f"block_topology: out must be of a mask {grid} of pattern {pattern}, got one of a "
             f"mask {tuple(out.kept.shape)}"

@@ -312,7 +312,10 @@ class SparseWeight(GroupMask):
 
     def copy_back(self, parameter: Tensor, matrix: Tensor) -> None:
         """Write a matrix back that is no view: a convolution's whose channels lie last."""
-        if matrix.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+        if (
+            matrix is not parameter
+            and matrix.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr()
+        ):
             parameter.copy_(self.like_weight(matrix))
 
     def forget(self) -> None:
@@ -405,14 +408,21 @@ def leaks(weights: Sequence[SparseWeight]) -> Callable[[], list[int]]:
     if not pairs:
         return lambda: [0] * len(weights)
     refuse_capture(pairs[0][1], f"the weight of {pairs[0][0].name!r}")
-    found = dict.fromkeys(weights, torch.zeros((), dtype=torch.int64, device=pairs[0][1].device))
+    owners, matrices = _whole(pairs)
+    places, counts = group_mask.count_all_leaks(owners, matrices)
+    order = [owners[place] for place in places]
     for weight, tensor in pairs:
         if is_sharded(tensor):
             local, pruned = _shard(weight, tensor)
-            found[weight] = local[pruned].count_nonzero()
-    owners, matrices = _whole(pairs)
-    found |= zip(owners, group_mask.count_all_leaks(owners, matrices), strict=True)
-    return read_later(torch.stack([*found.values()]))
+            order.append(weight)
+            counts.append(local[pruned].count_nonzero()[None])
+    read = read_later(torch.cat(counts))
+
+    def counted() -> list[int]:
+        found = dict(zip(order, read(), strict=True))
+        return [found.get(weight, 0) for weight in weights]
+
+    return counted
 
 
 def _shard(weight: SparseWeight, tensor: DTensor) -> tuple[Tensor, Tensor]:
@@ -463,7 +473,7 @@ def drop_foreign_later(
     read = leaks(guarded)
     bare = [w for w in guarded if not restoring or w.packed or w.values is None]
     clear_(bare, [weight.weight for weight in bare])
-    for weight in guarded:
+    for weight in () if restoring else guarded:  # else once the values are out again
         _settle(weight)
 
     def warn() -> None:

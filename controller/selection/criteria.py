@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,8 +24,7 @@ from .thresholds import Scores
 WeightImportance = Literal["abs", "normed_abs", "snip", "snip_momentum", "wanda", "random"]
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(NamedTuple):
     """What a criterion may look at. All matrices are the weight's, (out, in).
 
     Attributes:

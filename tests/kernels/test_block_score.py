@@ -235,7 +235,7 @@ def test_the_int64_path_matches_the_int32_path(monkeypatch):
     for weight in (make((65, 300)), make((65, 300)).T):
         want = block_score(weight, Block(4, 8))
         with monkeypatch.context() as patch:
-            patch.setattr(module, "index_type", lambda *_: tl.int64)
+            patch.setattr(module, "list_index_type", lambda *_: tl.int64)
             assert torch.equal(block_score(weight, Block(4, 8)), want)
 
 

@@ -16,6 +16,7 @@ from triton_sparsity.kernels import mask as module
 from triton_sparsity.kernels.launch import HAS_TRITON, INTERPRET, tl
 from triton_sparsity.kernels.mask import make_mask, pack, unpack
 from triton_sparsity.kernels.select import Threshold, select
+from triton_sparsity.kernels.table import Matrices, addresses
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter has no reliable bfloat16
@@ -235,7 +236,7 @@ def test_masks_repeat_bit_for_bit():
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "bool"])
 def test_int64_path_matches_int32_path(packed, monkeypatch):
-    monkeypatch.setattr(module, "index_type", lambda *_: tl.int64)
+    monkeypatch.setattr(module, "list_index_type", lambda *_: tl.int64)
     tensors = tied(SHAPES, view="mixed")
     for k in levels(tensors):
         masks = make_mask(tensors, threshold_for(tensors, k), packed=packed)
@@ -304,7 +305,9 @@ def test_float64_takes_plain_torch():
 def test_layouts_with_wide_loads_are_recognised():
     def layout(tensor, packed=True, out_offset=0):
         mask = torch.empty(tensor.numel() + 1, dtype=torch.uint8)[out_offset:]
-        return module._tiling(tensor, mask, packed)[0]
+        widths = np.array([tensor.element_size()])
+        tiling = module._tiling(Matrices.of([tensor]), addresses([mask]), widths, packed)
+        return module.LAYOUTS[int(tiling.layout[0])]
 
     matrix = torch.zeros(64, 256)
     assert layout(matrix) == "flat"

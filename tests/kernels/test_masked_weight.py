@@ -476,7 +476,7 @@ def test_in_place_takes_parameters_and_warns_autograd_of_the_change():
 @pytest.mark.parametrize("pattern", FEW, ids=str)
 def test_the_int64_path_matches_the_int32_path(pattern, monkeypatch):
     monkeypatch.setattr(module, "index_type", lambda *_: tl.int64)
-    monkeypatch.setattr(pruned, "index_type", lambda *_: tl.int64)
+    monkeypatch.setattr(pruned, "list_index_type", lambda *_: tl.int64)
     mask = Mask(pattern, (65, 300))
     for view in ("contiguous", "transposed"):
         weight = VIEWS[view](make((65, 300)))
