@@ -132,7 +132,7 @@ def choose(
     *,
     triton_runs: bool,
     dispatch: Dispatch = "auto",
-    known: dict[object, BreakEven] | None = None,
+    known: dict[object, list[float]] | None = None,
 ) -> Paths:
     """Choose the paths of a weight.
 
@@ -148,25 +148,27 @@ def choose(
         device: the weight's.
         triton_runs: whether the Triton kernels run there, or plain torch.
         dispatch: ``"auto"``: what is faster; ``"sparse"``, ``"dense"``: this for all.
-        known: break-evens that were looked up for weights of these blocks on this device.
+        known: the most blocks that may be kept, as found for weights of these blocks here.
 
     Raises:
         ValueError: ``dispatch`` is none of the three.
     """
-    check_dispatch(dispatch)
     if dispatch != "auto":
+        check_dispatch(dispatch)
         return Paths(*[dispatch == "sparse"] * 3)
     known, key = {} if known is None else known, (shape, dtype)
-    limits = known.get(key)
-    if limits is None and not torch.are_deterministic_algorithms_enabled():
+    if (most := known.get(key)) is not None:
+        return Paths(*[kept <= blocks for blocks in most])
+    limits = None
+    if not torch.are_deterministic_algorithms_enabled():
         limits = measured.get(kind_of(shape, pattern, dtype, device))
         if limits is None and (found := break_even(shape, pattern, dtype, device)):
             limits = BreakEven(*found)
     if limits is None:
         limits = built_in(shape, pattern, dtype, device, triton_runs=triton_runs)
-    known[key] = limits
     down, across = grid_shape(pattern, shape)
-    return Paths(*(limit > 0 and kept <= limit * down * across for limit in limits))
+    known[key] = most = [limit * down * across if limit > 0 else -1 for limit in limits]
+    return Paths(*[kept <= blocks for blocks in most])
 
 
 def check_dispatch(dispatch: str) -> None:

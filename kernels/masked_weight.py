@@ -10,6 +10,7 @@ Reading order: references -> plain torch -> kernel -> launcher -> operators -> p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, overload
 
 import torch
@@ -323,12 +324,13 @@ def check_mask(operation: str, weight: Tensor, mask: Tensor, pattern: Pattern) -
         )
 
 
+_facts = attrgetter("dtype", "shape", "device")
+
+
 def kinds(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> list[list[int]]:
     """Return the places of pairs that are alike in all that is checked: few, in a model."""
-    pairs = zip(weights, masks, strict=True)
-    return [
-        *alike((w.dtype, w.shape, w.device, m.dtype, m.shape, m.device) for w, m in pairs).values()
-    ]
+    pairs = zip(map(_facts, weights), map(_facts, masks), strict=True)
+    return [*alike(pairs).values()]
 
 
 def _takes_operator(

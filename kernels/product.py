@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .block_sparse_linear import MIN_SIDE, block_sparse_linear
-from .dispatch import BreakEven, Dispatch, Paths, as_tensor, choose
+from .dispatch import Dispatch, Paths, as_tensor, choose
 from .group_mask import GroupMask
 from .launch import Backend, use_triton
 from .pattern import Block, Pattern
@@ -74,7 +74,7 @@ class BlockProduct:
         topology: Topology,
         kept: int,
         triton_runs: bool,
-        known: dict[object, BreakEven],
+        known: dict[object, list[float]],
     ) -> None:
         """Take over a mask of ``kept`` blocks, and its lists; ``known`` as ``choose``'s."""
         self._mask, self._triton_runs, self.topology = mask, triton_runs, topology
@@ -194,7 +194,7 @@ def update_products(
         key = product.pattern, mask.device, product.backend
         alike.setdefault(key, []).append((product, mask, count))
     for (pattern, device, backend), members in alike.items():
-        known: dict[object, BreakEven] = {}
+        known: dict[object, list[float]] = {}
         own, given, counts = zip(*members, strict=True)
         triton_runs = use_triton("block_sparse_linear", backend, given[0])
         here = [

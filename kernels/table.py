@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
+from itertools import chain
 from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
@@ -48,7 +49,8 @@ class Matrices(NamedTuple):
     def of(cls, tensors: Sequence[Tensor]) -> Matrices:
         """Read it."""
         found = [(t.data_ptr(), *t.shape, *t.stride()) for t in tensors]
-        return cls(*np.array(found, np.int64).reshape(-1, 5).T)
+        numbers = np.fromiter(chain.from_iterable(found), np.int64, 5 * len(found))
+        return cls(*numbers.reshape(-1, 5).T)
 
     @property
     def turned(self) -> Column:
@@ -64,7 +66,7 @@ class Matrices(NamedTuple):
 
 def addresses(tensors: Iterable[Tensor]) -> Column:
     """Return where tensors begin."""
-    return np.array([tensor.data_ptr() for tensor in tensors], np.int64)
+    return np.array([*map(Tensor.data_ptr, tensors)], np.int64)
 
 
 def list_index_type(*lists: Matrices) -> Any:
@@ -85,6 +87,9 @@ def first_of(counts: Column) -> Column:
 
 def alike(kinds: Iterable[Kind]) -> dict[Kind, list[int]]:
     """Return the places of each kind: what shares a launch."""
+    kinds = [*kinds]
+    if kinds and kinds.count(kinds[0]) == len(kinds):  # as most lists are
+        return {kinds[0]: [*range(len(kinds))]}
     found: dict[Kind, list[int]] = {}
     for place, kind in enumerate(kinds):
         if kind in found:

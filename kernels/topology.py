@@ -12,7 +12,7 @@ Reading order: layout -> reference -> kernels -> launcher -> operator -> public 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 from .grid import ceil_div
 from .launch import Backend, on_device, tl, triton, use_triton
 from .pattern import Pattern
-from .table import Matrices, addresses, device_table, find_tensor
+from .table import Matrices, addresses, alike, device_table, find_tensor
 
 BUNDLE_WIDTH = 256  # elements: the widest tile of a weight gradient
 CHUNK = 256
@@ -66,9 +66,6 @@ def capacities(grid: tuple[int, int], pattern: Pattern) -> tuple[tuple[int, ...]
     (Rb, Cb), (by_rows, size) = grid, bundling(pattern, grid)
     bundles = Rb * ceil_div(Cb, size) if by_rows else Cb * ceil_div(Rb, size)
     return (Rb, 3), (Rb * Cb,), (Cb, 3), (Rb * Cb,), (bundles, 3), (2,), (Rb, Cb)
-
-
-_capacities = cache(capacities)  # weights are of a few shapes; a compiler would see through it
 
 
 def runs(grid: Tensor) -> Iterator[list[tuple[int, int]]]:
@@ -360,10 +357,10 @@ def block_topologies(
     Raises:
         ValueError, RuntimeError: as ``block_topology``; or devices differ. No list was written.
     """
-    found: list[Topology] = []
-    for mask, target in zip(masks, out or [None] * len(masks), strict=True):
-        _check(mask, pattern, target, masks[0].device)
-        found.append(_empty(mask, pattern) if target is None else target)
+    given = [*zip(masks, out or [None] * len(masks), strict=True)]
+    for places in alike(_kind(*pair) for pair in given).values():
+        _check(*given[places[0]], pattern, masks[0].device)
+    found = [_empty(mask, pattern) if target is None else target for mask, target in given]
     triton_runs = bool(masks) and use_triton("block_topology", backend, masks[0])
     pairs = []
     for mask, topology in zip(masks, found, strict=True):
@@ -384,7 +381,16 @@ def block_topologies(
     return found
 
 
-def _check(mask: Tensor, pattern: Pattern, out: Topology | None, device: torch.device) -> None:
+_shape = attrgetter("shape")
+
+
+def _kind(mask: Tensor, out: Topology | None) -> tuple[Any, ...]:
+    """Return all that is checked: a model's masks are of a few kinds."""
+    its = () if out is None else (out.kept.device, *map(_shape, out))
+    return mask.dtype, mask.shape, mask.device, *its
+
+
+def _check(mask: Tensor, out: Topology | None, pattern: Pattern, device: torch.device) -> None:
     if mask.dtype != torch.bool or mask.ndim != 2:
         raise ValueError(
             f"block_topology: mask must be a bool matrix, got {mask.dtype} {tuple(mask.shape)}"
@@ -396,7 +402,7 @@ def _check(mask: Tensor, pattern: Pattern, out: Topology | None, device: torch.d
     grid = mask.shape[0], mask.shape[1]
     if out is None:
         return
-    if tuple(t.shape for t in out) != _capacities(grid, pattern):
+    if tuple(map(_shape, out)) != capacities(grid, pattern):
         raise ValueError(
             f"block_topology: out must be of a mask {grid} of pattern {pattern}, got one of a "
             f"mask {tuple(out.kept.shape)}"

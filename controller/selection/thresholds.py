@@ -12,6 +12,7 @@ from torch import Tensor
 from ...kernels.cut import Cut, find_cut
 from ...kernels.group_mask import read_counts
 from ...kernels.pattern import NM, Pattern, maximum_level
+from ...kernels.table import alike
 from ..config.algorithm import Pool
 from ..masks.weight import SparseWeight
 from .allocation import allocate, within
@@ -87,38 +88,49 @@ def find_prunings(
         ValueError: the level is beyond what the limits allow.
     """
     found: list[Pruning] = []
-    alone: dict[Pattern, list[tuple[SparseWeight, int]]] = {}
+    alone: list[tuple[SparseWeight, int]] = []  # cut each by itself, but searched together
+    most = {
+        weight.kind: maximum_level(weight.pattern) for weights in pools for weight in weights[:1]
+    }
     for weights in pools:
+        highest = most[weights[0].kind]
+        share = min(level / highest, 1.0)
         groups = [weight.choices for weight in weights]
-        pattern = weights[0].pattern
-        most = maximum_level(pattern)
-        share = min(level / most, 1.0)
         total = round(share * sum(groups))
-        pairs = [(n, weight.target) for n, weight in zip(groups, weights, strict=True)]
-        held = limits and any(t.minimum_level > 0 or t.maximum_level < 1 for _, t in pairs)
-        maximum = [round(min(t.maximum_level / most, 1.0) * n) for n, t in pairs]
-        # a schedule passes levels below a weight's minimum on its way up
-        minimum = [round(min(t.minimum_level / most, share) * n) for n, t in pairs]
-        minimum = [*map(min, minimum, maximum)]
-        if held:
+        targets = [weight.target for weight in weights] if limits else []
+        if any(t.minimum_level > 0 or t.maximum_level < 1 for t in targets):
+            pairs = [*zip(groups, targets, strict=True)]
+            maximum = [round(min(t.maximum_level / highest, 1.0) * n) for n, t in pairs]
+            # a schedule passes levels below a weight's minimum on its way up
+            minimum = [round(min(t.minimum_level / highest, share) * n) for n, t in pairs]
+            minimum = [*map(min, minimum, maximum)]
             total = within(level, "prune", total, minimum, maximum, sum(groups))
-        if len(weights) == 1 and not isinstance(pattern, NM):
-            alone.setdefault(pattern, []).append((weights[0], total))
-        elif len(weights) > 1 and held:
-            found += _allocate(weights, total, minimum, maximum, scores)
-        else:
+            if len(weights) > 1:
+                fixed, weights, total = _allocate(weights, total, minimum, maximum, scores)
+                alone += fixed
+        if len(weights) == 1:
+            alone.append((weights[0], total))
+        elif weights:
             found.append(_prune(weights, total, scores))
-    # weights that are pools by themselves are searched together
-    for pairs in alone.values():
-        for kind in {bool(count) for _, count in pairs}:
-            members, counts = zip(*(p for p in pairs if bool(p[1]) == kind), strict=True)
-            found.append(_prune([*members], [*counts] if kind else 0, scores))
+    return found + _prune_each(alone, scores)
+
+
+def _prune_each(alone: Sequence[tuple[SparseWeight, int]], scores: ScoresOf) -> list[Pruning]:
+    found = []
+    for (kind, prunes), places in alike((w.kind, count > 0) for w, count in alone).items():
+        if isinstance(kind.pattern, NM):
+            found += [_prune([alone[place][0]], alone[place][1], scores) for place in places]
+            continue
+        members, counts = zip(*(alone[place] for place in places), strict=True)
+        found.append(_prune([*members], [*counts] if prunes else 0, scores))
     return found
 
 
 def _allocate(
     weights: list[SparseWeight], total: int, least: list[int], most: list[int], scores: ScoresOf
-) -> list[Pruning]:
+) -> tuple[list[tuple[SparseWeight, int]], list[SparseWeight], int]:
+    """Return the weights that meet a limit with their counts; the others, and the count of all."""
+
     # waits for the device once a round: which weights meet a limit decides what is searched next
     def natural(members: list[int], k: int) -> list[int]:
         pruning = _prune([weights[i] for i in members], k, scores)
@@ -126,10 +138,7 @@ def _allocate(
         return [0] * len(members) if pruning.cut is None else pruning.cut.pruned()
 
     fixed, free, left = allocate(total, least, most, natural)
-    prunings = [_prune([weights[i]], count, scores) for i, count in fixed.items()]
-    if free:
-        prunings.append(_prune([weights[i] for i in free], left, scores))
-    return prunings
+    return [(weights[i], count) for i, count in fixed.items()], [weights[i] for i in free], left
 
 
 def find_masks(
