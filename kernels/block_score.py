@@ -407,11 +407,3 @@ def block_scores(
         found.append(_in_chunks(weight, rows, cols, False, parts if normed else None))
         norms.append(_norm(torch.stack([part.double() for part in parts])))
     return found, _inverse(norms) if normed else None
-
-
-def norm_(gradient: Tensor) -> None:
-    """Divide a matrix by the root mean square of each row, then of each column, in place."""
-    for dim in (1, 0):
-        size = torch.linalg.vector_norm(gradient, dim=dim, keepdim=True, dtype=torch.float64)
-        size *= gradient.shape[dim] ** -0.5
-        gradient.div_(size.masked_fill_(size == 0, 1))

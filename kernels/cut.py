@@ -18,8 +18,6 @@ from .select import Threshold, select
 from .select_each import select_each
 from .semi_structured import nm_mask, nm_score
 
-_INFINITY = 0x7F800000  # its bit pattern
-
 
 class Cut(NamedTuple):
     """A threshold found and not yet applied.
@@ -111,46 +109,3 @@ def find_cut(
         scores = [nm_score(tensor, pattern, backend=backend) for tensor in tensors]
     threshold = select(scores, k, scales=scales, backend=backend)
     return Cut(pattern, tensors, scores, scales, threshold, threshold.nonfinite, [], backend)
-
-
-def keep_highest(
-    scores: Tensor, count: int, among: Tensor, backend: Backend
-) -> tuple[Tensor, Tensor]:
-    """Keep the ``count`` groups of highest |score| among some, the first of equals.
-
-    On a GPU nothing waits for the device.
-
-    Args:
-        scores: of all groups, one a group.
-        count: at most as many as ``among`` has.
-        among: bool, which groups are candidates.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
-
-    Returns:
-        A bool grid; int64, 0-d, how many candidates' scores are NaN or Inf: if any are, the grid
-        means nothing.
-    """
-    if among.is_cpu:
-        candidates = scores[among][None]
-        threshold = select([candidates], candidates.numel() - count, backend=backend)
-        if threshold.nonfinite:
-            return torch.zeros_like(among), threshold.nonfinite
-        (chosen,) = make_mask([candidates], threshold, packed=False, backend=backend)
-        grid = torch.zeros_like(among)
-        grid[among] = chosen[0]
-        return grid, threshold.nonfinite
-    return _keep_highest_keys(scores, count, among, backend)
-
-
-def _keep_highest_keys(
-    scores: Tensor, count: int, among: Tensor, backend: Backend
-) -> tuple[Tensor, Tensor]:
-    """Do what ``keep_highest`` does without asking how many candidates there are."""
-    # bit patterns, which order as the scores do; NaN as infinity
-    bits = scores.abs().float().view(torch.int32).clamp_(max=_INFINITY)
-    nonfinite = ((bits == _INFINITY) & among).sum()
-    # one higher, so that what is no candidate is below all
-    keys = bits.add_(1).masked_fill_(~among, 0).view(torch.float32)
-    threshold = select([keys], keys.numel() - count, backend=backend)
-    (grid,) = make_mask([keys], threshold, packed=False, backend=backend)
-    return grid, nonfinite

@@ -9,9 +9,9 @@ more, as wide as the matrix, which clears in place at the speed of memory (under
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,13 +19,13 @@ from torch import Tensor
 from .bits import expand_mask, pack, unpack, word_mask
 from .copy import copy_all_
 from .count import kept_counts
-from .cut import keep_highest
 from .grid import side_lengths
-from .launch import Backend, is_captured, use_triton
+from .launch import Backend, is_captured, upload, use_triton
 from .masked_weight import apply_mask_, count_leaks
 from .pattern import NM, Block, Pattern, grid_shape
+from .regrow import regrow
 from .retained import put_all_back_, take_all_pruned
-from .semi_structured import nm_fits
+from .semi_structured import nm_fits, nm_misfits
 from .table import alike
 
 
@@ -289,6 +289,42 @@ def read_counts(
     return counts, numbers[:start]
 
 
+def read_bits(
+    owners: Sequence[GroupMask], saved: Sequence[Tensor]
+) -> tuple[list[Tensor], list[list[int]], list[bool]]:
+    """Make masks from bits that were saved; one copy to the device, which is waited for once.
+
+    Args:
+        owners: as ``read_counts``'s.
+        saved: one bit a group, ``pack``ed, of each.
+
+    Returns:
+        Compact masks, in parts of one tensor; ``read_counts``'s counts; whether the pattern of
+        each allows it.
+    """
+    compact = []
+    for owner, bits in zip(owners, saved, strict=True):
+        across, bits = owner.grid[1], bits if bits.is_cpu else bits.cpu()
+        if not owner.packed:
+            bits = unpack(bits, across, backend="torch")
+        elif across % 8:  # what is past the last column counts for nothing
+            bits = bits.clone()
+            bits[:, -1] &= (1 << across % 8) - 1
+        compact.append(bits)
+    flat = torch.cat([bits.flatten().view(torch.uint8) for bits in compact])
+    parts = upload(flat, owners[0].mask.device).split([bits.numel() for bits in compact])
+    masks = [
+        part.view(bits.dtype).view_as(bits) for part, bits in zip(parts, compact, strict=True)
+    ]
+    places = [place for place, owner in enumerate(owners) if isinstance(owner.pattern, NM)]
+    misfits: list[Tensor] = []
+    for owner, mask in ((owners[place], masks[place]) for place in places):
+        misfits.append(nm_misfits(unpack(mask, owner.grid[1]), owner.pattern).long())
+    counts, bad = read_counts(owners, masks, misfits)
+    refused = {place for place, misfit in zip(places, bad, strict=True) if misfit}
+    return masks, counts, [place not in refused for place in range(len(owners))]
+
+
 def set_masks(
     owners: Sequence[GroupMask], masks: Sequence[Tensor], counts: Sequence[Sequence[int]]
 ) -> None:
@@ -304,31 +340,13 @@ def set_masks(
     owners[0].masks_changed(owners)
 
 
-class Grids:
-    """Masks to come that were chosen by scores, and whether these are finite, on the device."""
-
-    def __init__(self) -> None:
-        self.owners: list[GroupMask] = []
-        self._masks: list[Tensor] = []
-        self._nonfinite: list[tuple[GroupMask, Tensor]] = []
-
-    def highest(self, owner: GroupMask, scores: Tensor, count: int, *, among: Tensor) -> Tensor:
-        """Return ``keep_highest``'s grid."""
-        grid, nonfinite = keep_highest(scores, count, among, owner.backend)
-        self._nonfinite.append((owner, nonfinite))
-        return grid
-
-    def add(self, owner: GroupMask, grid: Tensor) -> None:
-        """Give a mask, as a bool grid, to come."""
-        self.owners.append(owner)
-        self._masks.append(owner._compact(grid))
-
-    def read(self) -> tuple[Callable[[], None], GroupMask | None]:
-        """Return what writes the masks; the first owner whose scores were not finite, if any.
-        Waits for the device once.
-        """
-        if not self.owners:
-            return lambda: None, None
-        counts, numbers = read_counts(self.owners, self._masks, [n for _, n in self._nonfinite])
-        bad = (o for (o, _), n in zip(self._nonfinite, numbers, strict=True) if n)
-        return partial(set_masks, self.owners, self._masks, counts), next(bad, None)
+def regrown(
+    owners: Sequence[GroupMask],
+    drop: Sequence[Tensor],
+    keep: Sequence[int],
+    grow: Sequence[Tensor] | None,
+    grown: Sequence[int],
+) -> tuple[list[Tensor], Tensor]:
+    """Return ``regrow``'s of masks of one pattern."""
+    masks, first = [owner.mask for owner in owners], owners[0]
+    return regrow(masks, drop, keep, grow, grown, first.pattern, backend=first.backend)

@@ -132,6 +132,14 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to the device; the host does not wait for it."""
+    if device.type != "cuda":
+        return host.to(device)
+    # from memory that is not pinned, the copy would wait for the device
+    return host.pin_memory().to(device, non_blocking=True)
+
+
 def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
     """Copy a tensor to the host behind the device's work; return what gives ``tensor.tolist()``.
 

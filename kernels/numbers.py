@@ -3,26 +3,43 @@
 They are those of ``draw.uniform``: a function of seed, draw, stream and group alone, on a GPU of
 Philox counters, so that nothing is drawn on the host and every run and rank has the same.
 
-Reading order: kernel -> launcher -> public function; the reference is ``draw.uniform``.
+Reading order: kernel -> public function; the reference is ``draw.uniform``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from .draw import LANES, uniform
 from .grid import ceil_div
 from .launch import on_device, takes_kernels, tl, triton
+from .table import addresses, device_table, find_tensor
 
 BLOCK = 1024  # quads of groups of a program
 
 
-@triton.jit(do_not_specialize=["low", "high", "number", "stream"])
+# A table's columns: first program, the numbers' address, groups down and across, quads, stream.
+
+
+@triton.jit(do_not_specialize=["low", "high", "number"])
 def _number_kernel(
-    out_ptr, R, C, quads, low, high, number, stream, BLOCK: tl.constexpr, LANES: tl.constexpr
+    table_ptr,
+    low,
+    high,
+    number,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    quad = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    entry = table_ptr + find_tensor(table_ptr, N)
+    out_ptr = tl.load(entry + N).to(tl.pointer_type(tl.float32))
+    R, C = tl.load(entry + 2 * N), tl.load(entry + 3 * N)
+    quads, stream = tl.load(entry + 4 * N), tl.load(entry + 5 * N)
+    quad = (tl.program_id(0) - tl.load(entry)) * BLOCK + tl.arange(0, BLOCK)
     c0 = quad.to(tl.uint32)
     zero = c0 * 0
     seed = (high.to(tl.uint64) << 32) | (low.to(tl.uint64) & 0xFFFFFFFF)
@@ -39,38 +56,39 @@ def _number_kernel(
         tl.store(out_ptr + (row + lane) * C + col, u, mask=inside)  # [BLOCK]
 
 
-def _launch(
-    shape: tuple[int, int], seed: int, number: int, stream: int, device: torch.device
-) -> Tensor:
-    R, C = shape
-    out = torch.empty(shape, dtype=torch.float32, device=device)
-    quads = ceil_div(R, LANES) * C
-    if out.numel():
-        with on_device(out):
-            # words as signed numbers of 64 bits, whatever their value
-            words = [word + 2**32 for word in (seed & 0xFFFFFFFF, seed >> 32, number, stream)]
-            _number_kernel[(ceil_div(quads, BLOCK),)](
-                out, R, C, quads, *words, BLOCK=BLOCK, LANES=LANES
-            )
-    return out
-
-
 def uniform_numbers(
-    shape: tuple[int, int], *, seed: int, number: int, stream: int, device: torch.device
-) -> Tensor:
+    shapes: Sequence[tuple[int, int]],
+    *,
+    seed: int,
+    number: int,
+    streams: Sequence[int],
+    device: torch.device,
+) -> list[Tensor]:
     """Return float32 numbers in (0, 1), on ``device``: a pure function of what is given.
 
-    A CPU's are others than a GPU's, see ``draw.py``. Nothing waits for the device.
+    A CPU's are others than a GPU's, see ``draw.py``. On a GPU all are one launch, for which
+    nothing waits.
 
     Args:
-        shape: of the grid of groups.
+        shapes: of each weight's grid of groups.
         seed: not negative; of it 63 bits count.
         number: of the draw, from 0 to 2^32 - 1.
-        stream: which weight, from 0 to 2^32 - 1.
+        streams: which weight each is, from 0 to 2^32 - 1.
         device: where the numbers are wanted.
     """
     seed %= 2**63
-    if takes_kernels(device):
-        return _launch(shape, seed, number, stream, device)
-    random = torch.tensor([seed, number], dtype=torch.int64, device="cpu")
-    return uniform(random, stream, shape).to(device)
+    if not takes_kernels(device):
+        random = torch.tensor([seed, number], dtype=torch.int64, device="cpu")
+        pairs = zip(streams, shapes, strict=True)
+        return [uniform(random, stream, shape).to(device) for stream, shape in pairs]
+    out = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
+    rows, cols = np.array(shapes, np.int64).reshape(-1, 2).T
+    quads = ceil_div(rows, LANES) * cols
+    if quads.any():
+        with on_device(out[0]):
+            columns = ceil_div(quads, BLOCK), addresses(out), rows, cols, quads, streams
+            table, programs = device_table(out[0].device, columns)
+            # words as signed numbers of 64 bits, whatever their value
+            words = [word + 2**32 for word in (seed & 0xFFFFFFFF, seed >> 32, number)]
+            _number_kernel[(programs,)](table, *words, N=table.shape[1], BLOCK=BLOCK, LANES=LANES)
+    return out

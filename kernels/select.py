@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from .grid import ceil_div
-from .launch import Backend, is_plain, on_device, tl, triton, use_triton
+from .launch import Backend, is_plain, on_device, tl, triton, upload, use_triton
 from .table import addresses, alike
 from .tiles import device_of
 
@@ -478,9 +478,7 @@ def _launches(tensors: Sequence[Tensor], step: int) -> list[_Launch]:
 
 
 def _upload(values: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
-    host = torch.from_numpy(np.array(values, np.int64))
-    # from memory that is not pinned, the copy would wait for the device
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    return upload(torch.from_numpy(np.array(values, np.int64)), device)
 
 
 def _launch_count(

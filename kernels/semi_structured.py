@@ -682,4 +682,9 @@ def nm_complete(kept: Tensor, pattern: NM) -> Tensor:
 
 def nm_fits(kept: Tensor, pattern: NM) -> bool:
     """Tell whether of every group of a bool matrix n:m at most is kept, or all."""
-    return torch.equal(nm_complete(kept, pattern), kept)
+    return not nm_misfits(kept, pattern)
+
+
+def nm_misfits(kept: Tensor, pattern: NM) -> Tensor:
+    """Return whether ``nm_fits`` does not hold: 0-d, on the device, which is not waited for."""
+    return (nm_complete(kept, pattern) != kept).any()

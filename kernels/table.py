@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .launch import TILE_ELEMENTS, tl, triton
+from .launch import TILE_ELEMENTS, tl, triton, upload
 
 KEPT = 64  # tables: a model's weights, gradients and optimiser states, and what they replaced
 NEVER = 2**62
@@ -143,8 +143,7 @@ def device_table(device: torch.device, columns: Sequence[Any]) -> tuple[Tensor, 
     with _lock:
         found = _tables.pop(key, None)
         if found is None:
-            host = torch.from_numpy(table)
-            found = (host.pin_memory() if on_gpu else host).to(device, non_blocking=True)
+            found = upload(torch.from_numpy(table), device)
         _tables[key] = found
         if len(_tables) > KEPT:
             _tables.popitem(last=False)

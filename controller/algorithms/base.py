@@ -480,7 +480,7 @@ class BaseSparsityAlgoController:
         if lacking:
             raise ValueError(f"load_state: state lacks {sorted(lacking)}")
         own = with_names_of(self._weights, own)
-        found = read_masks(own["weights"], self._weights)
+        masks, values = read_masks(own["weights"], self._weights)
         take_own = self._read_own_state(own.get("algorithm_state", {}))
         # these check and take over in one: they are put back if what follows is refused
         before = self._scheduler.get_state(), self._loss.get_state()
@@ -498,11 +498,11 @@ class BaseSparsityAlgoController:
             self._keep_values(self._keeps_values)
             take_own()
             with self._changing(self._weights):
-                for weight, (grid, _) in zip(self._weights, found, strict=True):
-                    weight.set_grid(grid)
-            for weight, (_, values) in zip(self._weights, found, strict=True):
-                if values is not None:
-                    weight.values, weight.values_are_loaded = values, True
+                for found in masks:
+                    set_masks(*found)
+            for weight, own_values in zip(self._weights, values, strict=True):
+                if own_values is not None:
+                    weight.values, weight.values_are_loaded = own_values, True
 
         return take
 

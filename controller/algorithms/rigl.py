@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...kernels.block_score import norm_
+from ...kernels.line_score import line_scores
+from ...kernels.pattern import Unstructured
 from ..masks.weight import SparseWeight
 from ..selection.criteria import Importance, scores_by_group
 from .base import Change
@@ -66,22 +67,18 @@ class RigLController(SETController):
         return super()._is_due(step) or (self._overdue and step < self.config.t_end)
 
     def _grow_scores(self, weights: Sequence[SparseWeight], step: int) -> list[Tensor]:
-        scores: list[Tensor] = []
-        # one by one: of a block pattern no more than one weight's copy is there at a time
-        for weight in weights:
-            gradient = weight.matrix(self._gradients[weight.name])
-            if self._normed:
-                # a copy: an update that is refused yet is made by the same gradients later
-                gradient = gradient.clone()
-                norm_(gradient)
-            scores += scores_by_group([weight], [Importance(gradient)]).tensors
-        return scores
+        gradients = [weight.matrix(self._gradients[weight.name]) for weight in weights]
+        if not self._normed:
+            return scores_by_group(weights, [*map(Importance, gradients)]).tensors
+        first = weights[0]
+        pattern = Unstructured() if first.packed else first.pattern
+        return line_scores(gradients, pattern, backend=first.backend)
 
     def _regrowing(self) -> list[SparseWeight]:
         # a weight that the step did not use has nothing to grow by
         return [i for i in super()._regrowing() if i.name in self._gradients]
 
-    def _regrow(self, step: int) -> None:
+    def _regrow(self, step: int) -> bool:
         if not self._gradients and super()._regrowing():
             if self._watching:
                 raise RuntimeError(
@@ -90,16 +87,20 @@ class RigLController(SETController):
                 )
             # the step before was not known to be one: unfrozen since, or steps were skipped
             self._overdue = True
-            return
+            return False
         if self._reduces:
             # in the same order on every rank, also where this one has not used a weight
             for weight in super()._regrowing():
                 gradient = self._gradients.setdefault(weight.name, torch.zeros_like(weight.weight))
                 torch.distributed.all_reduce(gradient)
-        finite = [gradient.isfinite().all() for gradient in self._gradients.values()]
-        self._overdue = bool(finite) and not torch.stack(finite).all()
-        if not self._overdue:
-            super()._regrow(step)
+        self._overdue = not super()._regrow(step)
+        return not self._overdue
+
+    def _spoilt(self) -> list[Tensor]:
+        gradients = [*self._gradients.values()]
+        if not gradients:
+            return []
+        return [~nn.utils.get_total_norm(gradients, float("inf")).isfinite()]
 
     def _watch_if_due_next(self) -> None:
         # a stub, which has taken the scheduler's place, begins no step

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from ...kernels.group_mask import Grids
+from ...kernels.group_mask import read_counts, regrown, set_masks
 from ..config.algorithm import AlgorithmConfig
 from ..config.declaration import Level, Positive, Share, Whole
 from ..masks.weight import SparseWeight
@@ -132,32 +133,31 @@ class SETController(BaseSparsityAlgoController):
 
     def _grow_scores(self, weights: Sequence[SparseWeight], step: int) -> list[Tensor]:
         """Return grids, of weights of one pattern: the groups of highest score are grown."""
-        return [self._random_grid(weight, step) for weight in weights]
+        return self._random_grids(weights, step)
 
     def _regrowing(self) -> list[SparseWeight]:
         """Return the weights that have something to grow."""
         return [weight for weight in self._weights if not weight.all_kept]
 
+    def _spoilt(self) -> list[Tensor]:
+        """Return flags, on the device: where one is true, an update waits for the next step."""
+        return []
+
     @torch.no_grad()
-    def _regrow(self, step: int) -> None:
-        """Drop and grow; a refused update has changed nothing."""
+    def _regrow(self, step: int) -> bool:
+        """Drop and grow, or tell that it must wait; a refused update has changed nothing."""
         fraction = self.drop_fraction(step)
         growing = self._regrowing()
-        found = Grids()
+        found = []
         with self._changing(growing):
             for weights in pools(growing):
-                scores = zip(
-                    weights,
-                    self._drop_scores(weights),
-                    self._grow_scores(weights, step),
-                    strict=True,
-                )
-                for weight, drop, grow in scores:
-                    kept, moving = weight.kept, int(fraction * weight.kept)
-                    after = found.highest(weight, drop, kept - moving, among=weight.kept_grid())
-                    after |= found.highest(weight, grow, moving, among=~after)
-                    found.add(weight, after)
-            self._checked(found)()
+                moving = [int(fraction * weight.kept) for weight in weights]
+                keep = [weight.kept - n for weight, n in zip(weights, moving, strict=True)]
+                drop, grow = self._drop_scores(weights), self._grow_scores(weights, step)
+                found.append((weights, *regrown(weights, drop, keep, grow, moving)))
+            write, made = self._checked(found, self._spoilt())
+            write()
+        return made
 
     def _find_masks(self, weights: list[SparseWeight], level: float) -> Change:
         """Distribute the level; drop the least important, or grow at random, to reach it.
@@ -166,21 +166,21 @@ class SETController(BaseSparsityAlgoController):
         """
         first = all(weight.all_kept for weight in self._weights)
         at_random = first and self.config.initial_masks == "random"
-        found = Grids()
+        found = []
         for pool in pools(weights):
-            counts = self._counts(pool, level)
-            drop = [self._random_grid(weight, 0) for weight in pool]
-            shrinking = any(n < i.kept for i, n in zip(pool, counts, strict=True))
-            if shrinking and not at_random:
+            pairs = [
+                *zip(self._counts(pool, level), (weight.kept for weight in pool), strict=True)
+            ]
+            keep = [min(pair) for pair in pairs]
+            grown = [max(count - kept, 0) for count, kept in pairs]
+            if any(count < kept for count, kept in pairs) and not at_random:
                 drop = self._drop_scores(pool)
-            for weight, count, score in zip(pool, counts, drop, strict=True):
-                before, kept = weight.kept_grid(), weight.kept
-                after = found.highest(weight, score, min(kept, count), among=before)
-                if count > kept:
-                    grow = self._random_grid(weight, max(self._scheduler.current_step, 0))
-                    after |= found.highest(weight, grow, count - kept, among=~after)
-                found.add(weight, after)
-        return self._checked(found)
+            else:
+                drop = self._random_grids(pool, 0)
+            step = max(self._scheduler.current_step, 0)
+            grow = self._random_grids(pool, step) if any(grown) else None
+            found.append((pool, *regrown(pool, drop, keep, grow, grown)))
+        return self._checked(found, [])[0]
 
     def _counts(self, pool: list[SparseWeight], level: float) -> list[int]:
         """Return how many groups each weight of a pool keeps."""
@@ -199,17 +199,30 @@ class SETController(BaseSparsityAlgoController):
         total = within(level, "keep", total, least, most, sum(groups))
         return distribute(total, groups, densities, least, most)
 
-    def _random_grid(self, weight: SparseWeight, step: int) -> Tensor:
-        device = weight.weight.device
-        return random_numbers(weight.name, weight.grid, device, self.config.seed, step)
+    def _random_grids(self, weights: Sequence[SparseWeight], step: int) -> list[Tensor]:
+        names, grids = [weight.name for weight in weights], [weight.grid for weight in weights]
+        device = weights[0].weight.device
+        return random_numbers(names, grids, device, self.config.seed, step)
 
     @staticmethod
-    def _checked(found: Grids) -> Change:
-        """Refuse what is not finite; return what writes the masks. Waits for the device once."""
-        write, bad = found.read()
-        if isinstance(bad, SparseWeight):
-            raise ValueError(
-                f"set_sparsity_level: the importance of {bad.name!r} holds NaN or Inf; "
-                "masks are left as they were"
-            )
-        return write
+    def _checked(
+        found: Sequence[tuple[list[SparseWeight], list[Tensor], Tensor]], spoilt: Sequence[Tensor]
+    ) -> tuple[Change, bool]:
+        """Return what writes the masks, and whether there is something to write: not if something
+        is ``spoilt``. Refuses what is not finite. Waits for the device once.
+        """
+        weights = [weight for pool, _, _ in found for weight in pool]
+        if not weights:
+            return lambda: None, True
+        masks = [mask for _, own, _ in found for mask in own]
+        more = [*(flag.long() for flag in spoilt), *(nonfinite for *_, nonfinite in found)]
+        counts, numbers = read_counts(weights, masks, more)
+        if any(numbers[: len(spoilt)]):
+            return lambda: None, False
+        for weight, nonfinite in zip(weights, numbers[len(spoilt) :], strict=True):
+            if nonfinite:
+                raise ValueError(
+                    f"set_sparsity_level: the importance of {weight.name!r} holds NaN or Inf; "
+                    "masks are left as they were"
+                )
+        return partial(set_masks, weights, masks, counts), True

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ...kernels.mask import pack, unpack
+from ...kernels.bits import pack, packed_shape
+from ...kernels.group_mask import read_bits
+from ...kernels.table import alike
 from .names import match
 from .weight import SparseWeight
 
@@ -64,40 +68,52 @@ def _renamed(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
     }
 
 
+# ``set_masks``'s arguments, for the weights of one device
+Masks = tuple[list[SparseWeight], list[Tensor], list[list[int]]]
+
+
 def read_masks(
     state: Mapping[str, Mapping[str, Any]], weights: Sequence[SparseWeight]
-) -> list[tuple[Tensor, Tensor | None]]:
-    """Return ``masks_state``'s masks as bool grids of one element a group, and its pruned values.
+) -> tuple[list[Masks], list[Tensor | None]]:
+    """Return ``masks_state``'s masks, and of each weight its pruned values.
 
-    On the weights' devices; values are copies, in the weights' dtype. A ValueError refuses a state
-    of another pattern, or damaged.
+    On the weights' devices, each of which is waited for once; values are copies, in the weights'
+    dtype. A ValueError refuses a state of another pattern, or damaged.
     """
-    found = []
-    for weight in weights:
-        name, saved = weight.name, state[weight.name]
-        if not isinstance(saved, Mapping):
-            raise ValueError(f"load_state: {name!r} must have a mapping, got {saved!r}")
-        wanted = {"shape": list(weight.weight_shape), "pattern": str(weight.pattern)}
-        for key, here in wanted.items():
-            if saved.get(key) != here:
+    bits = [_read_bits(weight, state[weight.name]) for weight in weights]
+    found: list[Masks] = []
+    pruned: dict[SparseWeight, int] = {}
+    for places in alike(weight.follow().device for weight in weights).values():
+        own = [weights[place] for place in places]
+        masks, counts, fit = read_bits(own, [bits[place] for place in places])
+        for weight, (_, elements), fits in zip(own, counts, fit, strict=True):
+            if not fits:
                 raise ValueError(
-                    f"load_state: {key} of {name!r} must be {here}, got {saved.get(key)}"
+                    f"load_state: mask of {weight.name!r} must be {weight.pattern}, got another"
                 )
-        down, across = weight.grid
-        mask, shape = saved.get("mask"), (down, -(-across // 8))
-        if not isinstance(mask, Tensor) or mask.shape != shape or mask.element_size() != 1:
-            raise ValueError(f"load_state: mask of {name!r} must be packed bits, uint8 {shape}")
-        grid = unpack(mask.to(weight.mask.device), across)
-        if not weight.fits(grid):
-            raise ValueError(f"load_state: mask of {name!r} must be {weight.pattern}, got another")
-        found.append((grid, _read_values(saved.get("values"), grid, weight)))
-    return found
+            pruned[weight] = math.prod(weight.shape) - elements
+        found.append((own, masks, counts))
+    return found, [_read_values(state[w.name].get("values"), pruned[w], w) for w in weights]
 
 
-def _read_values(values: Any, grid: Tensor, weight: SparseWeight) -> Tensor | None:
+def _read_bits(weight: SparseWeight, saved: Any) -> Tensor:
+    name = weight.name
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"load_state: {name!r} must have a mapping, got {saved!r}")
+    wanted = {"shape": list(weight.weight_shape), "pattern": str(weight.pattern)}
+    for key, here in wanted.items():
+        if saved.get(key) != here:
+            raise ValueError(f"load_state: {key} of {name!r} must be {here}, got {saved.get(key)}")
+    mask, shape = saved.get("mask"), packed_shape(weight.grid)
+    if not isinstance(mask, Tensor) or mask.shape != shape or mask.dtype != torch.uint8:
+        raise ValueError(f"load_state: mask of {name!r} must be packed bits, uint8 {shape}")
+    return mask
+
+
+def _read_values(values: Any, pruned: int, weight: SparseWeight) -> Tensor | None:
     if values is None:
         return None
-    shape = weight.shape if weight.packed else (weight.elements_of(~grid),)
+    shape = weight.shape if weight.packed else (pruned,)
     if not isinstance(values, Tensor) or values.shape != shape or not values.is_floating_point():
         raise ValueError(
             f"load_state: values of {weight.name!r} must be the pruned elements, float {shape}"

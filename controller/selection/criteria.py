@@ -123,16 +123,20 @@ def wanda(evidence: Evidence) -> Importance:
 def random(evidence: Evidence) -> Importance:
     """Uniform in (0, 1) for each group: a function of seed and name, the same on every rank."""
     device = evidence.weight.device
-    numbers = random_numbers(evidence.name, evidence.grid, device, evidence.seed)
+    (numbers,) = random_numbers([evidence.name], [evidence.grid], device, evidence.seed)
     return Importance(numbers, per_group=True)
 
 
 def random_numbers(
-    name: str, grid: tuple[int, int], device: torch.device, seed: int, number: int = 0
-) -> Tensor:
-    """Return ``uniform_numbers`` of the groups of a weight, which is told by its name."""
-    stream = zlib.crc32(canonical(name).encode())
-    return uniform_numbers(grid, seed=seed, number=number, stream=stream, device=device)
+    names: Sequence[str],
+    grids: Sequence[tuple[int, int]],
+    device: torch.device,
+    seed: int,
+    number: int = 0,
+) -> list[Tensor]:
+    """Return ``uniform_numbers`` of the groups of weights, which are told by their names."""
+    streams = [zlib.crc32(canonical(name).encode()) for name in names]
+    return uniform_numbers(grids, seed=seed, number=number, streams=streams, device=device)
 
 
 def criterion(name: WeightImportance) -> Criterion:

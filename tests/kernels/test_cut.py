@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from triton_sparsity.kernels import cut as module
-from triton_sparsity.kernels.cut import find_cut, keep_highest
+from triton_sparsity.kernels.cut import find_cut
 from triton_sparsity.kernels.pattern import NM, Block, Unstructured
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -10,49 +9,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def by_sorting(scores, count, among):
-    """The highest |score| first, of equals the first."""
-    order = scores.abs().flatten().float().argsort(descending=True, stable=True)
-    chosen = [i for i in order.tolist() if among.flatten()[i]][:count]
-    grid = torch.zeros(scores.numel(), dtype=torch.bool, device=DEVICE)
-    grid[chosen] = True
-    return grid.view(scores.shape)
-
-
-KINDS = {
-    "normal": lambda x: x,
-    "tied": lambda x: x.round(),
-    "zeros": lambda x: torch.copysign(x * 0, x),
-    "subnormal": lambda x: x * 1e-40,
-    "the largest": lambda x: torch.where(x > 0, torch.finfo(torch.float32).max, x),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", [keep_highest, module._keep_highest_keys])
-def test_the_highest_among_some_are_kept(way, kind):
-    scores, among = KINDS[kind](randn(13, 21)), randn(13, 21, seed=1) > 0.3
-    for count in (0, 1, 40, int(among.sum())):
-        grid, nonfinite = way(scores, count, among, "auto")
-        assert torch.equal(grid, by_sorting(scores, count, among))
-        assert nonfinite == 0
-
-
-@pytest.mark.parametrize("way", [keep_highest, module._keep_highest_keys])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "all bits"])
-def test_what_is_not_finite_counts_among_the_candidates_alone(way, bad):
-    scores, among = randn(5, 7), torch.ones(5, 7, dtype=torch.bool, device=DEVICE)
-    if bad == "all bits":  # the NaN that a GPU makes
-        scores.view(torch.int32)[2, 3] = 0x7FFFFFFF
-    else:
-        scores[2, 3] = bad
-    assert way(scores, 9, among, "auto")[1] == 1
-    among[2, 3] = False
-    grid, nonfinite = way(scores, 9, among, "auto")
-    assert nonfinite == 0
-    assert grid.sum() == 9
 
 
 def test_tensors_that_are_pools_by_themselves_are_cut_one_by_one():

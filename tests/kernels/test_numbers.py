@@ -11,7 +11,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def numbers(shape, seed=0, number=0, stream=0):
-    return uniform_numbers(shape, seed=seed, number=number, stream=stream, device=DEVICE)
+    options = {"seed": seed, "number": number, "device": DEVICE}
+    (found,) = uniform_numbers([shape], streams=[stream], **options)
+    return found
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 13), (64, 40), (0, 5), (5, 0), (130, 33)], ids=str)
@@ -23,6 +25,13 @@ def test_they_are_those_of_a_draw(shape, seed, number, stream):
     got = numbers(shape, seed, number, stream)
     assert got.dtype == torch.float32
     assert torch.equal(got, uniform(random, stream, shape))
+
+
+def test_a_list_has_the_numbers_of_each():
+    shapes, streams = [(7, 13), (0, 5), (64, 40), (1, 1)], [3, 1, 2**32 - 1, 3]
+    found = uniform_numbers(shapes, seed=5, number=9, streams=streams, device=DEVICE)
+    for shape, stream, got in zip(shapes, streams, found, strict=True):
+        assert torch.equal(got, numbers(shape, 5, 9, stream))
 
 
 def test_seed_draw_and_stream_each_make_others():
@@ -39,9 +48,8 @@ def test_seed_draw_and_stream_each_make_others():
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
 def test_the_kernel_is_lean(arch):
     kernel = module._number_kernel
-    types = dict.fromkeys(("R", "C", "quads"), "i32") | {"out_ptr": "*fp32"}
-    types |= dict.fromkeys(("low", "high", "number", "stream"), "i64")
-    words = ("low", "high", "number", "stream")
-    constants = {"BLOCK": module.BLOCK, "LANES": 4}
+    words = ("low", "high", "number")
+    types = {"table_ptr": "*i64"} | dict.fromkeys(words, "i64")
+    constants = {"N": 256, "BLOCK": module.BLOCK, "LANES": 4}
     compiled = aot.compile_for(arch, kernel, types, constants, unspecialized=words)
     aot.assert_lean(compiled, arch)

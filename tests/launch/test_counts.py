@@ -4,6 +4,7 @@ Kernels do nothing here, so masks are written by hand before an update, which le
 are; memory that kernels would fill is zero. What is counted does not depend on more.
 """
 
+import sys
 import warnings
 from collections import Counter
 from typing import NamedTuple
@@ -14,7 +15,16 @@ from torch import nn
 
 from host_waits import HostWaits
 from stub_driver import kernels
-from triton_sparsity import NM, Block, MagnitudeSparsityConfig, Unstructured, create_controller
+from triton_sparsity import (
+    NM,
+    Block,
+    MagnitudeSparsityConfig,
+    Override,
+    RigLConfig,
+    SETConfig,
+    Unstructured,
+    create_controller,
+)
 from triton_sparsity.kernels import block_sparse_product
 from triton_sparsity.kernels.bits import count_kept, expand_mask, pack
 from triton_sparsity.kernels.product import BlockProduct, update_products
@@ -46,12 +56,45 @@ class Costs(NamedTuple):
     waits: Cost
 
 
-# by pattern and pool; to be brought down: a cost that falls is lowered here in the same commit
+def regrowth(kind, pattern, **options):
+    steps = {"t_end": 1000, "delta_t": 1, "level": 0.5, "distribution": "uniform"}
+    return {"set": SETConfig, "rigl": RigLConfig}[kind](pattern=pattern, **steps, **options)
+
+
+BLOCKS = Block(64, 64)
+CONFIGS = {
+    "magnitude, blocks, each": MagnitudeSparsityConfig(pattern=BLOCKS, pool="weight"),
+    "magnitude, blocks, global": MagnitudeSparsityConfig(pattern=BLOCKS, pool="global"),
+    "magnitude, fine, each": MagnitudeSparsityConfig(pool="weight"),
+    "magnitude, fine, global": MagnitudeSparsityConfig(pool="global"),
+    # those that meet a limit, all but one, are searched together
+    "magnitude, blocks, limits": MagnitudeSparsityConfig(
+        pattern=BLOCKS,
+        pool="global",
+        overrides=[Override(scope="0", minimum_level=0.1), Override(scope="*", maximum_level=0.5)],
+    ),
+    "set, blocks": regrowth("set", BLOCKS),
+    "set, fine": regrowth("set", Unstructured()),
+    "rigl, blocks": regrowth("rigl", BLOCKS),
+    "rigl, blocks, published": regrowth("rigl", BLOCKS, growth="gradient"),
+    "rigl, fine": regrowth("rigl", Unstructured()),
+}
+# to be brought down: a cost that falls is lowered here in the same commit
 UPDATE = {
-    (Block(64, 64), "weight"): Costs(Cost(14, 0), Cost(4, 0), Cost(2, 0)),
-    (Block(64, 64), "global"): Costs(Cost(17, 0), Cost(11, 0), Cost(2, 0)),
-    (Unstructured(), "weight"): Costs(Cost(11, 0), Cost(4, 0), Cost(2, 0)),
-    (Unstructured(), "global"): Costs(Cost(14, 0), Cost(11, 0), Cost(2, 0)),
+    "magnitude, blocks, each": Costs(Cost(14, 0), Cost(4, 0), Cost(2, 0)),
+    "magnitude, blocks, global": Costs(Cost(17, 0), Cost(11, 0), Cost(2, 0)),
+    "magnitude, fine, each": Costs(Cost(11, 0), Cost(4, 0), Cost(2, 0)),
+    "magnitude, fine, global": Costs(Cost(14, 0), Cost(11, 0), Cost(2, 0)),
+    "set, blocks": Costs(Cost(16, 0), Cost(4, 0), Cost(2, 0)),
+    "set, fine": Costs(Cost(13, 0), Cost(4, 0), Cost(2, 0)),
+    "rigl, blocks": Costs(Cost(18, 0), Cost(4, 0), Cost(2, 0)),
+    "rigl, blocks, published": Costs(Cost(16, 0), Cost(4, 0), Cost(2, 0)),
+    "rigl, fine": Costs(Cost(15, 0), Cost(4, 0), Cost(2, 0)),
+}
+# of loading a state
+LOAD = {
+    "magnitude, blocks, each": Costs(Cost(9, 0), Cost(4, 0), Cost(2, 0)),
+    "magnitude, fine, global": Costs(Cost(9, 0), Cost(4, 0), Cost(2, 0)),
 }
 
 # torch's operators that launch nothing; ``zeros`` is what ``empty`` is here
@@ -94,10 +137,10 @@ def no_warning_of_empty_weights():
         yield
 
 
-def sparse_model(pattern, count, *, pool="global", dispatch="auto"):
+def sparse_model(pattern, count, *, config=None, dispatch="auto"):
     """Return ``count`` linears in a row, of which half the groups are pruned, and a controller."""
     model = nn.Sequential(*(nn.Linear(SIDE, SIDE, dtype=torch.bfloat16) for _ in range(count)))
-    config = MagnitudeSparsityConfig(pattern=pattern, pool=pool)
+    config = config or MagnitudeSparsityConfig(pattern=pattern, pool="global")
     controller = create_controller(model, config, dispatch=dispatch)
     for info in controller.sparsified_module_info:
         weight = info.operand
@@ -106,26 +149,71 @@ def sparse_model(pattern, count, *, pool="global", dispatch="auto"):
         weight.mask.copy_(pack(grid, backend="torch") if weight.packed else grid)
         weight.set_(None, weight.groups // 2)
         weight.weight.detach().masked_fill_(
-            ~expand_mask(weight.mask, pattern, weight.shape, backend="torch"), 0
+            ~expand_mask(weight.mask, weight.pattern, weight.shape, backend="torch"), 0
         )
         weight.leave()
     return model, controller
 
 
-@pytest.mark.parametrize("count", [4, 8])
-@pytest.mark.parametrize(("pattern", "pool"), UPDATE, ids=str)
-def test_a_mask_update_costs_what_the_table_says(pattern, pool, count, stub, waits):
-    _, controller = sparse_model(pattern, count, pool=pool)
-    controller.set_sparsity_level(0.5)  # kernels are compiled, tables are on the device
+def check_costs(run, wanted, stub, waits):
     stub.forget()
     waits.found.clear()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        controller.set_sparsity_level(0.5)
+        run()
     found = Costs(*map(Counter, (kernels(stub.launches), operators(profile), waits.found)))
-    wanted = [cost.of(count) for cost in UPDATE[pattern, pool]]
     assert [calls.total() for calls in found] == wanted, "\n".join(
         f"{count} x {call}" for calls in found for call, count in calls.most_common()
     )
+
+
+@pytest.mark.parametrize("count", [4, 8])
+@pytest.mark.parametrize("kind", UPDATE)
+def test_a_mask_update_costs_what_the_table_says(kind, count, stub, waits):
+    model, controller = sparse_model(None, count, config=CONFIGS[kind])
+    if kind.startswith("magnitude"):
+        runs = [lambda: controller.set_sparsity_level(0.5)] * 2
+    else:
+        controller.scheduler.step()
+        runs = [lambda: controller.update(1), lambda: controller.update(2)]
+    for n, run in enumerate(runs):
+        if kind.startswith("rigl"):
+            model(torch.zeros(32, SIDE, dtype=torch.bfloat16)).sum().backward()
+        if n == 0:
+            run()  # kernels are compiled, tables are on the device
+        else:
+            check_costs(run, [cost.of(count) for cost in UPDATE[kind]], stub, waits)
+
+
+@pytest.mark.parametrize("count", [4, 8])
+@pytest.mark.parametrize("kind", LOAD)
+def test_loading_a_state_costs_what_the_table_says(kind, count, stub, waits):
+    _, controller = sparse_model(None, count, config=CONFIGS[kind])
+    state = controller.get_state()
+    controller.load_state(state)
+    wanted = [cost.of(count) for cost in LOAD[kind]]
+    check_costs(lambda: controller.load_state(state), wanted, stub, waits)
+
+
+@pytest.mark.parametrize("kind", ["magnitude, blocks, each", "magnitude, fine, global"])
+def test_an_update_is_a_few_hundred_calls_of_python_a_weight(kind, stub):
+    def calls(count):
+        _, controller = sparse_model(None, count, config=CONFIGS[kind])
+        controller.set_sparsity_level(0.5)
+        found = 0
+
+        def note(frame, event, arg):
+            nonlocal found
+            found += event in ("call", "c_call")
+
+        sys.setprofile(note)
+        try:
+            controller.set_sparsity_level(0.5)
+        finally:
+            sys.setprofile(None)
+        return found
+
+    each = (calls(24) - calls(8)) / 16
+    assert each <= 220, each
 
 
 def test_a_wait_is_found_and_what_the_host_owns_is_read_without(stub, waits):

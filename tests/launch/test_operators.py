@@ -13,7 +13,7 @@ from triton_sparsity.kernels.bits import expand_mask, pack, packed_shape, unpack
 from triton_sparsity.kernels.block_score import block_score, block_scores
 from triton_sparsity.kernels.copy import copy_all_
 from triton_sparsity.kernels.count import kept_counts
-from triton_sparsity.kernels.cut import find_cut, keep_highest
+from triton_sparsity.kernels.cut import find_cut
 from triton_sparsity.kernels.group_mask import GroupMask
 from triton_sparsity.kernels.learned_mask import sample_mask, straight_through
 from triton_sparsity.kernels.mask import make_mask
@@ -21,6 +21,7 @@ from triton_sparsity.kernels.masked_weight import apply_mask, apply_mask_, count
 from triton_sparsity.kernels.numbers import uniform_numbers
 from triton_sparsity.kernels.pattern import NM, Block, Unstructured, grid_shape
 from triton_sparsity.kernels.product import BlockProduct, update_products
+from triton_sparsity.kernels.regrow import regrow
 from triton_sparsity.kernels.retained import put_all_back_, put_back_, take_all_pruned, take_pruned
 from triton_sparsity.kernels.select import kth_smallest, select
 from triton_sparsity.kernels.select_each import select_each
@@ -238,7 +239,8 @@ def test_thresholds_and_counts_of_small_tensors_are_a_launch_each(stub):
 
 def test_numbers_for_a_draw_are_one_launch(stub):
     device = torch.device("cpu")
-    uniform_numbers((16, 32), seed=7, number=1, stream=2, device=device)
+    shapes = [(16, 32), (7, 5), (64, 3)]
+    uniform_numbers(shapes, seed=7, number=1, streams=[2, 3, 5], device=device)
     assert kernels(stub.launches) == ["_number_kernel"]
 
 
@@ -315,10 +317,13 @@ def test_a_cut_and_its_masks_launch(pattern, stub):
     assert names == (wanted | {"_nm_kernel"} if isinstance(pattern, NM) else wanted)
 
 
-def test_the_highest_of_some_groups_launch(stub, zero_memory):
-    scores = torch.rand(64, 64)
-    keep_highest(scores, 10, scores > 0.5, "triton")
-    assert set(kernels(stub.launches)) == {"_count_kernel", "_narrow_kernel", *COMPARE}
+@pytest.mark.parametrize("pattern", [Block(16, 16), Unstructured()], ids=str)
+def test_what_stays_and_what_comes_back_are_four_launches_each(pattern, stub, zero_memory):
+    scores = [torch.rand(64, 64), torch.rand(8, 24).T, torch.rand(5, 33)]
+    masks = [torch.ones(s.shape, dtype=torch.bool) for s in scores]
+    masks = masks if isinstance(pattern, Block) else [pack(m, backend="torch") for m in masks]
+    regrow(masks, scores, [9] * 3, scores, [4] * 3, pattern, backend="triton")
+    assert kernels(stub.launches) == ["_key_kernel", "_select_each_kernel", *COMPARE] * 2
 
 
 @pytest.mark.parametrize("pattern", [Block(64, 64), Unstructured()], ids=str)

@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+import aot
+from triton_sparsity.kernels import line_score as module
+from triton_sparsity.kernels.launch import INTERPRET, tl
+from triton_sparsity.kernels.line_score import line_scores, line_scores_reference, norm_
+from triton_sparsity.kernels.pattern import Block, Unstructured
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def gradients(dtype=torch.float32):
+    """Of several sizes and layouts; with a row and a column of zeros, and rows of unlike size."""
+    generator = torch.Generator().manual_seed(0)
+    found = [torch.randn(shape, generator=generator) for shape in ((37, 70), (1, 5), (64, 300))]
+    found[0][3], found[0][:, 7] = 0, 0
+    found[2] *= torch.logspace(-2, 2, 64)[:, None]
+    found.append(found[0].T.contiguous().T)
+    return [g.to(DEVICE, dtype) for g in found] + [found[2].to(DEVICE, dtype)[:, ::3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_norms_of_tiny_and_zero_rows(dtype):
+    gradient = torch.randn(6, 5).to(dtype)
+    gradient[1] = 0
+    gradient[:, 3] = 0
+    gradient[2] *= 1e-3 if dtype == torch.float16 else 1e-36
+    exact = gradient.double()
+    for dim in (1, 0):
+        size = exact.square().mean(dim, keepdim=True).sqrt()
+        exact = exact / size.where(size > 0, 1)
+    norm_(gradient)
+    assert torch.allclose(gradient.double(), exact, rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", [Block(16, 16), Block(64, 8), Unstructured()], ids=str)
+def test_a_list_has_the_scores_of_each(pattern, dtype):
+    given = gradients(dtype)
+    before = [g.clone() for g in given]
+    found = line_scores(given, pattern)
+    for gradient, copy, scores in zip(given, before, found, strict=True):
+        want = line_scores_reference(gradient, pattern, "torch")
+        assert scores.is_contiguous()
+        assert scores.shape == want.shape
+        assert torch.allclose(scores.float(), want.float(), rtol=2e-6, atol=0)
+        assert torch.equal(gradient, copy), "an update that is put off takes it again"
+
+
+def test_dtypes_mix_and_doubles_take_plain_torch():
+    given = [*gradients(torch.bfloat16), *gradients()]
+    for gradient, scores in zip(given, line_scores(given, Block(4, 4)), strict=True):
+        want = line_scores_reference(gradient, Block(4, 4), "torch")
+        assert torch.allclose(scores, want, rtol=2e-6, atol=0)
+    wide = [g.double() for g in gradients()]
+    (scores, *_) = line_scores(wide, Block(4, 4))
+    assert torch.equal(scores, line_scores_reference(wide[0], Block(4, 4), "torch"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_shows(bad):
+    given = gradients()
+    given[1][0, 2] = bad
+    found = line_scores(given, Block(1, 1))
+    assert [bool(scores.isfinite().all()) for scores in found] == [True, False, True, True, True]
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(INTERPRET, reason="the interpreter replaces the compiler")
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+@pytest.mark.parametrize("name", ["row_size", "col_size", "line_score"])
+def test_the_kernels_are_lean(name, arch):
+    kernel = getattr(module, f"_{name}_kernel")
+    types = {"table_ptr": "*i64", "rows_ptr": "*fp64", "cols_ptr": "*fp64", "score_ptr": "*fp32"}
+    types = {key: types[key] for key in kernel.arg_names if key in types}
+    constants = {"DTYPE": tl.bfloat16, "INDEX": tl.int32, "N": 256}
+    tiles = {"row_size": module.ROWS_TILE, "col_size": module.COLS_TILE}
+    constants |= tiles.get(name) or {"ROWS": 64, "COLS": 64, **module.TILE}
+    warps = 8 if name == "line_score" else 4
+    compiled = aot.compile_for(arch, kernel, types, constants, num_warps=warps)
+    aot.assert_lean(compiled, arch)

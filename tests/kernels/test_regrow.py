@@ -1,0 +1,156 @@
+import pytest
+import torch
+
+import aot
+from triton_sparsity.kernels import regrow as module
+from triton_sparsity.kernels.bits import pack, unpack
+from triton_sparsity.kernels.launch import INTERPRET, tl
+from triton_sparsity.kernels.pattern import Block, Unstructured
+from triton_sparsity.kernels.regrow import keep_highest, regrow
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(13, 21), (1, 1), (7, 64), (40, 9)]
+PATTERNS = [Block(2, 2), Unstructured()]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def highest(scores, count, among):
+    """The highest |score| first, of equals the first."""
+    order = scores.abs().flatten().float().argsort(descending=True, stable=True)
+    chosen = [i for i in order.tolist() if among.flatten()[i]][:count]
+    grid = torch.zeros(scores.numel(), dtype=torch.bool, device=DEVICE)
+    grid[chosen] = True
+    return grid.view(scores.shape)
+
+
+KINDS = {
+    "normal": lambda x: x,
+    "tied": lambda x: x.round(),
+    "zeros": lambda x: torch.copysign(x * 0, x),
+    "subnormal": lambda x: x * 1e-40,
+    "the largest": lambda x: torch.where(x > 0, torch.finfo(torch.float32).max, x),
+}
+LAYOUTS = {
+    "rows": lambda x: x,
+    "transposed": lambda x: x.T.contiguous().T,
+    "strided": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "bfloat16": lambda x: x.bfloat16(),
+    "float64": lambda x: x.double(),
+}
+
+
+def compact(grid, pattern):
+    return grid if isinstance(pattern, Block) else pack(grid)
+
+
+def grid_of(mask, pattern, shape):
+    return mask if isinstance(pattern, Block) else unpack(mask, shape[1])
+
+
+def case(kind="normal", layout="rows"):
+    """Scores by which to drop and to grow, what is kept, and how many stay and come back."""
+    make = LAYOUTS[layout]
+    drop = [make(KINDS[kind](randn(*shape, seed=i))) for i, shape in enumerate(SHAPES)]
+    grow = [make(KINDS[kind](randn(*shape, seed=9 + i))) for i, shape in enumerate(SHAPES)]
+    kept = [randn(*shape, seed=19 + i) > 0.2 for i, shape in enumerate(SHAPES)]
+    keep = [int(grid.sum()) * 2 // 3 for grid in kept]
+    return drop, grow, kept, keep, [int(g.sum()) - n for g, n in zip(kept, keep, strict=True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_highest_among_some_are_kept(kind):
+    scores, among = KINDS[kind](randn(13, 21)), randn(13, 21, seed=1) > 0.3
+    for count in (0, 1, 40, int(among.sum())):
+        grid, nonfinite = keep_highest(scores, count, among)
+        assert torch.equal(grid, highest(scores, count, among))
+        assert nonfinite == 0
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "layout"), [*((kind, "rows") for kind in KINDS), *(("tied", k) for k in LAYOUTS)]
+)
+def test_what_is_lowest_goes_and_what_is_highest_comes_back(kind, layout, pattern, backend):
+    drop, grow, kept, keep, grown = case(kind, layout)
+    masks = [compact(grid, pattern) for grid in kept]
+    found, nonfinite = regrow(masks, drop, keep, grow, grown, pattern, backend=backend)
+    assert nonfinite.tolist() == [0] * len(masks)
+    for i, mask in enumerate(found):
+        stays = highest(drop[i], keep[i], kept[i])
+        comes = highest(grow[i], grown[i], ~stays)
+        assert mask.dtype == masks[i].dtype
+        assert torch.equal(grid_of(mask, pattern, SHAPES[i]), stays | comes)
+    found, _ = regrow(masks, drop, keep, None, [0] * len(masks), pattern, backend=backend)
+    for i, mask in enumerate(found):
+        assert torch.equal(grid_of(mask, pattern, SHAPES[i]), highest(drop[i], keep[i], kept[i]))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_great_weights_go_one_by_one_and_keep_the_same(pattern, monkeypatch):
+    drop, grow, kept, keep, grown = case("tied")
+    masks = [compact(grid, pattern) for grid in kept]
+    want, _ = regrow(masks, drop, keep, grow, grown, pattern)
+    monkeypatch.setattr(module, "MOST", 100)
+    drop[0][0, 0] = float("nan")
+    masks[0] = torch.full_like(masks[0], 255 if masks[0].dtype == torch.uint8 else 1)
+    found, nonfinite = regrow(masks, drop, keep, grow, grown, pattern)
+    assert nonfinite.tolist() == [1, 0, 0, 0]
+    assert all(map(torch.equal, found[1:], want[1:]))
+
+
+@pytest.mark.parametrize("all_or_none", [True, False])
+def test_everything_or_nothing_may_stay_and_come_back(all_or_none):
+    drop, grow, kept, *_ = case()
+    groups = [grid.numel() for grid in kept]
+    keep = [int(grid.sum()) if all_or_none else 0 for grid in kept]
+    grown = [n - k if all_or_none else 0 for n, k in zip(groups, keep, strict=True)]
+    found, _ = regrow(kept, drop, keep, grow, grown, Block(1, 1))
+    assert [mask.all().item() if all_or_none else not mask.any() for mask in found] == [True] * 4
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "all bits"])
+def test_what_is_not_finite_counts_among_the_candidates_alone(bad, pattern, backend):
+    def spoil(scores):
+        if bad == "all bits":  # the NaN that a GPU makes
+            scores.view(torch.int32)[2, 3] = 0x7FFFFFFF
+        else:
+            scores[2, 3] = bad
+
+    drop, grow = randn(5, 7), randn(5, 7, seed=1)
+    kept = torch.ones(5, 7, dtype=torch.bool, device=DEVICE)
+
+    def counted():
+        mask = compact(kept, pattern)
+        return int(regrow([mask], [drop], [9], [grow], [4], pattern, backend=backend)[1])
+
+    spoil(drop)
+    assert counted() == 1
+    kept[2, 3] = False
+    assert counted() == 0
+    spoil(grow)
+    assert counted() == 1
+    drop[2, 3], kept[2, 3] = 99, True  # stays
+    assert counted() == 0
+
+
+def test_scores_of_another_shape_are_refused():
+    mask, scores = torch.ones(3, 2, dtype=torch.uint8), randn(3, 17)
+    with pytest.raises(ValueError, match=r"scores must be one a group of a mask \(3, 2\)"):
+        regrow([mask], [scores], [1], None, [0], Unstructured())
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(INTERPRET, reason="the interpreter replaces the compiler")
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+@pytest.mark.parametrize(("growing", "packed"), [(False, True), (True, False)])
+def test_the_kernel_is_lean(growing, packed, arch):
+    constants = {"DTYPE": tl.bfloat16, "GROWING": growing, "PACKED": packed, "INDEX": tl.int32}
+    constants |= {"INFINITY": module._INFINITY, "N": 256, "BLOCK": module.BLOCK}
+    types = {"table_ptr": "*i64", "nonfinite_ptr": "*i64"}
+    aot.assert_lean(aot.compile_for(arch, module._key_kernel, types, constants), arch)
