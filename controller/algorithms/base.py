@@ -500,9 +500,9 @@ class BaseSparsityAlgoController:
             with self._changing(self._weights):
                 for found in masks:
                     set_masks(*found)
-            for weight, own_values in zip(self._weights, values, strict=True):
-                if own_values is not None:
-                    weight.values, weight.values_are_loaded = own_values, True
+            for weight, kept in zip(self._weights, values, strict=True):
+                if kept is not None:
+                    weight.values, weight.values_are_loaded = kept, True
 
         return take
 

@@ -131,9 +131,12 @@ class SETController(BaseSparsityAlgoController):
         """Return grids, of weights of one pattern: the groups of lowest score are dropped."""
         return self._criterion.scores(weights).tensors
 
-    def _grow_scores(self, weights: Sequence[SparseWeight], step: int) -> list[Tensor]:
+    def _random_grids(self, weights: Sequence[SparseWeight], step: int) -> list[Tensor]:
         """Return grids, of weights of one pattern: the groups of highest score are grown."""
-        return self._random_grids(weights, step)
+        names, grids = [weight.name for weight in weights], [weight.grid for weight in weights]
+        return random_numbers(names, grids, weights[0].weight.device, self.config.seed, step)
+
+    _grow_scores = _random_grids
 
     def _regrowing(self) -> list[SparseWeight]:
         """Return the weights that have something to grow."""
@@ -168,15 +171,11 @@ class SETController(BaseSparsityAlgoController):
         at_random = first and self.config.initial_masks == "random"
         found = []
         for pool in pools(weights):
-            pairs = [
-                *zip(self._counts(pool, level), (weight.kept for weight in pool), strict=True)
-            ]
-            keep = [min(pair) for pair in pairs]
-            grown = [max(count - kept, 0) for count, kept in pairs]
-            if any(count < kept for count, kept in pairs) and not at_random:
-                drop = self._drop_scores(pool)
-            else:
-                drop = self._random_grids(pool, 0)
+            counts, kept = self._counts(pool, level), [weight.kept for weight in pool]
+            keep = [*map(min, counts, kept)]
+            grown = [n - stay for n, stay in zip(counts, keep, strict=True)]
+            by_score = keep != kept and not at_random
+            drop = self._drop_scores(pool) if by_score else self._random_grids(pool, 0)
             step = max(self._scheduler.current_step, 0)
             grow = self._random_grids(pool, step) if any(grown) else None
             found.append((pool, *regrown(pool, drop, keep, grow, grown)))
@@ -198,11 +197,6 @@ class SETController(BaseSparsityAlgoController):
         total = sum(groups) - round(level * sum(groups))
         total = within(level, "keep", total, least, most, sum(groups))
         return distribute(total, groups, densities, least, most)
-
-    def _random_grids(self, weights: Sequence[SparseWeight], step: int) -> list[Tensor]:
-        names, grids = [weight.name for weight in weights], [weight.grid for weight in weights]
-        device = weights[0].weight.device
-        return random_numbers(names, grids, device, self.config.seed, step)
 
     @staticmethod
     def _checked(

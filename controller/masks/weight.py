@@ -312,10 +312,7 @@ class SparseWeight(GroupMask):
 
     def copy_back(self, parameter: Tensor, matrix: Tensor) -> None:
         """Write a matrix back that is no view: a convolution's whose channels lie last."""
-        if (
-            matrix is not parameter
-            and matrix.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr()
-        ):
+        if matrix.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
             parameter.copy_(self.like_weight(matrix))
 
     def forget(self) -> None:
@@ -417,12 +414,7 @@ def leaks(weights: Sequence[SparseWeight]) -> Callable[[], list[int]]:
             order.append(weight)
             counts.append(local[pruned].count_nonzero()[None])
     read = read_later(torch.cat(counts))
-
-    def counted() -> list[int]:
-        found = dict(zip(order, read(), strict=True))
-        return [found.get(weight, 0) for weight in weights]
-
-    return counted
+    return lambda: [*(dict.fromkeys(weights, 0) | dict(zip(order, read(), strict=True))).values()]
 
 
 def _shard(weight: SparseWeight, tensor: DTensor) -> tuple[Tensor, Tensor]:
@@ -453,7 +445,8 @@ def _matrices(pairs: _Pairs) -> Iterator[tuple[list[SparseWeight], list[Tensor]]
     yield owners, matrices
     tensors = [tensor for _, tensor in pairs if not is_sharded(tensor)]
     for weight, tensor, matrix in zip(owners, tensors, matrices, strict=True):
-        weight.copy_back(tensor, matrix)
+        if matrix is not tensor:
+            weight.copy_back(tensor, matrix)
 
 
 def drop_foreign(weights: Sequence[SparseWeight], when: str) -> None:
