@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -303,18 +304,19 @@ def read_bits(
         each allows it.
     """
     compact = []
-    for owner, bits in zip(owners, saved, strict=True):
-        across, bits = owner.grid[1], bits if bits.is_cpu else bits.cpu()
+    for owner, packed in zip(owners, saved, strict=True):
+        bits, across = (packed if packed.is_cpu else packed.cpu()).numpy(), owner.grid[1]
         if not owner.packed:
-            bits = unpack(bits, across, backend="torch")
+            bits = np.unpackbits(bits, axis=1, count=across, bitorder="little")
         elif across % 8:  # what is past the last column counts for nothing
-            bits = bits.clone()
+            bits = bits.copy()
             bits[:, -1] &= (1 << across % 8) - 1
         compact.append(bits)
-    flat = torch.cat([bits.flatten().view(torch.uint8) for bits in compact])
-    parts = upload(flat, owners[0].mask.device).split([bits.numel() for bits in compact])
+    flat = torch.from_numpy(np.concatenate([bits.ravel() for bits in compact]))
+    parts = upload(flat, owners[0].mask.device).split([bits.size for bits in compact])
     masks = [
-        part.view(bits.dtype).view_as(bits) for part, bits in zip(parts, compact, strict=True)
+        part.view(owner.mask.dtype).view(bits.shape)
+        for owner, part, bits in zip(owners, parts, compact, strict=True)
     ]
     places = [place for place, owner in enumerate(owners) if isinstance(owner.pattern, NM)]
     misfits: list[Tensor] = []

@@ -358,7 +358,9 @@ def block_topologies(
         ValueError, RuntimeError: as ``block_topology``; or devices differ. No list was written.
     """
     given = [*zip(masks, out or [None] * len(masks), strict=True)]
-    for places in alike(_kind(*pair) for pair in given).values():
+    traced = torch.compiler.is_compiling()  # which looks once, and traces no getter of shapes
+    kinds = range(len(given)) if traced else (_kind(*pair) for pair in given)
+    for places in alike(kinds).values():
         _check(*given[places[0]], pattern, masks[0].device)
     found = [_empty(mask, pattern) if target is None else target for mask, target in given]
     triton_runs = bool(masks) and use_triton("block_topology", backend, masks[0])
@@ -402,7 +404,7 @@ def _check(mask: Tensor, out: Topology | None, pattern: Pattern, device: torch.d
     grid = mask.shape[0], mask.shape[1]
     if out is None:
         return
-    if tuple(map(_shape, out)) != capacities(grid, pattern):
+    if tuple(t.shape for t in out) != capacities(grid, pattern):
         raise ValueError(
             f"block_topology: out must be of a mask {grid} of pattern {pattern}, got one of a "
             f"mask {tuple(out.kept.shape)}"

@@ -16,6 +16,7 @@ from triton_sparsity.kernels.count import kept_counts
 from triton_sparsity.kernels.cut import find_cut
 from triton_sparsity.kernels.group_mask import GroupMask
 from triton_sparsity.kernels.learned_mask import sample_mask, straight_through
+from triton_sparsity.kernels.line_score import line_scores
 from triton_sparsity.kernels.mask import make_mask
 from triton_sparsity.kernels.masked_weight import apply_mask, apply_mask_, count_leaks
 from triton_sparsity.kernels.numbers import uniform_numbers
@@ -237,6 +238,13 @@ def test_thresholds_and_counts_of_small_tensors_are_a_launch_each(stub):
     assert kernels(stub.launches) == ["_count_kernel"]
 
 
+def test_scores_against_the_lines_of_a_list_are_three_launches(stub, zero_memory):
+    gradients = [make((512, 1024)), make((1024, 512)).T, make((128, 192))]
+    line_scores(gradients, Block(64, 64), backend="triton")
+    names = ["_row_size_kernel", "_col_size_kernel", "_line_score_kernel"]
+    assert kernels(stub.launches) == names
+
+
 def test_numbers_for_a_draw_are_one_launch(stub):
     device = torch.device("cpu")
     shapes = [(16, 32), (7, 5), (64, 3)]
@@ -319,7 +327,7 @@ def test_a_cut_and_its_masks_launch(pattern, stub):
 
 @pytest.mark.parametrize("pattern", [Block(16, 16), Unstructured()], ids=str)
 def test_what_stays_and_what_comes_back_are_four_launches_each(pattern, stub, zero_memory):
-    scores = [torch.rand(64, 64), torch.rand(8, 24).T, torch.rand(5, 33)]
+    scores = [torch.rand(64, 64), torch.rand(64, 8).T, torch.rand(16, 64)]
     masks = [torch.ones(s.shape, dtype=torch.bool) for s in scores]
     masks = masks if isinstance(pattern, Block) else [pack(m, backend="torch") for m in masks]
     regrow(masks, scores, [9] * 3, scores, [4] * 3, pattern, backend="triton")

@@ -285,6 +285,32 @@ def test_a_damaged_state_is_refused_and_changes_nothing(damage, pattern):
     assert str(other.controller.get_state()) == saved
 
 
+@pytest.mark.parametrize("first", ["0", "2"])
+def test_a_mask_that_keeps_too_many_of_a_tuple_is_refused_by_name(first):
+    run = Run("magnitude, N:M, kept")
+    state = copy.deepcopy(run.controller.get_state())
+    for name in {first, "2"}:
+        _weights(state)[name]["mask"][-1] = 0b1110111
+    before = run.everything()
+    with pytest.raises(ValueError, match=f"mask of '{first}' must be 2:4, got another"):
+        run.controller.load_state(state)
+    assert same(run.everything(), before)
+
+
+def test_bits_past_the_last_column_count_for_nothing():
+    controller = ts.create_controller(nn.Sequential(nn.Linear(13, 5)), magnitude())
+    controller.set_sparsity_level(0.5)
+    (info,) = controller.sparsified_module_info
+    before = info.operand.binary_mask
+    state = copy.deepcopy(controller.get_state())
+    _weights(state)["0"]["mask"][:, -1] |= 0b11100000
+    controller.set_sparsity_level(0.1)
+    controller.load_state(state)
+    assert torch.equal(info.operand.binary_mask, before)
+    assert info.operand.kept == before.sum()
+    assert str(controller.get_state()["magnitude_sparsity"]["weights"]) != str(_weights(state))
+
+
 def test_a_state_of_another_pattern_or_model_is_refused():
     state = Run("magnitude, blocks, kept").controller.get_state()
     for kind in ("magnitude, unstructured, kept", "magnitude, skipped blocks, kept"):
