@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .grid import ceil_div
-from .launch import Backend, on_device, tl, triton, use_triton
+from .launch import FUSED, Backend, on_device, tl, triton, use_triton
 from .tiles import device_of
 
 TILE = 4096  # elements: at 8 warps, 16 a thread
@@ -49,7 +49,14 @@ def _launch(data: Tensor, passes: int) -> Tensor:
     sums = torch.empty(programs, dtype=torch.int64, device=data.device)
     with on_device(data):
         _read_kernel[(programs,)](
-            data, sums, data.numel(), tiles, tiles * passes, TILE=TILE, num_warps=8
+            data,
+            sums,
+            data.numel(),
+            tiles,
+            tiles * passes,
+            TILE=TILE,
+            num_warps=8,
+            **FUSED,
         )
     return _wrapped(sums.sum())
 

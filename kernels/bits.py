@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .grid import ceil_div, expand_blocks
-from .launch import Backend, index_type, on_device, takes_kernels, tl, triton, use_triton
+from .launch import FUSED, Backend, index_type, on_device, takes_kernels, tl, triton, use_triton
 from .pattern import Block, Pattern, grid_shape
 
 CHUNK = 2**18  # elements that plain torch handles at a time, so that its temporaries stay in cache
@@ -198,6 +198,7 @@ def _launch_pack(mask: Tensor) -> Tensor:
             _pack_kernel[(tiles,)](
                 mask.view(torch.uint8), out, *mask.shape, *mask.stride(),
                 INDEX=index_type(mask), BLOCK_R=block_r, BLOCK_C=block_c,
+                **FUSED,
             )  # fmt: skip
     return out
 
@@ -213,6 +214,7 @@ def _launch_unpack(packed: Tensor, cols: int) -> Tensor:
             _unpack_kernel[(tiles,)](
                 packed, out.view(torch.uint8), *shape, *packed.stride(),
                 INDEX=index_type(packed, out), BLOCK_R=block_r, BLOCK_C=block_c,
+                **FUSED,
             )  # fmt: skip
     return out
 

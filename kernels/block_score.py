@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .grid import block_counts, ceil_div, expand_blocks, pad_to_blocks, side_lengths
-from .launch import Backend, on_device, takes_kernels, tl, triton, use_triton
+from .launch import FUSED, Backend, on_device, takes_kernels, tl, triton, use_triton
 from .pattern import MAX_BLOCK_SIDE, Pattern, Unstructured
 from .table import Matrices, alike, device_table, find_tensor, first_of, list_index_type, swap
 
@@ -261,10 +261,16 @@ def _launch(
                     INDEX=index,
                     N=table.shape[1],
                     **TILE,
+                    **FUSED,
                 )
             if normed:
                 _norm_kernel[(len(at),)](
-                    table, squares, inverse, N=table.shape[1], BLOCK=NORM_BLOCK
+                    table,
+                    squares,
+                    inverse,
+                    N=table.shape[1],
+                    BLOCK=NORM_BLOCK,
+                    **FUSED,
                 )
     grids = zip(down.tolist(), across.tolist(), starts.tolist(), strict=True)
     found = [scores.as_strided((i, j), (j, 1), start) for i, j, start in grids] if scored else []

@@ -47,7 +47,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import block_sparse_product as product
-from .launch import on_device
+from .launch import FUSED, on_device
 from .schedule import Plan
 from .tiles import stores
 
@@ -323,4 +323,5 @@ def launch_specialised(
             CONSUMER_REGISTERS=CONSUMER_REGISTERS,
             PRODUCER_REGISTERS=PRODUCER_REGISTERS,
             num_warps=4,
+            **FUSED,
         )  # fmt: skip

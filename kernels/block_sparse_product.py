@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from .grid import ceil_div
-from .launch import index_type, on_device, tl, triton
+from .launch import FUSED, index_type, on_device, tl, triton
 from .schedule import plan_product
 from .tiles import (
     Tile,
@@ -455,6 +455,7 @@ def launch_product(
             INDEX=tl.int32 if bulk else index_type(x, weight, y),
             num_warps=tile.warps,
             num_stages=tile.stages,
+            **FUSED,
         )  # fmt: skip
         if plan.split:
             _block_sparse_linear_sum_kernel[(device.processors * 8,)](
@@ -470,5 +471,6 @@ def launch_product(
                 OUT=kind,
                 INDEX=index_type(y),
                 num_warps=4,
+                **FUSED,
             )  # fmt: skip
     return y

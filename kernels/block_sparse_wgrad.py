@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from .grid import ceil_div
-from .launch import index_type, on_device, tl, triton
+from .launch import FUSED, index_type, on_device, tl, triton
 from .pattern import Block
 from .tiles import (
     Device,
@@ -634,6 +634,7 @@ def launch_wgrad(
             num_warps=tile.warps,
             num_stages=tile.stages,
             **shared,
+            **FUSED,
         )  # fmt: skip
         if split:
             _block_sparse_wgrad_sum_kernel[(programs,)](
@@ -643,4 +644,5 @@ def launch_wgrad(
                 INDEX=index_width,
                 num_warps=4,
                 **shared,
+                **FUSED,
             )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .grid import ceil_div
-from .launch import Backend, on_device, tl, triton, use_triton
+from .launch import FUSED, Backend, on_device, tl, triton, use_triton
 from .table import addresses, device_table, find_tensor
 
 BYTES = 8192  # that a program copies
@@ -73,5 +73,11 @@ def copy_all_(
     with on_device(targets[0]):
         table, programs = device_table(targets[0].device, (ceil_div(sizes, BYTES), at, to, sizes))
         aligned = not ((at | to) % 16).any()
-        _copy_kernel[(programs,)](table, ALIGNED=aligned, N=table.shape[1], BYTES=BYTES)
+        _copy_kernel[(programs,)](
+            table,
+            ALIGNED=aligned,
+            N=table.shape[1],
+            BYTES=BYTES,
+            **FUSED,
+        )
     torch.autograd.graph.increment_version(targets)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .grid import ceil_div, side_lengths
-from .launch import Backend, is_plain, on_device, takes_kernels, tl, triton, use_triton
+from .launch import FUSED, Backend, is_plain, on_device, takes_kernels, tl, triton, use_triton
 from .pattern import Block, Pattern
 from .table import Matrices, device_table, find_tensor
 
@@ -106,6 +106,7 @@ def _launch(
                 N=table.shape[1],
                 BYTES=BYTES,
                 num_warps=8,
+                **FUSED,
             )
     return counts
 

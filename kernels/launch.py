@@ -43,6 +43,13 @@ else:
 # stub of the driver say so too
 ON_CPU = INTERPRET
 
+# options of a launch: a multiplication and an addition may round once; what Triton does by default
+# changes with 3.10, and 3.9 warns of it
+FUSED = {"enable_fp_fusion": True}
+
+# devices that autocast knows; asked for here, as compiled code cannot ask with torch 2.11
+AUTOCASTS = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "mtia")))
+
 TILE_ELEMENTS = 2**17  # no tile has more
 
 Backend = Literal["auto", "triton", "torch"]
@@ -162,7 +169,7 @@ def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
 def autocast(*tensors: Tensor | None) -> list[Any]:
     """Cast what ``torch.nn.functional.linear`` would cast under the autocast in force, if any."""
     kind = next(t for t in tensors if t is not None).device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind):
         return list(tensors)
     to = torch.get_autocast_dtype(kind)
     return [

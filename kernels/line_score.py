@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .block_score import TILE, block_scores
 from .grid import ceil_div
-from .launch import Backend, on_device, tl, triton, use_triton
+from .launch import FUSED, Backend, on_device, tl, triton, use_triton
 from .pattern import Pattern
 from .table import Matrices, alike, device_table, find_tensor, first_of, list_index_type
 
@@ -218,10 +218,32 @@ def _launch(gradients: Sequence[Tensor], rows: int, cols: int) -> list[Tensor]:
                 "INDEX": list_index_type(own),
                 "N": table.shape[1],
             }
-            _row_size_kernel[(programs,)](table, by_row, **meta, **ROWS_TILE)
-            _col_size_kernel[(int(here[1].sum()),)](table, by_row, by_col, **meta, **COLS_TILE)
+            _row_size_kernel[(programs,)](
+                table,
+                by_row,
+                **meta,
+                **ROWS_TILE,
+                **FUSED,
+            )
+            _col_size_kernel[(int(here[1].sum()),)](
+                table,
+                by_row,
+                by_col,
+                **meta,
+                **COLS_TILE,
+                **FUSED,
+            )
             _line_score_kernel[(int(here[2].sum()),)](
-                table, by_row, by_col, scores, ROWS=rows, COLS=cols, **meta, **TILE, num_warps=8
+                table,
+                by_row,
+                by_col,
+                scores,
+                ROWS=rows,
+                COLS=cols,
+                **meta,
+                **TILE,
+                num_warps=8,
+                **FUSED,
             )
     grids = zip(down.tolist(), across.tolist(), starts.tolist(), strict=True)
     return [scores.as_strided((i, j), (j, 1), start) for i, j, start in grids]

@@ -33,7 +33,7 @@ from .bits import (
     word_mask,
 )
 from .grid import ceil_div, pad_to_blocks
-from .launch import Backend, is_plain, on_device, takes_kernels, tl, triton, use_triton
+from .launch import FUSED, Backend, is_plain, on_device, takes_kernels, tl, triton, use_triton
 from .pattern import NM, Pattern, Unstructured
 from .semi_structured import nm_complete
 from .table import Column, Matrices, alike, device_table, find_tensor, first_of, list_index_type
@@ -372,12 +372,20 @@ def _launch(
             _compare_kernel[(total,)](
                 table, value, scales, equal, count,
                 DTYPE=getattr(tl, str(dtype).removeprefix("torch.")), BLOCK_R=BLOCK_R, **meta,
-            )  # fmt: skip
+            **FUSED,)  # fmt: skip
             meta["BLOCK_U"] = BLOCK_U
             ties_launches.append((int(ties_programs.sum()), table, meta))
         end = torch.cumsum(count, 0)
         for programs, table, meta in ties_launches:
-            _ties_kernel[(programs,)](table, keep_ties, equal, count, end, **meta)
+            _ties_kernel[(programs,)](
+                table,
+                keep_ties,
+                equal,
+                count,
+                end,
+                **meta,
+                **FUSED,
+            )
 
 
 def _new_masks(tensors: Sequence[Tensor], packed: bool) -> list[Tensor]:

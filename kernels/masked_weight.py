@@ -19,6 +19,7 @@ from torch import Tensor
 from .bits import WORDS, chunk_of, expand_mask, packed_shape, word_mask
 from .grid import ceil_div
 from .launch import (
+    FUSED,
     Backend,
     index_type,
     is_plain,
@@ -175,7 +176,17 @@ def _launch(weight: Tensor, mask: Tensor, rows: int, cols: int, out: Tensor) -> 
     layout = {"ROWS": rows, "COLS": cols, "INDEX": index_type(w, m, o), **tile}
     with on_device(weight):
         _apply_mask_kernel[grid](
-            w, m, o, M, N, *w.stride(), *m.stride(), *o.stride(), PACKED=packed, **layout
+            w,
+            m,
+            o,
+            M,
+            N,
+            *w.stride(),
+            *m.stride(),
+            *o.stride(),
+            PACKED=packed,
+            **layout,
+            **FUSED,
         )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .bits import WORDS
 from .grid import ceil_div
-from .launch import on_device, tl, triton
+from .launch import FUSED, on_device, tl, triton
 from .table import (
     Column,
     Matrices,
@@ -289,7 +289,14 @@ def launch_moved(
             n = table.shape[1]
             if not packed:
                 _place_kernel[(len(at),)](
-                    table, place, N=n, ROWS=rows, COLS=cols, CHUNK=CHUNK, num_warps=8
+                    table,
+                    place,
+                    N=n,
+                    ROWS=rows,
+                    COLS=cols,
+                    CHUNK=CHUNK,
+                    num_warps=8,
+                    **FUSED,
                 )
             _move_kernel[(programs,)](
                 table,
@@ -302,4 +309,5 @@ def launch_moved(
                 N=n,
                 **TILE,
                 num_warps=8 if packed else 4,
+                **FUSED,
             )

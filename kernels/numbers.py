@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .draw import LANES, uniform
 from .grid import ceil_div
-from .launch import on_device, takes_kernels, tl, triton
+from .launch import FUSED, on_device, takes_kernels, tl, triton
 from .table import addresses, device_table, find_tensor
 
 BLOCK = 1024  # quads of groups of a program
@@ -90,5 +90,12 @@ def uniform_numbers(
             table, programs = device_table(out[0].device, columns)
             # words as signed numbers of 64 bits, whatever their value
             words = [word + 2**32 for word in (seed & 0xFFFFFFFF, seed >> 32, number)]
-            _number_kernel[(programs,)](table, *words, N=table.shape[1], BLOCK=BLOCK, LANES=LANES)
+            _number_kernel[(programs,)](
+                table,
+                *words,
+                N=table.shape[1],
+                BLOCK=BLOCK,
+                LANES=LANES,
+                **FUSED,
+            )
     return out

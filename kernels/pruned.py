@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .bits import WORDS
 from .grid import ceil_div
-from .launch import on_device, tl, triton
+from .launch import FUSED, on_device, tl, triton
 from .table import Column, Matrices, alike, device_table, find_tensor, list_index_type, swap
 
 # two to eight 16-byte accesses of a thread; a chunk is 16 bytes of a 16-bit float
@@ -193,4 +193,5 @@ def launch_pruned(
                 ENTRIES=table.shape[1],
                 **TILE,
                 num_warps=WARPS[packed],
+                **FUSED,
             )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .bits import pack, unpack
 from .grid import ceil_div
-from .launch import Backend, on_device, tl, triton, use_triton
+from .launch import FUSED, Backend, on_device, tl, triton, use_triton
 from .mask import make_mask
 from .pattern import Block, Pattern
 from .select import select
@@ -147,6 +147,7 @@ def _choose(
                     INDEX=list_index_type(own, Matrices.of(keys)),
                     N=table.shape[1],
                     BLOCK=BLOCK,
+                    **FUSED,
                 )
     ks = [n - count for n, count in zip(groups.tolist(), kept, strict=True)]
     return make_mask(keys, select_each(keys, ks, backend="triton"), packed=packed)

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from .grid import ceil_div
-from .launch import Backend, is_plain, on_device, tl, triton, upload, use_triton
+from .launch import FUSED, Backend, is_plain, on_device, tl, triton, upload, use_triton
 from .table import addresses, alike
 from .tiles import device_of
 
@@ -506,7 +506,7 @@ def _launch_count(
         SEARCH=_SEARCH,
         # elsewhere than on Hopper the two ways together spill
         PAIRS=plan.kind.itemsize == 2 and device_of(state).capability[0] == 9,
-    )  # fmt: skip
+    **FUSED,)  # fmt: skip
 
 
 def _search_triton(
@@ -551,7 +551,7 @@ def _search_triton(
                 state, counts, coarse, pool, narrowed, k,
                 SAMPLED=sampled, COUNT_NONFINITE=exactly,
                 TOP=plan.top, BINS=plan.bins, COARSE=_COARSE,
-            )  # fmt: skip
+            **FUSED,)  # fmt: skip
             state = narrowed
     return state
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .launch import Backend, is_plain, on_device, tl, triton, use_triton
+from .launch import FUSED, Backend, is_plain, on_device, tl, triton, use_triton
 from .select import Threshold, select
 from .table import addresses, alike, device_table
 
@@ -117,7 +117,7 @@ def _launch(
                 table, scales, value, keep_ties, nonfinite,
                 DTYPE=getattr(tl, str(dtype).removeprefix("torch.")), N=table.shape[1],
                 BLOCK=BLOCK, num_warps=16,
-            )  # fmt: skip
+            **FUSED,)  # fmt: skip
     return value, keep_ties, nonfinite
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .bits import Packer, bytes_of, packed_shape
 from .grid import ceil_div
-from .launch import Backend, index_type, on_device, tl, triton, use_triton
+from .launch import FUSED, Backend, index_type, on_device, tl, triton, use_triton
 from .pattern import NM
 
 CHUNK = 2**17  # elements that plain torch handles at a time: keys and ranks stay in cache
@@ -465,14 +465,22 @@ def _launch(
     with on_device(weight):
         if pattern.transposable:
             _tile_kernel[grid](
-                *arguments, TABLE=_TABLE, INDEX=index, BLOCK_R=block_r, BLOCK_C=block_c
+                *arguments,
+                TABLE=_TABLE,
+                INDEX=index,
+                BLOCK_R=block_r,
+                BLOCK_C=block_c,
+                **FUSED,
             )
         elif m & (m - 1) == 0:
-            _nm_kernel[grid](*arguments, KEPT=n, M=m, INDEX=index, BLOCK_R=block_r, TUPLES=block_c)
+            _nm_kernel[grid](
+                *arguments, KEPT=n, M=m, INDEX=index, BLOCK_R=block_r, TUPLES=block_c, **FUSED
+            )
         else:
             _straddling_kernel[grid](
                 *arguments, KEPT=n, M=m, LANES=triton.next_power_of_2(m), INDEX=index,
                 BLOCK_R=block_r, UNITS=block_c,
+                **FUSED,
             )  # fmt: skip
     return count.sum()
 

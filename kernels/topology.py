@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .grid import ceil_div
-from .launch import Backend, on_device, tl, triton, use_triton
+from .launch import FUSED, Backend, on_device, tl, triton, use_triton
 from .pattern import Pattern
 from .table import Matrices, addresses, alike, device_table, find_tensor
 
@@ -291,9 +291,15 @@ def _launch(
         table, programs = device_table(masks[0].device, columns)
         counts = torch.empty(programs, dtype=torch.int32, device=masks[0].device)
         n = table.shape[1]
-        _topology_count_kernel[(programs,)](table, counts, N=n, CHUNK=chunk)
+        _topology_count_kernel[(programs,)](table, counts, N=n, CHUNK=chunk, **FUSED)
         _topology_list_kernel[(programs,)](
-            table, counts, N=n, ROW_SIZE=row_size, COL_SIZE=col_size, CHUNK=chunk
+            table,
+            counts,
+            N=n,
+            ROW_SIZE=row_size,
+            COL_SIZE=col_size,
+            CHUNK=chunk,
+            **FUSED,
         )
 
 

@@ -159,7 +159,8 @@ def sparse_model(pattern, count, *, config=None, dispatch="auto"):
 def check_costs(run, wanted, stub, waits):
     stub.forget()
     waits.found.clear()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, acc_events=True) as profile:
         run()
     found = Costs(*map(Counter, (kernels(stub.launches), operators(profile), waits.found)))
     assert [calls.total() for calls in found] == wanted, "\n".join(

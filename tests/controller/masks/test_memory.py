@@ -33,7 +33,9 @@ def measured():
     """Count every byte that torch's allocator gives out, inside operators too."""
     gc.collect()
     found = Measured()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         yield found
     now = 0
     for event in profiler.profiler.kineto_results.events():
