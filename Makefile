@@ -6,11 +6,15 @@ PYTEST := $(PYTHON) -m pytest
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2
 # the oldest Triton that is supported, beside the pinned one
 OLD_TRITON := $(VENV)/triton-3.6.0
+# both ends of what pyproject.toml allows; some 5 GB each, as torch brings CUDA along
+OLDEST := $(CURDIR)/$(VENV)/torch-2.11.0-triton-3.6.0
+NEWEST := $(CURDIR)/$(VENV)/torch-2.15.0-triton-3.9.0
 # the rules of the stub and the counts are not Triton's
 OLD_TRITON_TESTS := $(addprefix tests/launch/test_,block_sparse.py operators.py)
+MORE_PATHS := $(if $(PYTHONPATH),:$(PYTHONPATH))
 SETUP := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/ready)
 
-.PHONY: demo test test-fast lint test-reference test-interpret test-aot test-launch test-gpu bench bench-gpu gpu-bundle figures clean
+.PHONY: demo test test-fast test-versions lint test-reference test-interpret test-aot test-launch test-gpu bench bench-gpu gpu-bundle figures clean
 
 demo: $(SETUP)
 	$(PYTHON) -m triton_sparsity.bench.demo
@@ -19,8 +23,16 @@ demo: $(SETUP)
 test: lint test-reference test-interpret test-aot test-launch
 
 # for those who work on it: under two minutes
+FAST := $(PARALLEL) -m "not gpu and not aot and not launch and not slow"
 test-fast: $(SETUP)
-	$(PARALLEL) -m "not gpu and not aot and not launch and not slow"
+	$(FAST)
+
+# what a version may break soonest: the fast tests, and all of Triton down to the driver
+test-versions: $(SETUP) $(OLDEST)/ready $(NEWEST)/ready
+	PYTHONPATH=$(OLDEST)$(MORE_PATHS) $(FAST)
+	PYTHONPATH=$(OLDEST)$(MORE_PATHS) $(PARALLEL) --dist loadfile tests/launch
+	PYTHONPATH=$(NEWEST)$(MORE_PATHS) $(FAST)
+	PYTHONPATH=$(NEWEST)$(MORE_PATHS) $(PARALLEL) --dist loadfile tests/launch
 
 lint: $(SETUP)
 	$(PYTHON) -m ruff format --check .
@@ -35,12 +47,12 @@ test-interpret: $(SETUP)
 	TRITON_INTERPRET=1 $(PARALLEL) -m "not gpu and not aot" tests/kernels
 
 test-aot: $(SETUP)
-	$(PARALLEL) -m aot
+	$(PARALLEL) -m aot tests/kernels
 
 # all of Triton down to a stub of the driver, which replaces the driver of a whole process
 test-launch: $(SETUP) $(OLD_TRITON)/ready
 	$(PARALLEL) --dist loadfile tests/launch
-	PYTHONPATH=$(OLD_TRITON)$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PARALLEL) --dist loadfile $(OLD_TRITON_TESTS)
+	PYTHONPATH=$(OLD_TRITON)$(MORE_PATHS) $(PARALLEL) --dist loadfile $(OLD_TRITON_TESTS)
 
 # in parts, each within ten minutes on 16 cores; records in runs/gpu, by which it goes on
 test-gpu: $(SETUP)
@@ -74,6 +86,14 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 $(OLD_TRITON)/ready:
 	$(PYTHON) -m pip install --quiet --no-deps --target $(OLD_TRITON) triton==3.6.0
+	touch $@
+
+$(OLDEST)/ready: PAIR := torch==2.11.0 triton==3.6.0
+$(NEWEST)/ready: PAIR := torch==2.15.0 triton==3.9.0
+$(OLDEST)/ready $(NEWEST)/ready: | $(SETUP)
+	mkdir -p $(@D)
+	grep -v -e '^torch=' -e '^triton=' constraints.txt > $(@D)/constraints.txt
+	$(PYTHON) -m pip install --quiet --target $(@D) --constraint $(@D)/constraints.txt $(PAIR)
 	touch $@
 
 clean:
