@@ -237,12 +237,11 @@ def _zero_strip(
 
 
 @triton.jit
-def _next_strip(down, across, width):
-    """Return the strip that comes a launch's number of programs later; no division in a loop."""
-    programs = tl.num_programs(0)
-    across += programs % width
+def _next_strip(down, across, width, more_down, more_across):
+    """Return the strip that comes so much later; no division in a loop."""
+    across += more_across
     wraps = across >= width
-    return down + programs // width + wraps.to(tl.int32), across - tl.where(wraps, width, 0)
+    return down + more_down + wraps.to(tl.int32), across - tl.where(wraps, width, 0)
 
 
 @triton.jit
@@ -263,6 +262,8 @@ def _tile(
     down,
     across,
     width,
+    more_down,
+    more_across,
     T,
     NA,
     NB,
@@ -333,7 +334,7 @@ def _tile(
             out_ptr, flags, down, across, NA, stride_oa, stride_ob,
             INDEX, STRIP_ROWS, STRIP_COLS,
         )  # fmt: skip
-        down, across = _next_strip(down, across, width)
+        down, across = _next_strip(down, across, width, more_down, more_across)
         flags = _strip_flags(
             kept_ptr, down, across, NA, NB, stride_ka, stride_kb,
             SIDE_A, SIDE_B, STRIP_ROWS, STRIP_COLS,
@@ -428,6 +429,7 @@ def _block_sparse_wgrad_kernel(
 
     width = tl.cdiv(NB, STRIP_COLS)
     down, across = program // width, program % width
+    more_down, more_across = programs // width, programs % width
     for item in range(items):
         u = line * SIDE_U + tile % PER_BUNDLE * BLOCK_U
         is_part = (first > 0) | (end < steps)
@@ -440,18 +442,18 @@ def _block_sparse_wgrad_kernel(
         if now_narrow & HALVES:
             down, across = _tile(
                 a, b, out, out_ptr, slot_ptr, index_ptr, kept_ptr, u, now_entry, now_count,
-                now_first, now_end, is_part, down, across, width, T, NA, NB, absent,
-                stride_at, stride_aa, stride_bt, stride_bb, stride_oa, stride_ob, stride_ka,
-                stride_kb, LONE_A, SIDE_A, SIDE_B, BLOCK_U, HALF_V, HALF_DOTS, BLOCK_T, TURN,
-                STRIP_ROWS, STRIP_COLS, ACC_COLS, BULK, PRECISION, INDEX,
+                now_first, now_end, is_part, down, across, width, more_down, more_across, T, NA,
+                NB, absent, stride_at, stride_aa, stride_bt, stride_bb, stride_oa, stride_ob,
+                stride_ka, stride_kb, LONE_A, SIDE_A, SIDE_B, BLOCK_U, HALF_V, HALF_DOTS, BLOCK_T,
+                TURN, STRIP_ROWS, STRIP_COLS, ACC_COLS, BULK, PRECISION, INDEX,
             )  # fmt: skip
         else:
             down, across = _tile(
                 a, b, out, out_ptr, slot_ptr, index_ptr, kept_ptr, u, now_entry, now_count,
-                now_first, now_end, is_part, down, across, width, T, NA, NB, absent,
-                stride_at, stride_aa, stride_bt, stride_bb, stride_oa, stride_ob, stride_ka,
-                stride_kb, LONE_A, SIDE_A, SIDE_B, BLOCK_U, BLOCK_V, DOTS, BLOCK_T, TURN,
-                STRIP_ROWS, STRIP_COLS, ACC_COLS, BULK, PRECISION, INDEX,
+                now_first, now_end, is_part, down, across, width, more_down, more_across, T, NA,
+                NB, absent, stride_at, stride_aa, stride_bt, stride_bb, stride_oa, stride_ob,
+                stride_ka, stride_kb, LONE_A, SIDE_A, SIDE_B, BLOCK_U, BLOCK_V, DOTS, BLOCK_T,
+                TURN, STRIP_ROWS, STRIP_COLS, ACC_COLS, BULK, PRECISION, INDEX,
             )  # fmt: skip
 
     # the strips that the steps were too few for
@@ -464,7 +466,7 @@ def _block_sparse_wgrad_kernel(
             out_ptr, flags, down, across, NA, stride_oa, stride_ob,
             INDEX, STRIP_ROWS, STRIP_COLS,
         )  # fmt: skip
-        down, across = _next_strip(down, across, width)
+        down, across = _next_strip(down, across, width, more_down, more_across)
 
 
 @triton.jit(do_not_specialize=["T", "absent", "programs"])
