@@ -67,6 +67,10 @@ class LearnedWeight(SparseWeight):
     @property
     def learning(self) -> bool:
         """True where a forward pass goes by the scores, not by the mask as it is stored."""
+        return self.learns()
+
+    def learns(self) -> bool:
+        """Tell what ``learning`` is: a method, as torch 2.11 compiles no ``super().learning``."""
         return self.module.training and not self.frozen and isinstance(self.module, LearnedModule)
 
     @property

@@ -53,9 +53,8 @@ class MovementWeight(LearnedWeight):
         grid = rows // self.factors[0], cols // self.factors[1]
         return grid[1:] if len(self.weight_shape) == 1 else grid
 
-    @property
-    def learning(self) -> bool:
-        return super().learning and torch.is_grad_enabled()
+    def learns(self) -> bool:
+        return super().learns() and torch.is_grad_enabled()
 
     def learned(self, weight: Tensor) -> Tensor:
         scores = self.spread(self.trained_scores())
