@@ -59,6 +59,7 @@ _KEPT = 1 << 19  # keys that it keeps at most
 
 _HEADER = 4  # counts before the bins
 _COARSE = 512  # groups of bins, searched first
+NARROW_WARPS = 16  # of one program: a thread has few bins, and spills nothing
 _SEARCH = 256  # tensors of the list that a program looks at together to find where it begins
 _LO, _KEEP_TIES, _NONFINITE, _READS = 1, 6, 7, 8  # what the host takes from the state
 
@@ -551,7 +552,8 @@ def _search_triton(
                 state, counts, coarse, pool, narrowed, k,
                 SAMPLED=sampled, COUNT_NONFINITE=exactly,
                 TOP=plan.top, BINS=plan.bins, COARSE=_COARSE,
-            **FUSED,)  # fmt: skip
+                num_warps=NARROW_WARPS, **FUSED,
+            )  # fmt: skip
             state = narrowed
     return state
 
