@@ -31,6 +31,10 @@ alone. 3.6 has neither.
 Reading order: the walk -> producer -> consumer -> kernel -> launcher.
 """
 
+# Gluon is typed as what Python would make of it, not as its compiler does
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from torch import Tensor
