@@ -7,14 +7,21 @@ that exist. All functions work on any device and wait for none.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 
-def ceil_div(a: int, b: int) -> int:
+@overload
+def ceil_div(a: int, b: int) -> int: ...
+@overload
+def ceil_div(a: np.ndarray, b: np.ndarray | int) -> np.ndarray: ...
+@overload
+def ceil_div(a: int, b: np.ndarray) -> np.ndarray: ...
+def ceil_div(a: Any, b: Any) -> Any:
     """Return ``a / b``, rounded up: ``triton.cdiv`` takes microseconds."""
     return -(-a // b)
 

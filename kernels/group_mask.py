@@ -318,12 +318,12 @@ def read_bits(
         part.view(owner.mask.dtype).view(bits.shape)
         for owner, part, bits in zip(owners, parts, compact, strict=True)
     ]
-    places = [place for place, owner in enumerate(owners) if isinstance(owner.pattern, NM)]
-    misfits: list[Tensor] = []
-    for owner, mask in ((owners[place], masks[place]) for place in places):
-        misfits.append(nm_misfits(unpack(mask, owner.grid[1]), owner.pattern).long())
-    counts, bad = read_counts(owners, masks, misfits)
-    refused = {place for place, misfit in zip(places, bad, strict=True) if misfit}
+    misfits: dict[int, Tensor] = {}
+    for place, (owner, mask) in enumerate(zip(owners, masks, strict=True)):
+        if isinstance(owner.pattern, NM):
+            misfits[place] = nm_misfits(unpack(mask, owner.grid[1]), owner.pattern).long()
+    counts, bad = read_counts(owners, masks, [*misfits.values()])
+    refused = {place for place, misfit in zip(misfits, bad, strict=True) if misfit}
     return masks, counts, [place not in refused for place in range(len(owners))]
 
 

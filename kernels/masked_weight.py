@@ -449,9 +449,9 @@ def apply_mask_(
         TypeError, ValueError, RuntimeError: as ``apply_mask``.
     """
     one: Any = [(weight, mask)]  # the mask of one weight is one too
-    pairs = one if isinstance(weight, Tensor) else [*_pairs("apply_mask_", weight, mask)]
+    pairs: Any = one if isinstance(weight, Tensor) else [*_pairs("apply_mask_", weight, mask)]
     given: list[int] = []
-    for places in kinds(*zip(*pairs, strict=True)) if pairs else ():
+    for places in kinds([w for w, _ in pairs], [m for _, m in pairs]):
         if _takes_operator("apply_mask_", *pairs[places[0]], pattern, backend):
             given += places
             continue

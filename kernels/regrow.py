@@ -202,7 +202,7 @@ def regrow(
     alone = [[place] for place, scores in enumerate(drop) if scores.numel() > MOST]
     found: dict[int, Tensor] = {}
     for places in [many, *alone] if many else alone:
-        own, stay = ([given[place] for place in places] for given in (masks, keep))
+        own, stay = [masks[place] for place in places], [keep[place] for place in places]
         scores = [drop[place] for place in places]
         chosen = _choose(scores, own, stay, places, nonfinite, growing=False)
         if grow is not None:

@@ -85,7 +85,8 @@ UPDATE = {
     "magnitude, blocks, global": Costs(Cost(17, 0), Cost(11, 0), Cost(2, 0)),
     "magnitude, fine, each": Costs(Cost(11, 0), Cost(4, 0), Cost(2, 0)),
     "magnitude, fine, global": Costs(Cost(14, 0), Cost(11, 0), Cost(2, 0)),
-    "magnitude, blocks, limits": Costs(Cost(20, 0), Cost(20, 0), Cost(4, 0)),
+    # two rounds of these tell which meet a limit; each waits for the device
+    "magnitude, blocks, limits": Costs(Cost(30, 0), Cost(23, 1), Cost(8, 0)),
     "set, blocks": Costs(Cost(17, 0), Cost(5, 0), Cost(2, 0)),
     "set, fine": Costs(Cost(14, 0), Cost(5, 0), Cost(2, 0)),
     "rigl, blocks": Costs(Cost(20, 0), Cost(12, 0), Cost(2, 0)),
@@ -94,8 +95,8 @@ UPDATE = {
 }
 # of loading a state
 LOAD = {
-    "magnitude, blocks, each": Costs(Cost(9, 0), Cost(4, 1), Cost(2, 0)),
-    "magnitude, fine, global": Costs(Cost(6, 0), Cost(4, 1), Cost(2, 0)),
+    "magnitude, blocks, each": Costs(Cost(9, 0), Cost(3, 1), Cost(2, 0)),
+    "magnitude, fine, global": Costs(Cost(6, 0), Cost(3, 1), Cost(2, 0)),
 }
 
 # torch's operators that launch nothing; ``zeros`` is what ``empty`` is here
