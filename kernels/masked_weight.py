@@ -452,7 +452,8 @@ def apply_mask_(
     pairs: Any = one if isinstance(weight, Tensor) else [*_pairs("apply_mask_", weight, mask)]
     given: list[int] = []
     for places in kinds([w for w, _ in pairs], [m for _, m in pairs]):
-        if _takes_operator("apply_mask_", *pairs[places[0]], pattern, backend):
+        first, its_mask = pairs[places[0]]
+        if _takes_operator("apply_mask_", first, its_mask, pattern, backend):
             given += places
             continue
         for w, m in (pairs[place] for place in places):

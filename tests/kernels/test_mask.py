@@ -301,13 +301,18 @@ def test_float64_takes_plain_torch():
     assert make_mask([near], one, packed=False)[0].tolist() == [[True, True, False]]
 
 
+def tiling_of(tensor, mask, packed):
+    """Return layout and tile of one tensor."""
+    widths = np.array([tensor.element_size()])
+    tiling = module._tiling(Matrices.of([tensor]), addresses([mask]), widths, packed)
+    return module.LAYOUTS[tiling.layout.item()], tiling.block_r.item(), tiling.block_c.item()
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton for this platform")
 def test_layouts_with_wide_loads_are_recognised():
     def layout(tensor, packed=True, out_offset=0):
         mask = torch.empty(tensor.numel() + 1, dtype=torch.uint8)[out_offset:]
-        widths = np.array([tensor.element_size()])
-        tiling = module._tiling(Matrices.of([tensor]), addresses([mask]), widths, packed)
-        return module.LAYOUTS[int(tiling.layout[0])]
+        return tiling_of(tensor, mask, packed)[0]
 
     matrix = torch.zeros(64, 256)
     assert layout(matrix) == "flat"
@@ -429,7 +434,7 @@ def tensor_of(layout, dtype):
 
 
 def compile_pass(arch, kernel, layout, dtype, packed):
-    chosen, _, _, block_r, block_c = module._tiling(
+    chosen, block_r, block_c = tiling_of(
         tensor_of(layout, dtype), torch.zeros(1, dtype=torch.uint8), packed
     )
     assert chosen == layout
