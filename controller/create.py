@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..kernels.dispatch import Dispatch, check_dispatch
@@ -16,7 +17,8 @@ from .config.algorithm import AlgorithmConfig
 from .masks.guard import guards_of
 from .masks.learned import read_plain
 from .masks.linear import restore_class
-from .masks.names import match
+from .masks.names import canonical, match
+from .masks.ranks import Ranks, known_group
 from .masks.state import names_in
 from .masks.targets import weights_of
 from .masks.weight import SparseModuleInfo, Target, restore_
@@ -31,6 +33,7 @@ def create_controller(
     dispatch: Dispatch = "auto",
     batchnorm_data: Iterable[Any] | None = None,
     state: Mapping[str, Any] | None = None,
+    process_group: Any = None,
 ) -> BaseSparsityAlgoController:
     """Put ``model`` under sparse masks, in place, and return what controls them.
 
@@ -53,29 +56,41 @@ def create_controller(
         state: what ``get_state()`` of such a controller returned, to be loaded. Its weights are
             then the targets: of a model whose own state is loaded already another one may be zero
             throughout than at the start, which would leave it out.
+        process_group: the ranks that train this model; None: torch.distributed's default group,
+            where it is initialised. All of them must call this, and every method that changes
+            masks, alike; their first masks are those of the group's first rank.
 
     Raises:
         ValueError, TypeError: the configuration, a weight or the state does not fit, see the
             configuration's class, ``find_targets`` and ``load_state``; the model's modules are
-            then as they were.
-        RuntimeError: ``backend="triton"`` where Triton cannot run.
+            then as they were. What one rank refuses, all do; so they do where their models or
+            configurations differ.
+        RuntimeError: ``backend="triton"`` where Triton cannot run; ``process_group`` without an
+            initialised torch.distributed.
     """
-    configs = parse_config(config)
-    try:
-        check_dispatch(dispatch)
-    except ValueError as error:
-        raise ValueError(f"create_controller: {error}") from None
-    if any(one.batchnorm_adaptation for one in configs) and batchnorm_data is None:
-        raise ValueError("create_controller: batchnorm_adaptation needs batchnorm_data, got None")
-    classes: list[Any] = [algorithm_of(one).controller for one in configs]
-    searched = configs if state is None else _of_state(model, configs, state)
-    targets = [cls.find_targets(model, one) for cls, one in zip(classes, searched, strict=True)]
-    _check_disjoint(targets, configs)
-    options = {"backend": backend, "dispatch": dispatch}
-    weights = [
-        cls.make_weights(model, found, one, **options)
-        for cls, found, one in zip(classes, targets, configs, strict=True)
-    ]
+    ranks = Ranks(known_group("create_controller", process_group))
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), _CPU)
+    with ranks.together(device):
+        configs = parse_config(config)
+        try:
+            check_dispatch(dispatch)
+        except ValueError as error:
+            raise ValueError(f"create_controller: {error}") from None
+        if any(one.batchnorm_adaptation for one in configs) and batchnorm_data is None:
+            raise ValueError(
+                "create_controller: batchnorm_adaptation needs batchnorm_data, got None"
+            )
+        classes: list[Any] = [algorithm_of(one).controller for one in configs]
+        searched = configs if state is None else _of_state(model, configs, state)
+        targets = [c.find_targets(model, one) for c, one in zip(classes, searched, strict=True)]
+        _check_disjoint(targets, configs)
+        _check_wrapped(model, configs)
+        options = {"backend": backend, "dispatch": dispatch, "ranks": ranks}
+        weights = [
+            cls.make_weights(model, found, one, **options)
+            for cls, found, one in zip(classes, targets, configs, strict=True)
+        ]
+    ranks.check_alike("create_controller", _told(configs, weights) if ranks.size > 1 else {})
     infos = [[SparseModuleInfo(w.name, w.module, w) for w in members] for members in weights]
     try:
         controllers = [
@@ -95,6 +110,32 @@ def create_controller(
             read_plain(module)
         raise
     return whole
+
+
+_CPU = torch.device("cpu")
+
+
+def _told(configs: Sequence[AlgorithmConfig], weights: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Return what must be the same on every rank."""
+    members = [weight for found in weights for weight in found]
+    return {
+        "config": [repr(one) for one in configs],
+        "the masked weights": [
+            f"{canonical(w.name)} {tuple(w.weight_shape)} {w.pattern}" for w in members
+        ],
+    }
+
+
+def _check_wrapped(model: nn.Module, configs: Sequence[AlgorithmConfig]) -> None:
+    """Refuse to add scores to a model whose reducer would not know of them."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        for one in configs:
+            if algorithm_of(one).controller.learns:
+                raise ValueError(
+                    f"create_controller: model must not be wrapped for {one.algorithm}, whose "
+                    "scores DistributedDataParallel must know to reduce their gradients; create "
+                    "the controller first, then wrap the model"
+                )
 
 
 def _of_state(

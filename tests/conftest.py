@@ -1,6 +1,8 @@
 import gc
 
 import pytest
+from ranks import Ranks
+from torch import distributed
 
 from triton_sparsity.kernels import tuning
 
@@ -19,3 +21,13 @@ def no_tuning_table_of_this_machine(monkeypatch, tmp_path):
     tuning.table.cache_clear()
     yield
     tuning.table.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Up to four gloo ranks, forked when first asked for."""
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        pytest.skip("torch lacks gloo")
+    found = Ranks()
+    yield found
+    found.stop()

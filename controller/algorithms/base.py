@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ...kernels.group_mask import set_masks
+from ...kernels.group_mask import read_counts, set_masks
 from ...kernels.pattern import NM, Pattern, maximum_level
 from ..api import CompressionStage, StripFormat
 from ..config.algorithm import AlgorithmConfig, Pool
@@ -71,8 +71,9 @@ class BaseSparsityAlgoController:
         self.frozen = False
         self._weights: list[Any] = [info.operand for info in self.sparsified_module_info]
         self._guards = self._guarded(target_model)
-        device = self.sparsified_module_info[0].weight.device
-        self._loss: CompressionLoss = ZeroCompressionLoss(device)
+        self._device = self.sparsified_module_info[0].weight.device
+        self._loss: CompressionLoss = ZeroCompressionLoss(self._device)
+        self.ranks = self._weights[0].ranks
         self._scheduler: CompressionScheduler = CompressionScheduler(self._guard.begin_step)
         self._target_level: float | None = None
         self._pool: Pool = "global"
@@ -287,14 +288,42 @@ class BaseSparsityAlgoController:
         # before training all that is pruned is kept: a state loaded then has other masks
         with dense_weights(weights, keep=None if self._guard.began else True):
             yield
+        if not self._guard.began:
+            self.ranks.take_first([w.values for w in weights if w.values is not None])
         self._guard.masks_changed()
+
+    def _agreed(
+        self, weights: Sequence[SparseWeight], masks: list[Tensor], counts: list[list[int]]
+    ) -> tuple[list[SparseWeight], list[Tensor], list[list[int]]]:
+        """Return ``set_masks``'s arguments as all ranks have them: until training begins those of
+        the first; from then on the ranks' own, which must not differ, nor those of before.
+        """
+        found = [*weights], masks, counts
+        if self.ranks.size == 1 or not weights:
+            return found
+        if self._guard.began:
+            names = [weight.name for weight in weights]
+            before = [weight.mask for weight in weights]
+            self.ranks.check_same("set_sparsity_level", names * 2, before + masks)
+            return found
+        masks = [mask.clone() for mask in masks]  # that which keeps all may be the weight's own
+        self.ranks.take_first(masks)
+        return found[0], masks, read_counts(found[0], masks, [])[0]
+
+    def _check_ranks(self, what: str) -> None:
+        """Raise on every rank where masks, or the scores that they are learned from, differ."""
+        names = [weight.name for weight in self._weights]
+        own = [w.mask if w.scores is None else w.scores for w in self._weights]
+        self.ranks.check_same(what, names, own)
 
     def _find_masks(self, weights: list[Any], level: float) -> Change:
         """Find a level's masks, or refuse; return what writes them."""
         # a weight that is set by itself is asked for outright
         found = pools(weights, self._pool)
-        prunings = find_prunings(found, level, self.group_scores, limits=len(weights) > 1)
-        masks = find_masks(prunings)
+        with self.ranks.together(self._device):
+            prunings = find_prunings(found, level, self.group_scores, limits=len(weights) > 1)
+            masks = find_masks(prunings)
+        masks = self._agreed(*masks)
 
         def write() -> None:
             set_masks(*masks)
@@ -463,7 +492,10 @@ class BaseSparsityAlgoController:
             ValueError: the state is of another model, algorithm or version, or damaged; nothing
                 has changed then.
         """
-        self._read_state(state)()
+        with self.ranks.together(self._device):
+            take = self._read_state(state)
+        take()
+        self._check_ranks("load_state")
 
     def _read_state(self, state: Mapping[str, Mapping[str, Any]]) -> Change:
         """Check a state as a whole; return what takes it over."""
@@ -574,4 +606,4 @@ class BaseSparsityAlgoController:
         )
 
     def distributed(self) -> None:
-        """Make ranks agree. Masks that follow from the weights alone agree already."""
+        """Do nothing: NNCF's way to let ranks agree, which they do from the start."""

@@ -166,10 +166,6 @@ class CompositeController(BaseSparsityAlgoController):
             raise ValueError("calibration: no algorithm has an importance that needs one")
         return self._calibrating(needing)
 
-    def distributed(self) -> None:
-        for part in self._parts:
-            part.distributed()
-
     def get_compression_state(self) -> dict[str, Any]:
         builders = {name: part.builder_state() for name, part in self.controllers.items()}
         return {"builder_state": builders, "ctrl_state": self.get_state()}

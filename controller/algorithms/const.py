@@ -32,9 +32,13 @@ class ConstSparsityController(BaseSparsityAlgoController):
     def _set_up(self) -> None:
         self.frozen = True
         with self._changing(self._weights):
-            for weight in self._weights:
-                matrix = weight.matrix(weight.weight.detach())
-                weight.set_grid(nonzero_groups(matrix, weight.pattern))
+            grids = [
+                nonzero_groups(weight.matrix(weight.weight.detach()), weight.pattern)
+                for weight in self._weights
+            ]
+            self.ranks.take_first(grids)
+            for weight, grid in zip(self._weights, grids, strict=True):
+                weight.set_grid(grid)
         if all(weight.all_kept for weight in self._weights):
             warnings.warn(
                 "const_sparsity: no group of any target weight is zero, so nothing is masked "

@@ -22,6 +22,7 @@ from ..config.state import check_keys
 from ..masks.guard import Guard
 from ..masks.learned import LearnedWeight, read_masked, read_scores
 from ..masks.module import MaskedModule
+from ..masks.weight import is_sharded
 from .base import BaseSparsityAlgoController, Change
 from .loss import CompressionLoss
 from .scheduler import StubScheduler
@@ -143,6 +144,13 @@ class LearnedController(BaseSparsityAlgoController):
 
     def begin_step(self) -> None:
         super().begin_step()
+        for weight in self._weights:
+            if is_sharded(weight.weight):
+                raise RuntimeError(
+                    f"{self.name}: the weight of {weight.name!r} must not be sharded while its "
+                    "mask is learned, got a DTensor, whose scores nothing would train; use "
+                    "magnitude, SET or RigL there, or DistributedDataParallel"
+                )
         self._steps += 1
         if self._scores_are_idle() and not self.frozen and self._model.training:
             warnings.warn(
@@ -158,6 +166,7 @@ class LearnedController(BaseSparsityAlgoController):
         Every mask must have had a part in the task's loss. Compiled code does not say what it
         reads: there it is enough that the scores had a gradient, of the algorithm's loss even.
         """
+        self._check_ranks("epoch_step")
         steps, self._steps = self._steps, 0
         seen = any(weight.was_read for weight in self._weights)
         untrained = [

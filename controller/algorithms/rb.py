@@ -39,7 +39,8 @@ class RBSparsityConfig(ScheduledConfig):
     Args:
         schedule: of the level that the loss pulls to; by default ``ExponentialSchedule()``.
         compression_lr_multiplier: a factor of the logits' gradients, not negative; None: 1.
-        seed: of the draws, from 0 to 2^63 - 1; None: torch's (``torch.initial_seed()``).
+        seed: of the draws, from 0 to 2^63 - 1; None: torch's (``torch.initial_seed()``), of the
+            first rank where there are several.
     """
 
     algorithm: Literal["rb_sparsity"] = "rb_sparsity"
@@ -85,6 +86,7 @@ class RBSparsityController(LearnedController):
     def _set_up(self) -> None:
         config: RBSparsityConfig = self.config
         self._draws: Draws = self._weights[0].draws  # pyright: ignore[reportAttributeAccessIssue]
+        self.ranks.take_first([self._draws.random])
         local = config.sparsity_level_setting_mode == "local"
         self._loss = self._sparse_loss = SparseLoss(self._weights, local=local)
         self.disable_scheduler()
@@ -117,15 +119,6 @@ class RBSparsityController(LearnedController):
                 if weight.pruned_groups() < round((1 - density) * weight.groups) - 1:
                     return CompressionStage.PARTIALLY_COMPRESSED
         return stage
-
-    def distributed(self) -> None:
-        """Let all ranks draw what the first of them draws. RuntimeError: no process group."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            raise RuntimeError(
-                "distributed: torch.distributed must have a process group; call "
-                "init_process_group() first"
-            )
-        torch.distributed.broadcast(self._draws.random, src=0)
 
     @torch.no_grad()
     def _statistics(

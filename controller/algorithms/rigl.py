@@ -45,7 +45,7 @@ class RigLController(SETController):
     clipped norm sees it. An update whose gradients overflowed, as with AMP, or were not asked for,
     because steps were skipped, waits for the next step.
 
-    Ranks that see different data agree on the masks once ``distributed()`` was called.
+    Ranks that see different data grow by the sum of their gradients.
     """
 
     name = "rigl"
@@ -55,7 +55,6 @@ class RigLController(SETController):
         self._gradients: dict[str, Tensor] = {}
         self._watching = False
         self._overdue = False
-        self._reduces = False
         super()._set_up()
 
     def update(self, step: int) -> None:
@@ -79,7 +78,8 @@ class RigLController(SETController):
         return [i for i in super()._regrowing() if i.name in self._gradients]
 
     def _regrow(self, step: int) -> bool:
-        if not self._gradients and super()._regrowing():
+        ranks, growing = self.ranks, super()._regrowing()
+        if not ranks.any(bool(self._gradients), self._device) and growing:
             if self._watching:
                 raise RuntimeError(
                     f"rigl: the update of step {step} needs the gradients of the step before, and "
@@ -88,11 +88,12 @@ class RigLController(SETController):
             # the step before was not known to be one: unfrozen since, or steps were skipped
             self._overdue = True
             return False
-        if self._reduces:
+        for weight in growing if ranks.size > 1 else ():
             # in the same order on every rank, also where this one has not used a weight
-            for weight in super()._regrowing():
-                gradient = self._gradients.setdefault(weight.name, torch.zeros_like(weight.weight))
-                torch.distributed.all_reduce(gradient)
+            used = ranks.any(weight.name in self._gradients, self._device)
+            if used:
+                zeros = torch.zeros_like(weight.weight)
+                ranks.sum(self._gradients.setdefault(weight.name, zeros))
         self._overdue = not super()._regrow(step)
         return not self._overdue
 
@@ -128,12 +129,6 @@ class RigLController(SETController):
             self._gradients[name] = dense
 
         return take
-
-    def distributed(self) -> None:
-        """Let ranks add up the gradients by which they grow. RuntimeError: no process group."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            raise RuntimeError("distributed: torch.distributed must be initialised first")
-        self._reduces = True
 
     def freeze(self, freeze: bool = True) -> None:
         super().freeze(freeze)

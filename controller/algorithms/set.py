@@ -153,13 +153,15 @@ class SETController(BaseSparsityAlgoController):
         growing = self._regrowing()
         found = []
         with self._changing(growing):
-            for weights in pools(growing):
-                moving = [int(fraction * weight.kept) for weight in weights]
-                keep = [weight.kept - n for weight, n in zip(weights, moving, strict=True)]
-                drop, grow = self._drop_scores(weights), self._grow_scores(weights, step)
-                found.append((weights, *regrown(weights, drop, keep, grow, moving)))
-            write, made = self._checked(found, self._spoilt())
-            write()
+            with self.ranks.together(self._device):
+                for weights in pools(growing):
+                    moving = [int(fraction * weight.kept) for weight in weights]
+                    keep = [weight.kept - n for weight, n in zip(weights, moving, strict=True)]
+                    drop, grow = self._drop_scores(weights), self._grow_scores(weights, step)
+                    found.append((weights, *regrown(weights, drop, keep, grow, moving)))
+                masks, made = self._checked(found, self._spoilt())
+            if made and growing:
+                set_masks(*self._agreed(*masks))
         return made
 
     def _find_masks(self, weights: list[SparseWeight], level: float) -> Change:
@@ -170,16 +172,18 @@ class SETController(BaseSparsityAlgoController):
         first = all(weight.all_kept for weight in self._weights)
         at_random = first and self.config.initial_masks == "random"
         found = []
-        for pool in pools(weights):
-            counts, kept = self._counts(pool, level), [weight.kept for weight in pool]
-            keep = [*map(min, counts, kept)]
-            grown = [n - stay for n, stay in zip(counts, keep, strict=True)]
-            by_score = keep != kept and not at_random
-            drop = self._drop_scores(pool) if by_score else self._random_grids(pool, 0)
-            step = max(self._scheduler.current_step, 0)
-            grow = self._random_grids(pool, step) if any(grown) else None
-            found.append((pool, *regrown(pool, drop, keep, grow, grown)))
-        return self._checked(found, [])[0]
+        with self.ranks.together(self._device):
+            for pool in pools(weights):
+                counts, kept = self._counts(pool, level), [weight.kept for weight in pool]
+                keep = [*map(min, counts, kept)]
+                grown = [n - stay for n, stay in zip(counts, keep, strict=True)]
+                by_score = keep != kept and not at_random
+                drop = self._drop_scores(pool) if by_score else self._random_grids(pool, 0)
+                step = max(self._scheduler.current_step, 0)
+                grow = self._random_grids(pool, step) if any(grown) else None
+                found.append((pool, *regrown(pool, drop, keep, grow, grown)))
+            masks, _ = self._checked(found, [])
+        return partial(set_masks, *self._agreed(*masks))
 
     def _counts(self, pool: list[SparseWeight], level: float) -> list[int]:
         """Return how many groups each weight of a pool keeps."""
@@ -201,22 +205,22 @@ class SETController(BaseSparsityAlgoController):
     @staticmethod
     def _checked(
         found: Sequence[tuple[list[SparseWeight], list[Tensor], Tensor]], spoilt: Sequence[Tensor]
-    ) -> tuple[Change, bool]:
-        """Return what writes the masks, and whether there is something to write: not if something
+    ) -> tuple[tuple[list[SparseWeight], list[Tensor], list[list[int]]], bool]:
+        """Return ``set_masks``'s arguments, and whether they are to be written: not if something
         is ``spoilt``. Refuses what is not finite. Waits for the device once.
         """
         weights = [weight for pool, _, _ in found for weight in pool]
         if not weights:
-            return lambda: None, True
+            return ([], [], []), True
         masks = [mask for _, own, _ in found for mask in own]
         more = [*(flag.long() for flag in spoilt), *(nonfinite for *_, nonfinite in found)]
         counts, numbers = read_counts(weights, masks, more)
         if any(numbers[: len(spoilt)]):
-            return lambda: None, False
+            return ([], [], []), False
         for weight, nonfinite in zip(weights, numbers[len(spoilt) :], strict=True):
             if nonfinite:
                 raise ValueError(
                     f"set_sparsity_level: the importance of {weight.name!r} holds NaN or Inf; "
                     "masks are left as they were"
                 )
-        return partial(set_masks, weights, masks, counts), True
+        return (weights, masks, counts), True

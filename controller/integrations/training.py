@@ -23,7 +23,6 @@ from ...kernels.dispatch import Dispatch
 from ...kernels.launch import Backend
 from ...kernels.mask import pack, unpack
 from ..algorithms.base import BaseSparsityAlgoController
-from ..algorithms.rigl import RigLController
 from ..algorithms.table import algorithm_of
 from ..api import CompressionStage
 from ..config.algorithm import AlgorithmConfig
@@ -94,7 +93,7 @@ class ControlledTraining:
         self._held: list[tuple[nn.Parameter, Tensor]] = []
         self._seen: dict[str, tuple[int, Tensor]] = {}  # masks at the last figures
         try:
-            _check_processes(self.controller)
+            _check_scores(self.controller)
             if state is not None:
                 self._take(state)
         except ValueError:
@@ -136,6 +135,12 @@ class ControlledTraining:
                                 "the first masks, got None; give the training data labels"
                             )
                         (found / len(batches)).backward()
+                    # each rank's batches are others, and the model is not the wrapped one
+                    for info in controller.sparsified_module_info:
+                        if controller.ranks.size > 1:
+                            if info.weight.grad is None:
+                                info.weight.grad = torch.zeros_like(info.weight)
+                            controller.ranks.sum(info.weight.grad)
                     self.hold_gradients()
                     model.zero_grad()
             finally:
@@ -289,17 +294,15 @@ def _check_state(state: Any) -> None:
         )
 
 
-def _check_processes(controller: BaseSparsityAlgoController) -> None:
-    """Refuse what would choose other masks on each process."""
-    many = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not many or torch.distributed.get_world_size() == 1:
-        return
-    parts = getattr(controller, "controllers", {"": controller}).values()
-    for part in parts:
-        if part.learns or isinstance(part, RigLController):
+def _check_scores(controller: BaseSparsityAlgoController) -> None:
+    """Refuse to train scores that come when the model is wrapped already: no reducer has them."""
+    for part in getattr(controller, "controllers", {"": controller}).values():
+        if part.learns and part.ranks.size > 1:
             raise ValueError(
-                f"{part.name} must be trained by one process, got "
-                f"{torch.distributed.get_world_size()}: its masks would part; use magnitude or SET"
+                f"{part.name} must be trained by one process, got {part.ranks.size}: its scores "
+                "come after DistributedDataParallel, which would not reduce their gradients; use "
+                "magnitude, SET or RigL, or a loop of your own that wraps the model after "
+                "create_controller"
             )
 
 

@@ -32,6 +32,7 @@ from ...kernels.launch import Backend, read_later, refuse_capture
 from ...kernels.masked_weight import apply_mask
 from ...kernels.pattern import Pattern
 from ...kernels.product import BlockProduct, make_product, update_products
+from .ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -99,12 +100,18 @@ class SparseWeight(GroupMask):
     Args:
         target: which parameter, and the shape of its groups.
         backend, dispatch: as ``create_controller``'s.
+        ranks: those that train the model together.
     """
 
     scores: nn.Parameter | None = None  # trained with the weight, where the mask follows from such
 
     def __init__(
-        self, target: Target, *, backend: Backend = "auto", dispatch: Dispatch = "auto"
+        self,
+        target: Target,
+        *,
+        backend: Backend = "auto",
+        dispatch: Dispatch = "auto",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.target = target
         self.module, self.parameter_name = target.users[0]
@@ -112,6 +119,7 @@ class SparseWeight(GroupMask):
         self.transposed = target.transposed
         self.matrix = target.matrix
         self.dispatch: Dispatch = dispatch
+        self.ranks = ranks
         weight = self.weight.detach()
         self.weight_shape = weight.shape
         rows, cols = self.matrix(weight).shape

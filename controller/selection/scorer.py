@@ -17,6 +17,8 @@ from .thresholds import Scores, pools
 
 # Intel Neural Compressor's factor
 MOMENTUM_DECAY = 0.9
+# of each weight: float64, squared inputs a column, and how many there were
+Sums = dict[str, tuple[Tensor, int]]
 BY_GRADIENT = ("snip", "snip_momentum")
 
 
@@ -79,6 +81,8 @@ class Scorer:
     def calibration(self) -> Iterator[None]:
         """Measure the inputs that the weights' modules get while the context is open.
 
+        Ranks add up what each has seen, as the context closes: all of them must open it.
+
         Raises:
             ValueError: the criterion has no use for it; a module's inputs cannot be measured.
         """
@@ -87,7 +91,7 @@ class Scorer:
                 "calibration: weight_importance must be 'wanda', which alone looks at the inputs, "
                 f"got {self.importance!r}"
             )
-        sums: dict[str, tuple[Tensor, int]] = {}
+        sums: Sums = {}
         handles = []
         try:
             for weight in self._weights:
@@ -97,7 +101,8 @@ class Scorer:
         finally:
             for handle in handles:
                 handle.remove()
-        self._input_norms = {name: (total / n).sqrt() for name, (total, n) in sums.items()}
+        sums = _of_all_ranks(sums, self._weights)
+        self._input_norms = {n: (total / k).sqrt().float() for n, (total, k) in sums.items()}
 
     def get_state(self) -> dict[str, Any]:
         """Return what has been gathered; copies on the CPU.
@@ -162,6 +167,28 @@ class Scorer:
         )
 
 
+def _of_all_ranks(sums: Sums, weights: Sequence[SparseWeight]) -> Sums:
+    """Add up over the ranks: 8 bytes an input, in one reduction."""
+    ranks = weights[0].ranks
+    if ranks.size == 1:
+        return sums
+    shapes: dict[str, torch.Size] = {}
+    # a rank need not have seen all that the others have: experts, say
+    for theirs in ranks.gather({name: total.shape for name, (total, _) in sums.items()}):
+        shapes |= theirs
+    names = [weight.name for weight in weights if weight.name in shapes]
+    if not names:
+        return sums
+    device = weights[0].weight.device
+    zeros = {n: (torch.zeros(shapes[n], dtype=torch.float64, device=device), 0) for n in names}
+    own = zeros | sums
+    counts = torch.tensor([own[n][1] for n in names], dtype=torch.float64, device=device)
+    flat = ranks.sum(torch.cat([*(own[n][0].flatten() for n in names), counts]))
+    *parts, counts = flat.split([*(shapes[n].numel() for n in names), len(names)])
+    totals = [part.view(shapes[n]) for n, part in zip(names, parts, strict=True)]
+    return dict(zip(names, zip(totals, map(int, counts.tolist()), strict=True), strict=True))
+
+
 def _fits(key: str, tensor: Tensor, weight: SparseWeight) -> bool:
     rows, cols = weight.shape
     match key:
@@ -173,7 +200,7 @@ def _fits(key: str, tensor: Tensor, weight: SparseWeight) -> bool:
 
 
 def _measure(
-    weight: SparseWeight, sums: dict[str, tuple[Tensor, int]]
+    weight: SparseWeight, sums: Sums
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
     """Return a forward hook that adds up squared inputs a column of the weight's matrix."""
     name, module = weight.name, weight.module
@@ -195,9 +222,10 @@ def _measure(
             return
         if convolves:
             total, count = convolution_squares(x, output, weight.weight.shape, **settings)
+            total = total.double()
         else:
             rows = x.reshape(-1, x.shape[-1])
-            total, count = rows.square().sum(0), len(rows)
+            total, count = rows.square().sum(0, dtype=torch.float64), len(rows)
         if name in sums:
             total, count = sums[name][0] + total, sums[name][1] + count
         sums[name] = total, count

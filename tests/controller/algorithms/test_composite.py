@@ -190,15 +190,6 @@ def test_strip_folds_the_masks_of_all():
         assert torch.equal(layer.weight != 0, mask)
 
 
-def test_distributed_reaches_every_algorithm(monkeypatch):
-    controller = build(MAGNITUDE, SET)
-    reached = []
-    for name, part in controller.controllers.items():
-        monkeypatch.setattr(part, "distributed", lambda name=name: reached.append(name))
-    controller.distributed()
-    assert reached == ["magnitude_sparsity", "set"]
-
-
 def test_calibration_reaches_the_algorithms_that_need_it():
     wanda = MAGNITUDE | {"params": {"weight_importance": "wanda"}}
     controller = ts.create_controller(net(), [wanda, SET])

@@ -1,8 +1,6 @@
 import copy
 import math
 import pickle
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -505,53 +503,6 @@ def test_an_optimiser_that_leaves_logits_alone_is_noticed():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         steps()
-
-
-def test_distributed_needs_a_process_group():
-    _, controller = build()
-    with pytest.raises(RuntimeError, match=r"distributed: torch.distributed must have a process"):
-        controller.distributed()
-
-
-RANK = """
-import sys
-import torch
-from torch import nn
-import triton_sparsity as ts
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-store = f"file://{folder}/store"
-torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-model = nn.Linear(16, 8, bias=False)
-config = ts.RBSparsityConfig(schedule=ts.ExponentialSchedule(target_level=0.6), seed=rank)
-controller = ts.create_controller(model, config)
-with torch.no_grad():
-    model.weight_scores.zero_()
-masks = [model(torch.eye(16)) != 0]
-controller.distributed()
-for _ in range(2):
-    controller.scheduler.step()
-    masks.append(model(torch.eye(16)) != 0)
-torch.save(masks, f"{folder}/{rank}")
-torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_after_distributed_all_ranks_draw_what_the_first_draws(tmp_path):
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)])
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
-    # by their own seeds, and then by the first rank's
-    assert [torch.equal(*pair) for pair in zip(first, second, strict=True)] == [False, True, True]
-    assert not torch.equal(first[1], first[2])
 
 
 def test_the_seed_is_torchs_where_none_is_given():

@@ -350,18 +350,6 @@ def test_a_weight_that_a_step_did_not_use_keeps_its_mask():
     assert torch.equal(before[1], after[1])
 
 
-def test_ranks_add_up_their_gradients(monkeypatch):
-    controller = build()
-    with pytest.raises(RuntimeError, match=r"torch\.distributed must be initialised"):
-        controller.distributed()
-    reduced = []
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: reduced.append(t.shape))
-    controller.distributed()
-    train(controller, range(5))
-    assert reduced == [(40, 16), (12, 40)]
-
-
 @both
 def test_a_level_set_later_drops_the_least_important_or_grows(config):
     controller = build(config)

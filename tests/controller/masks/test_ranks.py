@@ -1,0 +1,282 @@
+"""Ranks that train one model have one set of masks, and are told where they would not."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import triton_sparsity as ts
+from triton_sparsity.controller.masks.ranks import Ranks, fingerprint
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_gloo_available(), reason="torch lacks gloo"
+)
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(16, 33), nn.Tanh(), nn.Linear(33, 8), nn.Linear(8, 8))
+
+
+def schedule(level=0.5, initial=0.2):
+    return ts.PolynomialSchedule(initial_level=initial, target_level=level, target_epoch=2)
+
+
+CONFIGS = {
+    "magnitude": lambda: ts.MagnitudeSparsityConfig(schedule=schedule()),
+    "blocks": lambda: ts.MagnitudeSparsityConfig(pattern=ts.Block(8, 4), schedule=schedule()),
+    "normed": lambda: ts.MagnitudeSparsityConfig(
+        schedule=schedule(), weight_importance="normed_abs"
+    ),
+    "nm": lambda: ts.MagnitudeSparsityConfig(
+        pattern=ts.NM(2, 4), ignored_scopes=["2"], schedule=schedule(0.4)
+    ),
+    "snip": lambda: ts.MagnitudeSparsityConfig(
+        schedule=schedule(initial=0.0), weight_importance="snip"
+    ),
+    "momentum": lambda: ts.MagnitudeSparsityConfig(
+        schedule=schedule(initial=0.0), weight_importance="snip_momentum"
+    ),
+    "set": lambda: ts.SETConfig(level=0.5, t_end=20, delta_t=2),
+    "rigl": lambda: ts.RigLConfig(level=0.5, t_end=20, delta_t=2),
+    "rigl blocks": lambda: ts.RigLConfig(level=0.5, t_end=20, delta_t=2, pattern=ts.Block(4, 4)),
+    "rb": lambda: ts.RBSparsityConfig(schedule=ts.ExponentialSchedule(target_level=0.6)),
+}
+
+
+def train(model, controller, rank, size, steps=8):
+    """Train on the global batch, or a rank on its part; dyadic numbers, so that sums are exact."""
+    extra = [{"params": controller.parameters()}] if controller.parameters() else []
+    known = {id(p) for group in extra for p in group["params"]}
+    own = [p for p in model.parameters() if id(p) not in known]
+    optimizer = torch.optim.SGD([{"params": own}, *extra], lr=0.125)
+    for step in range(steps):
+        if step % 4 == 0:
+            controller.scheduler.epoch_step()
+        controller.scheduler.step()
+        optimizer.zero_grad()
+        numbers = torch.Generator().manual_seed(step)
+        x = torch.randint(-2, 3, (12, 16), generator=numbers) / 2
+        x = x.unflatten(0, (size, -1))[rank]
+        (model(x).square().mean() + controller.loss()).backward()
+        optimizer.step()
+
+
+def masks(controller):
+    return [info.operand.binary_mask for info in controller.sparsified_module_info]
+
+
+def weights(controller):
+    return [info.weight.detach().clone() for info in controller.sparsified_module_info]
+
+
+def train_ddp(group, name, wrap_first):
+    rank = torch.distributed.get_rank(group)
+    model = net()
+    wrapped = (
+        DistributedDataParallel(model, process_group=group, find_unused_parameters=True)
+        if wrap_first
+        else None
+    )
+    controller = ts.create_controller(model, CONFIGS[name](), process_group=group)
+    if wrapped is None:
+        wrapped = DistributedDataParallel(model, process_group=group, find_unused_parameters=True)
+    train(wrapped, controller, rank, group.size())
+    read = [info.module.weight.detach() for info in controller.sparsified_module_info]
+    return masks(controller), weights(controller), read
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", ["magnitude", "blocks", "normed", "nm", "snip", "set", "rigl"])
+def test_under_ddp_ranks_agree_and_are_close_to_one_process(ranks, name, size):
+    found = ranks.run(size, train_ddp, name, size == 3)
+    model = net()
+    controller = ts.create_controller(model, CONFIGS[name]())
+    train(model, controller, 0, 1)
+    for other, own in found[1:]:
+        assert all(map(torch.equal, other, found[0][0]))
+        assert all(map(torch.equal, own, found[0][1]))
+    assert any(not mask.all() for mask in found[0][0])
+    for mask, wanted in zip(found[0][0], masks(controller), strict=True):
+        # gradients are means of means, which round otherwise
+        assert (mask != wanted).float().mean() <= 0.02
+
+
+@pytest.mark.parametrize("name", ["momentum", "rigl blocks", "rb"])
+def test_under_ddp_ranks_agree_where_gradients_and_draws_decide(ranks, name):
+    found = ranks.run(2, train_ddp, name, False)
+    assert all(map(torch.equal, found[0][0], found[1][0]))
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+    assert name == "rb" or any(not mask.all() for mask in found[0][0])
+    assert all(map(torch.equal, found[0][2], found[1][2]))
+    assert all((own == 0).any() for own in found[0][2])
+
+
+def prune_before_wrapping(group):
+    rank = torch.distributed.get_rank(group)
+    model = net(rank)  # as under a seed of each rank's own
+    config = ts.MagnitudeSparsityConfig(schedule=schedule(), pattern=ts.Block(2, 2))
+    controller = ts.create_controller(model, config, process_group=group)
+    wrapped = DistributedDataParallel(model, process_group=group)
+    first = masks(controller)
+    train(wrapped, controller, rank, group.size())
+    return first, masks(controller), weights(controller)
+
+
+def test_the_first_masks_and_values_are_those_of_the_first_rank(ranks):
+    found = ranks.run(2, prune_before_wrapping)
+    controller = ts.create_controller(
+        net(), ts.MagnitudeSparsityConfig(schedule=schedule(), pattern=ts.Block(2, 2))
+    )
+    for first, last, own in found:
+        assert all(map(torch.equal, first, masks(controller)))
+        assert all(map(torch.equal, last, found[0][1]))
+        assert all(map(torch.equal, own, found[0][2]))
+
+
+def calibrate(group):
+    rank, size = torch.distributed.get_rank(group), group.size()
+    model = net()
+    config = ts.MagnitudeSparsityConfig(schedule=schedule(initial=0.0), weight_importance="wanda")
+    controller = ts.create_controller(model, config, process_group=group)
+    calibrate_on(controller, slice(rank, None, size))
+    return masks(controller)
+
+
+def calibrate_on(controller, part):
+    x = torch.randn(12, 16, generator=torch.Generator().manual_seed(1))
+    with controller.calibration():
+        controller.model(x[part])
+    controller.set_sparsity_level(0.5)
+
+
+def test_wandas_inputs_are_those_of_all_ranks(ranks):
+    config = ts.MagnitudeSparsityConfig(schedule=schedule(initial=0.0), weight_importance="wanda")
+    controller = ts.create_controller(net(), config)
+    calibrate_on(controller, slice(None))
+    for found in ranks.run(3, calibrate):
+        assert all(map(torch.equal, found, masks(controller)))
+
+
+def refuse(group, what):
+    rank = torch.distributed.get_rank(group)
+    config = ts.MagnitudeSparsityConfig(schedule=schedule())
+    model = net()
+    if what == "config" and rank == 1:
+        config = ts.MagnitudeSparsityConfig(schedule=schedule(0.6))
+    if what == "names" and rank == 1:
+        model = nn.Sequential(*model[:3])
+    if what == "names more" and rank == 0:
+        model = nn.Sequential(*model[:3])
+    if what == "create" and rank == 1:
+        config = ts.MagnitudeSparsityConfig(schedule=schedule(), ignored_scopes=["nowhere"])
+    controller = ts.create_controller(model, config, process_group=group)
+    controller.scheduler.step()
+    info = controller.sparsified_module_info[2]
+    with torch.no_grad():
+        if what == "flipped" and rank == 1:
+            mask = info.operand.binary_mask
+            mask[3, 5] ^= True
+            info.operand.binary_mask = mask
+        if what == "weight" and rank == 1:
+            info.weight[3] = 9.0
+        if what == "nan" and rank == 1:
+            info.weight[3, 4] = torch.nan
+    state = controller.get_state()
+    if what == "state" and rank == 1:
+        state["magnitude_sparsity"]["weights"].pop("0")
+    if what == "states" and rank == 1:
+        state["magnitude_sparsity"]["weights"]["3"]["mask"][2, 0] ^= 1
+    if what.startswith("state"):
+        controller.load_state(state)
+    before = masks(controller)
+    try:
+        controller.set_sparsity_level(0.5)
+    except Exception:
+        assert all(map(torch.equal, before, masks(controller)))
+        assert not any(
+            (i.weight[~m] != 0).any()
+            for i, m in zip(controller.sparsified_module_info, before, strict=True)
+        )
+        raise
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "message"),
+    [
+        ("config", "ValueError", "config must be the same on every rank"),
+        (
+            "names",
+            "ValueError",
+            r"masked weights must be .* got \['3 \(8, 8\) unstructured'\] on rank 0",
+        ),
+        ("names more", "ValueError", r"\['3 \(8, 8\) unstructured'\] on rank 1"),
+        ("create", "ValueError", "nowhere"),
+        ("flipped", "RuntimeError", "the masks of '3' differ between ranks"),
+        ("weight", "RuntimeError", "differ between ranks"),
+        ("nan", "ValueError", "the weight of '3' holds NaN or Inf"),
+        ("state", "ValueError", "without a mask there"),
+        ("states", "RuntimeError", "load_state: the masks of .* differ between ranks"),
+    ],
+)
+def test_what_one_rank_has_otherwise_is_refused_by_all_that_name_it(ranks, what, kind, message):
+    found = ranks.errors(2, refuse, what)
+    for raised, text in found:
+        assert raised == kind
+        assert re.search(message, text), text
+
+
+def shard_first(group, what):
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    mesh = DeviceMesh.from_group(group, "cpu")
+    if what == "learned":
+        controller = ts.create_controller(model, CONFIGS["rb"](), process_group=group)
+        fully_shard(model, mesh=mesh)
+        controller.scheduler.step()
+    elif what == "wrapped":
+        ts.create_controller(
+            DistributedDataParallel(model, process_group=group),
+            CONFIGS["rb"](),
+            process_group=group,
+        )
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "message"),
+    [
+        ("learned", "RuntimeError", "must not be sharded while its mask is learned"),
+        ("wrapped", "ValueError", "create the controller first, then wrap the model"),
+    ],
+)
+def test_what_is_not_covered_is_refused(ranks, what, kind, message):
+    for raised, text in ranks.errors(2, shard_first, what):
+        assert raised == kind
+        assert message in text
+
+
+def test_a_group_needs_an_initialised_torch_distributed():
+    with pytest.raises(RuntimeError, match="process_group must belong to an initialised"):
+        ts.create_controller(net(), CONFIGS["magnitude"](), process_group=object())
+
+
+def test_a_fingerprint_shows_each_change_and_the_place_of_equal_bytes():
+    mask = torch.zeros(3, 7, dtype=torch.uint8)
+    seen = {int(fingerprint(mask))}
+    for place in range(mask.numel()):
+        changed = mask.clone()
+        changed.view(-1)[place] = 1
+        seen.add(int(fingerprint(changed)))
+    assert len(seen) == 1 + mask.numel()
+
+
+def test_one_process_agrees_with_itself():
+    alone = Ranks()
+    assert alone.gather(3) == [3]
+    assert not alone.any(False, torch.device("cpu"))
+    with pytest.raises(KeyError), alone.together(torch.device("cpu")):
+        raise KeyError("own")

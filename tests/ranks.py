@@ -1,0 +1,95 @@
+"""Gloo ranks for tests: four processes, forked once, that run functions by name.
+
+To fork costs a tenth of a second, to start Python and import torch seconds. Workers that have
+failed in the middle of a collective are started anew.
+"""
+
+import datetime
+import multiprocessing
+import os
+import pickle
+import shutil
+import tempfile
+import traceback
+
+import torch
+from torch import distributed
+
+SIZE = 4
+PATIENCE = 20  # seconds that a collective waits, and a third of what a case may take
+
+
+def _serve(rank, folder, pipe):
+    torch.set_num_threads(1)
+    store = distributed.FileStore(f"{folder}/store", SIZE)
+    options = {"timeout": datetime.timedelta(seconds=PATIENCE)}
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=SIZE, **options)
+    groups = {n: distributed.new_group(list(range(n))) for n in range(1, SIZE)}
+    groups[SIZE] = distributed.group.WORLD
+    while (task := pipe.recv()) is not None:
+        function, size, args = pickle.loads(task)
+        torch.manual_seed(rank)
+        try:
+            answer = None, function(groups[size], *args)
+        except Exception as error:
+            answer = (type(error).__name__, str(error), traceback.format_exc()), None
+        pipe.send(pickle.dumps(answer))
+    os._exit(0)
+
+
+class Ranks:
+    """Up to four ranks. ``run`` returns what a function returned on each."""
+
+    def __init__(self):
+        self._workers = []
+
+    def _start(self):
+        # no process of another kind has what the test modules define
+        context = multiprocessing.get_context("fork")
+        self._folder = tempfile.mkdtemp()
+        for rank in range(SIZE):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_serve, args=(rank, self._folder, theirs), daemon=True)
+            worker.start()
+            self._workers.append((worker, ours))
+
+    def stop(self):
+        for worker, _ in self._workers:
+            worker.kill()
+            worker.join()
+        if self._workers:
+            shutil.rmtree(self._folder)
+        self._workers = []
+
+    def answers(self, size, function, *args):
+        """Return of each rank what it raised, as kind, message and traceback, and the result."""
+        if not self._workers:
+            self._start()
+        chosen = self._workers[:size]
+        for _, pipe in chosen:
+            pipe.send(pickle.dumps((function, size, args)))
+        found = []
+        for worker, pipe in chosen:
+            if not pipe.poll(3 * PATIENCE):
+                self.stop()
+                raise TimeoutError(f"rank {len(found)} of {size} hangs in {function.__name__}")
+            if not worker.is_alive():
+                self.stop()
+                raise RuntimeError(f"rank {len(found)} of {size} died in {function.__name__}")
+            found.append(pickle.loads(pipe.recv()))
+        if any(error for error, _ in found) and len({e and e[1] for e, _ in found}) > 2:
+            self.stop()  # they may be out of step
+        return found
+
+    def run(self, size, function, *args):
+        """Return what each rank returned."""
+        found = self.answers(size, function, *args)
+        for error, _ in found:
+            assert error is None, error[2]
+        return [result for _, result in found]
+
+    def errors(self, size, function, *args):
+        """Return the kind and message of what each rank raised."""
+        found = self.answers(size, function, *args)
+        assert all(error for error, _ in found), [result for error, result in found if not error]
+        return [error[:2] for error, _ in found]
