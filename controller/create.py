@@ -129,10 +129,10 @@ def _told(configs: Sequence[AlgorithmConfig], weights: Sequence[Sequence[Any]]) 
 def _check_wrapped(model: nn.Module, configs: Sequence[AlgorithmConfig]) -> None:
     """Refuse to add scores to a model whose reducer would not know of them."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        for one in configs:
-            if algorithm_of(one).controller.learns:
+        for found in map(algorithm_of, configs):
+            if found.controller.learns:
                 raise ValueError(
-                    f"create_controller: model must not be wrapped for {one.algorithm}, whose "
+                    f"create_controller: model must not be wrapped for {found.name}, whose "
                     "scores DistributedDataParallel must know to reduce their gradients; create "
                     "the controller first, then wrap the model"
                 )

@@ -40,7 +40,7 @@ class LightningCallback(Callback):
     (of single weights) and ``mask_churn``, the share of groups whose mask has changed since the
     last log.
 
-    Learned masks and RigL are for one process; sharded weights (FSDP, DeepSpeed) are refused.
+    Learned masks are for one process; sharded weights (FSDP, DeepSpeed) are refused.
 
     Args:
         config: as ``create_controller``'s. A schedule by optimiser steps need not be given

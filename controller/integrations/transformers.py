@@ -46,7 +46,7 @@ class TransformersCallback(TrainerCallback):
     last log: in ``trainer.state.log_history``, and for the callbacks behind this one. Reporters
     that ``report_to`` names come before it; list them in ``callbacks`` behind it instead.
 
-    Learned masks and RigL are for one process; sharded weights (FSDP, DeepSpeed) are refused.
+    Learned masks are for one process; sharded weights (FSDP, DeepSpeed) are refused.
 
     Args:
         config: as ``create_controller``'s. A schedule by optimiser steps need not be given
