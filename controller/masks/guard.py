@@ -190,7 +190,7 @@ class Guard:
         if weight.dense_gradient_taker is not None:
             weight.dense_gradient_taker(gradient)
         if not self.waits_for(parameter):
-            clear_([weight], [gradient])
+            weight.clear_(gradient)
             return
         backward = torch._C._current_graph_task_id()
         if backward not in self._pending:
@@ -206,9 +206,11 @@ class Guard:
         Not on a CPU, where launches cost nothing and the gradient is still in the cache; nor where
         another hook, or the reducer of ``DistributedDataParallel``, looks at each as it arrives.
         """
+        if not takes_kernels(parameter.device):
+            return False
         others = len(parameter._post_accumulate_grad_hooks or ()) > 1
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return takes_kernels(parameter.device) and not others and not ranks
+        return not others and not ranks
 
     def _clear_pending(self, backward: int) -> None:
         pending = self._pending.pop(backward, [])

@@ -28,8 +28,8 @@ from torch.nn import functional
 from ...kernels import group_mask
 from ...kernels.dispatch import Dispatch
 from ...kernels.group_mask import GroupMask
-from ...kernels.launch import Backend, read_later, refuse_capture
-from ...kernels.masked_weight import apply_mask
+from ...kernels.launch import Backend, is_plain, read_later, refuse_capture
+from ...kernels.masked_weight import and_words, apply_mask
 from ...kernels.pattern import Pattern
 from ...kernels.product import BlockProduct, make_product, update_products
 from .ranks import ALONE, Ranks
@@ -167,6 +167,20 @@ class SparseWeight(GroupMask):
                 "mask is of the old weight: strip the model before it is resized, replaced or "
                 "quantised, and then call create_controller again"
             )
+
+    def clear_(self, tensor: Tensor) -> None:
+        """Set what the mask prunes to zero, in place, as ``clear_all_``.
+
+        On a CPU every gradient comes here as it arrives, between products that leave no Python in
+        the processor's caches: the shortest way counts.
+        """
+        words = self.mask_for(tensor)
+        simple = words is not self.mask and tensor.is_contiguous() and not tensor.requires_grad
+        if not (simple and is_plain(tensor)):
+            clear_([self], [tensor])
+            return
+        matrix = self.matrix(tensor)
+        and_words(matrix, words, self.pattern.rows, matrix)
 
     def like_weight(self, matrix: Tensor) -> Tensor:
         """Return a matrix (out, in) in the weight's shape."""
