@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 import triton_sparsity as ts
 from triton_sparsity.bench.cli import app
@@ -188,6 +189,16 @@ def test_commands_of_the_pages_are_commands(page):
                 pass
             case other:
                 raise AssertionError(f"{page.name}: {other}")
+
+
+def test_recipes_of_the_pages_are_recipes():
+    pytest.importorskip("transformers")
+    from triton_sparsity.bench.finetune.recipe import make_recipe
+
+    recipes = [block for page in PAGES for block in fenced(page, "yaml")]
+    assert recipes
+    for block in recipes:
+        make_recipe(yaml.safe_load(block), "a page")
 
 
 @every_page

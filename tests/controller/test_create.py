@@ -87,6 +87,48 @@ def test_one_controller_a_model():
         ts.create_controller(model, DENSE)
 
 
+class TestState:
+    CONFIG = ts.MagnitudeSparsityConfig(pattern=ts.Block(8, 8), pool="weight")
+
+    def saved(self):
+        """A state with the weights that it goes with."""
+        model = net()
+        controller = ts.create_controller(model, self.CONFIG)
+        controller.set_sparsity_level(0.5)
+        return controller.get_state(), model.state_dict()
+
+    def test_masks_come_with_it(self):
+        state, weights = self.saved()
+        model = net()
+        model.load_state_dict(weights)
+        controller = ts.create_controller(model, self.CONFIG, state=state)
+        assert controller.compression_rate == pytest.approx(0.5, abs=0.02)
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, weights[name])
+        for info in controller.sparsified_module_info:
+            assert torch.equal(info.operand.binary_mask, (info.weight != 0).float())
+
+    def test_its_weights_are_the_targets_even_one_that_is_zero_by_now(self):
+        state, weights = self.saved()
+        model = net()
+        model.load_state_dict(weights)
+        model["body"][2].weight.detach().zero_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            controller = ts.create_controller(model, self.CONFIG, state=state)
+        assert names(controller) == ["body.0", "body.2", "head"]
+
+    def test_one_of_another_model_is_refused_and_the_model_is_as_it_was(self):
+        state, _ = self.saved()
+        other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        before = {name: weight.clone() for name, weight in other.state_dict().items()}
+        with pytest.raises(ValueError, match="load_state: state"):
+            ts.create_controller(other, self.CONFIG, state=state)
+        assert all(torch.equal(weight, before[name]) for name, weight in other.named_parameters())
+        assert {type(module) for module in other} == {nn.Linear}
+        ts.create_controller(other, self.CONFIG)  # it has no controller
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64], ids=str)
 def test_integer_and_complex_weights_are_refused(dtype):
     model = net()
