@@ -26,8 +26,8 @@ from .measure.progress import progress_bars
 from .measure.timing import Work, measure_in_turn
 
 FOLDER = Path("runs", "demo")
-# a quarter of what is held out: all of it would take longer than the training
-BLOCKS = Options(task="stdlib-lm-wide", pattern="block:64", eval_batches=4)
+# an eighth of what is held out: all of it would take longer than the training
+BLOCKS = Options(task="stdlib-lm-wide", pattern="block:64", eval_batches=2)
 RUNS = (
     # what the same additional steps do without pruning: the other is to be measured against it
     Entry("dense, trained on", "dense", replace(BLOCKS, level=0.0)),

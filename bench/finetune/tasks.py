@@ -162,8 +162,8 @@ def stdlib_lm_wide(root: Path) -> Task:
         stdlib_lm(root),
         name="stdlib-lm-wide",
         recipe=Recipe(
-            dense_epochs=6,
-            epochs=6,
+            dense_epochs=5,
+            epochs=4,
             steps_per_epoch=20,
             batch_size=8,
             dense_lr=2e-3,
