@@ -89,7 +89,9 @@ class Target:
             return tensor[None]
         if self.transposed:
             return tensor.flatten(0, -2).T
-        return tensor.flatten(0, 1) if self.experts else tensor.flatten(1)
+        if self.experts:
+            return tensor.flatten(0, 1)
+        return tensor if tensor.ndim == 2 else tensor.flatten(1)
 
 
 class SparseWeight(GroupMask):
