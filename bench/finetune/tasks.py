@@ -162,7 +162,7 @@ def stdlib_lm_wide(root: Path) -> Task:
         stdlib_lm(root),
         name="stdlib-lm-wide",
         recipe=Recipe(
-            dense_epochs=5,
+            dense_epochs=3,
             epochs=4,
             steps_per_epoch=20,
             batch_size=8,
