@@ -36,6 +36,7 @@ from triton_sparsity.controller.config.schedule import (
 from triton_sparsity.controller.create import create_controller
 from triton_sparsity.controller.integrations.peft import mask_adapters
 from triton_sparsity.controller.masks.weight import SparseModuleInfo
+from triton_sparsity.controller.one_shot import prune_obs
 from triton_sparsity.kernels.block_score import block_score
 from triton_sparsity.kernels.block_sparse_linear import block_sparse_linear
 from triton_sparsity.kernels.learned_mask import sample_mask, straight_through
@@ -97,6 +98,7 @@ __all__ = [
     "nm_mask",
     "nm_score",
     "pack",
+    "prune_obs",
     "put_back_",
     "sample_mask",
     "select",

@@ -169,7 +169,11 @@ def finetune(
         Real, _option("Fraction of the sparse epochs in which the level rises.", "0.7")
     ] = None,
     importance: Annotated[
-        Text, _option("abs, normed_abs, snip, snip_momentum, wanda or random.", "normed_abs")
+        Text,
+        _option(
+            "abs, normed_abs, snip, snip_momentum, wanda or random; of const also obs.",
+            "normed_abs",
+        ),
     ] = None,
     pool: Annotated[
         Text, _option("Of magnitude: global or weight.", "weight for blocks, else global")

@@ -14,19 +14,20 @@ import json
 import platform
 import statistics
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...controller.algorithms.base import BaseSparsityAlgoController
 from ...controller.algorithms.magnitude import MagnitudeSparsityConfig
 from ...controller.config.schedule import PolynomialSchedule
 from ...controller.create import create_controller
+from ...controller.one_shot import prune_obs
 from ...kernels.launch import use_triton
 from ..measure.files import write_atomic
 from ..measure.progress import Advance
@@ -52,6 +53,7 @@ from .signals import catch_signals
 from .tasks import load_task
 
 CALIBRATION_BATCHES = 8
+OBS_BATCHES = 32  # a moment has as many numbers as a layer has pairs of inputs
 
 
 def finetune(
@@ -163,7 +165,7 @@ def dense_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str, 
 
 def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Fine-tune under the schedule, evaluate, strip; write all files and return the report."""
-    controller = control(model, job.options)
+    controller = control(model, job.options, lambda: calibration(job, OBS_BATCHES))
     if controller.needs_calibration and state["controller"] is None:
         calibrate(job, model, controller)
     train(job, model, controller, state)
@@ -195,8 +197,15 @@ def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str,
     return report
 
 
-def control(model: nn.Module, options: Options) -> BaseSparsityAlgoController:
+def control(
+    model: nn.Module, options: Options, calibration: Callable[[], Sequence[Any]] | None = None
+) -> BaseSparsityAlgoController:
     """Put ``model`` under the algorithm that the options name, on the device where it is.
+
+    Args:
+        model: dense, or with the zeros that const is to keep.
+        options: checked.
+        calibration: gives ``prune_obs``'s batches; without it magnitude prunes in its stead.
 
     Raises:
         ValueError: the options do not fit the model.
@@ -215,6 +224,9 @@ def control(model: nn.Module, options: Options) -> BaseSparsityAlgoController:
     controller.strip(do_copy=False)
     level = end_level(options)
     assert level is not None
+    if options.importance == "obs" and calibration is not None:
+        prune_obs(model, calibration(), config, level=level).strip(do_copy=False)
+        return create_controller(model, config, backend=backend, dispatch=dispatch)
     once = PolynomialSchedule(initial_level=level, target_level=level)
     shared = config.model_dump(exclude={"algorithm"})
     magnitude = MagnitudeSparsityConfig(**shared, schedule=once, weight_importance="abs")
@@ -224,11 +236,17 @@ def control(model: nn.Module, options: Options) -> BaseSparsityAlgoController:
 
 def calibrate(job: Job, model: nn.Module, controller: BaseSparsityAlgoController) -> None:
     """Show the model a few batches of training data that no step sees."""
-    assert job.options.batch_size is not None
     with controller.calibration(), torch.no_grad(), autocast(job):
-        for i in range(CALIBRATION_BATCHES):
-            inputs, _ = job.task.batch(job.options.batch_size, job.options.seed, len(PHASES), i)
-            model(inputs.to(job.device))
+        for inputs in calibration(job, CALIBRATION_BATCHES):
+            model(inputs)
+
+
+def calibration(job: Job, count: int) -> list[Tensor]:
+    """Return batches of training inputs that no step sees."""
+    size, seed = job.options.batch_size, job.options.seed
+    assert size is not None
+    found = (job.task.batch(size, seed, len(PHASES), i) for i in range(count))
+    return [inputs.to(job.device) for inputs, _ in found]
 
 
 def seconds_per_step(state: dict[str, Any], phase: str) -> dict[str, float | None]:

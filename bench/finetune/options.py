@@ -30,6 +30,7 @@ CONFIGS = {row.short: row.config for row in TABLE.values()}
 ALGORITHMS = tuple(CONFIGS)
 WITH_NM = tuple(name for name, config in CONFIGS.items() if config.takes_nm)
 GRADIENT_OR_INPUT = ("snip", "snip_momentum", "wanda")
+IMPORTANCE = (*get_args(WeightImportance), "obs")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class RunOptions:
             equal rises) or ``"adaptive"``, the latter three at every epoch.
         ramp: fraction of the sparse epochs in which the level rises, in (0, 1].
         importance: ``"abs"``, ``"normed_abs"``, ``"snip"``, ``"snip_momentum"``, ``"wanda"`` or
-            ``"random"``; by it magnitude prunes, and set and rigl drop.
+            ``"random"``; by it magnitude prunes, and set and rigl drop. Of const alone ``"obs"``:
+            what prunes once is optimal brain surgeon, with calibration data, not magnitude.
         pool: of magnitude: ``"global"`` or ``"weight"``; None: the library's default.
         initial_masks: of set and rigl: ``"importance"`` or ``"random"``.
         distribution: of set and rigl, over the layers: ``"erk"`` or ``"uniform"``.
@@ -150,7 +152,7 @@ def checked(options: _Run) -> _Run:
     for name, choices in (
         ("algorithm", ALGORITHMS),
         ("schedule", ("polynomial", "exponential", "multistep", "adaptive")),
-        ("importance", get_args(WeightImportance)),
+        ("importance", IMPORTANCE),
         ("pool", (None, *get_args(Pool))),
         ("initial_masks", ("importance", "random")),
         ("distribution", ("erk", "uniform")),
@@ -185,6 +187,11 @@ def checked(options: _Run) -> _Run:
         value = getattr(options, name, None)
         if value is not None and not fits(value):
             raise ValueError(f"{name.replace('_', '-')} must be {what}, got {value!r}")
+    if options.importance == "obs" and options.algorithm != "const":
+        raise ValueError(
+            "importance obs prunes once, before training: it is for algorithm const, got "
+            f"{options.algorithm!r}"
+        )
     if isinstance(pattern, NM) and options.algorithm not in WITH_NM:
         raise ValueError(
             f"algorithm must be one of {', '.join(WITH_NM)} with pattern {options.pattern}, "

@@ -18,11 +18,13 @@ import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
+from torch.utils.data import DataLoader
 
 from ...controller.algorithms.table import algorithm_of
 from ...controller.config.algorithm import AlgorithmConfig
@@ -46,7 +48,7 @@ from .folders import (
     sizes,
     zeros,
 )
-from .job import control
+from .job import OBS_BATCHES, control
 from .layers import layers_of, target_names
 from .options import Options, RunOptions, sparsity_config
 from .recipe import FIELDS, Recipe, checked_recipe, make_recipe, read_recipe, same_recipe, spelled
@@ -386,6 +388,21 @@ def _distillation(run: Run, dense: Any) -> Distillation | None:
 # training
 
 
+def calibration(run: Run) -> list[dict[str, Any]]:
+    """Return batches of training examples, drawn by the run's seed."""
+    loader: Any = DataLoader(
+        run.examples.train,
+        batch_size=run.recipe.batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(run.recipe.seed),
+        collate_fn=run.examples.collate,
+    )
+    return [
+        {key: value.to(run.args.device) for key, value in batch.items()}
+        for batch in islice(loader, OBS_BATCHES)
+    ]
+
+
 def train(
     run: Run,
     checkpoint: Path | None,
@@ -402,7 +419,8 @@ def train(
     dense = run.load() if teaches else None
     if recipe.algorithm == "const":
         # where there are too few zeros, those of one pruning; the callback then finds them there
-        control(model, Options(**_shared(recipe))).strip(do_copy=False)
+        options = Options(**_shared(recipe))
+        control(model, options, lambda: calibration(run)).strip(do_copy=False)
     backend: Any = recipe.backend
     dispatch: Any = recipe.dispatch
     callback = TransformersCallback(

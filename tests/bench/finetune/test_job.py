@@ -229,6 +229,7 @@ def test_every_schedule_resumes(tmp_path, schedule, pattern):
     "how",
     [
         {"algorithm": "const"},
+        {"algorithm": "const", "importance": "obs"},
         {"algorithm": "set"},
         # killed in the step after whose gradients it grows, which was saved, and later
         {"algorithm": "rigl", "delta_t": 4, "save_every": 1},

@@ -504,9 +504,11 @@ def test_of_several_processes_one_writes_and_all_train(place, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["const", "set", "rigl", "rb", "movement"])
+@pytest.mark.parametrize("algorithm", ["const", "const obs", "set", "rigl", "rb", "movement"])
 def test_every_algorithm_trains_such_a_model(place, tmp_path, capsys, algorithm):
+    algorithm, *importance = algorithm.split()
     arguments = command(place, "BERT", "-o", tmp_path / "run", "--json", "--algorithm", algorithm)
+    arguments += [f"--importance={name}" for name in importance]
     if algorithm == "movement":
         arguments = [a for a in arguments if not str(a).startswith("--level")]
     assert run(*arguments) == 0
