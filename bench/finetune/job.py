@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ...controller.algorithms.base import BaseSparsityAlgoController
+from ...controller.algorithms.const import ConstSparsityConfig
 from ...controller.algorithms.magnitude import MagnitudeSparsityConfig
 from ...controller.config.schedule import PolynomialSchedule
 from ...controller.create import create_controller
@@ -224,7 +225,7 @@ def control(
     controller.strip(do_copy=False)
     level = end_level(options)
     assert level is not None
-    if options.importance == "obs" and calibration is not None:
+    if isinstance(config, ConstSparsityConfig) and options.importance == "obs" and calibration:
         prune_obs(model, calibration(), config, level=level).strip(do_copy=False)
         return create_controller(model, config, backend=backend, dispatch=dispatch)
     once = PolynomialSchedule(initial_level=level, target_level=level)

@@ -59,7 +59,9 @@ def prune_matrix(
     moment = moment + torch.diag(ridge)
     weight = weight.double().masked_fill(dead, 0)
     answers = weight @ moment
-    kept = torch.ones(grid_shape(pattern, weight.shape), dtype=torch.bool, device=weight.device)
+    kept = torch.ones(
+        grid_shape(pattern, (len(weight), len(moment))), dtype=torch.bool, device=weight.device
+    )
     single = answers.float(), moment.float()  # enough to rank by
     for pruned in _totals(pattern, kept, level, rounds):
         costs = torch.full(kept.shape, torch.inf, dtype=torch.float32, device=weight.device)
