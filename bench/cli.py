@@ -176,13 +176,23 @@ def finetune(
         ),
     ] = None,
     pool: Annotated[
-        Text, _option("Of magnitude: global or weight.", "weight for blocks, else global")
+        Text,
+        _option(
+            "Of magnitude: global, weight or row.", "row by wanda, weight for blocks, else global"
+        ),
     ] = None,
     initial_masks: Annotated[
         Text, _option("Of set and rigl: importance or random.", "importance")
     ] = None,
     distribution: Annotated[
-        Text, _option("Of set and rigl, over the layers: erk or uniform.", "erk")
+        Text,
+        _option("Over the layers: erk, uniform, or of magnitude owl.", "uniform; set, rigl: erk"),
+    ] = None,
+    minimum_level: Annotated[
+        Real, _option("Each weight is pruned at least so far; not by rb and movement.", "0")
+    ] = None,
+    maximum_level: Annotated[
+        Real, _option("Each weight is pruned at most so far; not by rb and movement.", "0.98")
     ] = None,
     alpha: Annotated[
         Real, _option("Of set and rigl: fraction of the groups that moves at first.", "0.3")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from ..kernels.learned_mask import (
 from ..kernels.mask import make_mask, make_mask_reference, pack, unpack
 from ..kernels.masked_weight import apply_mask, apply_mask_, apply_mask_reference, count_leaks
 from ..kernels.pattern import NM, Block, Pattern, Unstructured, grid_shape
+from ..kernels.prune_rows import prune_rows, prune_rows_reference
 from ..kernels.retained import put_all_back_, take_all_pruned
 from ..kernels.select import Threshold, select, select_reference
 from ..kernels.select_each import select_each, select_each_reference
@@ -76,6 +78,7 @@ def checks(device: torch.device, backend: Backend) -> Iterator[tuple[str, Check]
         fine = normal(37, 130, dtype=dtype).round(decimals=1)  # with equal magnitudes
         packed = pack_reference(grid_of(Unstructured(), fine))
         yield f"select, make_mask {name}", _select([fine, fine[:5].neg()], backend)
+        yield f"prune_rows {name}", _rows([fine, fine[:5].neg()], backend)
         yield f"select_each, kept_counts {name}", _each([fine, fine[:5].neg()], backend)
         yield f"apply_mask unstructured, {name}", _apply(fine, packed, Unstructured(), backend)
         tuples = normal(36, 128, dtype=dtype).round(decimals=1)
@@ -277,6 +280,20 @@ def _select(tensors: list[Tensor], backend: Backend) -> Check:
                 for a, b in zip(got, masks, strict=True):
                     if problem := difference("mask", a, b):
                         return f"k = {k}: {problem}"
+        return None
+
+    return check
+
+
+def _rows(tensors: list[Tensor], backend: Backend) -> Check:
+    def check() -> str | None:
+        for packed, share in product((False, True), (0, 0.5, 0.9)):
+            ks = [round(share * tensor.numel()) for tensor in tensors]
+            masks, _ = prune_rows(tensors, ks, packed=packed, backend=backend)
+            for tensor, k, mask in zip(tensors, ks, masks, strict=True):
+                wanted, _ = prune_rows_reference(tensor, k, packed)
+                if problem := difference("mask", mask, wanted):
+                    return f"k = {k}: {problem}"
         return None
 
     return check

@@ -14,6 +14,7 @@ from .bits import count_kept
 from .launch import Backend
 from .mask import make_mask
 from .pattern import NM, Pattern, Unstructured
+from .prune_rows import prune_rows
 from .select import Threshold, select
 from .select_each import select_each
 from .semi_structured import nm_mask, nm_score
@@ -27,8 +28,8 @@ class Cut(NamedTuple):
         elements: what was given; under N:M scores of elements.
         scores: those of the groups, or of the tuples.
         scales: a factor of each tensor's, or None.
-        threshold: of all, or one a tensor; None where every tuple is pruned, and ``whole`` masks
-            are found.
+        threshold: of all, or one a tensor; None where every tuple is pruned, or each row by itself,
+            and ``whole`` masks are found.
         nonfinite: how many scores are NaN or Inf, on the device: of all, or one a tensor.
         whole: these masks.
         backend: what runs.
@@ -64,7 +65,9 @@ class Cut(NamedTuple):
         return [nm_mask(t, self.pattern, whole=w, backend=self.backend).mask for t, w in pairs]
 
     def pruned(self) -> list[int]:
-        """Count the groups, or tuples, pruned of each tensor. Waits for the device."""
+        """Count the groups, or tuples, pruned of each tensor, which no row is by itself. Waits for the
+        device.
+        """
         groups = [scores.numel() for scores in self.scores]
         if self.threshold is None:
             rows, cols = self.pattern.group if isinstance(self.pattern, NM) else (1, 1)
@@ -84,6 +87,7 @@ def find_cut(
     pattern: Pattern,
     scales: Tensor | None,
     backend: Backend,
+    rows: bool = False,
 ) -> Cut:
     """Find where the ``k`` lowest groups of a pool end; at least 1.
 
@@ -91,17 +95,29 @@ def find_cut(
         tensors: scores of groups, or under N:M of elements.
         k: how many groups are pruned, or tuples; a list, where each tensor is a pool by itself,
             which no tensor under N:M is.
+        rows: each row of each tensor is a pool by itself, of the tensor's share; ``k`` is a list,
+            and under N:M counts tuples.
         pattern: of all tensors.
         scales: float32 ``(len(tensors),)``, a factor of each tensor's scores; None: 1.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
     """
+    if rows:
+        assert isinstance(k, list)
+        n_of_m = isinstance(pattern, NM)
+        scores = [nm_score(t, pattern, backend=backend) for t in tensors] if n_of_m else tensors
+        packed = isinstance(pattern, Unstructured)
+        masks, nonfinite = prune_rows(scores, k, packed=packed, backend=backend)
+        if n_of_m:
+            pairs = zip(tensors, masks, strict=True)
+            masks = [nm_mask(t, pattern, whole=w, backend=backend).mask for t, w in pairs]
+        return Cut(pattern, tensors, scores, scales, None, nonfinite, masks, backend)
     if isinstance(k, list):
         each = select_each(tensors, k, scales=scales, backend=backend)
         return Cut(pattern, tensors, tensors, scales, each, each.nonfinite, [], backend)
     scores = tensors
     if isinstance(pattern, NM):
-        rows, cols = pattern.group
-        if k == sum(tensor.numel() // (rows * cols) for tensor in tensors):
+        tall, wide = pattern.group
+        if k == sum(tensor.numel() // (tall * wide) for tensor in tensors):
             ends = [nm_mask(tensor, pattern, backend=backend) for tensor in tensors]
             nonfinite = torch.stack([end.nonfinite for end in ends]).sum()
             masks = [end.mask for end in ends]

@@ -54,9 +54,12 @@ class RunOptions:
         importance: ``"abs"``, ``"normed_abs"``, ``"snip"``, ``"snip_momentum"``, ``"wanda"`` or
             ``"random"``; by it magnitude prunes, and set and rigl drop. Of const alone ``"obs"``:
             what prunes once is optimal brain surgeon, with calibration data, not magnitude.
-        pool: of magnitude: ``"global"`` or ``"weight"``; None: the library's default.
+        pool: of magnitude: ``"global"``, ``"weight"`` or ``"row"``; None: the library's default.
         initial_masks: of set and rigl: ``"importance"`` or ``"random"``.
-        distribution: of set and rigl, over the layers: ``"erk"`` or ``"uniform"``.
+        distribution: of the level over the layers: ``"erk"``, ``"uniform"``, and of magnitude
+            ``"owl"``; None: the library's default.
+        minimum_level, maximum_level: of magnitude, set and rigl: how far each weight is pruned at
+            least and at most; None: the library's defaults.
         alpha: of set and rigl: fraction of the kept groups that moves at the first update.
         delta_t: of set and rigl: steps between two updates; None: a twentieth of the ramp.
         growth: of rigl: ``"normed_gradient"`` or ``"gradient"``.
@@ -87,7 +90,9 @@ class RunOptions:
     importance: str = "normed_abs"
     pool: str | None = None
     initial_masks: str = "importance"
-    distribution: str = "erk"
+    distribution: str | None = None
+    minimum_level: float | None = None
+    maximum_level: float | None = None
     alpha: float = 0.3
     delta_t: int | None = None
     growth: str = "normed_gradient"
@@ -155,7 +160,7 @@ def checked(options: _Run) -> _Run:
         ("importance", IMPORTANCE),
         ("pool", (None, *get_args(Pool))),
         ("initial_masks", ("importance", "random")),
-        ("distribution", ("erk", "uniform")),
+        ("distribution", (None, "erk", "uniform", "owl")),
         ("growth", ("normed_gradient", "gradient")),
         ("dtype", ("float32", "bfloat16")),
         ("dispatch", ("auto", "sparse", "dense")),
@@ -168,6 +173,8 @@ def checked(options: _Run) -> _Run:
     for name, fits, what in (
         ("level", lambda x: 0 <= x < 1, "in [0, 1)"),
         ("initial_level", lambda x: 0 <= x <= (options.level or 0), "from 0 to the level"),
+        ("minimum_level", lambda x: 0 <= x < 1, "in [0, 1)"),
+        ("maximum_level", lambda x: 0 <= x <= 1, "in [0, 1]"),
         ("ramp", lambda x: 0 < x <= 1, "in (0, 1]"),
         ("alpha", lambda x: 0 <= x <= 1, "in [0, 1]"),
         ("delta_t", lambda x: x >= 1, "at least 1"),
@@ -273,7 +280,8 @@ def sparsity_config(options: Options) -> AlgorithmConfig:
         "growth": options.growth,
         "seed": options.seed,
     }
-    given |= {"pool": options.pool} if options.pool else {}
+    chosen = ("pool", "distribution", "minimum_level", "maximum_level")
+    given |= {name: value for name in chosen if (value := getattr(options, name)) is not None}
     if "schedule" in config.model_fields:
         given["schedule"] = schedule(options)
     if "t_end" in config.model_fields:
@@ -315,7 +323,6 @@ def regrowth(options: Options) -> dict[str, Any]:
     return {
         "level": options.level,
         "t_end": t_end,
-        "distribution": options.distribution,
         "initial_masks": options.initial_masks,
         "alpha": options.alpha,
         "delta_t": options.delta_t or max(1, t_end // 20),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...kernels.group_mask import read_counts, set_masks
-from ...kernels.pattern import NM, Pattern, maximum_level
+from ...kernels.pattern import Pattern
 from ..api import CompressionStage, StripFormat
 from ..config.algorithm import AlgorithmConfig, Pool
 from ..masks.export import export_onnx
@@ -31,8 +31,9 @@ from ..masks.statistics import SparsifiedModelStatistics, SparsityStatistics, St
 from ..masks.strip import strip_masks
 from ..masks.targets import find_targets
 from ..masks.weight import SparseModuleInfo, SparseWeight, Target, dense_weights
+from ..selection.allocation import Distribution
 from ..selection.scorer import BY_GRADIENT, Scorer
-from ..selection.thresholds import Scores, check_reachable, find_masks, find_prunings, pools
+from ..selection.thresholds import Scores, check_reachable, find_masks, planned
 from .batchnorm import adapt_batchnorm
 from .loss import CompressionLoss, ZeroCompressionLoss
 from .scheduler import CompressionScheduler, SparsityScheduler, StubScheduler
@@ -77,6 +78,7 @@ class BaseSparsityAlgoController:
         self._scheduler: CompressionScheduler = CompressionScheduler(self._guard.begin_step)
         self._target_level: float | None = None
         self._pool: Pool = "global"
+        self._shifts = False  # levels differ over weights
         self._keeps_values = False
         self._thresholds: dict[str, Tensor | None] = {}
         self._scorer: Scorer | None = None
@@ -117,6 +119,10 @@ class BaseSparsityAlgoController:
     def group_scores(self, weights: Sequence[SparseWeight]) -> Scores:
         """Score every group of the weights given. All of them share one pattern."""
         raise NotImplementedError(f"{type(self).__name__} must override group_scores()")
+
+    def _distribution(self, weights: Sequence[SparseWeight]) -> Distribution | None:
+        """Say how levels differ over weights of one pattern; None: they do not."""
+        return None
 
     def _keep_values(self, keep: bool) -> None:
         """Keep pruned values, so that groups may return with them, until the masks are frozen."""
@@ -318,18 +324,20 @@ class BaseSparsityAlgoController:
 
     def _find_masks(self, weights: list[Any], level: float) -> Change:
         """Find a level's masks, or refuse; return what writes them."""
-        # a weight that is set by itself is asked for outright
-        found = pools(weights, self._pool)
         with self.ranks.together(self._device):
-            prunings = find_prunings(found, level, self.group_scores, limits=len(weights) > 1)
-            masks = find_masks(prunings)
-        masks = self._agreed(*masks)
+            found = find_masks(
+                weights,
+                level,
+                self.group_scores,
+                pool=self._pool,
+                distribution=self._distribution,
+                limited=len(weights) > 1,  # a weight that is set by itself is asked for outright
+            )
+        masks = self._agreed(found.weights, found.masks, found.counts)
 
         def write() -> None:
             set_masks(*masks)
-            for members, cut in prunings:
-                values = [None] * len(members) if cut is None else cut.values()
-                self._thresholds |= zip((w.name for w in members), values, strict=True)
+            self._thresholds |= found.thresholds
 
         return write
 
@@ -395,10 +403,8 @@ class BaseSparsityAlgoController:
         pruned = sum(weight.pruned_groups() for weight in self._weights)
         wanted = 0
         if self._target_level is not None:
-            for pool in pools(self._weights, self._pool):
-                target = min(self._target_level, maximum_level(pool[0].pattern))
-                wanted += round(target * sum(weight.groups for weight in pool))
-            wanted -= max(p.dropped if isinstance(p, NM) else 1 for p in self._patterns)
+            wanted = planned(self._weights, self._target_level, self._pool, shifts=self._shifts)
+            wanted -= 1
         if pruned == 0 and (wanted > 0 or self._target_level is None):
             return CompressionStage.UNCOMPRESSED
         if pruned >= wanted:

@@ -7,37 +7,52 @@ from typing import Any, Literal
 
 from pydantic import Field, StrictBool, model_validator
 
-from ...kernels.pattern import Block, maximum_level
-from ..config.algorithm import Pool, ScheduledConfig, ScheduleField, default_schedule
+from ...kernels.pattern import NM, Block, maximum_level
+from ..config.algorithm import (
+    Pool,
+    PooledConfig,
+    ScheduledConfig,
+    ScheduleField,
+    default_schedule,
+)
 from ..config.declaration import Whole
 from ..config.schedule import PolynomialSchedule
 from ..masks.weight import SparseWeight
+from ..selection.allocation import Distribution, erdos_renyi, outlier_densities
 from ..selection.criteria import WeightImportance
 from ..selection.scorer import Scorer
-from ..selection.thresholds import Scores, check_reachable, is_reachable
+from ..selection.thresholds import Scores, check_limits, check_reachable, is_reachable
 from .base import BaseSparsityAlgoController
 from .scheduler import make_scheduler
 
 
 def _default_pool(data: dict[str, Any]) -> Pool:
-    return "weight" if isinstance(data.get("pattern"), Block) else "global"
+    if data.get("weight_importance") == "wanda":
+        return "row"
+    shifts = data.get("distribution", "uniform") != "uniform"
+    return "weight" if shifts or isinstance(data.get("pattern"), Block) else "global"
 
 
-class MagnitudeSparsityConfig(ScheduledConfig):
+class MagnitudeSparsityConfig(PooledConfig, ScheduledConfig):
     """Prune the groups of smallest magnitude, or of least importance by another criterion.
 
     For example ``MagnitudeSparsityConfig(pattern=Block(32, 32),
     schedule=PolynomialSchedule(target_level=0.8, target_epoch=3))``. Further arguments are
-    ``ScheduledConfig``'s and ``AlgorithmConfig``'s.
+    ``ScheduledConfig``'s, ``PooledConfig``'s and ``AlgorithmConfig``'s.
 
     Args:
         schedule: by default ``PolynomialSchedule()``.
         weight_importance: ``"abs"``: |w|; ``"normed_abs"``: |w| / ||w||_2, the norm of its tensor;
             ``"snip"``, ``"snip_momentum"``, ``"wanda"``, ``"random"``: see ``criteria.py``.
+        distribution: of the level over the weights, where each is pruned by itself:
+            ``"uniform"``; ``"erk"``: Erdos-Renyi-Kernel, narrow weights keep more; ``"owl"``: those
+            with more outliers keep more (Yin et al., https://arxiv.org/abs/2310.05175): elements of
+            more than ``OUTLIER`` times their weight's mean importance.
         pool: ``"global"``: all weights of one pattern are compared with one another; ``"weight"``:
-            each weight is pruned to the level by itself. By default ``"weight"`` for blocks, whose
-            means differ so little within a weight that a common threshold takes whole weights,
-            else ``"global"``.
+            each weight is pruned by itself; ``"row"``: each output row of it, or block row, prunes
+            the same share. By default ``"row"`` for Wanda, as published; ``"weight"`` with a
+            distribution, and for blocks, whose means differ so little within a weight that a common
+            threshold takes whole weights; else ``"global"``.
         keep_pruned_values: keep what is pruned until the masks are frozen, so that a group may
             return with the value that it had; costs ``level`` x the weights' bytes for blocks, and
             once the weights' for other patterns. False: a returning group starts at zero.
@@ -49,12 +64,23 @@ class MagnitudeSparsityConfig(ScheduledConfig):
     algorithm: Literal["magnitude_sparsity"] = "magnitude_sparsity"
     schedule: ScheduleField = Field(default_factory=default_schedule(PolynomialSchedule))
     weight_importance: WeightImportance = "normed_abs"
+    distribution: Literal["uniform", "erk", "owl"] = "uniform"
     pool: Pool = Field(default_factory=_default_pool)
     keep_pruned_values: StrictBool = True
     seed: Whole = 0
 
     @model_validator(mode="after")
     def _check_levels(self) -> MagnitudeSparsityConfig:
+        if self.distribution != "uniform" and self.pool == "global":
+            raise ValueError(
+                "distribution must be 'uniform' with pool 'global', whose scores decide the level "
+                f"of each weight, got {self.distribution!r}"
+            )
+        if self.distribution != "uniform" and isinstance(self.pattern, NM):
+            raise ValueError(
+                f"distribution must be 'uniform' with pattern {self.pattern}, got "
+                f"{self.distribution!r}"
+            )
         target = self.initial_level if self.schedule is None else self.schedule.target_level
         if not is_reachable(target, [self.pattern]):
             raise ValueError(
@@ -76,13 +102,14 @@ class MagnitudeSparsityController(BaseSparsityAlgoController):
         self._scorer = self._criterion = Scorer(
             self._weights, config.weight_importance, config.seed
         )
-        self._pool = config.pool
+        self._pool, self._shifts = config.pool, config.distribution != "uniform"
         self._keep_values(config.keep_pruned_values)
         self.disable_scheduler()
         if config.schedule is not None:
             self._scheduler = make_scheduler(self, config.schedule)
             self._target_level = config.schedule.target_level
             check_reachable("schedule: target_level", self._target_level, self._patterns)
+            check_limits(self._weights, self._target_level)
         self.set_sparsity_level(config.initial_level)
         if config.initial_level > 0:
             self._adapt_batchnorm()
@@ -90,3 +117,12 @@ class MagnitudeSparsityController(BaseSparsityAlgoController):
     def group_scores(self, weights: Sequence[SparseWeight]) -> Scores:
         """The criterion's importance; a block's is the mean over its elements."""
         return self._criterion.scores(weights, self._pool)
+
+    def _distribution(self, weights: Sequence[SparseWeight]) -> Distribution | None:
+        kind = "uniform" if isinstance(weights[0].pattern, NM) else self.config.distribution
+        match kind:
+            case "erk":
+                return Distribution([erdos_renyi(weight.weight_shape) for weight in weights])
+            case "owl":
+                return outlier_densities(self._criterion.outliers(weights))
+        return None

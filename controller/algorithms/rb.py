@@ -51,7 +51,7 @@ class RBSparsityConfig(ScheduledConfig):
     @model_validator(mode="after")
     def _check_overrides_set_no_level(self) -> RBSparsityConfig:
         for override in self.overrides:
-            if override.minimum_level > 0 or override.maximum_level < 1:
+            if (override.minimum_level, override.maximum_level) != (None, None):
                 raise ValueError(
                     "overrides must set no minimum_level or maximum_level, as levels are learned, "
                     f"got {override!r}; sparsity_level_setting_mode 'local' gives each weight its "

@@ -17,26 +17,27 @@ from pydantic import model_validator
 from torch import Tensor
 
 from ...kernels.group_mask import read_counts, regrown, set_masks
-from ..config.algorithm import AlgorithmConfig
+from ..config.algorithm import PooledConfig
 from ..config.declaration import Level, Positive, Share, Whole
 from ..masks.weight import SparseWeight
-from ..selection.allocation import distribute, erdos_renyi, within
+from ..selection.allocation import Distribution, distribute, erdos_renyi, within
 from ..selection.criteria import WeightImportance, random_numbers
 from ..selection.scorer import Scorer
-from ..selection.thresholds import pools
+from ..selection.thresholds import limits, pools
 from .base import BaseSparsityAlgoController, Change
 from .scheduler import CompressionScheduler
 
 
-class RegrowthConfig(AlgorithmConfig):
-    """What SET and RigL are given. Pattern, scopes and overrides are ``AlgorithmConfig``'s.
+class RegrowthConfig(PooledConfig):
+    """What SET and RigL are given. Limits are ``PooledConfig``'s, pattern, scopes and overrides
+    ``AlgorithmConfig``'s.
 
     Args:
         level: fraction of the groups that is pruned, from the start on, in [0, 1).
         t_end: optimiser step from which the masks stay; 0: the first masks stay. About three
             quarters of the training, and, unless it is 0 or 1, beyond the first update.
         distribution: ``"erk"``: Erdos-Renyi-Kernel, narrow weights keep more; ``"uniform"``: the
-            same level everywhere. Counts are exact, within the limits of overrides.
+            same level everywhere. Counts are exact, within the limits.
         initial_masks: ``"random"``, or the groups of greatest ``"importance"``.
         weight_importance: by which groups are dropped; see ``criteria.py``.
         alpha: fraction of the kept groups that moves at first, in [0, 1]; it falls along a cosine
@@ -193,14 +194,13 @@ class SETController(BaseSparsityAlgoController):
             densities = [erdos_renyi(weight.weight.shape) for weight in pool]
         least, most = [0] * len(pool), groups
         if len(pool) > 1:
-            targets = [weight.target for weight in pool]
-            pairs = list(zip(groups, targets, strict=True))
-            least = [n - round(t.maximum_level * n) for n, t in pairs]
-            most = [n - round(t.minimum_level * n) for n, t in pairs]
-            most = list(map(max, most, least))
+            most, least = (
+                [n - end for n, end in zip(groups, ends, strict=True)]
+                for ends in limits(pool, level, rising=False)
+            )
         total = sum(groups) - round(level * sum(groups))
         total = within(level, "keep", total, least, most, sum(groups))
-        return distribute(total, groups, densities, least, most)
+        return distribute(total, groups, Distribution(densities), least, most)
 
     @staticmethod
     def _checked(

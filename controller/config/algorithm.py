@@ -84,8 +84,9 @@ def _known_schedule(schedule: object) -> object:
     )
 
 
-# what is compared with what: all weights of one pattern, or each weight's groups with one another
-Pool = Literal["global", "weight"]
+# what is compared with what: all weights of one pattern; each weight's groups with one another;
+# those of each row, or block row
+Pool = Literal["global", "weight", "row"]
 
 PatternField = Annotated[Pattern, PlainValidator(parse_pattern), PlainSerializer(_spell_pattern)]
 Scope = Annotated[str, Field(strict=True), AfterValidator(check_scope)]
@@ -120,23 +121,24 @@ class Override(Declaration):
     Args:
         scope: which weights: module path, glob or ``{re}`` expression.
         pattern: their pattern; None: the configuration's.
-        minimum_level: each of them is pruned at least this far, in [0, 1).
-        maximum_level: each of them is pruned at most this far, in [0, 1].
+        minimum_level, maximum_level: as ``PooledConfig``'s; None: the configuration's.
     """
 
     scope: Scope
     pattern: PatternField | None = None
-    minimum_level: Level = 0.0
-    maximum_level: Share = 1.0
+    minimum_level: Level | None = None
+    maximum_level: Share | None = None
 
     @model_validator(mode="after")
     def _check_limits(self) -> Override:
-        if self.minimum_level > self.maximum_level:
-            raise ValueError(
-                f"minimum_level must be at most maximum_level {self.maximum_level}, "
-                f"got {self.minimum_level}"
-            )
+        _check_order(self)
         return self
+
+
+def _check_order(limits: PooledConfig | Override) -> None:
+    least, most = limits.minimum_level, limits.maximum_level
+    if least is not None and most is not None and least > most:
+        raise ValueError(f"minimum_level must be at most maximum_level {most}, got {least}")
 
 
 class AlgorithmConfig(Declaration):
@@ -183,6 +185,25 @@ class AlgorithmConfig(Declaration):
         if scopes == ():
             raise ValueError("must be None or name a scope, got ()")
         return scopes
+
+
+class PooledConfig(AlgorithmConfig):
+    """Base of the configurations of what compares groups, and may so take a weight too far.
+
+    Args:
+        minimum_level: each weight is pruned at least this far, in [0, 1), once the schedule's level
+            is above it.
+        maximum_level: each weight is pruned at most this far, in [0, 1]. None: 0.98, as in Intel
+            Neural Compressor, or as far as all together at levels beyond; 1 lifts the limit.
+    """
+
+    minimum_level: Level = 0.0
+    maximum_level: Share | None = None
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> PooledConfig:
+        _check_order(self)
+        return self
 
 
 class ScheduledConfig(AlgorithmConfig):

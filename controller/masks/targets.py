@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -175,10 +176,12 @@ def _target(candidate: Candidate, config: AlgorithmConfig) -> Target:
     module, weight = candidate.users[0][0], candidate.weight
     layout = kinds.is_transposed(module, weight), kinds.holds_experts(module, weight)
     target = Target(candidate.names[0], candidate.users, config.pattern, *layout)
-    if override is None:
-        return target
-    limits = {"minimum_level": override.minimum_level, "maximum_level": override.maximum_level}
-    return replace(target, pattern=override.pattern or config.pattern, **limits)
+    limits: dict[str, Any] = {}
+    for given in (config, override):
+        own = {name: getattr(given, name, None) for name in ("minimum_level", "maximum_level")}
+        limits |= {name: level for name, level in own.items() if level is not None}
+    pattern = config.pattern if override is None else override.pattern or config.pattern
+    return replace(target, pattern=pattern, **limits)
 
 
 def _check_weight(target: Target) -> None:

@@ -51,7 +51,7 @@ class Target:
         transposed: it is stored ``(in_features, out_features)``, as Hugging Face's Conv1D, or
             ``(experts, in_features, out_features)``.
         experts: it is one matrix an expert.
-        minimum_level, maximum_level: limits of its level inside a pool.
+        minimum_level, maximum_level: limits of its level; None: the default of all.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Target:
     transposed: bool = False
     experts: bool = False
     minimum_level: float = 0.0
-    maximum_level: float = 1.0
+    maximum_level: float | None = None
 
     @property
     def weight(self) -> nn.Parameter:

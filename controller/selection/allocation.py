@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+OWL_SPAN = 0.08  # how far a weight's level may lie from the middle
 
 
 def allocate(
@@ -62,8 +65,8 @@ def within(
     least, most = sum(minimum), sum(maximum)
     if not least - len(minimum) < total < most + len(maximum):
         raise ValueError(
-            f"set_sparsity_level: level {level} cannot be reached within the limits of overrides: "
-            f"{total} of {groups} groups to {verb}, between {least} and {most} allowed"
+            f"set_sparsity_level: level {level} cannot be reached within the limits minimum_level "
+            f"and maximum_level: {total} of {groups} groups to {verb}, between {least} and {most} allowed"
         )
     return min(max(total, least), most)
 
@@ -77,37 +80,66 @@ def erdos_renyi(shape: Sequence[int]) -> float:
     return sum(shape) / math.prod(shape)
 
 
+class Distribution(NamedTuple):
+    """How levels differ over the weights of a pool.
+
+    Attributes:
+        densities: one a weight: shares kept, up to what all have in common.
+        adds: what they have in common is a term; else a positive factor.
+    """
+
+    densities: list[float]
+    adds: bool = False
+
+
+def outlier_densities(ratios: Sequence[float]) -> Distribution:
+    """Return OWL's distribution: the more outliers a weight has, the more of it is kept.
+
+    The densities lie within ``OWL_SPAN`` of their middle, in proportion to the ratios (Yin et al.,
+    https://arxiv.org/abs/2310.05175, with the paper's lambda of 0.08).
+
+    Args:
+        ratios: of each weight's elements those that are outliers.
+    """
+    least, span = min(ratios), max(ratios) - min(ratios)
+    return Distribution(
+        [2 * OWL_SPAN * (ratio - least) / span if span else 0.0 for ratio in ratios], adds=True
+    )
+
+
 def distribute(
     total: int,
     groups: Sequence[int],
-    densities: Sequence[float],
+    distribution: Distribution,
     least: Sequence[int],
     most: Sequence[int],
 ) -> list[int]:
-    """Split ``total`` kept groups over weights, in proportion to a density, within limits.
+    """Split ``total`` kept groups over weights by their densities, within limits.
 
-    Weight i keeps ``factor * densities[i] * groups[i]`` groups, held within its limits; the factor
-    is the one at which the counts add up. They are rounded to integers by largest remainders, the
-    first weight first, so that the sum is exact.
+    Weight i keeps ``x * densities[i] * groups[i]`` groups, or ``(x + densities[i]) * groups[i]``,
+    held within its limits; x is where the counts add up. They are rounded to integers by largest
+    remainders, the first weight first, so that the sum is exact.
 
     Args:
         total: groups to keep, between the sums of ``least`` and ``most``.
         groups: how many each weight has.
-        densities: positive, up to a common factor.
+        distribution: densities, positive where they have a factor in common.
         least, most: groups that each weight must, and may at most, keep.
 
     Returns:
         How many groups each weight keeps.
     """
+    densities, adds = distribution
 
-    def shares(factor: float) -> list[float]:
+    def shares(x: float) -> list[float]:
         return [
-            min(max(factor * d * n, float(low)), float(high))
+            min(max((x + d if adds else x * d) * n, float(low)), float(high))
             for d, n, low, high in zip(densities, groups, least, most, strict=True)
         ]
 
-    low, high = 0.0, 1.0 / min(densities)
-    # the sum grows with the factor; 100 halvings leave less than a float can tell
+    low = -max(densities) if adds else 0.0
+    high = 1.0 - min(densities) if adds else 1.0 / min(densities)
+    # the sum grows with x; 100 halvings leave less than a float can tell
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(shares(middle)) < total else (low, middle)

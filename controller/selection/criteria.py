@@ -1,8 +1,7 @@
 """Criteria: how important each element of a weight is. Functions of one signature.
 
 A criterion sees the ``Evidence`` on one weight and returns its ``Importance``; the score of a
-block is the mean over its elements. The pool decides what is compared with what: all target
-weights, or one weight. Wanda's own comparison is within each output row; see ``wanda``.
+block is the mean over its elements. The pool decides what is compared with what.
 """
 
 from __future__ import annotations
@@ -106,8 +105,8 @@ def wanda(evidence: Evidence) -> Importance:
     The size is the root mean square over the calibration's tokens: the paper's ||x||_2 but for a
     factor that one weight has in common, so that layers which saw other numbers of tokens compare.
 
-    The paper prunes the same fraction of each output row. Here the pool is compared: one weight in
-    ``local`` mode, all target weights else, where layers of larger activations keep more.
+    The paper prunes the same fraction of each output row: the pool ``"row"``. In a pool of all
+    weights layers of larger activations keep more.
 
     Raises:
         RuntimeError: the inputs have not been calibrated.

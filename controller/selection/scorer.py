@@ -19,6 +19,7 @@ from .thresholds import Scores, pools
 MOMENTUM_DECAY = 0.9
 # of each weight: float64, squared inputs a column, and how many there were
 Sums = dict[str, tuple[Tensor, int]]
+OUTLIER = 5  # the paper's M
 BY_GRADIENT = ("snip", "snip_momentum")
 
 
@@ -52,6 +53,17 @@ class Scorer:
         for members in pools(weights, pool) if speak else ():
             check_gradients(self.importance, members, [speak[weight] for weight in members])
         return Scores(tensors, None)
+
+    def outliers(self, weights: Sequence[SparseWeight]) -> list[float]:
+        """Return which share of each weight's elements has more than ``OUTLIER`` times the mean
+        importance of all: OWL's ratio. Waits for the device once.
+        """
+        importance_of, shares = criterion(self.importance), []
+        for weight in weights:
+            sizes = importance_of(self._evidence(weight)).values.abs()
+            bound = OUTLIER * sizes.mean(dtype=torch.float32)
+            shares.append((sizes > bound).count_nonzero() / sizes.numel())
+        return torch.stack(shares).tolist()
 
     def observe(self) -> None:
         """Take in the gradients of the step that has ended, where the criterion sums them.

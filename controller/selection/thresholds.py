@@ -15,7 +15,7 @@ from ...kernels.pattern import NM, Pattern, maximum_level
 from ...kernels.table import alike
 from ..config.algorithm import Pool
 from ..masks.weight import SparseWeight
-from .allocation import allocate, within
+from .allocation import Distribution, allocate, distribute, within
 
 
 class Scores(NamedTuple):
@@ -40,13 +40,16 @@ class Pruning(NamedTuple):
 
 
 ScoresOf = Callable[[Sequence[SparseWeight]], Scores]
+DistributionOf = Callable[[Sequence[SparseWeight]], Distribution | None]
+
+DEFAULT_MAXIMUM = 0.98  # Intel Neural Compressor's
 
 
 def pools(weights: Sequence[SparseWeight], pool: Pool = "global") -> list[list[SparseWeight]]:
-    """Part the weights: each by itself, or by pattern, since in a mixed pool an element would
-    count as much as a block.
+    """Part the weights: each by itself, whose rows may be pools of their own, or by pattern, since
+    in a mixed pool an element would count as much as a block.
     """
-    if pool == "weight":
+    if pool != "global":
         return [[weight] for weight in weights]
     found: dict[Pattern, list[SparseWeight]] = {}
     for weight in weights:
@@ -71,91 +74,203 @@ def check_reachable(what: str, level: float, patterns: Sequence[Pattern]) -> Non
         )
 
 
-def find_prunings(
-    pools: Sequence[list[SparseWeight]], level: float, scores: ScoresOf, *, limits: bool
-) -> list[Pruning]:
-    """Find the thresholds of pools; several of one where limits hold some weights apart.
+def limits(
+    weights: Sequence[SparseWeight], level: float, *, rising: bool = True
+) -> tuple[list[int], list[int]]:
+    """Return how many groups, of N:M tuples, each of some weights of one pattern must, and may at
+    most, give up at a level: by its own limits, each rounded.
 
-    Args:
-        pools: the weights, those of each of one pattern.
-        level: ``round(level * groups)`` groups are pruned; of N:M tuples that share of what it
-            can prune.
-        scores: scores every group of the weights given.
-        limits: each weight keeps within its own; a total that misses them by rounding alone is
-            taken to the nearest they allow.
-
-    Raises:
-        ValueError: the level is beyond what the limits allow.
+    Without a maximum of its own a weight keeps ``1 - DEFAULT_MAXIMUM``, or at levels beyond that
+    as much as all others. A ``rising`` level passes those below a weight's minimum on its way up.
     """
-    found: list[Pruning] = []
-    alone: list[tuple[SparseWeight, int]] = []  # cut each by itself, but searched together
-    most = {
-        weight.kind: maximum_level(weight.pattern) for weights in pools for weight in weights[:1]
-    }
-    for weights in pools:
-        highest = most[weights[0].kind]
-        share = min(level / highest, 1.0)
-        groups = [weight.choices for weight in weights]
-        total = round(share * sum(groups))
-        targets = [weight.target for weight in weights] if limits else []
-        if any(t.minimum_level > 0 or t.maximum_level < 1 for t in targets):
-            pairs = [*zip(groups, targets, strict=True)]
-            maximum = [round(min(t.maximum_level / highest, 1.0) * n) for n, t in pairs]
-            # a schedule passes levels below a weight's minimum on its way up
-            minimum = [round(min(t.minimum_level / highest, share) * n) for n, t in pairs]
-            minimum = [*map(min, minimum, maximum)]
-            total = within(level, "prune", total, minimum, maximum, sum(groups))
-            if len(weights) > 1:
-                fixed, weights, total = _allocate(weights, total, minimum, maximum, scores)
-                alone += fixed
-        if len(weights) == 1:
-            alone.append((weights[0], total))
-        elif weights:
-            found.append(_prune(weights, total, scores))
-    return found + _prune_each(alone, scores)
+    highest = maximum_level(weights[0].pattern)
+    at_present = level / highest if rising else 1.0
+    least, most = [], []
+    for weight in weights:
+        target, groups = weight.target, weight.choices
+        maximum = target.maximum_level
+        maximum = max(DEFAULT_MAXIMUM, level) if maximum is None else maximum
+        most.append(round(min(maximum / highest, 1.0) * groups))
+        minimum = round(min(target.minimum_level / highest, at_present, 1.0) * groups)
+        least.append(min(minimum, most[-1]))
+    return least, most
 
 
-def _prune_each(alone: Sequence[tuple[SparseWeight, int]], scores: ScoresOf) -> list[Pruning]:
-    found = []
-    for (kind, prunes), places in alike((w.kind, count > 0) for w, count in alone).items():
-        if isinstance(kind.pattern, NM):
-            found += [_prune([alone[place][0]], alone[place][1], scores) for place in places]
-            continue
-        members, counts = zip(*(alone[place] for place in places), strict=True)
-        found.append(_prune([*members], [*counts] if prunes else 0, scores))
-    return found
+class _Shared(NamedTuple):
+    """Weights that have a threshold in common, how many groups go, and of each at least, at most."""
+
+    weights: list[SparseWeight]
+    total: int
+    least: list[int]
+    most: list[int]
 
 
-def _allocate(
-    weights: list[SparseWeight], total: int, least: list[int], most: list[int], scores: ScoresOf
-) -> tuple[list[tuple[SparseWeight, int]], list[SparseWeight], int]:
-    """Return the weights that meet a limit with their counts; the others, and the count of all."""
+class Masks(NamedTuple):
+    """Masks that are found and yet to be set.
 
-    # waits for the device once a round: which weights meet a limit decides what is searched next
-    def natural(members: list[int], k: int) -> list[int]:
-        pruning = _prune([weights[i] for i in members], k, scores)
-        check_finite([pruning])
-        return [0] * len(members) if pruning.cut is None else pruning.cut.pruned()
+    Attributes:
+        weights, masks, counts: ``set_masks``'s arguments.
+        thresholds: of each weight by name, on the device; None where there is none.
+    """
 
-    fixed, free, left = allocate(total, least, most, natural)
-    return [(weights[i], count) for i, count in fixed.items()], [weights[i] for i in free], left
+    weights: list[SparseWeight]
+    masks: list[Tensor]
+    counts: list[list[int]]
+    thresholds: dict[str, Tensor | None]
 
 
 def find_masks(
-    prunings: Sequence[Pruning],
-) -> tuple[list[SparseWeight], list[Tensor], list[list[int]]]:
-    """Find the masks, compact, and how many groups and elements each keeps: ``set_masks``'s
-    arguments. Refuses scores that hold NaN or Inf, by their weight. Waits for the device once.
+    weights: Sequence[SparseWeight],
+    level: float,
+    scores: ScoresOf,
+    *,
+    pool: Pool = "global",
+    distribution: DistributionOf = lambda _: None,
+    limited: bool = True,
+) -> Masks:
+    """Find the masks of a level: ``round(level * groups)`` groups of each pool are pruned, of N:M
+    tuples that share of what it can prune. Waits for the device once, and once more for each round
+    in which a common threshold takes a weight past its limits.
+
+    Args:
+        weights: of any patterns; those of one pattern are compared.
+        level: in [0, 1).
+        scores: scores every group of the weights given.
+        pool: what is compared.
+        distribution: of several weights that are pools by themselves; None: the same level.
+        limited: each weight keeps within its limits; a total that misses them by rounding alone is
+            taken to the nearest they allow.
+
+    Raises:
+        ValueError: the level is beyond what the limits allow; scores hold NaN or Inf.
     """
-    weights, masks = [], []
+    shared, alone = _plan(weights, level, pool, distribution, limited)
+    prunings = [_prune(one.weights, one.total, scores) for one in shared]
+    rest = _prune_each(alone, scores, pool == "row")
+    found = _masks_of(prunings + rest)
+    # as a rule no limit is met, and nothing was found in vain
+    pruned = iter(_pruned(found))
+    again = False
+    parted = []
+    for one, pruning in zip(shared, prunings, strict=True):
+        known = [next(pruned) for _ in one.weights]
+        within_limits = [a <= n <= b for a, n, b in zip(one.least, known, one.most, strict=True)]
+        if all(within_limits):
+            parted.append(pruning)
+        else:
+            again = True
+            parted += _part(one, known, scores)
+    return _masks_of(parted + rest) if again else found
+
+
+def check_limits(weights: Sequence[SparseWeight], level: float) -> None:
+    """Refuse a level that the limits of the weights will not let masks reach."""
+    planned(weights, level, "global", shifts=False)
+
+
+def planned(weights: Sequence[SparseWeight], level: float, pool: Pool, *, shifts: bool) -> int:
+    """Return how many groups a level prunes in all; ``shifts``: levels differ over weights."""
+
+    def distribution(members: Sequence[SparseWeight]) -> Distribution | None:
+        return Distribution([1.0] * len(members)) if shifts else None
+
+    shared, alone = _plan(weights, level, pool, distribution, len(weights) > 1)
+    sizes = [(one.weights[0].pattern, one.total) for one in shared]
+    sizes += [(weight.pattern, count) for weight, count in alone]
+    return sum(n * (p.dropped if isinstance(p, NM) else 1) for p, n in sizes)
+
+
+def _plan(
+    weights: Sequence[SparseWeight],
+    level: float,
+    pool: Pool,
+    distribution: DistributionOf,
+    limited: bool,
+) -> tuple[list[_Shared], list[tuple[SparseWeight, int]]]:
+    """Return the pools of several weights; the weights that are pools by themselves, or of rows,
+    with their counts.
+    """
+    shared: list[_Shared] = []
+    alone: list[tuple[SparseWeight, int]] = []
+    for members in pools(weights):
+        share = min(level / maximum_level(members[0].pattern), 1.0)
+        groups = [weight.choices for weight in members]
+        least, most = limits(members, level) if limited else ([0] * len(members), groups)
+        total = round(share * sum(groups))
+        several = len(members) > 1
+        if several and pool == "global":
+            total = within(level, "prune", total, least, most, sum(groups))
+            shared.append(_Shared(members, total, least, most))
+            continue
+        counts = [round(share * n) for n in groups]
+        chosen = distribution(members) if several and total else None
+        if chosen or any(n < a or n > b for a, n, b in zip(least, counts, most, strict=True)):
+            total = within(level, "prune", total, least, most, sum(groups))
+            kept = [[n - m for n, m in zip(groups, ends, strict=True)] for ends in (most, least)]
+            chosen = chosen or Distribution([1.0] * len(members))
+            keeps = distribute(sum(groups) - total, groups, chosen, *kept)
+            counts = [n - keep for n, keep in zip(groups, keeps, strict=True)]
+        alone += zip(members, counts, strict=True)
+    return shared, alone
+
+
+def _pruned(found: Masks) -> list[int]:
+    """Return how many groups, or tuples, each mask prunes."""
+    return [
+        (weight.groups - kept) // (weight.pattern.dropped if isinstance(weight.pattern, NM) else 1)
+        for weight, (kept, _) in zip(found.weights, found.counts, strict=True)
+    ]
+
+
+def _prune_each(
+    alone: Sequence[tuple[SparseWeight, int]], scores: ScoresOf, rows: bool = False
+) -> list[Pruning]:
+    found = []
+    for (kind, prunes), places in alike((w.kind, count > 0) for w, count in alone).items():
+        if isinstance(kind.pattern, NM) and not rows:
+            found += [_prune([alone[place][0]], alone[place][1], scores) for place in places]
+            continue
+        members, counts = zip(*(alone[place] for place in places), strict=True)
+        found.append(_prune([*members], [*counts] if prunes else 0, scores, rows))
+    return found
+
+
+def _part(pool: _Shared, known: list[int], scores: ScoresOf) -> list[Pruning]:
+    """Return the weights that meet a limit, cut each by itself, and the others, cut together.
+
+    ``known`` is what each gives up with one threshold for all.
+    """
+    weights = pool.weights
+    latest: Pruning | None = None
+
+    # waits for the device once a round: which weights meet a limit decides what is searched next
+    def natural(members: list[int], k: int) -> list[int]:
+        nonlocal latest
+        if len(members) == len(weights):
+            return known
+        latest = _prune([weights[i] for i in members], k, scores)
+        return [0] * len(members) if latest.cut is None else latest.cut.pruned()
+
+    fixed, free, _ = allocate(pool.total, pool.least, pool.most, natural)
+    found = _prune_each([(weights[i], count) for i, count in fixed.items()], scores)
+    return [latest, *found] if free and latest else found
+
+
+def _masks_of(prunings: Sequence[Pruning]) -> Masks:
+    """Find the masks, and how many groups and elements each keeps. Refuses scores that hold NaN or
+    Inf, by their weight. Waits for the device once.
+    """
+    weights, masks, thresholds = [], [], {}
     for members, cut in prunings:
         weights += members
         masks += [weight.full_mask() for weight in members] if cut is None else cut.masks()
+        values = [None] * len(members) if cut is None else cut.values()
+        thresholds |= zip((weight.name for weight in members), values, strict=True)
     nonfinite = [cut.nonfinite for _, cut in prunings if cut is not None]
     counts, bad = read_counts(weights, masks, nonfinite)
     if any(bad):
         check_finite(prunings)
-    return weights, masks, counts
+    return Masks(weights, masks, counts, thresholds)
 
 
 def check_finite(prunings: Sequence[Pruning]) -> None:
@@ -172,9 +287,11 @@ def check_finite(prunings: Sequence[Pruning]) -> None:
                     )
 
 
-def _prune(weights: list[SparseWeight], pruned: int | list[int], scores: ScoresOf) -> Pruning:
+def _prune(
+    weights: list[SparseWeight], pruned: int | list[int], scores: ScoresOf, rows: bool = False
+) -> Pruning:
     if not pruned:
         # a criterion need not have its evidence, and no weight is read
         return Pruning(weights, None)
     (tensors, scales), first = scores(weights), weights[0]
-    return Pruning(weights, find_cut(tensors, pruned, first.pattern, scales, first.backend))
+    return Pruning(weights, find_cut(tensors, pruned, first.pattern, scales, first.backend, rows))

@@ -46,6 +46,14 @@ def wrong_gradient(function):
     return broken
 
 
+def wrong_rows(function):
+    def broken(*args, **kwargs):
+        masks, nonfinite = function(*args, **kwargs)
+        return [~masks[0], *masks[1:]], nonfinite
+
+    return broken
+
+
 def wrong_list(function):
     def broken(*args, **kwargs):
         found = function(*args, **kwargs)
@@ -121,6 +129,7 @@ LINEAR = "block_sparse_linear"
         ("select", wrong_field(1), "select", "k = 0: keep_ties"),
         ("make_mask", wrong_list, "select", "k = 0: mask"),
         ("select_each", wrong_field(0), "select_each", "value"),
+        ("prune_rows", wrong_rows, "prune_rows", "mask"),
         ("kept_counts", lambda f: lambda *a, **b: f(*a, **b) + 1, "select_each", "counts"),
         ("pack", wrong_bits, "pack", "packed"),
         ("unpack", wrong_bits, "pack", "unpacked"),

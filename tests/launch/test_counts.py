@@ -62,16 +62,24 @@ def regrowth(kind, pattern, **options):
 
 
 BLOCKS = Block(64, 64)
+UNLIMITED = {"maximum_level": 1.0}  # kernels count nothing: all weights look past a limit
 CONFIGS = {
     "magnitude, blocks, each": MagnitudeSparsityConfig(pattern=BLOCKS, pool="weight"),
-    "magnitude, blocks, global": MagnitudeSparsityConfig(pattern=BLOCKS, pool="global"),
+    "magnitude, blocks, global": MagnitudeSparsityConfig(
+        pattern=BLOCKS, pool="global", **UNLIMITED
+    ),
+    "magnitude, blocks, rows": MagnitudeSparsityConfig(pattern=BLOCKS, pool="row"),
     "magnitude, fine, each": MagnitudeSparsityConfig(pool="weight"),
-    "magnitude, fine, global": MagnitudeSparsityConfig(pool="global"),
+    "magnitude, fine, global": MagnitudeSparsityConfig(pool="global", **UNLIMITED),
+    "magnitude, fine, rows": MagnitudeSparsityConfig(pool="row"),
     # those that meet a limit, here all but one, are searched together
     "magnitude, blocks, limits": MagnitudeSparsityConfig(
         pattern=BLOCKS,
         pool="global",
-        overrides=[Override(scope="0"), Override(scope="*", maximum_level=0.5)],
+        overrides=[
+            Override(scope="0", maximum_level=1.0),
+            Override(scope="*", maximum_level=0.5),
+        ],
     ),
     "set, blocks": regrowth("set", BLOCKS),
     "set, fine": regrowth("set", Unstructured()),
@@ -83,7 +91,9 @@ CONFIGS = {
 UPDATE = {
     "magnitude, blocks, each": Costs(Cost(14, 0), Cost(4, 0), Cost(2, 0)),
     "magnitude, blocks, global": Costs(Cost(17, 0), Cost(11, 0), Cost(2, 0)),
+    "magnitude, blocks, rows": Costs(Cost(11, 0), Cost(4, 0), Cost(2, 0)),
     "magnitude, fine, each": Costs(Cost(11, 0), Cost(4, 0), Cost(2, 0)),
+    "magnitude, fine, rows": Costs(Cost(8, 0), Cost(4, 0), Cost(2, 0)),
     "magnitude, fine, global": Costs(Cost(14, 0), Cost(11, 0), Cost(2, 0)),
     # two rounds of these tell which meet a limit; each waits for the device
     "magnitude, blocks, limits": Costs(Cost(30, 0), Cost(23, 1), Cost(8, 0)),

@@ -22,6 +22,7 @@ from triton_sparsity.kernels.masked_weight import apply_mask, apply_mask_, count
 from triton_sparsity.kernels.numbers import uniform_numbers
 from triton_sparsity.kernels.pattern import NM, Block, Unstructured, grid_shape
 from triton_sparsity.kernels.product import BlockProduct, update_products
+from triton_sparsity.kernels.prune_rows import prune_rows
 from triton_sparsity.kernels.regrow import regrow
 from triton_sparsity.kernels.retained import put_all_back_, put_back_, take_all_pruned, take_pruned
 from triton_sparsity.kernels.select import kth_smallest, select
@@ -236,6 +237,17 @@ def test_thresholds_and_counts_of_small_tensors_are_a_launch_each(stub):
     masks = [compact(Block(32, 32), (512, 1024)) for _ in range(5)]
     kept_counts(masks, Block(32, 32), [(512, 1024)] * 5, backend="triton")
     assert kernels(stub.launches) == ["_count_kernel"]
+
+
+def test_rows_of_a_list_are_a_launch_for_each_width(stub, zero_memory):
+    scores = [torch.ones(16, 700) for _ in range(5)]
+    for packed in (True, False):
+        prune_rows(scores, [3000] * 5, packed=packed, backend="triton")
+    assert kernels(stub.launches) == ["_prune_rows_kernel"] * 2
+    assert programs(stub) == [5 * 16] * 2
+    stub.forget()
+    prune_rows([*scores, torch.ones(40, 20), torch.ones(700, 16).T], [1] * 7, packed=True)
+    assert programs(stub) == [5 * 16, 2, 2]
 
 
 def test_scores_against_the_lines_of_a_list_are_three_launches(stub, zero_memory):

@@ -218,7 +218,7 @@ class TestLimits:
             model[2].weight *= 10
         config = ts.MagnitudeSparsityConfig(
             weight_importance="abs",
-            schedule=ts.PolynomialSchedule(initial_level=level, target_level=0.9),
+            schedule=ts.PolynomialSchedule(initial_level=level, target_level=0.5),
             overrides=overrides,
         )
         return ts.create_controller(model, config)

@@ -368,7 +368,7 @@ def test_overrides_limit_the_counts_and_the_total_stays_exact():
     assert kept(few) == [560 - 360, 360]
     many = build(level=0.5, overrides=[ts.Override(scope="2", minimum_level=0.75)])
     assert kept(many) == [560 - 120, 120]
-    with pytest.raises(ValueError, match="224 of 1120 groups to keep, between 360 and 1120"):
+    with pytest.raises(ValueError, match="224 of 1120 groups to keep, between 373 and 1120"):
         build(level=0.8, overrides=[ts.Override(scope="2", maximum_level=0.25)])
 
 

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triton_sparsity.controller.selection.allocation import allocate, distribute, erdos_renyi
+from triton_sparsity.controller.selection.allocation import (
+    Distribution,
+    allocate,
+    distribute,
+    erdos_renyi,
+    outlier_densities,
+)
 
 
 def counts_below(scores, members, k):
@@ -72,7 +78,7 @@ def test_erdos_renyi_is_sides_over_product():
     ],
 )
 def test_hand_worked_distributions(total, groups, densities, least, most, expected):
-    assert distribute(total, groups, densities, least, most) == expected
+    assert distribute(total, groups, Distribution(densities), least, most) == expected
 
 
 @given(
@@ -82,12 +88,25 @@ def test_hand_worked_distributions(total, groups, densities, least, most, expect
         max_size=12,
     ),
     st.floats(0, 1),
+    st.booleans(),
 )
-def test_every_distribution_adds_up_within_its_limits(weights, fraction):
+def test_every_distribution_adds_up_within_its_limits(weights, fraction, adds):
     groups = [n for n, *_ in weights]
     least = [int(n * min(a, b)) for n, _, a, b in weights]
     most = [int(n * max(a, b)) for n, _, a, b in weights]
     total = sum(least) + round(fraction * (sum(most) - sum(least)))
-    counts = distribute(total, groups, [d for _, d, *_ in weights], least, most)
+    distribution = Distribution([d for _, d, *_ in weights], adds)
+    counts = distribute(total, groups, distribution, least, most)
     assert sum(counts) == total
     assert all(a <= n <= b for a, n, b in zip(least, counts, most, strict=True))
+
+
+def test_owl_keeps_more_of_what_has_more_outliers():
+    # scaled to a span of 2 * 0.08, as the paper's code does
+    assert outlier_densities([0.01, 0.05, 0.03]).densities == pytest.approx([0, 0.16, 0.08])
+    assert outlier_densities([0.2, 0.2]) == ([0.0, 0.0], True)
+    # of 3 x 1000 groups 600 are kept: 0.2 - 0.08, 0.2 + 0.08 and 0.2 of each
+    owl = outlier_densities([0.01, 0.05, 0.03])
+    assert distribute(600, [1000] * 3, owl, [0] * 3, [1000] * 3) == [120, 280, 200]
+    # what would be beyond all is shared out among the others
+    assert distribute(2900, [1000] * 3, owl, [0] * 3, [1000] * 3) == [910, 1000, 990]

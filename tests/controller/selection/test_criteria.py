@@ -148,7 +148,7 @@ def test_gradients_that_are_all_zero_are_refused_and_leave_the_masks(importance)
 def test_wanda_measures_the_inputs_of_a_linear_layer_over_all_batches():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
-    controller = one_shot(model, "wanda", ignored_scopes=("2",))
+    controller = one_shot(model, "wanda", ignored_scopes=("2",), pool="weight")
     batches = [torch.randn(3, 7, 6), torch.randn(2, 7, 6) * 3]
     with controller.calibration():
         for x in batches:
