@@ -177,9 +177,7 @@ def finetune(
     ] = None,
     pool: Annotated[
         Text,
-        _option(
-            "Of magnitude: global, weight or row.", "row by wanda, weight for blocks, else global"
-        ),
+        _option("Of magnitude: global, weight or row.", "row (wanda), weight (blocks), global"),
     ] = None,
     initial_masks: Annotated[
         Text, _option("Of set and rigl: importance or random.", "importance")

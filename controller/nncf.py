@@ -89,9 +89,9 @@ def from_nncf(section: Mapping[str, Any]) -> AlgorithmConfig:
     """Translate one of NNCF's ``compression`` dictionaries, and our additions to it.
 
     Beyond NNCF ``params`` takes ``pattern`` (``"unstructured"``, ``{"block": [64, 64]}``,
-    ``{"nm": [2, 4]}``), ``overrides`` (a list of dictionaries with ``Override``'s fields) and, for
-    the adaptive schedule, ``step`` and ``eps``, and further fields of the configuration. As in NNCF
-    no weight has a ``maximum_level`` unless ``params`` says so, a key that the chosen schedule has no
+    ``{"nm": [2, 4]}``), ``overrides`` (a list of dictionaries with ``Override``'s fields), other
+    fields of the configuration and, for the adaptive schedule, ``step`` and ``eps``. As in NNCF no
+    weight has a ``maximum_level`` unless ``params`` says so; a key that the chosen schedule has no
     use for, and ``compression_lr_multiplier`` where the algorithm has no parameters that it could
     scale, are let be.
 

@@ -28,8 +28,8 @@ class Cut(NamedTuple):
         elements: what was given; under N:M scores of elements.
         scores: those of the groups, or of the tuples.
         scales: a factor of each tensor's, or None.
-        threshold: of all, or one a tensor; None where every tuple is pruned, or each row by itself,
-            and ``whole`` masks are found.
+        threshold: of all, or one a tensor; None where every tuple is pruned or each row is a pool:
+            ``whole`` masks are found.
         nonfinite: how many scores are NaN or Inf, on the device: of all, or one a tensor.
         whole: these masks.
         backend: what runs.
@@ -65,7 +65,7 @@ class Cut(NamedTuple):
         return [nm_mask(t, self.pattern, whole=w, backend=self.backend).mask for t, w in pairs]
 
     def pruned(self) -> list[int]:
-        """Count the groups, or tuples, pruned of each tensor, which no row is by itself. Waits for the
+        """Count the groups, or tuples, pruned of each tensor; no row is a pool. Waits for the
         device.
         """
         groups = [scores.numel() for scores in self.scores]

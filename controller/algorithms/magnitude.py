@@ -45,14 +45,14 @@ class MagnitudeSparsityConfig(PooledConfig, ScheduledConfig):
         weight_importance: ``"abs"``: |w|; ``"normed_abs"``: |w| / ||w||_2, the norm of its tensor;
             ``"snip"``, ``"snip_momentum"``, ``"wanda"``, ``"random"``: see ``criteria.py``.
         distribution: of the level over the weights, where each is pruned by itself:
-            ``"uniform"``; ``"erk"``: Erdos-Renyi-Kernel, narrow weights keep more; ``"owl"``: those
-            with more outliers keep more (Yin et al., https://arxiv.org/abs/2310.05175): elements of
-            more than ``OUTLIER`` times their weight's mean importance.
+            ``"uniform"``; ``"erk"``: Erdos-Renyi-Kernel, narrow weights keep more; ``"owl"``:
+            those keep more of whose elements more have above 5 times the mean importance (Yin et
+            al., https://arxiv.org/abs/2310.05175).
         pool: ``"global"``: all weights of one pattern are compared with one another; ``"weight"``:
             each weight is pruned by itself; ``"row"``: each output row of it, or block row, prunes
             the same share. By default ``"row"`` for Wanda, as published; ``"weight"`` with a
-            distribution, and for blocks, whose means differ so little within a weight that a common
-            threshold takes whole weights; else ``"global"``.
+            distribution, and for blocks, whose means differ so little within a weight that a
+            common threshold takes whole weights; else ``"global"``.
         keep_pruned_values: keep what is pruned until the masks are frozen, so that a group may
             return with the value that it had; costs ``level`` x the weights' bytes for blocks, and
             once the weights' for other patterns. False: a returning group starts at zero.

@@ -191,8 +191,8 @@ class PooledConfig(AlgorithmConfig):
     """Base of the configurations of what compares groups, and may so take a weight too far.
 
     Args:
-        minimum_level: each weight is pruned at least this far, in [0, 1), once the schedule's level
-            is above it.
+        minimum_level: each weight is pruned at least this far, in [0, 1), once the schedule is
+            there.
         maximum_level: each weight is pruned at most this far, in [0, 1]. None: 0.98, as in Intel
             Neural Compressor, or as far as all together at levels beyond; 1 lifts the limit.
     """

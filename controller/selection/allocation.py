@@ -66,7 +66,8 @@ def within(
     if not least - len(minimum) < total < most + len(maximum):
         raise ValueError(
             f"set_sparsity_level: level {level} cannot be reached within the limits minimum_level "
-            f"and maximum_level: {total} of {groups} groups to {verb}, between {least} and {most} allowed"
+            f"and maximum_level: {total} of {groups} groups to {verb}, between {least} and {most} "
+            "allowed"
         )
     return min(max(total, least), most)
 

@@ -97,7 +97,7 @@ def limits(
 
 
 class _Shared(NamedTuple):
-    """Weights that have a threshold in common, how many groups go, and of each at least, at most."""
+    """Weights with a threshold in common, how many groups go, and of each at least, at most."""
 
     weights: list[SparseWeight]
     total: int
