@@ -103,11 +103,12 @@ def find_cut(
     """
     if rows:
         assert isinstance(k, list)
-        n_of_m = isinstance(pattern, NM)
-        scores = [nm_score(t, pattern, backend=backend) for t in tensors] if n_of_m else tensors
+        scores = tensors
+        if isinstance(pattern, NM):
+            scores = [nm_score(tensor, pattern, backend=backend) for tensor in tensors]
         packed = isinstance(pattern, Unstructured)
         masks, nonfinite = prune_rows(scores, k, packed=packed, backend=backend)
-        if n_of_m:
+        if isinstance(pattern, NM):
             pairs = zip(tensors, masks, strict=True)
             masks = [nm_mask(t, pattern, whole=w, backend=backend).mask for t, w in pairs]
         return Cut(pattern, tensors, scores, scales, None, nonfinite, masks, backend)

@@ -129,7 +129,7 @@ LINEAR = "block_sparse_linear"
         ("select", wrong_field(1), "select", "k = 0: keep_ties"),
         ("make_mask", wrong_list, "select", "k = 0: mask"),
         ("select_each", wrong_field(0), "select_each", "value"),
-        ("prune_rows", wrong_rows, "prune_rows", "mask"),
+        ("prune_rows", wrong_rows, "prune_rows", "k = 0: mask"),
         ("kept_counts", lambda f: lambda *a, **b: f(*a, **b) + 1, "select_each", "counts"),
         ("pack", wrong_bits, "pack", "packed"),
         ("unpack", wrong_bits, "pack", "unpacked"),
