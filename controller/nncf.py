@@ -90,10 +90,9 @@ def from_nncf(section: Mapping[str, Any]) -> AlgorithmConfig:
 
     Beyond NNCF ``params`` takes ``pattern`` (``"unstructured"``, ``{"block": [64, 64]}``,
     ``{"nm": [2, 4]}``), ``overrides`` (a list of dictionaries with ``Override``'s fields), other
-    fields of the configuration and, for the adaptive schedule, ``step`` and ``eps``. As in NNCF no
-    weight has a ``maximum_level`` unless ``params`` says so; a key that the chosen schedule has no
-    use for, and ``compression_lr_multiplier`` where the algorithm has no parameters that it could
-    scale, are let be.
+    fields of the configuration and, for the adaptive schedule, ``step`` and ``eps``. As in NNCF a
+    key that the chosen schedule has no use for, and ``compression_lr_multiplier`` where the
+    algorithm has no parameters that it could scale, are let be.
 
     Raises:
         ValueError: an algorithm, key or value is not known; the message names it as it is written
@@ -124,8 +123,6 @@ def from_nncf(section: Mapping[str, Any]) -> AlgorithmConfig:
     params = _subsection(section, "params", "compression", known)
     given = {key: section[key] for key in (*_SCOPE_KEYS, *beside) if key in section}
     given |= {key: params[key] for key in (*own, *_SHARED_PARAMS) if key in params}
-    if scheduled and "maximum_level" in config.model_fields:  # NNCF has no limit
-        given.setdefault("maximum_level", 1.0)
     initializer = _subsection(section, "initializer", "compression", (_ADAPTATION,))
     if _ADAPTATION in initializer:
         fields = tuple(BatchNormAdaptation.model_fields)

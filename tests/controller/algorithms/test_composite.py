@@ -45,7 +45,6 @@ def test_dictionaries_and_objects_say_the_same():
         ts.MagnitudeSparsityConfig(
             target_scopes=("body",),
             schedule=ts.PolynomialSchedule(target_level=0.5, target_epoch=2, power=1.0),
-            maximum_level=1.0,  # NNCF has no limit
         ),
         ts.SETConfig(
             target_scopes=("head",), level=0.75, t_end=100, delta_t=2, pattern=ts.Block(2, 2)
