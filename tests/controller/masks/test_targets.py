@@ -394,8 +394,8 @@ def test_weights_that_are_zero_throughout_are_left_out_unless_named(said):
 
     assert targets(zeroed()) == ["0"]
     assert "1 zero throughout: 1" in said()[0]
+    unlimited = {"weight_importance": "abs", "maximum_level": 1.0}
     with pytest.warns(UserWarning, match="pruned to nothing"):
-        unlimited = {"weight_importance": "abs", "maximum_level": 1.0}
         assert targets(zeroed(), target_scopes=["0", "1"], **unlimited) == ["0", "1"]
     alone = nn.Linear(8, 8)
     nn.init.zeros_(alone.weight)
