@@ -171,9 +171,12 @@ def finetune(
     importance: Annotated[
         Text,
         _option(
-            "abs, normed_abs, snip, snip_momentum, wanda or random; of const also obs.",
+            "abs, normed_abs, snip, snip_momentum, taylor, fisher, wanda, random; const: obs.",
             "normed_abs",
         ),
+    ] = None,
+    block_reduction: Annotated[
+        Text, _option("Of the importance over a block: mean, max, sum or l2.", "mean")
     ] = None,
     pool: Annotated[
         Text,

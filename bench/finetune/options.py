@@ -19,7 +19,7 @@ from ...controller.config.schedule import (
     RampSchedule,
     Schedule,
 )
-from ...controller.selection.criteria import WeightImportance
+from ...controller.selection.criteria import NAMES, Reduction
 from ...controller.selection.thresholds import is_reachable
 from ...kernels.launch import use_triton
 from ...kernels.pattern import NM, maximum_level
@@ -29,8 +29,8 @@ from .tasks import Recipe
 CONFIGS = {row.short: row.config for row in TABLE.values()}
 ALGORITHMS = tuple(CONFIGS)
 WITH_NM = tuple(name for name, config in CONFIGS.items() if config.takes_nm)
-GRADIENT_OR_INPUT = ("snip", "snip_momentum", "wanda")
-IMPORTANCE = (*get_args(WeightImportance), "obs")
+GRADIENT_OR_INPUT = ("snip", "snip_momentum", "taylor", "fisher", "wanda")
+IMPORTANCE = (*NAMES, "obs")
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,11 @@ class RunOptions:
         schedule: ``"polynomial"`` (cubic, at every step), ``"exponential"``, ``"multistep"`` (four
             equal rises) or ``"adaptive"``, the latter three at every epoch.
         ramp: fraction of the sparse epochs in which the level rises, in (0, 1].
-        importance: ``"abs"``, ``"normed_abs"``, ``"snip"``, ``"snip_momentum"``, ``"wanda"`` or
-            ``"random"``; by it magnitude prunes, and set and rigl drop. Of const alone ``"obs"``:
-            what prunes once is optimal brain surgeon, with calibration data, not magnitude.
+        importance: ``"abs"``, ``"normed_abs"``, ``"snip"``, ``"snip_momentum"``, ``"taylor"``,
+            ``"fisher"``, ``"wanda"`` or ``"random"``; by it magnitude prunes, and set and rigl
+            drop. Of const alone ``"obs"``: what prunes once is optimal brain surgeon, with
+            calibration data, not magnitude.
+        block_reduction: of it over a block: ``"mean"``, ``"max"``, ``"sum"`` or ``"l2"``.
         pool: of magnitude: ``"global"``, ``"weight"`` or ``"row"``; None: the library's default.
         initial_masks: of set and rigl: ``"importance"`` or ``"random"``.
         distribution: of the level over the layers: ``"erk"``, ``"uniform"``, and of magnitude
@@ -88,6 +90,7 @@ class RunOptions:
     schedule: str = "polynomial"
     ramp: float = 0.7
     importance: str = "normed_abs"
+    block_reduction: str = "mean"
     pool: str | None = None
     initial_masks: str = "importance"
     distribution: str | None = None
@@ -158,6 +161,7 @@ def checked(options: _Run) -> _Run:
         ("algorithm", ALGORITHMS),
         ("schedule", ("polynomial", "exponential", "multistep", "adaptive")),
         ("importance", IMPORTANCE),
+        ("block_reduction", get_args(Reduction)),
         ("pool", (None, *get_args(Pool))),
         ("initial_masks", ("importance", "random")),
         ("distribution", (None, "erk", "uniform", "owl")),
@@ -277,6 +281,7 @@ def sparsity_config(options: Options) -> AlgorithmConfig:
     config = CONFIGS[options.algorithm]
     given: dict[str, Any] = {
         "weight_importance": options.importance,
+        "block_reduction": options.block_reduction,
         "growth": options.growth,
         "seed": options.seed,
     }

@@ -9,6 +9,7 @@ state beyond its masks ``_own_state`` and ``_read_own_state``.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
@@ -32,7 +33,7 @@ from ..masks.strip import strip_masks
 from ..masks.targets import find_targets
 from ..masks.weight import SparseModuleInfo, SparseWeight, Target, dense_weights
 from ..selection.allocation import Distribution
-from ..selection.scorer import BY_GRADIENT, Scorer
+from ..selection.scorer import Scorer
 from ..selection.thresholds import Scores, check_reachable, find_masks, planned
 from .batchnorm import adapt_batchnorm
 from .loss import CompressionLoss, ZeroCompressionLoss
@@ -88,6 +89,8 @@ class BaseSparsityAlgoController:
         self._batchnorm = None if config is None else config.batchnorm_adaptation
         self._batchnorm_data = batchnorm_data
         self._set_up()
+        if self._scorer is not None and self._scorer.needs_gradients:
+            self._guard.before_step = _told_by(weakref.ref(self))
 
     def _set_up(self) -> None:
         """Take up the configuration."""
@@ -190,28 +193,34 @@ class BaseSparsityAlgoController:
         if self._guard.began:
             self._guard.begin_training()
 
-    def calibration(self) -> AbstractContextManager[None]:
+    def calibration(self, *, attention_mask: str | None = None) -> AbstractContextManager[None]:
         """Measure the inputs of the target modules while the context is open.
 
         ``with controller.calibration(): model(x)``, over some batches, is what the importance
         ``"wanda"`` needs. Each context starts anew; it may be opened again as training goes on.
 
+        Args:
+            attention_mask: name of the keyword by which the controlled model is given a matrix
+                (batch, tokens) that is 0 where there is no token: ``"attention_mask"`` of Hugging
+                Face's. Padding is left out then.
+
         Raises:
-            ValueError: the importance is another; a module's inputs cannot be measured.
+            ValueError: the importance is another; a module's inputs cannot be measured; as it
+                closes, no input was seen; as the model runs, it was not given such a matrix.
         """
         if self._scorer is None:
             raise ValueError(f"calibration: {self.name} has no importance that needs one")
-        return self._scorer.calibration()
+        return self._scorer.calibration(self._model, attention_mask)
 
     @property
     def needs_calibration(self) -> bool:
         """True if the importance looks at the inputs."""
-        return self._scorer is not None and self._scorer.importance == "wanda"
+        return self._scorer is not None and self._scorer.needs_inputs
 
     @property
     def needs_gradients(self) -> bool:
         """True if the importance looks at the gradients of the last backward pass."""
-        return self._scorer is not None and self._scorer.importance in BY_GRADIENT
+        return self._scorer is not None and self._scorer.needs_gradients
 
     def begin_step(self) -> None:
         """Look at what the step that has ended left; called at each ``scheduler.step()``."""
@@ -613,3 +622,16 @@ class BaseSparsityAlgoController:
 
     def distributed(self) -> None:
         """Do nothing: NNCF's way to let ranks agree, which they do from the start."""
+
+
+def _told_by(
+    controller: weakref.ref[BaseSparsityAlgoController],
+) -> Callable[[list[SparseWeight]], None]:
+    """Return what a guard tells of an optimiser's step."""
+
+    def before_step(weights: list[SparseWeight]) -> None:
+        found = controller()
+        if found is not None and found._scorer is not None and not found.frozen:
+            found._scorer.before_step(weights)
+
+    return before_step

@@ -146,10 +146,12 @@ class CompositeController(BaseSparsityAlgoController):
         return Statistics(**own)
 
     @contextmanager
-    def _calibrating(self, parts: Sequence[BaseSparsityAlgoController]) -> Iterator[None]:
+    def _calibrating(
+        self, parts: Sequence[BaseSparsityAlgoController], attention_mask: str | None
+    ) -> Iterator[None]:
         with ExitStack() as stack:
             for part in parts:
-                stack.enter_context(part.calibration())
+                stack.enter_context(part.calibration(attention_mask=attention_mask))
             yield
 
     @property
@@ -160,11 +162,11 @@ class CompositeController(BaseSparsityAlgoController):
     def needs_gradients(self) -> bool:
         return any(part.needs_gradients for part in self._parts)
 
-    def calibration(self) -> AbstractContextManager[None]:
+    def calibration(self, *, attention_mask: str | None = None) -> AbstractContextManager[None]:
         needing = [part for part in self._parts if part.needs_calibration]
         if not needing:
             raise ValueError("calibration: no algorithm has an importance that needs one")
-        return self._calibrating(needing)
+        return self._calibrating(needing, attention_mask)
 
     def get_compression_state(self) -> dict[str, Any]:
         builders = {name: part.builder_state() for name, part in self.controllers.items()}

@@ -19,7 +19,7 @@ from ..config.declaration import Whole
 from ..config.schedule import PolynomialSchedule
 from ..masks.weight import SparseWeight
 from ..selection.allocation import Distribution, erdos_renyi, outlier_densities
-from ..selection.criteria import WeightImportance
+from ..selection.criteria import ImportanceField, Reduction
 from ..selection.scorer import Scorer
 from ..selection.thresholds import Scores, check_limits, check_reachable, is_reachable
 from .base import BaseSparsityAlgoController
@@ -43,7 +43,10 @@ class MagnitudeSparsityConfig(PooledConfig, ScheduledConfig):
     Args:
         schedule: by default ``PolynomialSchedule()``.
         weight_importance: ``"abs"``: |w|; ``"normed_abs"``: |w| / ||w||_2, the norm of its tensor;
-            ``"snip"``, ``"snip_momentum"``, ``"wanda"``, ``"random"``: see ``criteria.py``.
+            ``"snip"``, ``"snip_momentum"``, ``"taylor"``, ``"fisher"``, ``"wanda"``, ``"random"``;
+            a function of ``Evidence`` that returns a tensor: see ``criteria.py``.
+        block_reduction: of the elements' importance over a block: ``"mean"``, ``"max"``,
+            ``"sum"`` or ``"l2"``, the Euclidean norm.
         distribution: of the level over the weights, where each is pruned by itself:
             ``"uniform"``; ``"erk"``: Erdos-Renyi-Kernel, narrow weights keep more; ``"owl"``:
             those keep more of whose elements more have above 5 times the mean importance (Yin et
@@ -63,7 +66,8 @@ class MagnitudeSparsityConfig(PooledConfig, ScheduledConfig):
 
     algorithm: Literal["magnitude_sparsity"] = "magnitude_sparsity"
     schedule: ScheduleField = Field(default_factory=default_schedule(PolynomialSchedule))
-    weight_importance: WeightImportance = "normed_abs"
+    weight_importance: ImportanceField = "normed_abs"
+    block_reduction: Reduction = "mean"
     distribution: Literal["uniform", "erk", "owl"] = "uniform"
     pool: Pool = Field(default_factory=_default_pool)
     keep_pruned_values: StrictBool = True
@@ -100,7 +104,7 @@ class MagnitudeSparsityController(BaseSparsityAlgoController):
     def _set_up(self) -> None:
         config: MagnitudeSparsityConfig = self.config
         self._scorer = self._criterion = Scorer(
-            self._weights, config.weight_importance, config.seed
+            self._weights, config.weight_importance, config.seed, config.block_reduction
         )
         self._pool, self._shifts = config.pool, config.distribution != "uniform"
         self._keep_values(config.keep_pruned_values)

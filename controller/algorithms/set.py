@@ -21,7 +21,7 @@ from ..config.algorithm import PooledConfig
 from ..config.declaration import Level, Positive, Share, Whole
 from ..masks.weight import SparseWeight
 from ..selection.allocation import Distribution, distribute, erdos_renyi, within
-from ..selection.criteria import WeightImportance, random_numbers
+from ..selection.criteria import ImportanceField, Reduction, random_numbers
 from ..selection.scorer import Scorer
 from ..selection.thresholds import limits, pools
 from .base import BaseSparsityAlgoController, Change
@@ -39,7 +39,7 @@ class RegrowthConfig(PooledConfig):
         distribution: ``"erk"``: Erdos-Renyi-Kernel, narrow weights keep more; ``"uniform"``: the
             same level everywhere. Counts are exact, within the limits.
         initial_masks: ``"random"``, or the groups of greatest ``"importance"``.
-        weight_importance: by which groups are dropped; see ``criteria.py``.
+        weight_importance, block_reduction: by which groups are dropped; see ``criteria.py``.
         alpha: fraction of the kept groups that moves at first, in [0, 1]; it falls along a cosine
             to 0 at ``t_end``.
         delta_t: optimiser steps between two updates, and before the first.
@@ -52,7 +52,8 @@ class RegrowthConfig(PooledConfig):
     t_end: Whole
     distribution: Literal["erk", "uniform"] = "erk"
     initial_masks: Literal["random", "importance"] = "random"
-    weight_importance: WeightImportance = "abs"
+    weight_importance: ImportanceField = "abs"
+    block_reduction: Reduction = "mean"
     alpha: Share = 0.3
     delta_t: Positive = 100
     seed: Whole = 0
@@ -106,7 +107,7 @@ class SETController(BaseSparsityAlgoController):
     def _set_up(self) -> None:
         config: RegrowthConfig = self.config
         self._scorer = self._criterion = Scorer(
-            self._weights, config.weight_importance, config.seed
+            self._weights, config.weight_importance, config.seed, config.block_reduction
         )
         self._scheduler = RegrowthScheduler(self)
         self._target_level = config.level

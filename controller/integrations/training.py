@@ -34,6 +34,7 @@ STATE_VERSION = 1
 STATE_KEYS = ("version", "epoch", "controller", "scores", "fingerprint")
 # three times from rb's first logit to 0, and twice that, as rates decay to nothing
 SCORE_WAY = 28.0
+MASK = "attention_mask"  # what a batch for a Hugging Face model tells of its padding by
 SAMPLE = 4096  # elements of each weight by which a checkpoint's weights are known
 
 
@@ -123,7 +124,9 @@ class ControlledTraining:
             try:
                 if controller.needs_calibration:
                     model.eval()
-                    with controller.calibration(), torch.no_grad():
+                    told = all(isinstance(b, Mapping) and MASK in b for b in batches)
+                    mask = MASK if told and batches else None
+                    with controller.calibration(attention_mask=mask), torch.no_grad():
                         for batch in batches:
                             loss(batch)
                 if controller.needs_gradients:

@@ -1,26 +1,36 @@
 """Criteria: how important each element of a weight is. Functions of one signature.
 
 A criterion sees the ``Evidence`` on one weight and returns its ``Importance``; the score of a
-block is the mean over its elements. The pool decides what is compared with what.
+block is the mean over its elements, or another reduction. The pool decides what is compared with
+what. A user's own criterion is a function of ``Evidence`` that returns a tensor: see ``Function``.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
+from pydantic import PlainSerializer, PlainValidator
 from torch import Tensor
 
-from ...kernels.block_score import block_scores
+from ...kernels.block_score import block_score, block_scores
+from ...kernels.grid import pad_to_blocks, side_lengths
+from ...kernels.launch import Backend
 from ...kernels.numbers import uniform_numbers
-from ...kernels.pattern import Unstructured
+from ...kernels.pattern import Pattern, Unstructured
 from ..masks.names import canonical
 from ..masks.weight import SparseWeight
 from .thresholds import Scores
 
-WeightImportance = Literal["abs", "normed_abs", "snip", "snip_momentum", "wanda", "random"]
+Name = Literal["abs", "normed_abs", "snip", "snip_momentum", "taylor", "fisher", "wanda", "random"]
+NAMES: tuple[str, ...] = get_args(Name)
+Reduction = Literal["mean", "max", "sum", "l2"]
+
+# to first order what a loss of 1 changes by and float32 does not show
+ROUNDING = torch.finfo(torch.float32).eps
 
 
 class Evidence(NamedTuple):
@@ -31,10 +41,14 @@ class Evidence(NamedTuple):
         weight: matrix.
         grid: groups down and across.
         gradient: matrix, of the last backward pass; None if there was none.
-        momentum: float32 matrix, the decaying sum of |w g| over the steps; None before the first.
+        momentum: float32, the decaying sum over the steps that the criterion has: a matrix of
+            |w g|, or of groups; None before the first.
         input_norm: float32, root mean square of each input: (in,), or a matrix where rows have
             inputs of their own; None before a calibration.
         seed: of random numbers.
+        product: float32 matrix w g, of the last backward pass and the weight that it was of; None:
+            the weight has not moved since.
+        pattern: of a group; ``Unstructured`` under N:M too, whose groups are made of elements.
     """
 
     name: str
@@ -44,6 +58,8 @@ class Evidence(NamedTuple):
     momentum: Tensor | None = None
     input_norm: Tensor | None = None
     seed: int = 0
+    product: Tensor | None = None
+    pattern: Pattern = Unstructured()
 
 
 class Importance(NamedTuple):
@@ -55,6 +71,37 @@ class Importance(NamedTuple):
 
 
 Criterion = Callable[[Evidence], Importance]
+
+# A user's own: returns a tensor of the weight's shape (out, in), whose magnitudes are reduced over
+# each block, or of the grid of groups. An attribute ``needs`` may name what the callbacks of
+# ``integrations`` are to gather for it before its first update: "inputs", "gradients".
+Function = Callable[[Evidence], Tensor]
+WeightImportance = Name | Function
+
+
+def _check_importance(given: Any) -> Any:
+    if callable(given) or given in NAMES:
+        return given
+    raise ValueError(
+        f"must be {', '.join(map(repr, NAMES[:-1]))} or {NAMES[-1]!r}, or a function of Evidence "
+        f"that returns a tensor, got {given!r}"
+    )
+
+
+def _spell_importance(given: Any) -> str:
+    return given if isinstance(given, str) else f"{given.__module__}.{called(given)}"
+
+
+def called(function: Any) -> str:
+    """Return the name of a user's criterion."""
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+ImportanceField = Annotated[
+    WeightImportance,
+    PlainValidator(_check_importance),
+    PlainSerializer(_spell_importance, when_used="json"),
+]
 
 
 def magnitude(evidence: Evidence) -> Importance:
@@ -70,17 +117,55 @@ def normed_magnitude(evidence: Evidence) -> Importance:
 def snip(evidence: Evidence) -> Importance:
     """|w g|, what the loss changes by, to first order, without the weight.
 
-    Lee et al., https://arxiv.org/abs/1810.02340; g is of the last backward pass.
+    Lee et al., https://arxiv.org/abs/1810.02340; g is of the last backward pass, and w the weight
+    that it was of.
 
     Raises:
         RuntimeError: there is no gradient.
     """
+    return Importance(_slope("snip", evidence))
+
+
+def taylor(evidence: Evidence) -> Importance:
+    """|sum w g| of a group: what the loss changes by, to first order, without the group.
+
+    Molchanov et al., https://arxiv.org/abs/1906.10771, who square it; g as in ``snip``.
+
+    Raises:
+        RuntimeError: there is no gradient.
+    """
+    return Importance(group_sums(_slope("taylor", evidence), evidence.pattern), per_group=True)
+
+
+def fisher(evidence: Evidence) -> Importance:
+    """The decaying sum of (sum w g)^2 of a group over the steps, ``MOMENTUM_DECAY`` a step.
+
+    But for a factor w^T F w, of second order, with the group's own part of the empirical Fisher
+    matrix F, the sum of g g^T: Liu et al., https://arxiv.org/abs/2108.00708. Theirs sums examples;
+    here g is a step's.
+
+    Raises:
+        RuntimeError: no gradient has been seen.
+    """
+    return Importance(_momentum("fisher", evidence), per_group=True)
+
+
+def _slope(name: str, evidence: Evidence) -> Tensor:
+    if evidence.product is not None:
+        return evidence.product
     if evidence.gradient is None:
         raise RuntimeError(
-            f"snip: the weight of {evidence.name!r} has no gradient; run a backward pass first, "
+            f"{name}: the weight of {evidence.name!r} has no gradient; run a backward pass first, "
             "and call zero_grad() only after the scheduler's step() or epoch_step()"
         )
-    return Importance(evidence.weight.float() * evidence.gradient.float())
+    return evidence.weight.float() * evidence.gradient.float()
+
+
+def group_sums(values: Tensor, pattern: Pattern) -> Tensor:
+    """Add up a matrix over each group."""
+    if isinstance(pattern, Unstructured):
+        return values
+    return pad_to_blocks(values, pattern.rows, pattern.cols).sum((1, 3))
 
 
 def snip_momentum(evidence: Evidence) -> Importance:
@@ -91,12 +176,16 @@ def snip_momentum(evidence: Evidence) -> Importance:
     Raises:
         RuntimeError: no gradient has been seen.
     """
+    return Importance(_momentum("snip_momentum", evidence))
+
+
+def _momentum(name: str, evidence: Evidence) -> Tensor:
     if evidence.momentum is None:
         raise RuntimeError(
-            f"snip_momentum: the weight of {evidence.name!r} has seen no gradient; call the "
+            f"{name}: the weight of {evidence.name!r} has seen no gradient; call the "
             "scheduler's step() at every optimiser step, and zero_grad() only after it"
         )
-    return Importance(evidence.momentum)
+    return evidence.momentum
 
 
 def wanda(evidence: Evidence) -> Importance:
@@ -138,36 +227,96 @@ def random_numbers(
     return uniform_numbers(grids, seed=seed, number=number, streams=streams, device=device)
 
 
+def _own(function: Function, evidence: Evidence) -> Importance:
+    """Hold a user's criterion to what it must return. Waits for the device."""
+    name, shape = called(function), tuple(evidence.weight.shape)
+    found: Any = function(evidence)
+    where = f"weight_importance: {name} must return"
+    if not isinstance(found, Tensor) or tuple(found.shape) not in (shape, evidence.grid):
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"{where} a tensor of the weight's shape {shape} or of its groups' {evidence.grid} for "
+            f"{evidence.name!r}, got {got}"
+        )
+    values = found.detach().to(evidence.weight.device)
+    values = values if values.is_floating_point() else values.float()
+    if not values.isfinite().all():
+        raise ValueError(f"{where} finite values for {evidence.name!r}, got NaN or Inf")
+    least, most = values.abs().aminmax() if values.numel() else (0.0, 1.0)
+    if values.numel() > 1 and least == most:
+        raise ValueError(
+            f"{where} values that tell groups of {evidence.name!r} apart, got {float(most):g} "
+            "throughout"
+        )
+    return Importance(values, per_group=tuple(found.shape) != shape)
+
+
 def criterion(name: WeightImportance) -> Criterion:
-    """Return the criterion that a configuration names."""
+    """Return the criterion that a configuration names, or has."""
+    if not isinstance(name, str):
+        return partial(_own, name)
     return {
         "abs": magnitude,
         "normed_abs": normed_magnitude,
         "snip": snip,
         "snip_momentum": snip_momentum,
+        "taylor": taylor,
+        "fisher": fisher,
         "wanda": wanda,
         "random": random,
     }[name]
 
 
 def check_gradients(
-    name: WeightImportance, weights: Sequence[SparseWeight], speak: Sequence[Tensor]
+    name: WeightImportance, weights: Sequence[SparseWeight], sums: Sequence[Tensor]
 ) -> None:
-    """Refuse a pool whose gradients say nothing: of equals the masks would go by position."""
-    if not torch.stack([*speak]).any():
+    """Refuse a pool whose gradients say nothing: of equals the masks would go by position, and of
+    rounding errors by chance.
+
+    Args:
+        name: of the criterion.
+        weights: the pool.
+        sums: of each weight the sum of |w g|, 0-d.
+    """
+    total = float(torch.stack([*sums]).sum())
+    if total <= ROUNDING:
+        much = f"adds up to {total:.3g} over" if total else "is 0 throughout"
         raise RuntimeError(
-            f"{name}: |w g| is 0 throughout the pool of {weights[0].name!r}, "
-            f"{len(weights)} weights in all, so that nothing ranks their groups; run a backward "
-            "pass with finite gradients first, and call zero_grad() only after the scheduler's "
-            "step() or epoch_step()"
+            f"{name}: |w g| {much} the pool of {weights[0].name!r}, {len(weights)} weights in all, "
+            "so that nothing ranks their groups; run a backward pass with finite gradients first, "
+            "of a loss that depends on the weights by more than rounding, and call zero_grad() "
+            "only after the scheduler's step() or epoch_step()"
         )
 
 
-def scores_by_group(weights: Sequence[SparseWeight], importances: Sequence[Importance]) -> Scores:
-    """Return the scores of the groups of several weights of one pattern."""
+def scores_by_group(
+    weights: Sequence[SparseWeight],
+    importances: Sequence[Importance],
+    reduction: Reduction = "mean",
+) -> Scores:
+    """Return the scores of the groups of several weights of one pattern.
+
+    Args:
+        weights: one or more.
+        importances: of each.
+        reduction: of |values| over a block: their mean, max, sum or Euclidean norm.
+    """
     first, values = weights[0], [found.values for found in importances]
     if importances[0].per_group:
         return Scores(values, None)
     pattern = Unstructured() if first.packed else first.pattern
-    normed = importances[0].normed
-    return Scores(*block_scores(values, pattern, normed=normed, backend=first.backend))
+    normed, backend = importances[0].normed, first.backend
+    if reduction == "mean" or isinstance(pattern, Unstructured):
+        return Scores(*block_scores(values, pattern, normed=normed, backend=backend))
+    _, scales = block_scores(values, Unstructured(), normed=normed, backend=backend)
+    return Scores([_reduced(matrix, pattern, reduction, backend) for matrix in values], scales)
+
+
+def _reduced(values: Tensor, pattern: Pattern, reduction: Reduction, backend: Backend) -> Tensor:
+    rows, cols = pattern.rows, pattern.cols
+    if reduction == "max":
+        return pad_to_blocks(values, rows, cols).abs().amax((1, 3)).float()
+    mean = block_score(values, pattern, norm="l2" if reduction == "l2" else "l1", backend=backend)
+    tall, wide = side_lengths(values.shape, rows, cols, device=values.device)
+    total = mean * tall * wide
+    return total.sqrt() if reduction == "l2" else total

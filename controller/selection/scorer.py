@@ -9,10 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.pattern import Pattern, Unstructured
 from ...kernels.squares import convolution_squares
 from ..config.algorithm import Pool
 from ..masks.weight import SparseWeight
-from .criteria import Evidence, WeightImportance, check_gradients, criterion, scores_by_group
+from .criteria import (
+    Evidence,
+    Reduction,
+    WeightImportance,
+    check_gradients,
+    criterion,
+    group_sums,
+    scores_by_group,
+)
 from .thresholds import Scores, pools
 
 # Intel Neural Compressor's factor
@@ -20,19 +29,30 @@ MOMENTUM_DECAY = 0.9
 # of each weight: float64, squared inputs a column, and how many there were
 Sums = dict[str, tuple[Tensor, int]]
 OUTLIER = 5  # the paper's M
-BY_GRADIENT = ("snip", "snip_momentum")
+SUMMED = ("snip_momentum", "fisher")
+BY_GRADIENT = ("snip", "taylor", *SUMMED)
 
 
 class Scorer:
     """Scores by a criterion, called ``importance``, and what has been gathered for it so far."""
 
     def __init__(
-        self, weights: Sequence[SparseWeight], importance: WeightImportance, seed: int
+        self,
+        weights: Sequence[SparseWeight],
+        importance: WeightImportance,
+        seed: int,
+        reduction: Reduction = "mean",
     ) -> None:
         self.importance: WeightImportance = importance
+        own = () if isinstance(importance, str) else tuple(getattr(importance, "needs", ()))
+        self.needs_inputs = importance == "wanda" or "inputs" in own
+        self.needs_gradients = importance in BY_GRADIENT or "gradients" in own
+        self._reduction: Reduction = reduction
         self._weights = list(weights)
         self._seed = seed
         self._momenta: dict[str, Tensor] = {}
+        self._products: dict[str, Tensor] = {}  # w g, as the optimiser stepped
+        self._taken: set[str] = set()  # what is summed already of this step
         self._input_norms: dict[str, Tensor] = {}
 
     def scores(self, weights: Sequence[SparseWeight], pool: Pool = "global") -> Scores:
@@ -43,13 +63,16 @@ class Scorer:
         """
         importance_of, evidence = criterion(self.importance), map(self._evidence, weights)
         if self.importance in ("abs", "normed_abs"):
-            return scores_by_group(weights, [*map(importance_of, evidence)])
+            return scores_by_group(weights, [*map(importance_of, evidence)], self._reduction)
+        if self.importance in BY_GRADIENT:
+            self._refuse_unused(weights)
         # one by one: of a block pattern no more than one weight's copy is there at a time
         tensors, speak = [], {}
         for weight, found in zip(weights, map(importance_of, evidence), strict=True):
             if self.importance in BY_GRADIENT:
-                speak[weight] = found.values.any()
-            tensors += scores_by_group([weight], [found]).tensors
+                sizes = found.values.sqrt() if self.importance == "fisher" else found.values.abs()
+                speak[weight] = sizes.sum(dtype=torch.float32)
+            tensors += scores_by_group([weight], [found], self._reduction).tensors
         for members in pools(weights, pool) if speak else ():
             check_gradients(self.importance, members, [speak[weight] for weight in members])
         return Scores(tensors, None)
@@ -65,14 +88,50 @@ class Scorer:
             shares.append((sizes > bound).count_nonzero() / sizes.numel())
         return torch.stack(shares).tolist()
 
-    def observe(self) -> None:
-        """Take in the gradients of the step that has ended, where the criterion sums them.
+    def _refuse_unused(self, weights: Sequence[SparseWeight]) -> None:
+        """Refuse a weight without a gradient, where others have one: nothing has used it."""
+        gathered = self._momenta if self.importance in SUMMED else self._products
+        used = [w for w in self._weights if w.name in gathered or w.weight.grad is not None]
+        names = {weight.name for weight in used}
+        unused = [weight.name for weight in weights if weight.name not in names]
+        if used and unused:
+            raise RuntimeError(
+                f"{self.importance}: the weights of {unused} have no gradient while others have: "
+                "the backward pass has not used them, or they are frozen; list them in "
+                "ignored_scopes, or run a pass that uses them"
+            )
 
-        A step whose gradients overflowed, as with AMP, is left out: the optimiser skips it too.
+    def before_step(self, weights: Sequence[SparseWeight]) -> None:
+        """Take in the gradients by which an optimiser is about to step ``weights``, and the
+        weights that they are of.
         """
-        if self.importance != "snip_momentum":
+        if self.importance in SUMMED:
+            self._add(weights)
+            self._taken |= {weight.name for weight in weights}
             return
-        used = [(i, gradient) for i in self._weights if (gradient := i.weight.grad) is not None]
+        for weight in weights:
+            gradient, matrix = weight.weight.grad, weight.matrix
+            if gradient is None:
+                self._products.pop(weight.name, None)
+                continue
+            values = matrix(weight.weight.detach()).float()
+            self._products[weight.name] = values * matrix(gradient.detach()).float()
+            # tells a later gradient from this, wherever it is kept meanwhile
+            gradient._of_product = gradient._version  # pyright: ignore[reportAttributeAccessIssue]
+
+    def observe(self) -> None:
+        """Take in the gradients of the step that has ended, where the criterion sums them and no
+        optimiser that torch knows has stepped by them.
+        """
+        if self.importance in SUMMED:
+            self._add([weight for weight in self._weights if weight.name not in self._taken])
+            self._taken.clear()
+
+    def _add(self, weights: Sequence[SparseWeight]) -> None:
+        """Sum gradients of one step, but for one whose gradients overflowed, as with AMP: the
+        optimiser skips it too.
+        """
+        used = [(i, gradient) for i in weights if (gradient := i.weight.grad) is not None]
         if not used:
             return
         # stays on the device: a step must not wait for it
@@ -82,38 +141,54 @@ class Scorer:
         for weight, gradient in used:
             name, matrix = weight.name, weight.matrix
             values, slopes = matrix(weight.weight.detach()), matrix(gradient.detach())
-            product = (values.float() * slopes.float()).abs_()
-            product.masked_fill_(~finite, 0)
+            product = values.float() * slopes.float()
+            if self.importance == "fisher":
+                product = group_sums(product, _pattern(weight)).square()
+            product = product.abs().masked_fill_(~finite, 0)
             if name in self._momenta:
                 self._momenta[name].mul_(decay).add_(product)
             else:
                 self._momenta[name] = product
 
     @contextmanager
-    def calibration(self) -> Iterator[None]:
+    def calibration(self, model: nn.Module, attention_mask: str | None) -> Iterator[None]:
         """Measure the inputs that the weights' modules get while the context is open.
+
+        Args:
+            model: whose forward pass is run.
+            attention_mask: the keyword by which it is given which tokens are none, as zeros;
+                these are left out. None: all count.
 
         Ranks add up what each has seen, as the context closes: all of them must open it.
 
         Raises:
-            ValueError: the criterion has no use for it; a module's inputs cannot be measured.
+            ValueError: the criterion has no use for it; a module's inputs cannot be measured; no
+                input was seen; the model was not given the keyword, or no matrix by it.
         """
-        if self.importance != "wanda":
+        if isinstance(self.importance, str) and self.importance != "wanda":
             raise ValueError(
                 "calibration: weight_importance must be 'wanda', which alone looks at the inputs, "
                 f"got {self.importance!r}"
             )
         sums: Sums = {}
+        real = _RealTokens(attention_mask)
         handles = []
+        if attention_mask is not None:
+            handles.append(model.register_forward_pre_hook(real, with_kwargs=True))
         try:
             for weight in self._weights:
-                hook = _measure(weight, sums)
+                hook = _measure(weight, sums, real)
                 handles.append(weight.module.register_forward_hook(hook, with_kwargs=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
         sums = _of_all_ranks(sums, self._weights)
+        if not sums:
+            raise ValueError(
+                "calibration: the model must be run on data while the context is open, got no "
+                "input of any weight"
+            )
         self._input_norms = {n: (total / k).sqrt().float() for n, (total, k) in sums.items()}
 
     def get_state(self) -> dict[str, Any]:
@@ -122,13 +197,17 @@ class Scorer:
         Where the next update looks at gradients, the weights' present ones are part of it.
         """
         looks = self._weights if self.importance in BY_GRADIENT else []
-        gradients = {i.name: g for i in looks if (g := i.weight.grad) is not None}
+        fresh = [weight for weight in looks if weight.name not in self._taken]
+        gradients = {i.name: g for i in fresh if (g := i.weight.grad) is not None}
+        products = {i.name: p for i in looks if (p := self._product(i)) is not None}
+        gradients = {name: g for name, g in gradients.items() if name not in products}
         return {
             # copies: the next backward pass may add to a gradient in place
             key: {name: tensor.detach().to("cpu", copy=True) for name, tensor in gathered.items()}
             for key, gathered in (
                 ("momenta", self._momenta),
                 ("input_norms", self._input_norms),
+                ("products", products),
                 ("gradients", gradients),
             )
             if gathered
@@ -144,7 +223,7 @@ class Scorer:
         """
         weights = {weight.name: weight for weight in self._weights}
         for key, gathered in state.items():
-            if key not in ("momenta", "input_norms", "gradients"):
+            if key not in ("momenta", "products", "input_norms", "gradients"):
                 raise ValueError(f"load_state: algorithm_state has the unknown key {key!r}")
             for name, tensor in gathered.items():
                 if name not in weights or not _fits(key, tensor, weights[name]):
@@ -157,13 +236,20 @@ class Scorer:
                 for name, weight in weights.items():
                     found = gradients.get(name)
                     weight.weight.grad = None if found is None else found.to(device, copy=True)
-            self._momenta, self._input_norms = (
+            self._momenta, self._products, self._input_norms = (
                 # a copy: a tensor of the caller's must not change with ours
                 {name: tensor.to(device, copy=True) for name, tensor in state.get(key, {}).items()}
-                for key in ("momenta", "input_norms")
+                for key in ("momenta", "products", "input_norms")
             )
+            self._taken.clear()
 
         return take
+
+    def _product(self, weight: SparseWeight) -> Tensor | None:
+        """Return w g as the optimiser stepped, if there was no other backward pass since."""
+        gradient, product = weight.weight.grad, self._products.get(weight.name)
+        stepped = gradient is None or getattr(gradient, "_of_product", -1) == gradient._version
+        return product if stepped else None
 
     def _evidence(self, weight: SparseWeight) -> Evidence:
         parameter = weight.weight
@@ -176,7 +262,13 @@ class Scorer:
             momentum=self._momenta.get(weight.name),
             input_norm=self._input_norms.get(weight.name),
             seed=self._seed,
+            product=self._product(weight),
+            pattern=_pattern(weight),
         )
+
+
+def _pattern(weight: SparseWeight) -> Pattern:
+    return Unstructured() if weight.packed else weight.pattern
 
 
 def _of_all_ranks(sums: Sums, weights: Sequence[SparseWeight]) -> Sums:
@@ -207,12 +299,39 @@ def _fits(key: str, tensor: Tensor, weight: SparseWeight) -> bool:
         case "gradients":
             return tensor.shape == weight.weight.shape and tensor.dtype == weight.weight.dtype
         case "momenta":
+            return tensor.shape in ((rows, cols), weight.grid)
+        case "products":
             return tensor.shape == (rows, cols)
     return tensor.shape in ((cols,), (rows, cols))
 
 
+class _RealTokens:
+    """Keeps which tokens of the batch that the model is at are real; None: all."""
+
+    def __init__(self, keyword: str | None) -> None:
+        self._keyword = keyword
+        self.mask: Tensor | None = None
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get(self._keyword) if self._keyword else None
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"calibration: attention_mask must name a keyword by which {type(model).__name__} "
+                f"is given a matrix (batch, tokens), got {got} by {self._keyword!r}"
+            )
+        self.mask = mask != 0
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return the rows of an input that are real tokens: of what is of no token, all."""
+        rows, mask = x.reshape(-1, x.shape[-1]), self.mask
+        if mask is None or (x.shape[:-1] != mask.shape and x.shape[:-1] != (mask.numel(),)):
+            return rows
+        return rows[mask.flatten().to(rows.device)]
+
+
 def _measure(
-    weight: SparseWeight, sums: Sums
+    weight: SparseWeight, sums: Sums, real: _RealTokens
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
     """Return a forward hook that adds up squared inputs a column of the weight's matrix."""
     name, module = weight.name, weight.module
@@ -236,7 +355,7 @@ def _measure(
             total, count = convolution_squares(x, output, weight.weight.shape, **settings)
             total = total.double()
         else:
-            rows = x.reshape(-1, x.shape[-1])
+            rows = real.of(x)
             total, count = rows.square().sum(0, dtype=torch.float64), len(rows)
         if name in sums:
             total, count = sums[name][0] + total, sums[name][1] + count
