@@ -235,8 +235,8 @@ def _own(function: Function, evidence: Evidence) -> Importance:
     if not isinstance(found, Tensor) or tuple(found.shape) not in (shape, evidence.grid):
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(
-            f"{where} a tensor of the weight's shape {shape} or of its groups' {evidence.grid} for "
-            f"{evidence.name!r}, got {got}"
+            f"{where} a tensor of the weight's shape {shape} or of its groups' {evidence.grid} "
+            f"for {evidence.name!r}, got {got}"
         )
     values = found.detach().to(evidence.weight.device)
     values = values if values.is_floating_point() else values.float()
@@ -282,9 +282,9 @@ def check_gradients(
     if total <= ROUNDING:
         much = f"adds up to {total:.3g} over" if total else "is 0 throughout"
         raise RuntimeError(
-            f"{name}: |w g| {much} the pool of {weights[0].name!r}, {len(weights)} weights in all, "
-            "so that nothing ranks their groups; run a backward pass with finite gradients first, "
-            "of a loss that depends on the weights by more than rounding, and call zero_grad() "
+            f"{name}: |w g| {much} the pool of {weights[0].name!r}, {len(weights)} weights in "
+            "all, so that nothing ranks their groups; run a backward pass with finite gradients "
+            "first, of a loss that the weights change by more than rounding, and call zero_grad() "
             "only after the scheduler's step() or epoch_step()"
         )
 

@@ -40,13 +40,16 @@ def masks(controller):
         ("snip", [[3, 2], [0, 0]]),
         ("snip_momentum", [[1, 2], [3, 4]]),
         ("wanda", [[30, 4], [0, 1]]),
+        # |w g| of each element, which are groups; the sum that was gathered
+        ("taylor", [[3, 2], [0, 0]]),
+        ("fisher", [[1, 2], [3, 4]]),
     ],
 )
 def test_hand_worked_values(name, expected):
     values, normed, per_group = criteria.criterion(name)(EVIDENCE)
     importance = values.abs() / (values.norm() if normed else 1)
     torch.testing.assert_close(importance, torch.tensor(expected, dtype=torch.float32))
-    assert not per_group
+    assert per_group == (name in ("taylor", "fisher"))
 
 
 def test_the_norm_of_zeros_makes_importance_zero_not_nan():
@@ -298,3 +301,273 @@ def test_an_infinite_importance_is_not_blamed_on_the_weight():
     model.weight.grad = torch.full_like(model.weight, math.inf)
     with pytest.raises(ValueError, match="the importance of 'weight' holds NaN or Inf"):
         controller.set_sparsity_level(0.5)
+
+
+def block_evidence(**more):
+    # w g in blocks of 1 x 2: -3 and -2, 5 and -5; 0 and 4, 1 and 1
+    weight = torch.tensor([[3.0, -4.0, 5.0, 1.0], [0.0, 2.0, 1.0, -1.0]])
+    gradient = torch.tensor([[-1.0, 0.5, 1.0, -5.0], [9.0, 2.0, 1.0, -1.0]])
+    return Evidence("fc", weight, (2, 2), gradient=gradient, pattern=ts.Block(1, 2), **more)
+
+
+def test_taylor_adds_up_before_it_takes_the_magnitude():
+    found = criteria.taylor(block_evidence())
+    assert found.values.tolist() == [[-5, 0], [4, 2]]
+    assert found.per_group
+    # another moment's product stands for weight and gradient
+    product = torch.tensor([[1.0, 2.0, 0.0, 0.0], [-3.0, 1.0, 0.0, 7.0]])
+    assert criteria.taylor(block_evidence(product=product)).values.tolist() == [[3, 0], [-2, 7]]
+
+
+@pytest.mark.parametrize(
+    ("reduction", "expected"),
+    # 3 x 5 in blocks of 2 x 2, of which the edge ones have 2, 2 and 1 elements
+    [
+        ("mean", [[2.5, 1, 3], [3.5, 4, 5]]),
+        ("sum", [[10, 4, 6], [7, 8, 5]]),
+        ("max", [[4, 1, 6], [4, 8, 5]]),
+        ("l2", [[30**0.5, 2, 6], [5, 8, 5]]),
+    ],
+)
+def test_a_block_is_reduced_as_told(reduction, expected):
+    model = nn.Linear(5, 3, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1, -2, 1, 1, 6.0], [3, 4, -1, 1, 0], [-3, 4, 0, 8, 5]]))
+    options = {"pattern": ts.Block(2, 2), "block_reduction": reduction}
+    for importance, factor in (("abs", 1), ("normed_abs", model.weight.norm().item())):
+        controller = one_shot(model, importance, **options)
+        (scores,), scales = controller.group_scores(controller._weights)
+        scores = scores if scales is None else scores * scales * factor
+        torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float32))
+        controller.strip(do_copy=False)
+
+
+def test_fisher_sums_squares_of_a_groups_steps():
+    model = nn.Linear(4, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[2.0, 1.0, 1.0, 3.0]]))
+    controller = one_shot(model, "fisher", pattern=ts.Block(1, 2))
+    for x in ([1.0, -1.0, 1.0, 1.0], [0.0, 3.0, 1.0, 0.0], [0.0] * 4):
+        controller.scheduler.step()
+        model.zero_grad()
+        model(torch.tensor([x])).sum().backward()
+    controller.scheduler.step()
+    # (2 - 1)^2 and (1 + 3)^2, then 3^2 and 1^2, then nothing
+    momenta = controller.get_state()["magnitude_sparsity"]["algorithm_state"]["momenta"]
+    torch.testing.assert_close(momenta["weight"], torch.tensor([[0.81 + 8.1, 12.96 + 0.9]]))
+    controller.scheduler.epoch_step()
+    assert masks(controller)[0].tolist() == [[False, False, True, True]]
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_snip_takes_gradient_and_weight_of_one_moment(to_none):
+    torch.manual_seed(0)
+    model = nn.Linear(6, 5, bias=False)
+    controller = one_shot(model, "snip")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(torch.randn(7, 6)).square().sum().backward()
+    product = (model.weight * model.weight.grad).detach().clone()
+    optimizer.step()  # moves the weights far
+    if to_none:
+        optimizer.zero_grad()
+    else:
+        assert not torch.allclose(product, model.weight * model.weight.grad)
+    (scores,), _ = controller.group_scores(controller._weights)
+    torch.testing.assert_close(scores.abs(), product.abs())
+    # a later pass is of the weights of today
+    model.zero_grad()
+    model(torch.randn(7, 6)).square().sum().backward()
+    (scores,), _ = controller.group_scores(controller._weights)
+    torch.testing.assert_close(scores.abs(), (model.weight * model.weight.grad).abs())
+
+
+def test_snip_momentum_sums_what_each_step_was_of():
+    torch.manual_seed(0)
+    model = nn.Linear(6, 5, bias=False)
+    controller = one_shot(model, "snip_momentum")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    want = torch.zeros(5, 6)
+    for _ in range(3):
+        controller.scheduler.step()
+        optimizer.zero_grad()
+        model(torch.randn(7, 6)).square().sum().backward()
+        want = 0.9 * want + (model.weight * model.weight.grad).abs().detach()
+        optimizer.step()
+    optimizer.zero_grad()  # too early for nobody now
+    controller.scheduler.step()
+    momenta = controller.get_state()["magnitude_sparsity"]["algorithm_state"]["momenta"]
+    torch.testing.assert_close(momenta["weight"], want)
+
+
+@pytest.mark.parametrize("importance", ["snip", "taylor", "snip_momentum", "fisher"])
+def test_a_resumed_run_prunes_by_the_step_before_it(importance):
+    def start():
+        torch.manual_seed(0)
+        model = nn.Linear(8, 8)
+        return model, one_shot(model, importance), torch.optim.SGD(model.parameters(), lr=0.5)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+
+    model, controller, optimizer = start()
+    controller.scheduler.step()
+    step(model, optimizer)
+    other, resumed, _ = start()
+    other.load_state_dict(model.state_dict())
+    resumed.load_state(controller.get_state())
+    for one in (controller, resumed):
+        one.scheduler.step()
+        one.scheduler.epoch_step()
+    assert torch.equal(masks(controller)[0], masks(resumed)[0])
+    assert controller.compression_rate == 0.5
+
+
+@pytest.mark.parametrize("importance", ["snip", "taylor", "snip_momentum", "fisher"])
+def test_an_unused_weight_is_said_to_be_unused(importance):
+    model = nn.ModuleDict({"used": nn.Linear(6, 5), "spare": nn.Linear(6, 5)})
+    controller = one_shot(model, importance)
+    controller.scheduler.step()
+    model["used"](torch.randn(3, 6)).square().sum().backward()
+    controller.scheduler.step()
+    with pytest.raises(RuntimeError, match=r"\['spare'\] have no gradient while others have"):
+        controller.set_sparsity_level(0.5)
+
+
+@pytest.mark.parametrize("importance", ["snip", "taylor", "snip_momentum", "fisher"])
+def test_gradients_at_rounding_level_are_refused(importance):
+    model = nn.Linear(6, 5)
+    controller = one_shot(model, importance)
+    controller.scheduler.step()
+    (1e-9 * model(torch.ones(3, 6)).mean()).backward()
+    controller.scheduler.step()
+    with pytest.raises(RuntimeError, match=rf"^{importance}: \|w g\| adds up to .*e-\d+ over"):
+        controller.set_sparsity_level(0.5)
+    assert all(mask.all() for mask in masks(controller))
+
+
+def by_row_norm(evidence):
+    return evidence.weight.norm(dim=1, keepdim=True).expand_as(evidence.weight)
+
+
+class TestFunctions:
+    def test_a_function_stands_wherever_a_name_does(self):
+        for config in (
+            ts.MagnitudeSparsityConfig(weight_importance=by_row_norm),
+            ts.SETConfig(level=0.5, t_end=0, weight_importance=by_row_norm),
+            ts.RigLConfig(level=0.5, t_end=0, weight_importance=by_row_norm),
+        ):
+            assert config.weight_importance is by_row_norm
+            dumped = config.model_dump(mode="json")["weight_importance"]
+            assert dumped == f"{__name__}.by_row_norm"
+
+    def test_it_is_of_elements_whose_blocks_are_reduced(self):
+        torch.manual_seed(0)
+        model = nn.Linear(8, 4, bias=False)
+        controller = one_shot(model, by_row_norm, pattern=ts.Block(1, 4))
+        norms = model.weight.norm(dim=1)
+        controller.scheduler.epoch_step()
+        (mask,) = masks(controller)
+        assert mask.all(1).equal(norms >= norms.sort().values[2])
+
+    def test_it_is_of_groups(self):
+        seen = []
+
+        def mine(evidence):
+            seen.append((evidence.name, evidence.grid, evidence.pattern))
+            return torch.arange(6.0).view(evidence.grid)
+
+        controller = one_shot(nn.Linear(6, 8), mine, pattern=ts.Block(4, 2))
+        controller.scheduler.epoch_step()
+        assert seen == [("weight", (2, 3), ts.Block(4, 2))]
+        assert controller._weights[0].mask.tolist() == [[False] * 3, [True] * 3]
+
+    def test_it_sees_inputs_and_says_that_it_needs_them(self):
+        def mine(evidence):
+            return evidence.weight.abs() + evidence.input_norm
+
+        mine.needs = ("inputs",)
+        model = nn.Linear(6, 8)
+        controller = one_shot(model, mine)
+        assert controller.needs_calibration
+        assert not controller.needs_gradients
+        with controller.calibration():
+            model(torch.randn(5, 6))
+        controller.scheduler.epoch_step()
+        assert controller.compression_rate == 0.5
+
+    @pytest.mark.parametrize(
+        ("returned", "message"),
+        [
+            (torch.ones(3), r"shape \(8, 6\) or of its groups' \(2, 3\) for 'weight', got \(3,\)"),
+            (1.0, r"a tensor .* got float"),
+            (torch.ones(8, 6), "tell groups of 'weight' apart, got 1 throughout"),
+            (torch.full((2, 3), math.nan), "finite values for 'weight', got NaN or Inf"),
+        ],
+    )
+    def test_what_it_must_not_return(self, returned, message):
+        def mine(evidence):
+            return returned
+
+        controller = one_shot(nn.Linear(6, 8), mine, pattern=ts.Block(4, 2))
+        with pytest.raises(ValueError, match=f"^weight_importance: .*mine must return.*{message}"):
+            controller.scheduler.epoch_step()
+        assert all(mask.all() for mask in masks(controller))
+
+    def test_another_name_is_refused_with_all_that_there_are(self):
+        with pytest.raises(ValueError, match=r"must be 'abs', .* or a function of Evidence.*'l1'"):
+            ts.MagnitudeSparsityConfig(weight_importance="l1")
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x, attention_mask=None, flat=False):
+        h = self.fc(input=x.flatten(0, 1) if flat else x)
+        return self.head(h.view(*x.shape[:2], -1)[:, 0])
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_padding_is_left_out_of_a_calibration(flat):
+    torch.manual_seed(0)
+    model = Masked()
+    controller = one_shot(model, "wanda")
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+    batches = [torch.randn(3, 4, 6), torch.randn(3, 4, 6)]
+    heads = []
+    model.head.register_forward_pre_hook(lambda _, args: heads.append(args[0].detach()))
+    with controller.calibration(attention_mask="attention_mask"):
+        for x in batches:
+            model(x, attention_mask=mask, flat=flat)
+    norms = controller.get_state()["magnitude_sparsity"]["algorithm_state"]["input_norms"]
+    real = torch.cat([x[mask.bool()] for x in batches])
+    assert len(real) == 14
+    torch.testing.assert_close(norms["fc"], real.square().mean(0).sqrt())
+    # what is of no token is measured as a whole
+    torch.testing.assert_close(norms["head"], torch.cat(heads).square().mean(0).sqrt())
+    assert not model._forward_pre_hooks or len(model._forward_pre_hooks) == 1  # the guard's
+
+
+@pytest.mark.parametrize(
+    ("given", "got"), [({}, "NoneType"), ({"attention_mask": torch.ones(4)}, r"\(4,\)")]
+)
+def test_a_mask_that_is_not_given_is_missed(given, got):
+    model = Masked()
+    controller = one_shot(model, "wanda")
+    with (
+        pytest.raises(ValueError, match=rf"attention_mask must name .* Masked .* got {got} by"),
+        controller.calibration(attention_mask="attention_mask"),
+    ):
+        model(torch.randn(3, 4, 6), **given)
+
+
+def test_a_calibration_without_data_is_refused():
+    controller = one_shot(nn.Linear(4, 4), "wanda")
+    with (
+        pytest.raises(ValueError, match=r"calibration: the model must be run on data .* got no"),
+        controller.calibration(),
+    ):
+        pass
