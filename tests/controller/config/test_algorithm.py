@@ -158,7 +158,10 @@ def test_what_is_no_pattern_is_refused(bad):
             {"schedule": {"kind": "polynomial", "target_level": 2}},
             "schedule PolynomialSchedule: target_level must be less than 1, got 2",
         ),
-        ({"weight_importance": "l1"}, "weight_importance must be 'abs', .* or 'random', got 'l1'"),
+        (
+            {"weight_importance": "l1"},
+            "weight_importance must be 'abs', .*, or a function .*got 'l1'",
+        ),
         ({"sparsity_level_setting_mode": "both"}, "must be 'global' or 'local', got 'both'"),
         (
             {"algorithm": "rb_sparsity"},
