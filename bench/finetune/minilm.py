@@ -134,11 +134,14 @@ def minilm(root: Path) -> Task:
         higher_is_better=True,
         recipe=Recipe(
             dense_epochs=0,
-            epochs=20,
+            epochs=10,
             steps_per_epoch=100,
-            batch_size=32,
+            # many steps of few sentences: each has the teacher's states to learn of every token
+            batch_size=8,
             dense_lr=1e-4,
             lr=1e-3,
+            # what is pruned early has longest to be made good
+            ramp=0.2,
             scope=("encoder",),
         ),
         build=lambda: trainable(encoder(folder)),

@@ -88,7 +88,7 @@ class RunOptions:
     level: float | None = None
     initial_level: float = 0.0
     schedule: str = "polynomial"
-    ramp: float = 0.7
+    ramp: float | None = None
     importance: str = "normed_abs"
     block_reduction: str = "mean"
     pool: str | None = None
@@ -304,6 +304,7 @@ def sparsity_config(options: Options) -> AlgorithmConfig:
 def warm_up(options: Options) -> dict[str, Any]:
     """Return movement's warm-up: it begins with the second epoch and is as long as the ramp."""
     assert options.epochs is not None
+    assert options.ramp is not None
     if options.epochs <= 1:
         raise ValueError(
             "epochs must be more than 1 with movement, whose warm-up begins with the second, got "
@@ -323,6 +324,7 @@ def warm_up(options: Options) -> dict[str, Any]:
 def regrowth(options: Options) -> dict[str, Any]:
     """Return what SET and RigL are told; the masks stay from the end of the ramp on."""
     assert options.epochs is not None
+    assert options.ramp is not None
     assert options.steps_per_epoch is not None
     t_end = round(options.ramp * options.epochs * options.steps_per_epoch)
     return {
@@ -337,6 +339,7 @@ def regrowth(options: Options) -> dict[str, Any]:
 def schedule(options: Options) -> Schedule:
     """Return the schedule; the target is reached at the end of the ramp."""
     assert options.epochs is not None
+    assert options.ramp is not None
     epochs = math.ceil(options.epochs)
     # the level of an epoch holds from its start, so the last epoch is the latest to reach it in
     target_epoch = min(max(1, round(options.ramp * options.epochs)), epochs - 1)

@@ -77,6 +77,7 @@ class Recipe(RunOptions):
     distill: Names = ()
     distill_weight: float = 0.5
     temperature: float = 2.0
+    ramp: float = 0.7
     score_lr: float | None = None
     scope: Names = ()
     ignore: Names = ()

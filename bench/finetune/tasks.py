@@ -34,6 +34,7 @@ class Recipe:
     batch_size: int
     dense_lr: float
     lr: float
+    ramp: float = 0.7
     scope: tuple[str, ...] = ("layers",)
 
 
