@@ -96,6 +96,13 @@ def test_the_target_is_reached_at_the_end_of_the_ramp(schedule, epochs):
         assert 0.1 <= levels[0] < levels[3] < levels[6] < 0.8
 
 
+def test_the_ramp_is_the_tasks_unless_one_is_given():
+    early = replace(RECIPE, ramp=0.2)
+    for given, first in ((None, 2), (0.5, 5)):
+        schedule = sparsity_config(with_defaults(Options(ramp=given), early)).schedule
+        assert schedule.level(first - 1) < schedule.level(first) == 0.8
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
