@@ -166,7 +166,8 @@ def finetune(
         Text, _option("polynomial, exponential, multistep or adaptive.", "polynomial")
     ] = None,
     ramp: Annotated[
-        Real, _option("Fraction of the sparse epochs in which the level rises.", "0.7; minilm's 0.2")
+        Real,
+        _option("Fraction of the sparse epochs in which the level rises.", "0.7; of minilm 0.2"),
     ] = None,
     importance: Annotated[
         Text,
