@@ -91,9 +91,9 @@ CONFIGS = {
 UPDATE = {
     "magnitude, blocks, each": Costs(Cost(14, 0), Cost(4, 0), Cost(2, 0)),
     "magnitude, blocks, global": Costs(Cost(17, 0), Cost(11, 0), Cost(2, 0)),
-    "magnitude, blocks, rows": Costs(Cost(11, 0), Cost(4, 0), Cost(2, 0)),
+    "magnitude, blocks, rows": Costs(Cost(12, 0), Cost(3, 0), Cost(2, 0)),
     "magnitude, fine, each": Costs(Cost(11, 0), Cost(4, 0), Cost(2, 0)),
-    "magnitude, fine, rows": Costs(Cost(8, 0), Cost(4, 0), Cost(2, 0)),
+    "magnitude, fine, rows": Costs(Cost(9, 0), Cost(3, 0), Cost(2, 0)),
     "magnitude, fine, global": Costs(Cost(14, 0), Cost(11, 0), Cost(2, 0)),
     # two rounds of these tell which meet a limit; each waits for the device
     "magnitude, blocks, limits": Costs(Cost(30, 0), Cost(23, 1), Cost(8, 0)),
