@@ -7,16 +7,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 SECONDS = 120  # a run takes a few; a machine may be busy
 
 
-def run(name, folder):
+def run(name, folder, *launcher):
     # PEFT asks transformers for what it has renamed
     options = ["-W", "error", "-W", "ignore::FutureWarning"]
     done = subprocess.run(
-        [sys.executable, *options, str(EXAMPLES / name), str(folder)],
+        [sys.executable, *options, *launcher, str(EXAMPLES / name), str(folder)],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -36,6 +37,14 @@ def test_an_example_runs(name, tmp_path):
             pytest.skip(f"needs {module}")
     lines = run(name, tmp_path)
     assert lines
+    if name == "fsdp2.py":  # alone, and on two processes
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        for found in (lines, run(name, tmp_path, *launcher)):
+            assert found[-1].startswith("73728 weights are exactly zero")  # 3 of 4
+        assert (
+            sum((tensor == 0).sum() for tensor in torch.load(tmp_path / "model.pt").values())
+            == 73728
+        )
     if name == "accelerate_loop.py":  # it has left a checkpoint, from which it goes on
         again = run(name, tmp_path)
         assert again[0] == "resumed in epoch 1 after 8 micro-batches"
