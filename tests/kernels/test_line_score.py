@@ -84,4 +84,5 @@ def test_the_kernels_are_lean(name, arch):
     constants |= tiles.get(name) or {"ROWS": 64, "COLS": 64, **module.TILE}
     warps = 8 if name == "line_score" else 4
     compiled = aot.compile_for(arch, kernel, types, constants, num_warps=warps)
-    aot.assert_lean(compiled, arch)
+    # sums of squares are float64, so that they are the reference's
+    aot.assert_lean(compiled, arch, double=True)
