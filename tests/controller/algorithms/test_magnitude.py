@@ -147,6 +147,7 @@ def test_masks_agree_with_a_numpy_oracle(data):
         weight_importance=importance,
         schedule=ts.PolynomialSchedule(),
         pool="global",
+        maximum_level=1.0,  # the oracle has no limits
         # a weight that is zero throughout is left out unless a scope names it
         target_scopes="*",
     )
