@@ -55,6 +55,12 @@ from .launch import FUSED, on_device
 from .schedule import Plan
 from .tiles import stores
 
+# their names from Triton 3.9 on, and before
+if hasattr(tma, "async_load"):
+    _load_tile, _store_tile = tma.async_load, tma.async_store
+else:
+    _load_tile, _store_tile = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
+
 # a thread; together what a multiprocessor has for three groups
 CONSUMER_REGISTERS = 240
 PRODUCER_REGISTERS = 24
@@ -114,11 +120,11 @@ def _produce(
                 mbarrier.wait(empty.index(stage), phase ^ 1)
                 arrived = full.index(stage)
                 mbarrier.expect(arrived, x.block_type.nbytes + w.block_type.nbytes)
-                tma.async_copy_global_to_shared(x, [m, k], arrived, xs.index(stage))
+                _load_tile(x, [m, k], arrived, xs.index(stage))
                 if W_BY_K:
-                    tma.async_copy_global_to_shared(w, [k, n], arrived, ws.index(stage))
+                    _load_tile(w, [k, n], arrived, ws.index(stage))
                 else:
-                    tma.async_copy_global_to_shared(w, [n, k], arrived, ws.index(stage))
+                    _load_tile(w, [n, k], arrived, ws.index(stage))
                 stage += 1
                 if stage == STAGES:
                     stage = 0
@@ -185,12 +191,12 @@ def _consume(
                 tma.store_wait(0)
                 out.store(halves[half].to(y.dtype))
                 fence_async_shared()
-                tma.async_copy_shared_to_global(y, [m, n + half * (BLOCK_N // 2)], out)
+                _store_tile(y, [m, n + half * (BLOCK_N // 2)], out)
         else:
             tma.store_wait(0)
             out.store(sums.to(y.dtype))
             fence_async_shared()
-            tma.async_copy_shared_to_global(y, [m, n], out)
+            _store_tile(y, [m, n], out)
     tma.store_wait(0)
 
 

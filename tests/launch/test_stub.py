@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 
-from triton_sparsity.kernels.launch import tl, triton
+from triton_sparsity.kernels.launch import FUSED, tl, triton
 
 pytestmark = pytest.mark.launch
 
@@ -127,7 +127,7 @@ def _nothing_kernel(out_ptr):
 @pytest.fixture
 def compiled(driver):
     """A kernel that takes few registers and has leave for 48 KiB of shared memory."""
-    return _nothing_kernel[(1,)](torch.zeros(1))
+    return _nothing_kernel[(1,)](torch.zeros(1), **FUSED)
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def _many_registers_kernel(out_ptr, SIZE: tl.constexpr):
 
 def test_registers_of_a_block_end_at_65536(refusals):
     x = torch.zeros(128, 128, dtype=torch.float16)
-    compiled = _many_registers_kernel[(1,)](x, SIZE=128, num_warps=4)
+    compiled = _many_registers_kernel[(1,)](x, SIZE=128, num_warps=4, **FUSED)
     refusals.forget()
     assert launch(refusals, compiled.function, block=(128, 1, 1), shared=0) == 0
     registers = refusals.launches[0].registers
