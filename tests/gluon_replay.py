@@ -190,10 +190,9 @@ class Machine:
                 MBarrierLayout=lambda: None, init=self._init, expect=self._expect,
                 wait=self._wait, arrive=self._arrive,
             ),
-            "tma": SimpleNamespace(
-                async_copy_global_to_shared=self._fetch, store_wait=self._store_wait,
-                async_copy_shared_to_global=self._store,
-            ),
+            "tma": SimpleNamespace(store_wait=self._store_wait),
+            "_load_tile": self._fetch,
+            "_store_tile": self._store,
             "warpgroup_mma": self._multiply,
             "warpgroup_mma_init": lambda v: v if isinstance(v, Sums) else self._sums(v),
             "warpgroup_mma_wait": self._multiply_wait,
