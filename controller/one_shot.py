@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from ..kernels.pattern import NM, maximum_level
 from .algorithms.base import BaseSparsityAlgoController
 from .algorithms.const import ConstSparsityConfig
+from .algorithms.evaluation import evaluating, run
 from .create import create_controller
 from .masks.linear import conv1d_of
 from .masks.targets import find_targets
 from .masks.weight import Target
 from .selection.obs import prune_matrix
+from .selection.scorer import real_tokens
 
 Run = Callable[[nn.Module, Any], Any]
 
@@ -37,7 +39,7 @@ def prune_obs(
     level: float | None = None,
     damping: float = 0.01,
     rounds: int = 8,
-    run: Run | None = None,
+    run: Run = run,
 ) -> BaseSparsityAlgoController:
     """Prune every target weight to one level and let its retained elements make up for the loss.
 
@@ -59,8 +61,8 @@ def prune_obs(
         level: share of each weight's groups that is pruned, in (0, 1); of N:M its own.
         damping: added to the moment's diagonal, as a share of its mean; positive.
         rounds: in which the groups go, at least 1; more are better and take longer.
-        run: calls the model on a batch; None: ``model(**batch)`` of a mapping, ``model(*batch)``
-            of a tuple or list, else ``model(batch)``.
+        run: calls the model on a batch; by default ``model(**batch)`` of a mapping, ``model`` of
+            the first item of a tuple or list, else ``model(batch)``.
 
     Returns:
         The controller of ``config``, whose masks are the zeros.
@@ -84,8 +86,7 @@ def prune_obs(
         _check_linear(target)
     before = [(target.weight, target.weight.detach().clone()) for target in targets]
     try:
-        with _evaluating(model):
-            run = run or _call
+        with evaluating(model):
             for members in _by_input(model, targets, batches[0], run):
                 moment = _moment(model, members[0], batches, run)
                 for target in members:
@@ -134,26 +135,6 @@ def _pruned(
 
 
 # running the model
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    match batch:
-        case Mapping():
-            return model(**batch)
-        case tuple() | list():
-            return model(*batch)
-    return model(batch)
 
 
 @contextmanager
@@ -221,9 +202,7 @@ def _moment(model: nn.Module, target: Target, batches: Sequence[Any], run: Run) 
 
     def see(_: Target, x: Tensor) -> None:
         nonlocal total
-        if counted is not None and counted.shape == x.shape[:-1]:
-            x = x[counted.bool()]
-        rows = x.reshape(-1, side).float()
+        rows = real_tokens(x, counted).float()
         total += (rows.T @ rows).double()
         raise _Enough
 

@@ -50,6 +50,15 @@ def line_scores_reference(gradient: Tensor, pattern: Pattern, backend: Backend) 
 
 
 @triton.jit
+def _gradient(entry, DTYPE: tl.constexpr, INDEX: tl.constexpr, N: tl.constexpr):
+    """Read where a gradient lies, its rows and columns, and its strides."""
+    x_ptr = tl.load(entry + 3 * N).to(tl.pointer_type(DTYPE))
+    R, C = tl.load(entry + 4 * N).to(INDEX), tl.load(entry + 5 * N).to(INDEX)
+    stride_r, stride_c = tl.load(entry + 6 * N).to(INDEX), tl.load(entry + 7 * N).to(INDEX)
+    return x_ptr, R, C, stride_r, stride_c
+
+
+@triton.jit
 def _divide(x, size, DTYPE: tl.constexpr):
     # a double becomes half or bfloat16 by way of a float, as in torch
     return (x.to(tl.float64) / size).to(tl.float32).to(DTYPE)
@@ -73,9 +82,7 @@ def _row_size_kernel(
 ):
     entry = table_ptr + find_tensor(table_ptr, N)
     tile = (tl.program_id(0) - tl.load(entry)).to(INDEX)
-    x_ptr = tl.load(entry + 3 * N).to(tl.pointer_type(DTYPE))
-    R, C = tl.load(entry + 4 * N).to(INDEX), tl.load(entry + 5 * N).to(INDEX)
-    stride_r, stride_c = tl.load(entry + 6 * N).to(INDEX), tl.load(entry + 7 * N).to(INDEX)
+    x_ptr, R, C, stride_r, stride_c = _gradient(entry, DTYPE, INDEX, N)
     offs_r = tile * TILE_R + tl.arange(0, TILE_R)
     in_r = offs_r < R
     squares = tl.zeros((TILE_R, TILE_C), tl.float64)
@@ -104,9 +111,7 @@ def _col_size_kernel(
 ):
     entry = table_ptr + find_tensor(table_ptr + N, N)
     tile = (tl.program_id(0) - tl.load(entry + N)).to(INDEX)
-    x_ptr = tl.load(entry + 3 * N).to(tl.pointer_type(DTYPE))
-    R, C = tl.load(entry + 4 * N).to(INDEX), tl.load(entry + 5 * N).to(INDEX)
-    stride_r, stride_c = tl.load(entry + 6 * N).to(INDEX), tl.load(entry + 7 * N).to(INDEX)
+    x_ptr, R, C, stride_r, stride_c = _gradient(entry, DTYPE, INDEX, N)
     rows_ptr += tl.load(entry + 8 * N)
     offs_c = tile * TILE_C + tl.arange(0, TILE_C)
     in_c = offs_c < C
@@ -146,9 +151,7 @@ def _line_score_kernel(
     ACROSS: tl.constexpr = TILE_C // COLS
     entry = table_ptr + find_tensor(table_ptr + 2 * N, N)
     tile = (tl.program_id(0) - tl.load(entry + 2 * N)).to(INDEX)
-    x_ptr = tl.load(entry + 3 * N).to(tl.pointer_type(DTYPE))
-    R, C = tl.load(entry + 4 * N).to(INDEX), tl.load(entry + 5 * N).to(INDEX)
-    stride_r, stride_c = tl.load(entry + 6 * N).to(INDEX), tl.load(entry + 7 * N).to(INDEX)
+    x_ptr, R, C, stride_r, stride_c = _gradient(entry, DTYPE, INDEX, N)
     rows_ptr += tl.load(entry + 8 * N)
     pid_r, pid_c = tile // tl.cdiv(C, TILE_C), tile % tl.cdiv(C, TILE_C)
     offs_c = pid_c * TILE_C + tl.arange(0, TILE_C)

@@ -24,6 +24,7 @@ from torch import Tensor
 from .bits import pack, packed_shape
 from .grid import ceil_div
 from .launch import FUSED, Backend, on_device, tl, triton, use_triton
+from .select_each import bounds
 from .table import Matrices, addresses, alike, device_table, find_tensor, list_index_type
 
 TILE = 1024  # elements that a program compares at a time
@@ -78,17 +79,11 @@ def _prune_rows_kernel(
     pruned = ((wide_r + 1) * k // R - wide_r * k // R).to(tl.int32)  # [BLOCK_R]
     x_ptr += offs_r[:, None] * stride_r
 
-    # as in `_select_each_kernel`: a pass parts [lo, lo + 2^(shift + 2)) in four, the last counts
     lo = tl.zeros((BLOCK_R,), tl.int32)
     upto = tl.zeros((BLOCK_R,), tl.int32)
     nonfinite = tl.zeros((BLOCK_R,), tl.int32)
     for n in range(17):
-        shift = tl.maximum(30 - 2 * n, 0)
-        part = tl.full((), 1, tl.int32) << shift
-        last = n == 16
-        one = lo + part
-        two = tl.where((n == 0) | last, one, one + part)
-        three = tl.where(n == 0, 0x7F800000, tl.where(last, one, two + part))
+        part, one, two, three = bounds(lo, n)
         below_one = tl.zeros((BLOCK_R,), tl.int32)
         below_two = tl.zeros((BLOCK_R,), tl.int32)
         below_three = tl.zeros((BLOCK_R,), tl.int32)
@@ -104,7 +99,7 @@ def _prune_rows_kernel(
         if n == 0:
             nonfinite = C.to(tl.int32) - below_three
             lo = tl.where(below_one < pruned, part, lo)
-        elif last:
+        elif n == 16:
             upto = below_one
         else:
             steps = (below_one < pruned).to(tl.int32) + (below_two < pruned).to(tl.int32)

@@ -41,6 +41,22 @@ def select_each_reference(
 
 
 @triton.jit
+def bounds(lo, n):
+    """Return how wide a part is, and the three patterns that pass ``n`` compares keys with.
+
+    They part [lo, lo + 4 parts) in four; all keys before ``lo`` are fewer than k. The first pass
+    parts by the highest of 31 bits alone, and by infinity; pass 16 counts the keys up to the one
+    that was found.
+    """
+    part = tl.full((), 1, tl.int32) << tl.maximum(30 - 2 * n, 0)
+    last = n == 16
+    one = lo + part
+    two = tl.where((n == 0) | last, one, one + part)
+    three = tl.where(n == 0, 0x7F800000, tl.where(last, one, two + part))
+    return part, one, two, three
+
+
+@triton.jit
 def _select_each_kernel(
     table_ptr,
     scales_ptr,
@@ -60,19 +76,11 @@ def _select_each_kernel(
     if scales_ptr is not None:
         scale = tl.load(scales_ptr + place)
 
-    # a pass compares with the three patterns that part [lo, lo + 2^(shift + 2)) in four; all keys
-    # before lo are fewer than k. The first parts by the highest of 31 bits alone.
     lo = tl.zeros((), tl.int32)
     upto = tl.zeros((), tl.int32)
     nonfinite = tl.zeros((), tl.int32)
     for n in range(17):
-        shift = tl.maximum(30 - 2 * n, 0)
-        part = tl.full((), 1, tl.int32) << shift
-        # the last pass counts the keys up to the one that was found
-        last = n == 16
-        one = lo + part
-        two = tl.where((n == 0) | last, one, one + part)
-        three = tl.where(n == 0, 0x7F800000, tl.where(last, one, two + part))
+        part, one, two, three = bounds(lo, n)
         at_one = tl.zeros((BLOCK,), tl.int32)
         at_two = tl.zeros((BLOCK,), tl.int32)
         at_three = tl.zeros((BLOCK,), tl.int32)
@@ -90,7 +98,7 @@ def _select_each_kernel(
         if n == 0:
             nonfinite = size - below_three
             lo = tl.where(below_one < k, part, lo)
-        elif last:
+        elif n == 16:
             upto = below_one
         else:
             steps = (below_one < k).to(tl.int32) + (below_two < k).to(tl.int32)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .evaluation import evaluating, inputs_of, run
 
 
 @torch.no_grad()
@@ -29,21 +31,22 @@ def adapt_batchnorm(model: nn.Module, batches: Iterable[Any], samples: int) -> N
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms or samples == 0:
         return
-    flags = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     before = {norm: {k: v.clone() for k, v in norm.named_buffers(recurse=False)} for norm in norms}
-    model.eval()
     for norm in norms:
-        norm.train()
         # None averages over all batches; running statistics would remember the dense model
         norm.momentum = None
         norm.reset_running_stats()
     seen = 0
     try:
-        for batch in batches:
-            seen += _run(model, batch)
-            if seen >= samples:
-                break
+        with evaluating(model):
+            for norm in norms:
+                norm.train()
+            for batch in batches:
+                run(model, batch)
+                seen += _size(batch)
+                if seen >= samples:
+                    break
         if seen == 0:
             raise ValueError(
                 "batchnorm_adaptation: the data must yield at least one batch, got none"
@@ -56,14 +59,7 @@ def adapt_batchnorm(model: nn.Module, batches: Iterable[Any], samples: int) -> N
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
-        for module, training in flags.items():
-            module.training = training
 
 
-def _run(model: nn.Module, batch: Any) -> int:
-    if isinstance(batch, dict):
-        model(**batch)
-        return len(next(iter(batch.values())))
-    inputs: Tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
-    model(inputs)
-    return len(inputs)
+def _size(batch: Any) -> int:
+    return len(next(iter(batch.values())) if isinstance(batch, Mapping) else inputs_of(batch))

@@ -305,6 +305,19 @@ def _fits(key: str, tensor: Tensor, weight: SparseWeight) -> bool:
     return tensor.shape in ((cols,), (rows, cols))
 
 
+def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the rows of an input that are real tokens: of what is of no token, all.
+
+    Args:
+        x: (..., in).
+        mask: (batch, tokens), zero where there is no token; None: all are real.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is None or (x.shape[:-1] != mask.shape and x.shape[:-1] != (mask.numel(),)):
+        return rows
+    return rows[mask.flatten().to(rows.device) != 0]
+
+
 class _RealTokens:
     """Keeps which tokens of the batch that the model is at are real; None: all."""
 
@@ -320,14 +333,7 @@ class _RealTokens:
                 f"calibration: attention_mask must name a keyword by which {type(model).__name__} "
                 f"is given a matrix (batch, tokens), got {got} by {self._keyword!r}"
             )
-        self.mask = mask != 0
-
-    def of(self, x: Tensor) -> Tensor:
-        """Return the rows of an input that are real tokens: of what is of no token, all."""
-        rows, mask = x.reshape(-1, x.shape[-1]), self.mask
-        if mask is None or (x.shape[:-1] != mask.shape and x.shape[:-1] != (mask.numel(),)):
-            return rows
-        return rows[mask.flatten().to(rows.device)]
+        self.mask = mask
 
 
 def _measure(
@@ -355,7 +361,7 @@ def _measure(
             total, count = convolution_squares(x, output, weight.weight.shape, **settings)
             total = total.double()
         else:
-            rows = real.of(x)
+            rows = real_tokens(x, real.mask)
             total, count = rows.square().sum(0, dtype=torch.float64), len(rows)
         if name in sums:
             total, count = sums[name][0] + total, sums[name][1] + count

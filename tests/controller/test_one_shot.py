@@ -98,6 +98,14 @@ def test_tokens_that_the_mask_leaves_out_do_not_count(model):
     torch.testing.assert_close(model.query.weight, other.query.weight)
 
 
+def test_of_a_pair_the_first_is_the_input(model):
+    other = Attention()
+    other.load_state_dict(model.state_dict())
+    ts.prune_obs(model, batches(), CONFIG, level=0.5)
+    ts.prune_obs(other, [(x, torch.zeros(len(x))) for x in batches()], CONFIG, level=0.5)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
 def test_modes_are_as_they_were_and_dropout_is_off():
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)).train()
     model[0].eval()
