@@ -99,7 +99,7 @@ def create_controller(
         ]
         whole = controllers[0] if len(configs) == 1 else CompositeController(model, controllers)
         if state is not None:
-            whole.load_state(dict(state))
+            whole.load_state(state)
     except BaseException:
         halfway = [info for members in infos for info in members]
         restore_([info.operand for info in halfway])

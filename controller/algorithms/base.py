@@ -3,7 +3,7 @@
 An algorithm that prunes the lowest scores overrides ``group_scores`` and no more: pools, exact
 counts and limits are in ``selection/thresholds.py``; schedule, state, stage, statistics and strip
 are here. An algorithm whose masks come about in another way overrides ``_find_masks``; one with a
-state beyond its masks ``_own_state`` and ``_read_own_state``.
+state beyond its masks ``_own_state``, ``_own_schema`` and ``_take_own``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from ..masks.export import export_onnx
 from ..masks.guard import Guard
 from ..masks.linear import skip_blocks
 from ..masks.optimizers import unwrapped
-from ..masks.state import masks_state, read_masks, with_names_of
+from ..masks.schema import FLAG, MAPPING, Schema, check, exactly, integer
+from ..masks.state import masks_schema, masks_state, read_masks, with_names_of
 from ..masks.statistics import SparsifiedModelStatistics, SparsityStatistics, Statistics, summarise
 from ..masks.strip import strip_masks
 from ..masks.targets import find_targets
@@ -225,8 +226,8 @@ class BaseSparsityAlgoController:
     def begin_step(self) -> None:
         """Look at what the step that has ended left; called at each ``scheduler.step()``."""
         self._guard.begin_step()
-        if self._scorer is not None and not self.frozen:
-            self._scorer.observe()
+        if self._scorer is not None:
+            self._scorer.observe(frozen=self.frozen)
 
     def check_epoch(self) -> None:
         """Look at the epoch that ends; the scheduler calls it at each ``epoch_step()``."""
@@ -430,10 +431,12 @@ class BaseSparsityAlgoController:
         frozen = self._thaw()
         try:
             self.set_sparsity_level(compression_rate)
-            frozen = dict.fromkeys(frozen, True)
-        finally:
+        except BaseException:
             for part, was_frozen in frozen.items():
                 part.frozen = was_frozen
+            raise
+        for part in frozen:
+            part.freeze()
 
     def _thaw(self) -> dict[BaseSparsityAlgoController, bool]:
         """Let masks change that are frozen, where they are not learned; return whose were."""
@@ -473,14 +476,25 @@ class BaseSparsityAlgoController:
         """Return what the algorithm has beyond masks, schedule and loss: values and tensors."""
         return {} if self._scorer is None else self._scorer.get_state()
 
-    def _read_own_state(self, state: Mapping[str, Any]) -> Change:
+    def _own_schema(self) -> dict[str, Schema]:
+        """Say what ``_own_state``'s result must hold."""
+        return {} if self._scorer is None else self._scorer.schema()
+
+    def _take_own(self, state: Mapping[str, Any]) -> None:
         if self._scorer is not None:
-            return self._scorer.read_state(state)
-        if state:
-            raise ValueError(
-                f"load_state: {self.name} has no state of its own, got {', '.join(state)}"
-            )
-        return lambda: None
+            self._scorer.take(state)
+
+    def schema(self) -> dict[str, Schema]:
+        """Say what ``get_state()`` has under the algorithm's name."""
+        return {
+            "version": exactly(STATE_VERSION),
+            "loss_state": self._loss.schema(),
+            "scheduler_state": self._scheduler.schema(),
+            "compression_stage": integer(end=len(CompressionStage)),
+            "frozen": FLAG,
+            "weights": masks_schema(self._weights),
+            "algorithm_state": self._own_schema(),
+        }
 
     def get_state(self) -> dict[str, dict[str, Any]]:
         """Return the whole state under the algorithm's name, on the CPU: masks, packed; pruned
@@ -497,7 +511,7 @@ class BaseSparsityAlgoController:
         own = self._own_state()
         return {self.name: state | ({"algorithm_state": own} if own else {})}
 
-    def load_state(self, state: dict[str, dict[str, Any]]) -> None:
+    def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Go on from ``get_state()``'s result, bit for bit, once the model's own state is loaded.
 
         The two may be loaded in either order. A state that was made on a wrapper of the model
@@ -514,36 +528,21 @@ class BaseSparsityAlgoController:
 
     def _read_state(self, state: Mapping[str, Mapping[str, Any]]) -> Change:
         """Check a state as a whole; return what takes it over."""
-        if set(state) != {self.name}:
-            raise ValueError(
-                f"load_state: state must be of {self.name!r}, got one of {sorted(state)}"
-            )
-        own = state[self.name]
-        if own.get("version") != STATE_VERSION:
-            raise ValueError(
-                f"load_state: version must be {STATE_VERSION}, got {own.get('version')!r}"
-            )
-        lacking = {"weights", "frozen", "scheduler_state", "loss_state"} - set(own)
-        if lacking:
-            raise ValueError(f"load_state: state lacks {sorted(lacking)}")
+        check(state, {self.name: MAPPING})
+        # an algorithm without a state of its own has no such entry
+        own: dict[str, Any] = {"algorithm_state": {}, **state[self.name]}
+        name = f"state[{self.name!r}]"
+        check(own.get("version"), exactly(STATE_VERSION), f"{name}['version']")
         own = with_names_of(self._weights, own)
+        check(own, self.schema(), name)
         masks, values = read_masks(own["weights"], self._weights)
-        take_own = self._read_own_state(own.get("algorithm_state", {}))
-        # these check and take over in one: they are put back if what follows is refused
-        before = self._scheduler.get_state(), self._loss.get_state()
-        try:
-            self._scheduler.load_state(own["scheduler_state"])
-            self._loss.load_state(own["loss_state"])
-        finally:
-            self._scheduler.load_state(before[0])
-            self._loss.load_state(before[1])
 
         def take() -> None:
             self._scheduler.load_state(own["scheduler_state"])
             self._loss.load_state(own["loss_state"])
-            self.frozen = bool(own["frozen"])
+            self.frozen = own["frozen"]
             self._keep_values(self._keeps_values)
-            take_own()
+            self._take_own(own["algorithm_state"])
             with self._changing(self._weights):
                 for found in masks:
                     set_masks(*found)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..api import CompressionStage
 from ..masks.guard import Guard
+from ..masks.schema import MAPPING, check
 from ..masks.statistics import Statistics
 from ..masks.weight import SparseModuleInfo
 from .base import BaseSparsityAlgoController, Change
@@ -32,7 +33,11 @@ class CompositeLoss(CompressionLoss):
 
 
 class CompositeScheduler(CompressionScheduler):
-    """Steps the scheduler that each controller has; it has no state of its own."""
+    """Steps the scheduler that each controller has; it has no state of its own.
+
+    Where one refuses a step, those before it have taken theirs: they are ahead, and the next call
+    leaves them out.
+    """
 
     def __init__(self, controllers: Sequence[BaseSparsityAlgoController]) -> None:
         super().__init__()
@@ -40,26 +45,37 @@ class CompositeScheduler(CompressionScheduler):
 
     @property
     def current_step(self) -> int:
-        return max(controller.scheduler.current_step for controller in self._controllers)
+        return max(scheduler.current_step for scheduler in self._due("step"))
 
     @property
     def current_epoch(self) -> int:
-        return max(controller.scheduler.current_epoch for controller in self._controllers)
+        return max(scheduler.current_epoch for scheduler in self._due("epoch_step"))
+
+    def _due(self, what: str) -> list[CompressionScheduler]:
+        schedulers = [controller.scheduler for controller in self._controllers]
+        return [scheduler for scheduler in schedulers if scheduler.ahead != what]
+
+    def _each(self, what: str, index: int | None) -> None:
+        for scheduler in self._due(what):
+            getattr(scheduler, what)(index)
+            scheduler.ahead = what
+        for controller in self._controllers:
+            controller.scheduler.ahead = ""
 
     def step(self, next_step: int | None = None) -> None:
-        for controller in self._controllers:
-            controller.scheduler.step(next_step)
+        self._each("step", next_step)
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
-        for controller in self._controllers:
-            controller.scheduler.epoch_step(next_epoch)
+        self._each("epoch_step", next_epoch)
 
     def get_state(self) -> dict[str, Any]:
         return {}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        if state:
-            raise ValueError(f"load_state: the scheduler's state must be empty, got {state!r}")
+    def schema(self) -> Any:
+        return {}
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        pass
 
 
 class CompositeController(BaseSparsityAlgoController):
@@ -176,11 +192,7 @@ class CompositeController(BaseSparsityAlgoController):
         return {name: part.get_state()[part.name] for name, part in self.controllers.items()}
 
     def _read_state(self, state: Mapping[str, Mapping[str, Any]]) -> Change:
-        if set(state) != set(self.controllers):
-            raise ValueError(
-                f"load_state: state must be of {sorted(self.controllers)}, got one of "
-                f"{sorted(state)}"
-            )
+        check(state, dict.fromkeys(self.controllers, MAPPING))
         found = [part._read_state({part.name: state[n]}) for n, part in self.controllers.items()]
 
         def take() -> None:

@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config.state import check_keys
 from ..masks.guard import Guard
-from ..masks.learned import LearnedWeight, read_masked, read_scores
+from ..masks.learned import LearnedWeight, read_masked
 from ..masks.module import MaskedModule
+from ..masks.schema import Schema, tensor
 from ..masks.weight import is_sharded
 from .base import BaseSparsityAlgoController, Change
 from .loss import CompressionLoss
@@ -123,24 +123,24 @@ class LearnedController(BaseSparsityAlgoController):
     def _state_beside_scores(self) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _read_beside_scores(self, state: Mapping[str, Any]) -> Change: ...
+    def _schema_beside_scores(self) -> dict[str, Schema]: ...
+
+    @abstractmethod
+    def _take_beside_scores(self, state: Mapping[str, Any]) -> None: ...
 
     def _own_state(self) -> dict[str, Any]:
         scores = {w.name: w.scores.detach().to("cpu", copy=True) for w in self._weights}
         return self._state_beside_scores() | {self.scores_name: scores}
 
-    def _read_own_state(self, state: Mapping[str, Any]) -> Change:
-        check_keys("algorithm_state", state, (*self._state_beside_scores(), self.scores_name))
-        take_rest = self._read_beside_scores(state)
-        scores = read_scores(state[self.scores_name], self._weights)
+    def _own_schema(self) -> dict[str, Schema]:
+        kinds = {w.name: tensor([w.scores.shape], [w.scores.dtype]) for w in self._weights}
+        return {**self._schema_beside_scores(), self.scores_name: kinds}
 
-        @torch.no_grad()
-        def take() -> None:
-            for weight, saved in zip(self._weights, scores, strict=True):
-                weight.scores.copy_(saved)
-            take_rest()
-
-        return take
+    @torch.no_grad()
+    def _take_own(self, state: Mapping[str, Any]) -> None:
+        for weight in self._weights:
+            weight.scores.copy_(state[self.scores_name][weight.name])
+        self._take_beside_scores(state)
 
     def begin_step(self) -> None:
         super().begin_step()
@@ -167,7 +167,7 @@ class LearnedController(BaseSparsityAlgoController):
         reads: there it is enough that the scores had a gradient, of the algorithm's loss even.
         """
         self._check_ranks("epoch_step")
-        steps, self._steps = self._steps, 0
+        steps = self._steps
         seen = any(weight.was_read for weight in self._weights)
         untrained = [
             weight.name
@@ -175,24 +175,24 @@ class LearnedController(BaseSparsityAlgoController):
             if not (weight.has_learned if seen else weight.has_gradient)
         ]
         trains = self._guard.optimizer_steps > 0 or len(untrained) < len(self._weights)
-        added, self._loss.was_added = self._loss.was_added, False
-        self._guard.optimizer_steps = 0
-        for weight in self._weights:
-            weight.was_read = weight.has_learned = weight.has_gradient = False
-        if steps == 0 or self.frozen or not trains:
-            return
-        if untrained:
+        looks = steps > 0 and not self.frozen and trains
+        if looks and untrained:
             raise RuntimeError(
                 f"{self.name}: the scores of {untrained} had no gradient in {steps} steps, an "
                 "epoch, so that their masks are not learned; the loss must depend on these "
                 "weights as their modules have them, else list them in ignored_scopes"
             )
-        if self._loss.is_live and not added:
+        if looks and self._loss.is_live and not self._loss.was_added:
             raise RuntimeError(
                 f"{self.name}: controller.loss() was not part of the loss in {steps} steps, an "
                 f"epoch, so that nothing pulls the scores of {self._weights[0].name!r} and "
                 f"{len(self._weights) - 1} more; train on task_loss + controller.loss()"
             )
+        # an epoch that is refused has not ended
+        self._steps = self._guard.optimizer_steps = 0
+        self._loss.was_added = False
+        for weight in self._weights:
+            weight.was_read = weight.has_learned = weight.has_gradient = False
 
     def _scores_are_idle(self) -> bool:
         """Count a step; True once, when ``PATIENCE`` steps have changed nothing."""

@@ -16,6 +16,7 @@ from ...kernels.draw import draw, keeps_draws
 from ...kernels.learned_mask import kept_groups, sample_mask
 from ...kernels.pattern import Block
 from ..masks.learned import LearnedWeight
+from ..masks.schema import Schema, list_of, number
 from ..masks.weight import SparseWeight, Target
 from .learned import LearnedLoss
 
@@ -194,13 +195,8 @@ class SparseLoss(LearnedLoss):
     def get_state(self) -> dict[str, Any]:
         return {"targets": list(self.densities)}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        targets = state.get("targets", ()) if set(state) == {"targets"} else ()
-        if len(targets) != len(self.densities) or not all(
-            type(target) in (int, float) and 0 <= target <= 1 for target in targets
-        ):
-            raise ValueError(
-                f"load_state: the loss's state must hold {len(self.densities)} targets in [0, 1], "
-                f"got {dict(state)!r}"
-            )
-        self.densities = list(targets)
+    def schema(self) -> Schema:
+        return {"targets": list_of(number("a number in [0, 1]", 0, 1), len(self.densities))}
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        self.densities = list(state["targets"])

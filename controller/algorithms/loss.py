@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..masks.schema import Schema, check
+
 
 class CompressionLoss(nn.Module):
     """A term of the training loss: ``loss = task_loss + controller.loss()``.
 
-    A subclass overrides ``calculate``, and ``get_state`` with ``load_state`` if it has a state.
+    A subclass overrides ``calculate``, and if it has a state ``get_state``, ``schema``, ``_take``.
     """
 
     def calculate(self) -> Tensor:
@@ -26,12 +28,17 @@ class CompressionLoss(nn.Module):
         """Return what ``load_state`` needs, in plain Python values."""
         return {}
 
+    def schema(self) -> Schema:
+        """Say what ``get_state()``'s result must hold."""
+        return {}
+
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over the state of another loss of this class; a ValueError if it does not fit."""
-        if state:
-            raise ValueError(
-                f"{type(self).__name__}: state must be empty, got {', '.join(map(repr, state))}"
-            )
+        check(state, self.schema())
+        self._take(state)
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        pass
 
 
 class ZeroCompressionLoss(CompressionLoss):

@@ -20,7 +20,7 @@ from ..api import CompressionStage
 from ..config.algorithm import ScheduledConfig, ScheduleField, default_schedule
 from ..config.declaration import NotNegative
 from ..config.schedule import ExponentialSchedule
-from ..config.state import integer
+from ..masks.schema import Schema, integer
 from ..masks.statistics import SparsifiedModelStatistics, SparsityStatistics
 from ..masks.weight import SparseWeight, Target
 from .base import Change
@@ -132,10 +132,8 @@ class RBSparsityController(LearnedController):
         seed, draw = self._draws.random.tolist()
         return {"seed": seed, "draw": draw}
 
-    def _read_beside_scores(self, state: Mapping[str, Any]) -> Change:
-        numbers = [integer(state, "seed", end=2**63), integer(state, "draw", end=2**32)]
+    def _schema_beside_scores(self) -> dict[str, Schema]:
+        return {"seed": integer(), "draw": integer(end=2**32)}
 
-        def take() -> None:
-            self._draws.random.copy_(torch.tensor(numbers))
-
-        return take
+    def _take_beside_scores(self, state: Mapping[str, Any]) -> None:
+        self._draws.random.copy_(torch.tensor([state["seed"], state["draw"]]))

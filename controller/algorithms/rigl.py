@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...kernels.line_score import line_scores
 from ...kernels.pattern import Unstructured
+from ..masks.schema import FLAG, FLOATS, Maybe, Schema, tensor
 from ..masks.weight import SparseWeight
 from ..selection.criteria import Importance, scores_by_group
 from .base import Change
@@ -145,32 +146,36 @@ class RigLController(SETController):
         def take() -> None:
             take_state()
             # the step may have its backward pass yet to come
-            self._watch_if_due_next()
+            scheduled = isinstance(self._scheduler, RegrowthScheduler)
+            own = state[self.name]["algorithm_state"]
+            self._watch(scheduled and own["watching"])
 
         return take
 
     def _own_state(self) -> dict[str, Any]:
         gradients = {n: g.detach().to("cpu", copy=True) for n, g in self._gradients.items()}
-        return super()._own_state() | {"overdue": self._overdue, "dense_gradients": gradients}
+        return super()._own_state() | {
+            "overdue": self._overdue,
+            "watching": self._watching,
+            "dense_gradients": gradients,
+        }
 
-    def _read_own_state(self, state: Mapping[str, Any]) -> Change:
-        missing = {"overdue", "dense_gradients"} - set(state)
-        if missing:
-            raise ValueError(f"load_state: algorithm_state lacks {sorted(missing)}")
+    def _own_schema(self) -> dict[str, Schema]:
+        gradients: Schema = {
+            weight.name: Maybe(tensor([weight.weight_shape], FLOATS, finite=False))
+            for weight in self._weights
+        }
+        return super()._own_schema() | {
+            "overdue": FLAG,
+            "watching": FLAG,
+            "dense_gradients": gradients,
+        }
+
+    def _take_own(self, state: Mapping[str, Any]) -> None:
+        super()._take_own(state)
+        self._overdue = state["overdue"]
         weights = {weight.name: weight.weight for weight in self._weights}
-        gradients = dict(state["dense_gradients"])
-        for name, gradient in gradients.items():
-            if name not in weights or gradient.shape != weights[name].shape:
-                raise ValueError(f"load_state: dense_gradients of {name!r} must fit its weight")
-        rest = {key: state[key] for key in state if key not in ("overdue", "dense_gradients")}
-        take_rest = super()._read_own_state(rest)
-
-        def take() -> None:
-            take_rest()
-            self._overdue = bool(state["overdue"])
-            self._gradients = {
-                name: gradient.to(weights[name].device, copy=True)
-                for name, gradient in gradients.items()
-            }
-
-        return take
+        self._gradients = {
+            name: gradient.to(weights[name].device, copy=True)
+            for name, gradient in state["dense_gradients"].items()
+        }

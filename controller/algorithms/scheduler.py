@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ..config.schedule import (
@@ -15,7 +17,17 @@ from ..config.schedule import (
     RampSchedule,
     Schedule,
 )
-from ..config.state import check_keys, integer, number
+from ..masks.schema import (
+    ANYTHING,
+    Entry,
+    Maybe,
+    Schema,
+    check,
+    exactly,
+    integer,
+    number,
+    optional,
+)
 
 
 class CompressionScheduler:
@@ -23,6 +35,8 @@ class CompressionScheduler:
 
     Call ``epoch_step()`` at the start of each epoch and ``step()`` at the start of each optimiser
     step. Both indices are -1 before the first call; no epoch resets the step index.
+
+    A call that raises has not counted: the next one is the same step, or epoch.
 
     Args:
         begin_step: called at each ``step()``, before anything else.
@@ -38,6 +52,29 @@ class CompressionScheduler:
         self._end_epoch = end_epoch
         self._current_step = -1
         self._current_epoch = -1
+        # of a step that was refused: it has begun already, and must not begin twice
+        self._begun = False
+        self._depth = 0
+        # "step" or "epoch_step", which a composite has taken here and another algorithm refused
+        self.ahead = ""
+
+    @contextmanager
+    def _refusable(self) -> Iterator[None]:
+        """Let a step that raises count for nothing."""
+        before = {k: copy.copy(v) if k == "_epoch" else v for k, v in vars(self).items()}
+        self._depth += 1
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before | {"_begun": self._begun})
+            raise
+        self._depth -= 1
+        self._begun = self._begun and self._depth > 0
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begin_step()
+            self._begun = True
 
     @property
     def current_step(self) -> int:
@@ -56,8 +93,9 @@ class CompressionScheduler:
             ValueError: ``next_step`` is no integer from 0.
         """
         ahead = _next_index("step: next_step", next_step, self._current_step)
-        self._begin_step()
-        self._current_step = ahead
+        with self._refusable():
+            self._begin()
+            self._current_step = ahead
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
         """Begin an epoch, of index ``next_epoch``: by default one more than the current.
@@ -71,7 +109,19 @@ class CompressionScheduler:
 
     def get_state(self) -> dict[str, Any]:
         """Return what ``load_state`` needs, in plain Python values."""
-        return {"current_step": self._current_step, "current_epoch": self._current_epoch}
+        state = {"current_step": self._current_step, "current_epoch": self._current_epoch}
+        refused = {"begun": self._begun, "ahead": self.ahead}
+        return state | {key: value for key, value in refused.items() if value}
+
+    def schema(self) -> Any:
+        """Say what ``get_state()``'s result must hold."""
+        steps = ("step", "epoch_step")
+        return {
+            "current_step": integer(least=-1),
+            "current_epoch": integer(least=-1),
+            "begun": Maybe(exactly(True)),
+            "ahead": Maybe(Entry("one of " + ", ".join(steps), steps.__contains__)),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from where another scheduler of this configuration was.
@@ -81,10 +131,12 @@ class CompressionScheduler:
         Raises:
             ValueError: a key is missing, foreign, or of a wrong value; nothing is changed then.
         """
-        check_keys("the scheduler's state", state, self.get_state())
-        step = integer(state, "current_step", least=-1)
-        epoch = integer(state, "current_epoch", least=-1)
-        self._current_step, self._current_epoch = step, epoch
+        check(state, self.schema())
+        self._take(state)
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        self._current_step, self._current_epoch = state["current_step"], state["current_epoch"]
+        self._begun, self.ahead = state.get("begun", False), state.get("ahead", "")
 
 
 class StubScheduler(CompressionScheduler):
@@ -99,7 +151,10 @@ class StubScheduler(CompressionScheduler):
     def get_state(self) -> dict[str, Any]:
         return {}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def schema(self) -> Any:
+        return ANYTHING
+
+    def _take(self, state: Mapping[str, Any]) -> None:
         pass
 
 
@@ -123,20 +178,15 @@ class EpochLength:
     def get_state(self) -> dict[str, Any]:
         return {"_steps_per_epoch": self.known, "_steps_in_current_epoch": self.done}
 
-    def read_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
-        done, known = integer(state, "_steps_in_current_epoch"), self.configured
-        if state["_steps_per_epoch"] is not None:
-            known = integer(state, "_steps_per_epoch", least=1)
-            if self.configured not in (None, known):
-                raise ValueError(
-                    f"load_state: _steps_per_epoch must be {self.configured} as configured, got "
-                    f"{known}"
-                )
+    def schema(self) -> dict[str, Schema]:
+        known, configured = optional(integer(least=1)), self.configured
+        if configured is not None:
+            known = Entry(f"{configured} as configured", lambda n: n in (None, configured))
+        return {"_steps_per_epoch": known, "_steps_in_current_epoch": integer()}
 
-        def take() -> None:
-            self.known, self.done = known, done
-
-        return take
+    def take(self, state: Mapping[str, Any]) -> None:
+        self.known = state["_steps_per_epoch"] or self.configured
+        self.done = state["_steps_in_current_epoch"]
 
 
 class SparsityScheduler(CompressionScheduler):
@@ -192,15 +242,17 @@ class RampScheduler(SparsityScheduler):
 
     def step(self, next_step: int | None = None) -> None:
         before = self._current_step
-        super().step(next_step)
-        if self._ticks.by_step:
-            self._update(before, self._current_step)
+        with self._refusable():
+            super().step(next_step)
+            if self._ticks.by_step:
+                self._update(before, self._current_step)
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
         before = self._current_epoch
-        super().epoch_step(next_epoch)
-        if not self._ticks.by_step:
-            self._update(before, self._current_epoch)
+        with self._refusable():
+            super().epoch_step(next_epoch)
+            if not self._ticks.by_step:
+                self._update(before, self._current_epoch)
 
     def _update(self, before: int, now: int) -> None:
         if self._ticks.updates(now) > self._ticks.updates(before):
@@ -247,10 +299,14 @@ class EpochScheduler(SparsityScheduler):
         return schedule.level(self._current_epoch, step)
 
     def step(self, next_step: int | None = None) -> None:
+        with self._refusable():
+            self._step(next_step)
+
+    def _step(self, next_step: int | None) -> None:
         if self._epoch is None:
             super().step(next_step)
         elif self._epoch.known is None:
-            self._begin_step()
+            self._begin()
             self._epoch.done += 1
         else:
             super().step(next_step)
@@ -263,6 +319,10 @@ class EpochScheduler(SparsityScheduler):
         """Begin an epoch. With ``update_per_optimizer_step`` a ValueError says that the one that
         ends had another number of steps than ``steps_per_epoch``.
         """
+        with self._refusable():
+            self._epoch_step(next_epoch)
+
+    def _epoch_step(self, next_epoch: int | None) -> None:
         if self._epoch is None:
             frozen = self._freeze_is_due
             super().epoch_step(next_epoch)
@@ -282,7 +342,7 @@ class EpochScheduler(SparsityScheduler):
             warnings.warn(
                 "update_per_optimizer_step without steps_per_epoch: the schedule begins once an "
                 "epoch has been counted, at the second epoch_step()",
-                stacklevel=2,
+                stacklevel=3,
             )
         else:
             self._epoch.done = 0
@@ -295,18 +355,21 @@ class EpochScheduler(SparsityScheduler):
             state["current_sparsity_level"] = self._adaptive.level
         return state
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        check_keys("the scheduler's state", state, self.get_state())
-        take = None if self._epoch is None else self._epoch.read_state(state)
-        adaptive = self._adaptive
+    def schema(self) -> Any:
+        found = {**super().schema(), **(self._epoch.schema() if self._epoch else {})}
         if isinstance(self._schedule, AdaptiveSchedule):
             below_1 = math.nextafter(1, 0)
-            level = number(state, "current_sparsity_level", "in [0, 1)", 0, below_1)
-            adaptive = AdaptiveState(level, integer(state, "num_bad_epochs"))
-        super().load_state(state)
-        self._adaptive = adaptive
-        if take is not None:
-            take()
+            found["num_bad_epochs"] = integer()
+            found["current_sparsity_level"] = number("a number in [0, 1)", 0, below_1)
+        return found
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        super()._take(state)
+        if isinstance(self._schedule, AdaptiveSchedule):
+            level, bad = state["current_sparsity_level"], state["num_bad_epochs"]
+            self._adaptive = AdaptiveState(level, bad)
+        if self._epoch is not None:
+            self._epoch.take(state)
 
     @property
     def _freeze_is_due(self) -> bool:

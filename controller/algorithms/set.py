@@ -80,23 +80,16 @@ class SETConfig(RegrowthConfig):
 
 
 class RegrowthScheduler(CompressionScheduler):
-    """Has its controller begin every optimiser step; epochs mean nothing to it.
-
-    A step whose update is refused is not counted: the next call begins it again.
-    """
+    """Has its controller begin every optimiser step; epochs mean nothing to it."""
 
     def __init__(self, controller: SETController) -> None:
         super().__init__(controller.begin_step)
         self._controller = controller
 
     def step(self, next_step: int | None = None) -> None:
-        before = self._current_step
-        super().step(next_step)
-        try:
+        with self._refusable():
+            super().step(next_step)
             self._controller.update(self._current_step)
-        except BaseException:
-            self._current_step = before
-            raise
 
 
 class SETController(BaseSparsityAlgoController):

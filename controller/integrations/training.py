@@ -7,6 +7,7 @@ been trained, and what is saved, is then as in a loop of one's own.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,10 +29,28 @@ from ..api import CompressionStage
 from ..config.algorithm import AlgorithmConfig
 from ..config.schedule import AdaptiveSchedule, RampSchedule
 from ..create import create_controller
+from ..masks.schema import (
+    MAPPING,
+    Entry,
+    Maybe,
+    Schema,
+    check,
+    exactly,
+    integer,
+    number,
+    optional,
+    tensor,
+)
 from ..nncf import ConfigLike, parse_config
 
 STATE_VERSION = 1
-STATE_KEYS = ("version", "epoch", "controller", "scores", "fingerprint")
+STATE: Schema = {
+    "version": exactly(STATE_VERSION),
+    "epoch": integer(-1),
+    "controller": MAPPING,
+    "scores": optional(MAPPING),
+    "fingerprint": integer(end=2**32),
+}
 # three times from rb's first logit to 0, and twice that, as rates decay to nothing
 SCORE_WAY = 28.0
 MASK = "attention_mask"  # what a batch for a Hugging Face model tells of its padding by
@@ -77,7 +96,7 @@ class ControlledTraining:
             for one in configs:
                 _warn_of_late_target(one, steps, steps_per_epoch)
         if state is not None:
-            _check_state(state)
+            check(state, STATE)
         options: dict[str, Any] = {"backend": backend, "dispatch": dispatch}
         saved = None if state is None else state["controller"]
         self.controller = create_controller(model, configs, state=saved, **options)
@@ -257,26 +276,54 @@ class ControlledTraining:
         Raises:
             ValueError: it is no such state, or of another run than the weights.
         """
-        _check_state(state)
+        check(state, STATE)
+        before = self.controller.get_state()
         self.controller.load_state(state["controller"])
-        self._take(state)
+        try:
+            self._take(state)
+        except ValueError:
+            self.controller.load_state(before)
+            raise
 
     def _take(self, state: Mapping[str, Any]) -> None:
         """Take over what the state has beside the controller's."""
         if (self._score_optimizer is None) != (state["scores"] is None):
             raise ValueError("the sparsity state is of another algorithm")
+        scores: Any = state["scores"]
+        if self._score_optimizer is not None:
+            self._check_optimizer(scores)
         if self._fingerprint() != state["fingerprint"]:
             raise ValueError(
                 "the sparsity state is not of the weights that were loaded: it belongs to another "
                 "checkpoint, or the weights were loaded in another dtype"
             )
         if self._score_optimizer is not None:
-            self._score_optimizer.load_state_dict(state["scores"])
+            self._score_optimizer.load_state_dict(scores)
         self.epoch = state["epoch"]
         # a resumed loop begins with gradients of None, as any
         self.hold_gradients()
         for weight, _ in self._held:
             weight.grad = None
+
+    def _check_optimizer(self, state: Any) -> None:
+        """Refuse a state of another optimiser than the scores' Adam."""
+        assert self._score_optimizer is not None
+        scores = self.controller.parameters()
+        (group,) = self._score_optimizer.state_dict()["param_groups"]
+        count = tensor([()], [torch.float32], least=0)
+        own: dict[int, Schema] = {}
+        for i, score in enumerate(scores):
+            kind = [score.shape], [score.dtype]
+            moments = {"exp_avg": tensor(*kind), "exp_avg_sq": tensor(*kind, least=0)}
+            own[i] = Maybe({"step": count, **moments})
+        groups = Entry(
+            "a list of one group", lambda value: type(value) is list and len(value) == 1
+        )
+        check(state, {"state": own, "param_groups": groups}, "state['scores']")
+        kept = {key: Maybe(exactly(value)) for key, value in group.items()}
+        rate = {"lr": number("a rate from 0", 0, sys.float_info.max)}
+        found = state["param_groups"][0]
+        check(found, {**kept, **rate, "params": exactly(group["params"])}, "state['scores'] group")
 
     def _fingerprint(self) -> int:
         """Return a checksum of the first elements of every weight."""
@@ -285,16 +332,6 @@ class ControlledTraining:
             sample = info.weight.detach().flatten()[:SAMPLE].cpu().contiguous()
             checksum = zlib.crc32(sample.view(torch.uint8).numpy().tobytes(), checksum)
         return checksum
-
-
-def _check_state(state: Any) -> None:
-    if not isinstance(state, Mapping) or set(state) != set(STATE_KEYS):
-        raise ValueError(f"the sparsity state must have the keys {', '.join(STATE_KEYS)}")
-    if state["version"] != STATE_VERSION or type(state["epoch"]) is not int:
-        raise ValueError(
-            f"the sparsity state must be of version {STATE_VERSION} with an integer epoch, got "
-            f"{state['version']!r} and {state['epoch']!r}"
-        )
 
 
 def _check_scores(controller: BaseSparsityAlgoController) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
@@ -271,16 +271,3 @@ def _reader(name: str) -> Callable[[LearnedModule], Tensor]:
 
 def _scores_name(parameter: str) -> str:
     return f"{parameter}_scores"
-
-
-def read_scores(state: Any, weights: Sequence[LearnedWeight]) -> list[Tensor]:
-    """Return a saved state's scores in order of ``weights``; a ValueError refuses others."""
-    if not isinstance(state, Mapping) or set(state) != {weight.name for weight in weights}:
-        raise ValueError("load_state: the scores are of another model")
-    for weight in weights:
-        saved, want = state[weight.name], weight.scores
-        if not isinstance(saved, Tensor) or (saved.shape, saved.dtype) != (want.shape, want.dtype):
-            raise ValueError(
-                f"load_state: scores of {weight.name!r} must be {want.dtype} {tuple(want.shape)}"
-            )
-    return [state[weight.name] for weight in weights]

@@ -13,6 +13,7 @@ from ...kernels.bits import pack, packed_shape
 from ...kernels.group_mask import read_bits
 from ...kernels.table import alike
 from .names import match
+from .schema import FLOATS, NAMES, Schema, check, exactly, optional, tensor
 from .weight import SparseWeight
 
 
@@ -37,6 +38,19 @@ def masks_state(weights: Sequence[SparseWeight]) -> dict[str, dict[str, Any]]:
     }
 
 
+def masks_schema(weights: Sequence[SparseWeight]) -> Schema:
+    """Say what ``masks_state``'s result must hold. How many values there are the mask says."""
+    return {
+        weight.name: {
+            "shape": exactly(list(weight.weight_shape)),
+            "pattern": exactly(str(weight.pattern)),
+            "mask": tensor([packed_shape(weight.grid)], [torch.uint8]),
+            "values": optional(tensor([weight.shape if weight.packed else (None,)], FLOATS)),
+        }
+        for weight in weights
+    }
+
+
 def names_in(state: Any) -> list[str]:
     """Return the names of the weights of a controller's state; none of what is no such state."""
     weights = state.get("weights") if isinstance(state, Mapping) else None
@@ -49,8 +63,9 @@ def with_names_of(weights: Sequence[SparseWeight], state: Mapping[str, Any]) -> 
     that of another model.
     """
     saved = state.get("weights")
+    check(saved, NAMES, "state['weights']")
     names = [weight.name for weight in weights]
-    there = set(saved) if isinstance(saved, Mapping) else set()
+    there: set[str] = set(saved)  # pyright: ignore[reportArgumentType]
     found = match(names, there)
     if found is None or len(found) != len(there):
         raise ValueError(
@@ -75,12 +90,13 @@ Masks = tuple[list[SparseWeight], list[Tensor], list[list[int]]]
 def read_masks(
     state: Mapping[str, Mapping[str, Any]], weights: Sequence[SparseWeight]
 ) -> tuple[list[Masks], list[Tensor | None]]:
-    """Return ``masks_state``'s masks, and of each weight its pruned values.
+    """Return ``masks_state``'s masks, and of each weight its pruned values; of a state that is as
+    ``masks_schema`` says.
 
     On the weights' devices, each of which is waited for once; values are copies, in the weights'
-    dtype. A ValueError refuses a state of another pattern, or damaged.
+    dtype. A ValueError refuses masks that a pattern does not allow, and values that do not fit.
     """
-    bits = [_read_bits(weight, state[weight.name]) for weight in weights]
+    bits = [state[weight.name]["mask"] for weight in weights]
     found: list[Masks] = []
     pruned: dict[SparseWeight, int] = {}
     for places in alike(weight.follow().device for weight in weights).values():
@@ -93,29 +109,21 @@ def read_masks(
                 )
             pruned[weight] = math.prod(weight.shape) - elements
         found.append((own, masks, counts))
-    return found, [_read_values(state[w.name].get("values"), pruned[w], w) for w in weights]
+    return found, [_read_values(state[w.name]["values"], pruned[w], w) for w in weights]
 
 
-def _read_bits(weight: SparseWeight, saved: Any) -> Tensor:
-    name = weight.name
-    if not isinstance(saved, Mapping):
-        raise ValueError(f"load_state: {name!r} must have a mapping, got {saved!r}")
-    wanted = {"shape": list(weight.weight_shape), "pattern": str(weight.pattern)}
-    for key, here in wanted.items():
-        if saved.get(key) != here:
-            raise ValueError(f"load_state: {key} of {name!r} must be {here}, got {saved.get(key)}")
-    mask, shape = saved.get("mask"), packed_shape(weight.grid)
-    if not isinstance(mask, Tensor) or mask.shape != shape or mask.dtype != torch.uint8:
-        raise ValueError(f"load_state: mask of {name!r} must be packed bits, uint8 {shape}")
-    return mask
-
-
-def _read_values(values: Any, pruned: int, weight: SparseWeight) -> Tensor | None:
+def _read_values(values: Tensor | None, pruned: int, weight: SparseWeight) -> Tensor | None:
     if values is None:
         return None
-    shape = weight.shape if weight.packed else (pruned,)
-    if not isinstance(values, Tensor) or values.shape != shape or not values.is_floating_point():
+    if not weight.packed and len(values) != pruned:
         raise ValueError(
-            f"load_state: values of {weight.name!r} must be the pruned elements, float {shape}"
+            f"load_state: values of {weight.name!r} must be the {pruned} pruned elements, got "
+            f"{len(values)}"
         )
-    return values.to(weight.mask.device, weight.weight.dtype, copy=True)
+    found = values.to(weight.mask.device, weight.weight.dtype, copy=True)
+    if found.dtype != values.dtype and not found.isfinite().all():
+        raise ValueError(
+            f"load_state: values of {weight.name!r} must be in the range of {found.dtype}, got "
+            f"{float(values.abs().max()):g}"
+        )
+    return found

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...kernels.pattern import Pattern, Unstructured
 from ...kernels.squares import convolution_squares
 from ..config.algorithm import Pool
+from ..masks.schema import Maybe, Schema, tensor
 from ..masks.weight import SparseWeight
 from .criteria import (
     Evidence,
@@ -119,13 +120,13 @@ class Scorer:
             # tells a later gradient from this, wherever it is kept meanwhile
             gradient._of_product = gradient._version  # pyright: ignore[reportAttributeAccessIssue]
 
-    def observe(self) -> None:
+    def observe(self, *, frozen: bool) -> None:
         """Take in the gradients of the step that has ended, where the criterion sums them and no
-        optimiser that torch knows has stepped by them.
+        optimiser that torch knows has stepped by them; frozen masks need none.
         """
-        if self.importance in SUMMED:
+        if self.importance in SUMMED and not frozen:
             self._add([weight for weight in self._weights if weight.name not in self._taken])
-            self._taken.clear()
+        self._taken.clear()
 
     def _add(self, weights: Sequence[SparseWeight]) -> None:
         """Sum gradients of one step, but for one whose gradients overflowed, as with AMP: the
@@ -134,8 +135,10 @@ class Scorer:
         used = [(i, gradient) for i in weights if (gradient := i.weight.grad) is not None]
         if not used:
             return
-        # stays on the device: a step must not wait for it
-        finite = torch.stack([gradient.isfinite().all() for _, gradient in used]).all()
+        # stays on the device: a step must not wait for it. A NaN weight, which the update will
+        # refuse, must not stay in the sum
+        both = [tensor for i, gradient in used for tensor in (i.weight.detach(), gradient)]
+        finite = torch.stack([tensor.isfinite().all() for tensor in both]).all()
         decay = torch.full((), MOMENTUM_DECAY, dtype=torch.float32, device=finite.device)
         decay.masked_fill_(~finite, 1)
         for weight, gradient in used:
@@ -213,37 +216,37 @@ class Scorer:
             if gathered
         }
 
-    def read_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
-        """Check ``get_state``'s result; return what takes it over.
+    def schema(self) -> dict[str, Schema]:
+        """Say what ``get_state()``'s result must hold."""
+        found: dict[str, dict[str, Schema]]
+        found = {"momenta": {}, "input_norms": {}, "products": {}, "gradients": {}}
+        for weight in self._weights:
+            name, matrix, columns = weight.name, weight.shape, weight.shape[1:]
+            single, own = [torch.float32], [weight.weight.dtype]
+            found["momenta"][name] = Maybe(tensor([matrix, weight.grid], single, least=0))
+            found["input_norms"][name] = Maybe(tensor([columns, matrix], single, least=0))
+            # these may have overflowed, as with AMP
+            found["products"][name] = Maybe(tensor([matrix], single, finite=False))
+            found["gradients"][name] = Maybe(tensor([weight.weight_shape], own, finite=False))
+        return {key: Maybe(kinds) for key, kinds in found.items()}
+
+    def take(self, state: Mapping[str, Any]) -> None:
+        """Take over ``get_state()``'s result, which is as ``schema()`` says.
 
         Where an update looks at gradients, the weights' ``.grad`` become its own: None too.
-
-        Raises:
-            ValueError: a key is unknown, or a tensor is of another model.
         """
-        weights = {weight.name: weight for weight in self._weights}
-        for key, gathered in state.items():
-            if key not in ("momenta", "products", "input_norms", "gradients"):
-                raise ValueError(f"load_state: algorithm_state has the unknown key {key!r}")
-            for name, tensor in gathered.items():
-                if name not in weights or not _fits(key, tensor, weights[name]):
-                    raise ValueError(f"load_state: {key} of {name!r} must fit its weight")
-
-        def take() -> None:
-            device = self._weights[0].weight.device
-            if self.importance in BY_GRADIENT:
-                gradients = state.get("gradients", {})
-                for name, weight in weights.items():
-                    found = gradients.get(name)
-                    weight.weight.grad = None if found is None else found.to(device, copy=True)
-            self._momenta, self._products, self._input_norms = (
-                # a copy: a tensor of the caller's must not change with ours
-                {name: tensor.to(device, copy=True) for name, tensor in state.get(key, {}).items()}
-                for key in ("momenta", "products", "input_norms")
-            )
-            self._taken.clear()
-
-        return take
+        device = self._weights[0].weight.device
+        if self.importance in BY_GRADIENT:
+            gradients = state.get("gradients", {})
+            for weight in self._weights:
+                found = gradients.get(weight.name)
+                weight.weight.grad = None if found is None else found.to(device, copy=True)
+        self._momenta, self._products, self._input_norms = (
+            # a copy: a tensor of the caller's must not change with ours
+            {name: tensor.to(device, copy=True) for name, tensor in state.get(key, {}).items()}
+            for key in ("momenta", "products", "input_norms")
+        )
+        self._taken.clear()
 
     def _product(self, weight: SparseWeight) -> Tensor | None:
         """Return w g as the optimiser stepped, if there was no other backward pass since."""
@@ -291,18 +294,6 @@ def _of_all_ranks(sums: Sums, weights: Sequence[SparseWeight]) -> Sums:
     *parts, counts = flat.split([*(shapes[n].numel() for n in names), len(names)])
     totals = [part.view(shapes[n]) for n, part in zip(names, parts, strict=True)]
     return dict(zip(names, zip(totals, map(int, counts.tolist()), strict=True), strict=True))
-
-
-def _fits(key: str, tensor: Tensor, weight: SparseWeight) -> bool:
-    rows, cols = weight.shape
-    match key:
-        case "gradients":
-            return tensor.shape == weight.weight.shape and tensor.dtype == weight.weight.dtype
-        case "momenta":
-            return tensor.shape in ((rows, cols), weight.grid)
-        case "products":
-            return tensor.shape == (rows, cols)
-    return tensor.shape in ((cols,), (rows, cols))
 
 
 def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ raises; then, in transformers, whole heads and channels are resolved, and the ma
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,10 @@ from ....kernels.pattern import Unstructured
 from ....kernels.select import kth_smallest
 from ...api import CompressionStage
 from ...config.algorithm import AlgorithmConfig
-from ...config.state import number
+from ...masks.schema import END, NAMES, Entry, Schema, number
 from ...masks.statistics import SparsifiedModelStatistics, SparsityStatistics
 from ...masks.weight import SparseWeight, Target
 from ...selection.thresholds import Scores
-from ..base import Change
 from ..learned import LearnedController
 from .config import MovementSparsityConfig
 from .importance import (
@@ -166,29 +166,20 @@ class MovementSparsityController(LearnedController):
         factor = self._importance_loss.factor
         return {"threshold": self.threshold, "factor": factor, "structures": units}
 
-    def _read_beside_scores(self, state: Mapping[str, Any]) -> Change:
-        threshold, factor = (number(state, key, "a number") for key in ("threshold", "factor"))
-        units = _read_units(state["structures"])
+    def _schema_beside_scores(self) -> dict[str, Schema]:
+        kinds = number("a number"), number("a number from 0", 0, sys.float_info.max)
+        return {"threshold": kinds[0], "factor": kinds[1], "structures": STRUCTURES}
 
-        def take() -> None:
-            self.threshold, self._importance_loss.factor = threshold, factor
-            self._kept_units = units
-
-        return take
+    def _take_beside_scores(self, state: Mapping[str, Any]) -> None:
+        self.threshold, self._importance_loss.factor = state["threshold"], state["factor"]
+        self._kept_units = {name: (n, of) for name, (n, of) in state["structures"].items()}
 
 
-def _read_units(structures: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Return units kept and in all of each group, as a state has them."""
-    if not isinstance(structures, Mapping):
-        raise ValueError(f"load_state: structures must be a mapping, got {structures!r}")
-    found = {}
-    for name, units in structures.items():
-        match units:
-            case [int(kept), int(count)] if 0 <= kept <= count:
-                found[name] = kept, count
-            case _:
-                raise ValueError(
-                    f"load_state: structures of {name!r} must be the units kept and in all, "
-                    f"got {units!r}"
-                )
-    return found
+def _are_units(structures: Mapping[str, Any]) -> bool:
+    return NAMES.fits(structures) and all(
+        type(kept) is type(count) is int and 0 <= kept <= count < END
+        for kept, count in structures.values()
+    )
+
+
+STRUCTURES = Entry("of each group [units kept, units in all]", _are_units)

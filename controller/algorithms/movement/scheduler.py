@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from ...config.state import check_keys, number
+from ...masks.schema import number, optional
 from ..scheduler import CompressionScheduler, EpochLength
 from .config import MovementSparsityConfig
 
@@ -62,6 +62,10 @@ class MovementScheduler(CompressionScheduler):
         return 1 - (1 - min(max(self.progress, 0.0), 1.0)) ** self._config.power
 
     def step(self, next_step: int | None = None) -> None:
+        with self._refusable():
+            self._step(next_step)
+
+    def _step(self, next_step: int | None) -> None:
         super().step(next_step)
         self._epoch.done += 1
         controller = self._controller
@@ -73,7 +77,7 @@ class MovementScheduler(CompressionScheduler):
                     "not below final_importance_threshold "
                     f"{self._config.final_importance_threshold:.6g}: the warm-up will prune less "
                     "and less",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
         controller.update_masks(
             self.current_importance_threshold, self.current_importance_regularization_factor
@@ -83,21 +87,21 @@ class MovementScheduler(CompressionScheduler):
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
         """Begin an epoch; a ValueError if the one that ends had another number of steps."""
-        self._epoch.end_epoch(self._current_epoch)
-        super().epoch_step(next_epoch)
-        self._epoch.done = 0
+        with self._refusable():
+            self._epoch.end_epoch(self._current_epoch)
+            super().epoch_step(next_epoch)
+            self._epoch.done = 0
 
     def get_state(self) -> dict[str, Any]:
         start = {"_init_importance_threshold": self._start}
         return super().get_state() | start | self._epoch.get_state()
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        check_keys("the scheduler's state", state, self.get_state())
-        start, key = None, "_init_importance_threshold"
-        if state[key] is not None:
-            largest = sys.float_info.max
-            start = number(state, key, "a finite number or None", -largest, largest)
-        take_epoch = self._epoch.read_state(state)
-        super().load_state(state)
-        self._start = start
-        take_epoch()
+    def schema(self) -> Any:
+        largest = sys.float_info.max
+        start = {"_init_importance_threshold": optional(number("finite", -largest, largest))}
+        return {**super().schema(), **start, **self._epoch.schema()}
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        super()._take(state)
+        self._start = state["_init_importance_threshold"]
+        self._epoch.take(state)

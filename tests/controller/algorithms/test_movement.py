@@ -321,12 +321,16 @@ def test_a_resumed_run_is_bit_identical(steps, steps_per_epoch):
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("algorithm_state", {"structures": None}, "structures must be a mapping, got None"),
-        ("algorithm_state", {"structures": {"a": 3}}, "structures of 'a' must be .*, got 3"),
-        ("algorithm_state", {"structures": {"a": [3, 2]}}, r"'a' must be .*, got \[3, 2\]"),
-        ("scheduler_state", {"_steps_per_epoch": 0}, "_steps_per_epoch must be .* 1, got 0"),
+        ("algorithm_state", {"structures": None}, "must be of each group .*, got None"),
+        ("algorithm_state", {"structures": {"a": 3}}, "must be of each group .*, got {'a': 3}"),
+        ("algorithm_state", {"structures": {"a": [3, 2]}}, r"each group .*, got {'a': \[3, 2\]}"),
+        ("scheduler_state", {"_steps_per_epoch": 0}, r"_steps_per_epoch'\] must be .*, got 0"),
         ("scheduler_state", {"_steps_per_epoch": 5}, "must be 4 as configured, got 5"),
-        ("scheduler_state", {"_steps_in_current_epoch": -1}, "_steps_in_current_epoch must be"),
+        (
+            "scheduler_state",
+            {"_steps_in_current_epoch": -1},
+            r"_steps_in_current_epoch'\] must be",
+        ),
         ("scheduler_state", {"_init_importance_threshold": math.nan}, "or None, got nan"),
     ],
     ids=str,

@@ -356,12 +356,18 @@ def damaged(key, value):
 
 
 DAMAGES = [
-    (damaged("seed", -1), "seed must be an integer from 0"),
-    (damaged("draw", "one"), "draw must be an integer from 0"),
-    (damaged("logits", {}), "scores are of another model"),
-    (damaged("logits", {"0": torch.zeros(3), "2": torch.zeros(8, 32)}), "scores of '0' must be"),
-    (damaged("more", 1), "algorithm_state must have seed, draw and logits"),
-    (lambda state: state["rb_sparsity"].update(loss_state={"targets": [2.0]}), "1 targets in"),
+    (damaged("seed", -1), r"seed'\] must be an integer from 0"),
+    (damaged("draw", "one"), r"draw'\] must be an integer from 0"),
+    (damaged("logits", {}), r"logits'\] must have '0', got \[\]"),
+    (
+        damaged("logits", {"0": torch.zeros(3), "2": torch.zeros(8, 32)}),
+        r"logits'\]\['0'\] must be finite torch.float32 of shape",
+    ),
+    (damaged("more", 1), "no more than 'seed', 'draw', 'logits', got also"),
+    (
+        lambda state: state["rb_sparsity"].update(loss_state={"targets": [2.0]}),
+        "a list of 1 values, each a number in",
+    ),
 ]
 
 

@@ -291,7 +291,7 @@ def test_a_state_that_does_not_fit_names_the_key_and_changes_nothing(schedule):
 
 def test_a_state_of_another_epoch_length_is_refused():
     state = make_scheduler(Controller(), PER_STEP).get_state() | {"_steps_per_epoch": 5}
-    with pytest.raises(ValueError, match="_steps_per_epoch must be 2 as configured, got 5"):
+    with pytest.raises(ValueError, match=r"_steps_per_epoch'\] must be 2 as configured, got 5"):
         make_scheduler(Controller(), PER_STEP).load_state(state)
     counting = make_scheduler(Controller(), COUNTING)
     counting.load_state(state)
