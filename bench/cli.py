@@ -202,9 +202,7 @@ def finetune(
     delta_t: Annotated[
         Whole, _option("Of set and rigl: steps between updates.", "ramp / 20")
     ] = None,
-    growth: Annotated[
-        Text, _option("Of rigl: normed_gradient or gradient.", "normed_gradient")
-    ] = None,
+    growth: Annotated[Text, _option("Of rigl: gradient or normed_gradient.", "gradient")] = None,
     score_lr: Annotated[
         Real, _option("Of rb and movement: peak learning rate of the scores.", "0.1")
     ] = None,

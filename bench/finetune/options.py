@@ -64,7 +64,7 @@ class RunOptions:
             least and at most; None: the library's defaults.
         alpha: of set and rigl: fraction of the kept groups that moves at the first update.
         delta_t: of set and rigl: steps between two updates; None: a twentieth of the ramp.
-        growth: of rigl: ``"normed_gradient"`` or ``"gradient"``.
+        growth: of rigl: ``"gradient"`` or ``"normed_gradient"``.
         score_lr: of rb and movement: peak learning rate of the scores, without weight decay.
         regularization: of movement: factor of its loss.
         scope, ignore: target and ignored scopes.
@@ -98,7 +98,7 @@ class RunOptions:
     maximum_level: float | None = None
     alpha: float = 0.3
     delta_t: int | None = None
-    growth: str = "normed_gradient"
+    growth: str = "gradient"
     score_lr: float | None = 0.1
     regularization: float = 0.1
     scope: tuple[str, ...] | None = None
@@ -165,7 +165,7 @@ def checked(options: _Run) -> _Run:
         ("pool", (None, *get_args(Pool))),
         ("initial_masks", ("importance", "random")),
         ("distribution", (None, "erk", "uniform", "owl")),
-        ("growth", ("normed_gradient", "gradient")),
+        ("growth", ("gradient", "normed_gradient")),
         ("dtype", ("float32", "bfloat16")),
         ("dispatch", ("auto", "sparse", "dense")),
     ):

@@ -41,7 +41,11 @@ from ..peers import nncf
 SUBJECTS: dict[str, dict[str, Any]] = {
     "magnitude": {"algorithm": "magnitude"},
     "RigL": {"algorithm": "rigl", "initial_masks": "random"},
-    "RigL as published": {"algorithm": "rigl", "initial_masks": "random", "growth": "gradient"},
+    "RigL normed": {
+        "algorithm": "rigl",
+        "initial_masks": "random",
+        "growth": "normed_gradient",
+    },
     "SET": {"algorithm": "set", "initial_masks": "random"},
     # masks that are drawn in the same way and stay
     "random static": {"algorithm": "set", "initial_masks": "random", "alpha": 0.0},
@@ -49,7 +53,7 @@ SUBJECTS: dict[str, dict[str, Any]] = {
 }
 PEER = "NNCF magnitude"
 # what starts sparse may take another pattern than NNCF's only one
-REGROWTH = ("RigL", "RigL as published", "SET", "random static")
+REGROWTH = ("RigL", "RigL normed", "SET", "random static")
 # the first is to be no worse than the second
 CLAIMS = (("magnitude", PEER), ("RigL", "SET"), ("SET", "random static"))
 

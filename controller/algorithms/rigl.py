@@ -1,10 +1,9 @@
 """RigL: SET that grows where the gradient is greatest.
 
-As published it grows where |g| is. In a linear layer whole rows and columns have a large |g|:
-outputs that the loss is sensitive to, inputs that are large. Growth then heaps up there (measured
-on a transformer: two thirds of a layer's in a tenth of its rows) and does worse than growth at
-random. An optimiser such as Adam, which divides by the gradient's size, sees no such difference;
-so by default g is divided here by the root mean square of its row, then of its column.
+That is where |g| is, as published. In a linear layer whole rows and columns have a large |g|:
+outputs that the loss is sensitive to, inputs that are large, and growth heaps up there (measured
+on a transformer: two thirds of a layer's in a tenth of its rows). ``"normed_gradient"`` divides g
+by the root mean square of its row, then of its column; docs/algorithms.md says when that helps.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class RigLConfig(RegrowthConfig):
     """
 
     algorithm: Literal["rigl"] = "rigl"
-    growth: Literal["gradient", "normed_gradient"] = "normed_gradient"
+    growth: Literal["gradient", "normed_gradient"] = "gradient"
 
 
 class RigLController(SETController):

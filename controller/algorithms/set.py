@@ -2,18 +2,20 @@
 
 Every ``delta_t`` steps each weight drops a fraction of its kept groups, those of least importance,
 and grows as many others: at random here, by gradient in ``rigl.py``. What returns starts at zero,
-with moments of zero: both were cleared when it was pruned.
+with moments of zero: both were cleared when it was pruned. At its first step the second moment is
+set, so that it moves as the others do; see ``start_returned`` in ``optimizers.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...kernels.group_mask import read_counts, regrown, set_masks
@@ -22,10 +24,14 @@ from ..config.declaration import Level, Positive, Share, Whole
 from ..masks.weight import SparseWeight
 from ..selection.allocation import Distribution, distribute, erdos_renyi, within
 from ..selection.criteria import ImportanceField, Reduction, random_numbers
-from ..selection.scorer import Scorer
+from ..selection.scorer import Scorer, needs
 from ..selection.thresholds import limits, pools
 from .base import BaseSparsityAlgoController, Change
 from .scheduler import CompressionScheduler
+
+
+def _default_masks(data: dict[str, Any]) -> Literal["random", "importance"]:
+    return "random" if needs(data.get("weight_importance", "abs")) else "importance"
 
 
 class RegrowthConfig(PooledConfig):
@@ -37,11 +43,17 @@ class RegrowthConfig(PooledConfig):
         t_end: optimiser step from which the masks stay; 0: the first masks stay. About three
             quarters of the training, and, unless it is 0 or 1, beyond the first update.
         distribution: ``"erk"``: Erdos-Renyi-Kernel, narrow weights keep more; ``"uniform"``: the
-            same level everywhere. Counts are exact, within the limits.
-        initial_masks: ``"random"``, or the groups of greatest ``"importance"``.
+            same level everywhere. Counts are exact, within the limits. RigL's paper
+            leaves the first layer dense under ``"uniform"``: here the level is that of all the
+            weights which are targets, so that ``ignored_scopes`` says what is none. (Of a
+            transformer, embeddings are none by default.)
         weight_importance, block_reduction: by which groups are dropped; see ``criteria.py``.
-        alpha: fraction of the kept groups that moves at first, in [0, 1]; it falls along a cosine
-            to 0 at ``t_end``.
+        initial_masks: the groups of greatest ``"importance"``, as suits a model that is trained
+            already, or ``"random"``, for one that is not. By default ``"importance"``, but for
+            criteria that have nothing to judge by before training.
+        alpha: fraction of the kept groups that moves at first, in [0, 1].
+        drop_schedule: ``"cosine"``: that fraction falls along a cosine to 0 at ``t_end``;
+            ``"constant"``: it stays until then.
         delta_t: optimiser steps between two updates, and before the first.
         seed: of random masks and growth; the same on every rank.
     """
@@ -51,10 +63,11 @@ class RegrowthConfig(PooledConfig):
     level: Level
     t_end: Whole
     distribution: Literal["erk", "uniform"] = "erk"
-    initial_masks: Literal["random", "importance"] = "random"
     weight_importance: ImportanceField = "abs"
     block_reduction: Reduction = "mean"
+    initial_masks: Literal["random", "importance"] = Field(default_factory=_default_masks)
     alpha: Share = 0.3
+    drop_schedule: Literal["cosine", "constant"] = "cosine"
     delta_t: Positive = 100
     seed: Whole = 0
 
@@ -108,10 +121,12 @@ class SETController(BaseSparsityAlgoController):
         self._adapt_batchnorm()
 
     def drop_fraction(self, step: int) -> float:
-        """Return alpha / 2 (1 + cos(pi step / t_end)), and 0 from ``t_end`` on."""
+        """Return alpha / 2 (1 + cos(pi step / t_end)), or alpha, and 0 from ``t_end`` on."""
         config = self.config
         if step >= config.t_end:
             return 0.0
+        if config.drop_schedule == "constant":
+            return config.alpha
         return config.alpha / 2 * (1 + math.cos(math.pi * step / config.t_end))
 
     def update(self, step: int) -> None:
@@ -140,6 +155,12 @@ class SETController(BaseSparsityAlgoController):
     def _spoilt(self) -> list[Tensor]:
         """Return flags, on the device: where one is true, an update waits for the next step."""
         return []
+
+    @contextmanager
+    def _changing(self, weights: Sequence[SparseWeight]) -> Iterator[None]:
+        with super()._changing(weights):
+            yield
+        self._guard.regrown(weights)
 
     @torch.no_grad()
     def _regrow(self, step: int) -> bool:

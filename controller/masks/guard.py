@@ -40,8 +40,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ...kernels.launch import takes_kernels
 from .linear import note_adapter
-from .optimizers import keeps_zeros, moments, parameters_of
-from .weight import SparseWeight, clear_, drop_foreign, leaks, take_values
+from .optimizers import keeps_zeros, moments, parameters_of, start_returned
+from .weight import SparseWeight, clear_, drop_foreign, is_sharded, leaks, take_values
 
 
 class Guard:
@@ -64,6 +64,7 @@ class Guard:
         # of each optimiser the moments that are clear, and of which change of the mask
         self._cleared: weakref.WeakKeyDictionary[Optimizer, dict[SparseWeight, tuple[int, ...]]]
         self._cleared = weakref.WeakKeyDictionary()
+        self._regrown: set[SparseWeight] = set()  # since their last step
         self._stepping: set[SparseWeight] = set()  # what an optimiser is at work on
         self._stepped: set[SparseWeight] = set()
         self._handles = [model.register_forward_pre_hook(_ModuleHook(self, "before_forward"))]
@@ -97,6 +98,10 @@ class Guard:
         """Clear what known optimisers remember of elements that are pruned now."""
         for optimizer in list(self._cleared) if self.began else ():
             self._clear_moments(optimizer)
+
+    def regrown(self, weights: Sequence[SparseWeight]) -> None:
+        """Have what has come back in the masks start at the next step as ``start_returned``."""
+        self._regrown.update(weights)
 
     def know(self, optimizer: Optimizer) -> None:
         """Take note of an optimiser before its first step."""
@@ -231,6 +236,7 @@ class Guard:
         self._clear_moments(optimizer, members)
         if self.before_step is not None:
             self.before_step(members)
+        self._start_returned(optimizer, members)
         self._stepping.update(members)
 
     def _clear_assigned_gradients(self, members: Sequence[SparseWeight]) -> None:
@@ -280,6 +286,17 @@ class Guard:
         due = [(w, moment) for w in members if done.get(w) != keys[w] for moment in here[w]]
         clear_([weight for weight, _ in due], [moment for _, moment in due])
         done.update(keys)
+
+    def _start_returned(self, optimizer: Optimizer, members: Sequence[SparseWeight]) -> None:
+        found = [w for w in members if w in self._regrown and w.weight.grad is not None]
+        # a gradient scaler lets a fused optimiser skip the step itself
+        overflowed = getattr(optimizer, "found_inf", None)
+        if not found or (overflowed is not None and bool(overflowed)):
+            return
+        for weight in found:
+            if not (weight.all_kept or is_sharded(weight.weight)):
+                start_returned(optimizer, weight.weight, weight.binary_mask)
+        self._regrown.difference_update(found)
 
     def _watch_gradient(self, weight: SparseWeight, parameter: Tensor) -> None:
         """Hang the gradient's hook on ``parameter``, before all others, if it is not there."""

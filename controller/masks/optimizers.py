@@ -1,4 +1,5 @@
-"""Which optimisers leave a pruned element at zero by themselves, and what they remember of it.
+"""Which optimisers leave a pruned element at zero by themselves, and what they remember of it;
+how an element that has returned starts.
 
 An elementwise optimiser computes an element's step from the element, its gradient and its own
 moments: with all of them zero the step is zero too. Of any other optimiser, and of a subclass that
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
@@ -24,6 +26,9 @@ MOMENTS = (
     *("exp_inf", "square_avg", "grad_avg", "acc_delta"),
 )
 
+# of these, what a step is divided by the root of
+SQUARES = ("exp_avg_sq", "square_avg")
+
 
 def keeps_zeros(optimizer: Optimizer) -> bool:
     """Tell whether an element stays zero whose gradient and moments are zero."""
@@ -37,6 +42,61 @@ def moments(optimizer: Optimizer, weight: nn.Parameter) -> Iterator[Tensor]:
         moment = state.get(name)
         if isinstance(moment, Tensor) and moment.shape == weight.shape:
             yield moment
+
+
+@torch.no_grad()
+def start_returned(optimizer: Optimizer, weight: nn.Parameter, kept: Tensor) -> None:
+    """Give kept elements whose second moment is 0 one with which they move as the others do.
+
+    An update is m / sqrt(v), which Adam corrects by a step count that the whole weight shares. At
+    a high count, an element whose m and v start at 0 would move by (1 - b1) / sqrt(1 - b2) = 3.2
+    learning rates first and by more than 5 after ten steps; others, whose m is an average of
+    gradients that change sign, by a quarter of one.
+
+    Let G2, M2 and V be the means over the others of g^2, m^2 and v, and g2 the square of an
+    element's gradient, or the mean of that over all which have returned, if it is more. What
+    returns has noise as the others have, which leaves M2 in m^2, and a gradient that persists,
+    whose square is about g2 - G2, and m becomes it. So m^2 is to be max(g2 - G2, 0) + M2, and::
+
+        v = V (max(g2 - G2, 0) + M2) / M2
+
+    lets it move as the others, m^2 / v = M2 / V. V has the others' bias, so that Adam's
+    correction holds for both. Within some 1 / (1 - b2) steps v forgets this and is the element's
+    own. RMSprop has g in the place of m. It costs nothing in any further step, and no optimiser
+    holds anything new. SGD needs nothing: it divides by nothing, and momentum starts at 0.
+
+    Args:
+        optimizer: one about to step ``weight``, whose gradient is there.
+        weight: the parameter.
+        kept: bool, of its shape; what has returned is kept.
+    """
+    state, gradient = optimizer.state.get(weight, {}), weight.grad
+    name = next((name for name in SQUARES if name in state), "")
+    square = state.get(name)
+    # Adadelta's steps start small by themselves
+    if square is None or gradient is None or "acc_delta" in state:
+        return
+    if gradient.layout != torch.strided or square.shape != weight.shape:
+        return
+    fresh = kept & (square == 0)
+    gradient = gradient.float()
+    # a fused optimiser under a gradient scaler is given what is scaled still
+    if (scale := getattr(optimizer, "grad_scale", None)) is not None:
+        gradient = gradient / scale
+    own = gradient.square()
+    moving = state.get("exp_avg", gradient).float().square()
+    others, returned = square != 0, fresh & (own > 0)
+    g2, m2, v = (_mean(of, others) for of in (own, moving, square.float()))
+    persists = (torch.maximum(own, _mean(own, returned)) - g2).clamp(min=0)
+    start = v * (persists + m2) / m2
+    start = torch.where(fresh & (m2 > 0), start, 0)
+    square.add_(start.to(square.dtype))
+    if (most := state.get("max_exp_avg_sq")) is not None:
+        most.add_(start.to(most.dtype))
+
+
+def _mean(of: Tensor, where: Tensor) -> Tensor:
+    return torch.where(where, of, 0).sum() / where.sum().clamp(min=1)
 
 
 def parameters_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:

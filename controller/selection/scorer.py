@@ -34,6 +34,15 @@ SUMMED = ("snip_momentum", "fisher")
 BY_GRADIENT = ("snip", "taylor", *SUMMED)
 
 
+def needs(importance: WeightImportance) -> tuple[str, ...]:
+    """Return what is to be gathered before a criterion can judge: "inputs", "gradients"."""
+    if not isinstance(importance, str):
+        return tuple(getattr(importance, "needs", ()))
+    if importance in BY_GRADIENT:
+        return ("gradients",)
+    return ("inputs",) if importance == "wanda" else ()
+
+
 class Scorer:
     """Scores by a criterion, called ``importance``, and what has been gathered for it so far."""
 
@@ -45,9 +54,8 @@ class Scorer:
         reduction: Reduction = "mean",
     ) -> None:
         self.importance: WeightImportance = importance
-        own = () if isinstance(importance, str) else tuple(getattr(importance, "needs", ()))
-        self.needs_inputs = importance == "wanda" or "inputs" in own
-        self.needs_gradients = importance in BY_GRADIENT or "gradients" in own
+        self.needs_inputs = "inputs" in needs(importance)
+        self.needs_gradients = "gradients" in needs(importance)
         self._reduction: Reduction = reduction
         self._weights = list(weights)
         self._seed = seed

@@ -127,8 +127,9 @@ def test_masks_move_until_the_end_of_the_ramp(name, config):
     assert (found.alpha, found.seed, found.distribution) == (0.2, 5, "erk")
     assert sparsity_config(replace(options, delta_t=7)).delta_t == 7
     if config is ts.RigLConfig:
-        assert found.growth == "normed_gradient"
-        assert sparsity_config(replace(options, growth="gradient")).growth == "gradient"
+        assert found.growth == "gradient"
+        normed = sparsity_config(replace(options, growth="normed_gradient"))
+        assert normed.growth == "normed_gradient"
 
 
 def test_the_adaptive_schedule_ends_at_the_target_if_there_is_time():

@@ -2,12 +2,14 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 import triton_sparsity as ts
+from triton_sparsity.controller.masks.guard import Guard
 
 PATTERNS = [ts.Unstructured(), ts.Block(4, 4)]
 CONFIGS = [ts.SETConfig, ts.RigLConfig]
@@ -232,6 +234,102 @@ def test_what_returns_starts_at_zero_with_moments_of_zero(config, pattern, optim
 def test_the_drop_fraction_follows_a_cosine(step, expected):
     controller = build(alpha=0.3, t_end=100)
     assert controller.drop_fraction(step) == pytest.approx(expected)
+
+
+def test_a_constant_drop_fraction_stays_until_t_end():
+    controller = build(alpha=0.3, t_end=100, drop_schedule="constant")
+    assert [controller.drop_fraction(step) for step in (0, 50, 99, 100)] == [0.3, 0.3, 0.3, 0]
+    with pytest.raises(ValueError, match=r"drop_schedule must be .*'constant', got 'linear'"):
+        build(drop_schedule="linear")
+
+
+@both
+def test_the_first_masks_keep_what_matters_where_there_is_something_to_judge_by(config):
+    controller = build(config, t_end=0)
+    torch.manual_seed(0)
+    weight, mask = nn.Linear(16, 40).weight.abs(), grids(controller)[0]
+    assert weight[mask].min() >= weight[~mask].max()
+    assert config(level=0.5, t_end=0).initial_masks == "importance"
+    for criterion in ("snip", "snip_momentum", "wanda"):
+        assert config(level=0.5, t_end=0, weight_importance=criterion).initial_masks == "random"
+
+
+OPTIMISERS = {
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+    "AdamW, fused": partial(torch.optim.AdamW, fused=True),
+    "AdamW, foreach": partial(torch.optim.AdamW, foreach=True),
+    "AdamW, amsgrad": partial(torch.optim.AdamW, amsgrad=True),
+    "NAdam": torch.optim.NAdam,
+    "RMSprop": torch.optim.RMSprop,
+    "SGD": lambda p, lr: torch.optim.SGD(p, 50 * lr, momentum=0.9),
+}
+
+
+def paces(optimizer, config, pattern, updates=3):
+    """Return mean updates of what has grown over the others', and steps since it has, of each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+    teacher = nn.Linear(32, 32)
+    options = {"level": 0.8, "t_end": 4000, "delta_t": 100, "pattern": pattern}
+    controller = ts.create_controller(model, config(**options))
+    optimizer = optimizer(model.parameters(), lr=1e-3)
+    infos = controller.sparsified_module_info
+    masks = [info.operand.binary_mask for info in infos]
+    found = []
+    for step in range(100 * updates + 20):
+        controller.scheduler.step()
+        now = [info.operand.binary_mask for info in infos]
+        if step % 100 == 0:
+            grown, masks = [a & ~b for a, b in zip(now, masks, strict=True)], now
+        x = torch.randn(64, 32)
+        optimizer.zero_grad()
+        (model(x) - teacher(x)).square().mean().backward()
+        before = [info.weight.detach().clone() for info in infos]
+        optimizer.step()
+        if step < 100 or step % 100 >= 20:
+            continue
+        for info, old, new, mask in zip(infos, before, grown, now, strict=True):
+            moved = (info.weight.detach() - old).abs()
+            found.append((moved[new].mean() / moved[mask & ~new].mean(), step % 100))
+    return found
+
+
+@both
+@patterns
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_what_returns_moves_as_the_others_do(config, pattern, name):
+    found = paces(OPTIMISERS[name], config, pattern)
+    # SGD's momentum starts at zero, and then is as large as the gradients
+    assert all(pace <= 1.5 for pace, step in found if name != "SGD" or step == 0)
+    assert len(found) == 3 * 2 * 20
+
+
+def test_what_returns_would_be_shocked_without_a_second_moment(monkeypatch):
+    monkeypatch.setattr(Guard, "_start_returned", lambda *_: None)
+    assert max(pace for pace, _ in paces(torch.optim.AdamW, ts.SETConfig, ts.Block(4, 4))) > 5
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_what_returns_starts_alike_under_a_gradient_scaler(skips):
+    def run(scale):
+        torch.manual_seed(0)
+        controller = build(ts.SETConfig, partial(torch.optim.AdamW, fused=True))
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+        for step in range(6):
+            controller.scheduler.step()
+            passes = [torch.inf, 1.0] if skips and scale > 1 and step == 4 else [1.0]
+            for factor in passes:
+                controller.optimizer.zero_grad()
+                loss = loss_of(controller.model, data(step)) * factor
+                scaler.scale(loss).backward()
+                scaler.step(controller.optimizer)
+                scaler.update()
+        infos, optimizer = controller.sparsified_module_info, controller.optimizer
+        return [optimizer.state[info.weight]["exp_avg_sq"] for info in infos]
+
+    for plain, scaled in zip(run(1.0), run(1024.0), strict=True):
+        torch.testing.assert_close(plain, scaled)
 
 
 @both

@@ -28,7 +28,9 @@ def magnitude(pattern, schedule=SCHEDULE, **options):
 
 
 def regrowth(kind, pattern, **options):
-    return kind(level=0.75, t_end=100, delta_t=2, alpha=0.5, pattern=pattern, **options)
+    # random ones of these seeds leave a way through every layer
+    common = {"level": 0.75, "t_end": 100, "delta_t": 2, "alpha": 0.5, "initial_masks": "random"}
+    return kind(pattern=pattern, **common, **options)
 
 
 ALGORITHMS = {
