@@ -84,9 +84,9 @@ CONFIGS = {
     ),
     "set, blocks": regrowth("set", BLOCKS),
     "set, fine": regrowth("set", Unstructured()),
-    "rigl, blocks": regrowth("rigl", BLOCKS),
-    "rigl, blocks, published": regrowth("rigl", BLOCKS, growth="gradient"),
-    "rigl, fine": regrowth("rigl", Unstructured()),
+    "rigl, blocks": regrowth("rigl", BLOCKS, growth="normed_gradient"),
+    "rigl, blocks, published": regrowth("rigl", BLOCKS),
+    "rigl, fine": regrowth("rigl", Unstructured(), growth="normed_gradient"),
 }
 # to be brought down: a cost that falls is lowered here in the same commit
 UPDATE = {
