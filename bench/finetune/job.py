@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from ...controller.algorithms.base import BaseSparsityAlgoController
 from ...controller.algorithms.const import ConstSparsityConfig
-from ...controller.algorithms.magnitude import MagnitudeSparsityConfig
-from ...controller.config.schedule import PolynomialSchedule
+from ...controller.algorithms.evaluation import evaluating, inputs_of, run
 from ...controller.create import create_controller
 from ...controller.one_shot import prune_obs
 from ...kernels.launch import use_triton
@@ -51,10 +50,10 @@ from .layers import layers_of, target_names
 from .loop import PHASES, Job, autocast, evaluate, save, train
 from .options import Options, checked, end_level, same_run, sparsity_config, with_defaults
 from .signals import catch_signals
-from .tasks import load_task
+from .tasks import Batch, load_task
 
 CALIBRATION_BATCHES = 8
-OBS_BATCHES = 32  # a moment has as many numbers as a layer has pairs of inputs
+ONCE_BATCHES = 32  # of one pruning; a moment has as many numbers as a layer has pairs of inputs
 
 
 def finetune(
@@ -166,7 +165,12 @@ def dense_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str, 
 
 def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Fine-tune under the schedule, evaluate, strip; write all files and return the report."""
-    controller = control(model, job.options, lambda: calibration(job, OBS_BATCHES))
+    controller = control(
+        model,
+        job.options,
+        lambda: calibration(job, ONCE_BATCHES),
+        lambda model, batch: job.task.loss(model(batch[0]), batch[1]),
+    )
     if controller.needs_calibration and state["controller"] is None:
         calibrate(job, model, controller)
     train(job, model, controller, state)
@@ -199,14 +203,18 @@ def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str,
 
 
 def control(
-    model: nn.Module, options: Options, calibration: Callable[[], Sequence[Any]] | None = None
+    model: nn.Module,
+    options: Options,
+    calibration: Callable[[], Sequence[Any]] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> BaseSparsityAlgoController:
     """Put ``model`` under the algorithm that the options name, on the device where it is.
 
     Args:
         model: dense, or with the zeros that const is to keep.
         options: checked.
-        calibration: gives ``prune_obs``'s batches; without it magnitude prunes in its stead.
+        calibration: gives the batches of const's one pruning; without it magnitude decides.
+        loss: of a model on one of these batches.
 
     Raises:
         ValueError: the options do not fit the model.
@@ -223,31 +231,56 @@ def control(
         return controller
     # too few zeros there: those of one pruning, which then stay
     controller.strip(do_copy=False)
-    level = end_level(options)
-    assert level is not None
-    if isinstance(config, ConstSparsityConfig) and options.importance == "obs" and calibration:
-        prune_obs(model, calibration(), config, level=level).strip(do_copy=False)
-        return create_controller(model, config, backend=backend, dispatch=dispatch)
-    once = PolynomialSchedule(initial_level=level, target_level=level)
-    shared = config.model_dump(exclude={"algorithm"})
-    magnitude = MagnitudeSparsityConfig(**shared, schedule=once, weight_importance="abs")
-    create_controller(model, magnitude, backend=backend).strip(do_copy=False)
+    prune_once(model, options, [] if calibration is None else calibration(), loss)
     return create_controller(model, config, backend=backend, dispatch=dispatch)
+
+
+def prune_once(
+    model: nn.Module,
+    options: Options,
+    batches: Sequence[Any],
+    loss: Callable[[nn.Module, Any], Tensor] | None,
+) -> None:
+    """Prune ``model`` to the level by the options' importance; its zeros are then there."""
+    level, config = end_level(options), sparsity_config(options)
+    assert level is not None
+    assert isinstance(config, ConstSparsityConfig)
+    if batches and options.importance == "obs":
+        prune_obs(model, batches, config, level=level).strip(do_copy=False)
+        return
+    # of its schedule nothing is used but the level that it ends at
+    at_once = {"algorithm": "magnitude", "schedule": "exponential", "initial_level": 0.0}
+    importance = options.importance if batches else "abs"
+    once = sparsity_config(replace(options, level=level, importance=importance, **at_once))
+    backend: Any = options.backend
+    controller = create_controller(model, once, backend=backend)
+    with evaluating(model):
+        if controller.needs_calibration:
+            with controller.calibration(), torch.no_grad():
+                for batch in batches:
+                    run(model, inputs_of(batch))
+        if controller.needs_gradients:
+            assert loss is not None
+            for batch in batches:
+                (loss(model, batch) / len(batches)).backward()
+    controller.set_sparsity_level(level)
+    model.zero_grad()
+    controller.strip(do_copy=False)
 
 
 def calibrate(job: Job, model: nn.Module, controller: BaseSparsityAlgoController) -> None:
     """Show the model a few batches of training data that no step sees."""
     with controller.calibration(), torch.no_grad(), autocast(job):
-        for inputs in calibration(job, CALIBRATION_BATCHES):
+        for inputs, _ in calibration(job, CALIBRATION_BATCHES):
             model(inputs)
 
 
-def calibration(job: Job, count: int) -> list[Tensor]:
-    """Return batches of training inputs that no step sees."""
+def calibration(job: Job, count: int) -> list[Batch]:
+    """Return batches of training data that no step sees."""
     size, seed = job.options.batch_size, job.options.seed
     assert size is not None
     found = (job.task.batch(size, seed, len(PHASES), i) for i in range(count))
-    return [inputs.to(job.device) for inputs, _ in found]
+    return [(inputs.to(job.device), targets.to(job.device)) for inputs, targets in found]
 
 
 def seconds_per_step(state: dict[str, Any], phase: str) -> dict[str, float | None]:

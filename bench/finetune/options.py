@@ -20,6 +20,7 @@ from ...controller.config.schedule import (
     Schedule,
 )
 from ...controller.selection.criteria import NAMES, Reduction
+from ...controller.selection.scorer import BY_GRADIENT, SUMMED
 from ...controller.selection.thresholds import is_reachable
 from ...kernels.launch import use_triton
 from ...kernels.pattern import NM, maximum_level
@@ -29,7 +30,7 @@ from .tasks import Recipe
 CONFIGS = {row.short: row.config for row in TABLE.values()}
 ALGORITHMS = tuple(CONFIGS)
 WITH_NM = tuple(name for name, config in CONFIGS.items() if config.takes_nm)
-GRADIENT_OR_INPUT = ("snip", "snip_momentum", "taylor", "fisher", "wanda")
+GRADIENT_OR_INPUT = (*BY_GRADIENT, "wanda")
 IMPORTANCE = (*NAMES, "obs")
 
 
@@ -39,7 +40,7 @@ class RunOptions:
 
     Attributes:
         algorithm: ``"magnitude"`` along the schedule; ``"const"``: the zeros that are there stay,
-            or where there are none those of one pruning by magnitude; ``"set"`` and ``"rigl"``: at
+            or where there are too few those of one pruning; ``"set"`` and ``"rigl"``: at
             the level from the start, with masks that move until the end of the ramp; ``"rb"``:
             learned, pulled along the schedule; ``"movement"``: learned, a warm-up as long as the
             ramp, from the second epoch on.
@@ -52,14 +53,15 @@ class RunOptions:
             equal rises) or ``"adaptive"``, the latter three at every epoch.
         ramp: fraction of the sparse epochs in which the level rises, in (0, 1].
         importance: ``"abs"``, ``"normed_abs"``, ``"snip"``, ``"snip_momentum"``, ``"taylor"``,
-            ``"fisher"``, ``"wanda"`` or ``"random"``; by it magnitude prunes, and set and rigl
-            drop. Of const alone ``"obs"``: what prunes once is optimal brain surgeon, with
-            calibration data, not magnitude.
+            ``"fisher"``, ``"wanda"`` or ``"random"``; by it magnitude and const prune, and set and
+            rigl drop. Const looks at a few batches for it, and has ``"obs"``, optimal brain
+            surgeon, too.
         block_reduction: of it over a block: ``"mean"``, ``"max"``, ``"sum"`` or ``"l2"``.
-        pool: of magnitude: ``"global"``, ``"weight"`` or ``"row"``; None: the library's default.
+        pool: of magnitude and const: ``"global"``, ``"weight"`` or ``"row"``; None: the library's
+            default.
         initial_masks: of set and rigl: ``"importance"`` or ``"random"``.
         distribution: of the level over the layers: ``"erk"``, ``"uniform"``, and of magnitude
-            ``"owl"``; None: the library's default.
+            and const ``"owl"``; None: the library's default.
         minimum_level, maximum_level: of magnitude, set and rigl: how far each weight is pruned at
             least and at most; None: the library's defaults.
         alpha: of set and rigl: fraction of the kept groups that moves at the first update.
@@ -198,6 +200,11 @@ def checked(options: _Run) -> _Run:
         value = getattr(options, name, None)
         if value is not None and not fits(value):
             raise ValueError(f"{name.replace('_', '-')} must be {what}, got {value!r}")
+    if options.algorithm == "const" and options.importance in SUMMED:
+        raise ValueError(
+            f"importance {options.importance} adds up the steps of a training, and const prunes "
+            "before it; snip and taylor look at a few batches"
+        )
     if options.importance == "obs" and options.algorithm != "const":
         raise ValueError(
             "importance obs prunes once, before training: it is for algorithm const, got "

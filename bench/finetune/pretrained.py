@@ -48,7 +48,7 @@ from .folders import (
     sizes,
     zeros,
 )
-from .job import OBS_BATCHES, control
+from .job import ONCE_BATCHES, control
 from .layers import layers_of, target_names
 from .options import Options, RunOptions, sparsity_config
 from .recipe import FIELDS, Recipe, checked_recipe, make_recipe, read_recipe, same_recipe, spelled
@@ -399,7 +399,7 @@ def calibration(run: Run) -> list[dict[str, Any]]:
     )
     return [
         {key: value.to(run.args.device) for key, value in batch.items()}
-        for batch in islice(loader, OBS_BATCHES)
+        for batch in islice(loader, ONCE_BATCHES)
     ]
 
 
@@ -420,7 +420,9 @@ def train(
     if recipe.algorithm == "const":
         # where there are too few zeros, those of one pruning; the callback then finds them there
         options = Options(**_shared(recipe))
-        control(model, options, lambda: calibration(run)).strip(do_copy=False)
+        control(
+            model, options, lambda: calibration(run), lambda model, batch: model(**batch).loss
+        ).strip(do_copy=False)
     backend: Any = recipe.backend
     dispatch: Any = recipe.dispatch
     callback = TransformersCallback(

@@ -1,4 +1,4 @@
-"""Tables of what was measured, for the terminal."""
+"""Tables of what was measured, for the terminal and, as Markdown, for pages."""
 
 from __future__ import annotations
 
@@ -266,3 +266,10 @@ def show_doctor(record: Mapping[str, Any]) -> None:
         f"self-check   {len(record['rows']) - len(failed)} of {len(record['rows'])} agree with "
         f"the reference, values and gradients; {record['seconds']:.1f} s"
     )
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table; a heading that ends in a colon is of words, and stands on the left."""
+    rule = ["---" if heading.endswith(":") else "---:" for heading in headings]
+    lines = [[h.rstrip(":") for h in headings], rule, *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

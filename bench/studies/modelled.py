@@ -22,8 +22,8 @@ from ..measure.model import (
 )
 from ..measure.record import ROOT
 from ..measure.shapes import SETS
+from ..measure.tables import markdown
 from .gpu import EFFICIENCY
-from .render import markdown
 
 SIDES = (256, 128, 64, 32)
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)

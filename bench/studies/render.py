@@ -1,4 +1,4 @@
-"""The figures of ``docs/benchmarks.md``, as Markdown and a picture, from the records alone.
+"""The figures of ``docs/benchmarks.md`` and ``docs/accuracy.md``, from the records alone.
 
 ``python -m triton_sparsity.bench.studies.render`` writes them between the markers, and the picture
 beside the page; ``--check`` only tells whether they are up to date.
@@ -16,7 +16,8 @@ from typing import Any
 from ..measure.charts import sweeps
 from ..measure.files import write_atomic
 from ..measure.record import RESULTS, ROOT, load
-from ..measure.tables import faster, faster_within, percent, seconds
+from ..measure.tables import faster, faster_within, markdown, percent, seconds
+from .accuracy import dense, tables
 from .compare import verdict
 from .gpu import EFFICIENCY
 from .gpu import summary as efficiencies
@@ -49,6 +50,25 @@ def render(results: Path) -> str:
     return "\n\n".join(parts or ["Nothing was recorded yet."])
 
 
+def studies(results: Path) -> str:
+    """Return the Markdown of all accuracy studies in ``results``.
+
+    Raises:
+        ValueError, OSError: a file is no record, or cannot be read.
+    """
+    parts = []
+    for path in sorted(results.glob("*/accuracy-*.json")):
+        record = load(path)
+        better = "higher" if record["higher_is_better"] else "lower"
+        options = record["options"]
+        steps = round(options["epochs"] * options["steps_per_epoch"])
+        commits = ", ".join(dict.fromkeys(str(one["commit"]) for one in record["runs"]))
+        parts.append(f"### {record['task']}: {record['metric']} after {steps} steps")
+        parts.append(f"{better.capitalize()} is better. {dense(record)} Commits {commits}.")
+        parts.append(tables(record))
+    return "\n\n".join(parts or ["Nothing was recorded yet."])
+
+
 def picture(results: Path) -> bytes | None:
     """Draw the page's picture, of the first device whose peers were compared; None without one."""
     found = sorted(results.glob("*/compare.json"))
@@ -61,13 +81,6 @@ def _made(record: Mapping[str, Any]) -> str:
         f"`{record['command']}`, {record['date'][:10]}, commit {record['commit']}, torch "
         f"{record['torch']}, triton {record['triton']}{threads}."
     )
-
-
-def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table; a heading that ends in a colon is of words, and stands on the left."""
-    rule = ["---" if heading.endswith(":") else "---:" for heading in headings]
-    lines = [[h.rstrip(":") for h in headings], rule, *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _compare(record: Mapping[str, Any]) -> list[str]:
@@ -232,17 +245,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if old")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of the pages")
     options = parser.parse_args(arguments)
+    benchmarks = options.docs / "benchmarks.md"
+    pages = {benchmarks: render, options.docs / "accuracy.md": studies}
     try:
-        text = options.page.read_text()
-        new = insert(text, render(options.results))
-        if options.check:
-            sys.exit(0 if new == text else f"{options.page}: its figures are not up to date")
-        if new != text:
-            write_atomic(options.page, new.encode())
-        if (drawn := picture(options.results)) is not None:
-            write_atomic(options.page.with_suffix(".png"), drawn)
+        for page, figures in pages.items():
+            text = page.read_text()
+            new = insert(text, figures(options.results))
+            if options.check and new != text:
+                sys.exit(f"{page}: its figures are not up to date")
+            if new != text:
+                write_atomic(page, new.encode())
+        if not options.check and (drawn := picture(options.results)) is not None:
+            write_atomic(benchmarks.with_suffix(".png"), drawn)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

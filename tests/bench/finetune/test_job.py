@@ -230,6 +230,7 @@ def test_every_schedule_resumes(tmp_path, schedule, pattern):
     [
         {"algorithm": "const"},
         {"algorithm": "const", "importance": "obs"},
+        {"algorithm": "const", "importance": "taylor"},
         {"algorithm": "set"},
         # killed in the step after whose gradients it grows, which was saved, and later
         {"algorithm": "rigl", "delta_t": 4, "save_every": 1},
@@ -484,3 +485,15 @@ def test_diverging_training_is_an_error_and_no_result(tmp_path):
     with pytest.raises(ValueError, match="dense training diverged: loss nan"):
         finetune(replace(QUICK, dense_lr=1e30), tmp_path)
     assert not (tmp_path / REPORT).exists()
+
+
+@pytest.mark.parametrize("importance", ["wanda", "snip", "random"])
+def test_const_prunes_once_by_the_importance(tmp_path, importance):
+    options = replace(QUICK, algorithm="const", dense_epochs=0, epochs=1, level=0.5)
+    masks = []
+    for name in ("abs", importance):
+        report = finetune(replace(options, importance=name), tmp_path / name)
+        assert report["results"]["stripped"]["level"] == pytest.approx(0.5, abs=0.02)
+        weights = safetensors.torch.load_file(tmp_path / name / STRIPPED)
+        masks.append({name: weight != 0 for name, weight in weights.items()})
+    assert any(not mask.equal(masks[1][name]) for name, mask in masks[0].items())

@@ -108,6 +108,7 @@ def test_the_ramp_is_the_tasks_unless_one_is_given():
     [
         (Options(importance="wanda", initial_level=0.1), "start from initial-level 0"),
         (Options(importance="snip", algorithm="rigl"), "start from random masks"),
+        (Options(importance="fisher", algorithm="const"), "adds up the steps of a training"),
     ],
 )
 def test_first_masks_that_nothing_can_judge_are_refused(options, message):

@@ -13,6 +13,7 @@ from triton_sparsity.bench.studies.render import (
     main,
     render,
     speedup_over,
+    studies,
 )
 
 
@@ -57,16 +58,16 @@ def test_the_page_is_made_from_the_records_alone(tmp_path, capsys):
     )
     assert "- RigL IS WORSE than SET" in text
 
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{START}\nold\n{END}\nafter\n")
-    arguments = ["--results", str(tmp_path), "--page", str(page)]
+    page, other = tmp_path / "benchmarks.md", tmp_path / "accuracy.md"
+    for one in (page, other):
+        one.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    arguments = ["--results", str(tmp_path), "--docs", str(tmp_path)]
     with pytest.raises(SystemExit, match="not up to date"):
         main([*arguments, "--check"])
     main(arguments)
     assert page.read_text() == f"before\n{START}\n{text}\n{END}\nafter\n"
-    with pytest.raises(SystemExit) as caught:
-        main([*arguments, "--check"])
-    assert caught.value.code == 0
+    assert other.read_text() == f"before\n{START}\nNothing was recorded yet.\n{END}\nafter\n"
+    main([*arguments, "--check"])
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     page.write_text("no markers")
     with pytest.raises(SystemExit) as caught:
@@ -75,8 +76,9 @@ def test_the_page_is_made_from_the_records_alone(tmp_path, capsys):
 
 
 def test_the_figures_of_the_page_are_those_of_the_results():
-    text = (ROOT / "docs" / "benchmarks.md").read_text()
-    assert insert(text, render(RESULTS)) == text
+    for name, figures in (("benchmarks.md", render), ("accuracy.md", studies)):
+        text = (ROOT / "docs" / name).read_text()
+        assert insert(text, figures(RESULTS)) == text
 
 
 def test_results_name_no_path_of_a_machine():
