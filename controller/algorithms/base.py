@@ -574,8 +574,9 @@ class BaseSparsityAlgoController:
                 semi-structured tensors, for inference.
 
         Warns:
-            UserWarning: a copy's zeros are not those of the masks, with the number of elements
-                that changed; somebody else had written pruned elements.
+            UserWarning: the schedule has not reached its target, with both levels; a copy's zeros
+                are not those of the masks, with the number of elements that changed: somebody
+                else had written pruned elements.
 
         Raises:
             ValueError: ``strip_format`` is no ``StripFormat``; ``model`` holds no such weights, or
@@ -583,7 +584,36 @@ class BaseSparsityAlgoController:
                 has changed then.
         """
         strip_format = StripFormat(strip_format)
+        self._tell_of_early_strip()
+        return self.fold(model, do_copy, strip_format)
+
+    def fold(
+        self,
+        model: nn.Module,
+        do_copy: bool = False,
+        strip_format: StripFormat = StripFormat.NATIVE,
+    ) -> nn.Module:
+        """``strip_model`` for who knows where the schedule is, and needs no warning."""
         return strip_masks(model, self._guards, do_copy=do_copy, strip_format=strip_format)
+
+    def _tell_of_early_strip(self) -> None:
+        """Warn if a schedule was broken off, or forgotten. Learned masks come near a target: that
+        will do, as will a level that was set while no step was made.
+        """
+        target, scheduler = self._target_level, self._scheduler
+        if target is None or self.current_sparsity_level >= target:
+            return
+        set_by_hand = max(scheduler.current_step, scheduler.current_epoch) < 0
+        stage = self.compression_stage()
+        if stage is CompressionStage.UNCOMPRESSED or (
+            stage is CompressionStage.PARTIALLY_COMPRESSED and not set_by_hand
+        ):
+            warnings.warn(
+                f"{self.name}: strip at {100 * self.mask_level():.4g} %, before the schedule has "
+                f"reached its target of {100 * target:.4g} %; go on until then, or call "
+                f"set_sparsity_level({target:g})",
+                stacklevel=3,
+            )
 
     def strip(
         self, do_copy: bool = True, strip_format: StripFormat = StripFormat.NATIVE

@@ -114,6 +114,10 @@ class CompositeController(BaseSparsityAlgoController):
     def compression_stage(self) -> CompressionStage:
         return reduce(operator.add, [part.compression_stage() for part in self._parts])
 
+    def _tell_of_early_strip(self) -> None:
+        for part in self._parts:
+            part._tell_of_early_strip()
+
     def parameters(self) -> list[nn.Parameter]:
         return [own for part in self._parts for own in part.parameters()]
 

@@ -108,7 +108,7 @@ class LightningCallback(Callback):
                 f"{self.state_key}; resume_without_state=True lets the masks begin here"
             )
         if self._training is not None and self.statistics is None:
-            self._training.controller.strip(do_copy=False)  # of a run that was broken off
+            self._training.controller.fold(self._training.model)  # of a run that was broken off
         self.statistics, self._training = None, None
         batches = float(trainer.num_training_batches) / trainer.accumulate_grad_batches
         steps = None if batches == float("inf") else -int(-batches // 1)
@@ -194,7 +194,7 @@ class LightningCallback(Callback):
         controller = self._training.controller
         self.statistics = controller.statistics()
         if self.strip:
-            controller.strip_model(pl_module)
+            controller.fold(pl_module)
 
 
 def _forget_best(callback: Any) -> None:

@@ -117,7 +117,7 @@ class ControlledTraining:
             if state is not None:
                 self._take(state)
         except ValueError:
-            self.controller.strip(do_copy=False)
+            self.controller.fold(model)
             raise
 
     def gather(self, batches: Iterable[Any], loss: Callable[[Any], Tensor | None]) -> None:

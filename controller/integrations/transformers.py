@@ -122,7 +122,7 @@ class TransformersCallback(TrainerCallback):
         saved = self._saved_state(args, state) if state.global_step else None
         steps = _steps_per_epoch(args, train_dataloader)
         if self._training is not None and self.statistics is None:
-            self._training.controller.strip(do_copy=False)  # of a run that was broken off
+            self._training.controller.fold(self._training.model)  # of a run that was broken off
         self.statistics = None
         self._training = None
         try:
@@ -217,7 +217,7 @@ class TransformersCallback(TrainerCallback):
         warn_of_early_end(training)
         self.statistics = controller.statistics()
         if self.strip:
-            controller.strip_model(model)
+            controller.fold(model)
 
     # what they share
 

@@ -46,7 +46,7 @@ def moments(optimizer: Optimizer, weight: nn.Parameter) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def start_returned(optimizer: Optimizer, weight: nn.Parameter, kept: Tensor) -> None:
-    """Give kept elements whose second moment is 0 one with which they move as the others do.
+    """Give kept elements whose second moment is 0 moments with which they move as the others do.
 
     An update is m / sqrt(v), which Adam corrects by a step count that the whole weight shares. At
     a high count, an element whose m and v start at 0 would move by (1 - b1) / sqrt(1 - b2) = 3.2
@@ -62,8 +62,11 @@ def start_returned(optimizer: Optimizer, weight: nn.Parameter, kept: Tensor) -> 
 
     lets it move as the others, m^2 / v = M2 / V. V has the others' bias, so that Adam's
     correction holds for both. Within some 1 / (1 - b2) steps v forgets this and is the element's
-    own. RMSprop has g in the place of m. It costs nothing in any further step, and no optimiser
-    holds anything new. SGD needs nothing: it divides by nothing, and momentum starts at 0.
+    own. For m to be of that size from the first step on, it starts as what the step makes that of,
+    with the sign of g and at most its size. RMSprop has g in the place of m.
+
+    It costs nothing in any further step, and no optimiser holds anything new. SGD needs nothing:
+    it divides by nothing, and momentum starts at 0.
 
     Args:
         optimizer: one about to step ``weight``, whose gradient is there.
@@ -84,15 +87,28 @@ def start_returned(optimizer: Optimizer, weight: nn.Parameter, kept: Tensor) -> 
     if (scale := getattr(optimizer, "grad_scale", None)) is not None:
         gradient = gradient / scale
     own = gradient.square()
-    moving = state.get("exp_avg", gradient).float().square()
+    momentum = state.get("exp_avg")
+    moving = (gradient if momentum is None else momentum).float().square()
     others, returned = square != 0, fresh & (own > 0)
     g2, m2, v = (_mean(of, others) for of in (own, moving, square.float()))
-    persists = (torch.maximum(own, _mean(own, returned)) - g2).clamp(min=0)
-    start = v * (persists + m2) / m2
-    start = torch.where(fresh & (m2 > 0), start, 0)
+    wanted = (torch.maximum(own, _mean(own, returned)) - g2).clamp(min=0) + m2
+    fresh &= m2 > 0
+    start = torch.where(fresh, v * wanted / m2, 0)
     square.add_(start.to(square.dtype))
     if (most := state.get("max_exp_avg_sq")) is not None:
         most.add_(start.to(most.dtype))
+    if momentum is not None and (decay := _decay(optimizer, weight)):
+        share = (wanted / own).sqrt().clamp(max=1)
+        first = gradient * ((share - (1 - decay)) / decay).clamp(min=0)
+        momentum.add_(torch.where(fresh & (own > 0), first, 0).to(momentum.dtype))
+
+
+def _decay(optimizer: Optimizer, weight: nn.Parameter) -> float:
+    """Return the factor by which a step lets the momentum of ``weight`` decay; 0: none."""
+    for group in optimizer.param_groups:
+        if any(parameter is weight for parameter in group["params"]):
+            return float(group.get("betas", (0.0,))[0])
+    return 0.0
 
 
 def _mean(of: Tensor, where: Tensor) -> Tensor:

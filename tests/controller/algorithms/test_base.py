@@ -355,6 +355,7 @@ def test_export_writes_onnx_whose_outputs_are_the_masked_models(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
+@pytest.mark.filterwarnings("ignore:.*before the schedule has")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -368,3 +369,37 @@ def test_export_arguments_of_another_form_are_refused(arguments, message, tmp_pa
     with pytest.raises(ValueError, match=message):
         controller.export_model(tmp_path / "model.onnx", **arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_strip_before_the_target_tells_both_levels():
+    _, controller = build()
+    message = (
+        r"magnitude_sparsity: strip at {}, before the schedule has reached its target of 80 %"
+    )
+    with pytest.warns(UserWarning, match=message.format("0 %")):
+        controller.strip()
+    controller.scheduler.epoch_step(1)
+    with pytest.warns(UserWarning, match=r"strip at 20.05 %, .* 80 %; .*level\(0.8\)"):
+        controller.strip()
+    controller.scheduler.epoch_step(4)
+    controller.strip()
+
+
+def test_a_level_that_was_set_while_no_step_was_made_is_no_early_strip():
+    _, controller = build()
+    controller.set_sparsity_level(0.3)
+    controller.strip()
+
+
+def test_an_early_strip_is_told_of_the_algorithm_that_is_not_there_yet():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    late = ts.PolynomialSchedule(target_level=0.5, target_epoch=9)
+    configs = [
+        ts.ConstSparsityConfig(target_scopes=["0"]),
+        ts.MagnitudeSparsityConfig(target_scopes=["1"], schedule=late),
+    ]
+    with pytest.warns(UserWarning, match="const_sparsity: no group"):
+        controller = ts.create_controller(model, configs)
+    with pytest.warns(UserWarning, match=r"magnitude_sparsity: strip at 0 %") as told:
+        controller.strip()
+    assert len(told) == 1

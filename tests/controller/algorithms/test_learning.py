@@ -134,6 +134,7 @@ def test_the_attribute_reads_masked_and_the_parameter_stays_dense(kind, mode):
     assert set(model.state_dict()) == set(Net(True).state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:.*before the schedule has")
 @every_kind
 def test_evaluated_copied_and_stripped_it_computes_the_same(kind):
     model, controller = build(kind)
@@ -211,6 +212,7 @@ def test_epochs_that_prove_nothing_raise_nothing(kind, how):
 # frozen
 
 
+@pytest.mark.filterwarnings("ignore:.*before the schedule has")
 @every_kind
 @pytest.mark.parametrize("pattern", [ts.Unstructured(), ts.Block(16, 16)], ids=str)
 def test_frozen_the_weight_is_plain_and_keeps_its_zeros(kind, pattern):
@@ -307,6 +309,7 @@ def test_nothing_outlives_the_model(kind):
     assert [reference() for reference in gone] == [None] * len(gone)
 
 
+@pytest.mark.filterwarnings("ignore:.*before the schedule has")
 @every_kind
 def test_stripped_the_module_has_its_class_and_no_scores(kind):
     model, controller = build(kind)

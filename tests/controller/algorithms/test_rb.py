@@ -113,6 +113,7 @@ def test_logits_count_groups_in_a_mixed_pool():
     assert controller.mask_level() == 0.2
 
 
+@pytest.mark.filterwarnings("ignore:.*before the schedule has")
 def test_logits_start_at_99_percent_and_are_parameters_but_no_state():
     model, controller = build()
     assert model[0].weight_scores.mean().item() == pytest.approx(math.log(0.99 / 0.01), abs=1e-5)
@@ -397,6 +398,7 @@ def test_the_multiplier_scales_the_logits_gradients():
     assert torch.equal(grads[0][2], grads[1][2])
 
 
+@pytest.mark.filterwarnings("ignore:.*before the schedule has")
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_is_a_plain_model_under_the_masks_of_evaluation(duplicate):
     model, controller = build()
@@ -427,6 +429,7 @@ def test_casting_the_model_leaves_logits_in_float32():
     assert controller.sparsified_module_info[0].weight.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.filterwarnings("ignore:.*before the schedule has")
 @pytest.mark.parametrize("kind", ["conv", "embedding", "tied", "attention", "recurrent", "Conv1D"])
 def test_other_modules(kind):
     torch.manual_seed(0)

@@ -165,6 +165,7 @@ def refused(folder, message, callback, **options):
         fit(folder, callback, **options)
 
 
+@pytest.mark.filterwarnings("ignore:.*before the schedule has")
 def test_a_model_that_has_a_controller_is_refused(tmp_path):
     model = Model()
     config = ts.MagnitudeSparsityConfig(schedule=HALF)

@@ -349,6 +349,7 @@ def test_a_bias_of_the_adapter_counts():
     close(wrapped.merge_and_unload()(data()), want)
 
 
+@pytest.mark.filterwarnings("ignore:.*before the schedule has")
 @pytest.mark.parametrize("kind", ["rb", "movement"])
 def test_learned_masks_see_the_adapter_and_freeze_with_it(kind):
     model = Net()

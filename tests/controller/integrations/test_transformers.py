@@ -439,6 +439,7 @@ def test_options_that_make_no_sense_are_refused_at_once():
         ts.TransformersCallback("magnitude")
 
 
+@pytest.mark.filterwarnings("ignore:.*before the schedule has")
 def test_a_model_that_has_a_controller_is_refused(tmp_path):
     model = llama()
     config = ts.MagnitudeSparsityConfig(schedule=HALF)

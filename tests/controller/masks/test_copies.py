@@ -171,6 +171,7 @@ def test_a_copy_compiles_into_one_graph(kind):
 # averages
 
 
+@pytest.mark.filterwarnings("ignore:.*before the schedule has")
 @pytest.mark.parametrize("kind", ["unstructured", "blocks", "set"])
 @pytest.mark.parametrize("ema", [False, True])
 def test_an_average_over_changing_masks_is_folded_and_says_by_how_much(kind, ema):
@@ -198,6 +199,7 @@ def test_an_average_over_changing_masks_is_folded_and_says_by_how_much(kind, ema
     train(model, controller, range(3, 5), optimizer)  # the model goes on
 
 
+@pytest.mark.filterwarnings("ignore:.*before the schedule has")
 @pytest.mark.parametrize("kind", LEARNED)
 def test_an_average_of_learned_masks_is_folded_with_those_of_the_controller(kind):
     model, controller = build(kind)
@@ -232,6 +234,7 @@ def test_an_average_under_masks_that_stay_is_folded_without_a_word():
 # others that take a model
 
 
+@pytest.mark.filterwarnings("ignore:.*before the schedule has")
 @every_config
 def test_a_shared_model_goes_on_under_its_masks(kind):
     model, controller = build(kind)

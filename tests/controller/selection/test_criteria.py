@@ -319,6 +319,7 @@ def test_taylor_adds_up_before_it_takes_the_magnitude():
     assert criteria.taylor(block_evidence(product=product)).values.tolist() == [[3, 0], [-2, 7]]
 
 
+@pytest.mark.filterwarnings("ignore:.*before the schedule has")
 @pytest.mark.parametrize(
     ("reduction", "expected"),
     # 3 x 5 in blocks of 2 x 2, of which the edge ones have 2, 2 and 1 elements
