@@ -574,6 +574,80 @@ def autotune(
 
 
 @app.command()
+def sensitivity(
+    model: Annotated[Path, typer.Argument(help="Folder of a model that from_pretrained reads.")],
+    data: Annotated[list[str], typer.Option("--data", help="As of finetune; may be repeated.")],
+    pattern: Annotated[
+        list[str] | None,
+        _option("As of finetune; may be repeated.", "unstructured, block:16"),
+    ] = None,
+    levels: Annotated[Text, _option("Levels to scan, by commas.", "0.5,0.7,0.8,0.9")] = None,
+    level: Annotated[
+        Real, _option("Of all target weights together, to be reached.", "0.8")
+    ] = None,
+    importance: Annotated[Text, _option("As of finetune.", "normed_abs")] = None,
+    batches: Annotated[Whole, _option("Held-out batches to measure the loss on.", "8")] = None,
+    batch_size: Annotated[Whole, _option("Examples in a batch.", "8")] = None,
+    objective: Annotated[Text, _option("As of finetune.", "by architecture")] = None,
+    text_column: Annotated[Text, _option("As of finetune.", "text, input_ids")] = None,
+    max_length: Annotated[Whole, _option("Tokens in an example.", "as finetune's")] = None,
+    scope: Annotated[list[str] | None, _option("As of finetune; may be repeated.")] = None,
+    ignore: Annotated[list[str] | None, _option("As of finetune; may be repeated.")] = None,
+    device: Annotated[Text, _option("auto, cpu or cuda.", "auto")] = None,
+    threads: Annotated[Whole, _option("CPU threads.", "torch's own choice")] = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Find what each weight of a model loses by each level, and the levels that lose least.
+
+    Nothing is trained. The record has levels for every weight, as overrides of a configuration.
+    """
+    try:
+        from . import sensitivity as job
+        from .finetune.recipe import make_recipe
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"sensitivity needs {error.name}: pip install 'triton-sparsity[transformers]'"
+        ) from None
+    from .measure.files import claim_folder
+    from .measure.progress import progress_bars
+    from .measure.tables import show_sensitivity
+
+    patterns = pattern or [*job.PATTERNS]
+    given = {
+        "model": str(model),
+        "data": tuple(data),
+        # nothing is trained: one half is for what the importance looks at
+        "held_out": 0.5,
+        "pattern": "unstructured",
+        "level": level,
+        "importance": importance,
+        "eval_batches": 8 if batches is None else batches,
+        "batch_size": batch_size,
+        "objective": objective,
+        "text_column": text_column,
+        "max_length": max_length,
+        "scope": tuple(scope or ()),
+        "ignore": tuple(ignore or ()),
+        "device": device,
+        "threads": threads,
+    }
+    recipe = make_recipe({k: v for k, v in given.items() if v is not None}, "the command line")
+    if output is not None:
+        claim_folder(output)
+    with progress_bars(quiet=as_json) as progress:
+        record = job.sensitivity(
+            recipe, patterns, _numbers(levels) or job.LEVELS, output or Path(), progress
+        )
+    if output is not None:
+        job.save(record, output)
+    if as_json:
+        print(json.dumps(record, allow_nan=False))
+    else:
+        show_sensitivity(record, output)
+
+
+@app.command()
 def doctor(
     device: Annotated[Text, _option("auto, cpu, cuda or cuda:N.", "auto")] = None,
     backend: Annotated[Text, _option("auto, triton or torch.", "auto")] = None,

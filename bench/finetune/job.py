@@ -254,6 +254,19 @@ def prune_once(
     once = sparsity_config(replace(options, level=level, importance=importance, **at_once))
     backend: Any = options.backend
     controller = create_controller(model, once, backend=backend)
+    gather(controller, model, batches, loss)
+    controller.set_sparsity_level(level)
+    model.zero_grad()
+    controller.strip(do_copy=False)
+
+
+def gather(
+    controller: BaseSparsityAlgoController,
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Callable[[nn.Module, Any], Tensor] | None,
+) -> None:
+    """Show the model batches for what the controller's criterion looks at: inputs, gradients."""
     with evaluating(model):
         if controller.needs_calibration:
             with controller.calibration(), torch.no_grad():
@@ -263,9 +276,6 @@ def prune_once(
             assert loss is not None
             for batch in batches:
                 (loss(model, batch) / len(batches)).backward()
-    controller.set_sparsity_level(level)
-    model.zero_grad()
-    controller.strip(do_copy=False)
 
 
 def calibrate(job: Job, model: nn.Module, controller: BaseSparsityAlgoController) -> None:

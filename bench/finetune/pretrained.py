@@ -169,9 +169,7 @@ def finetune(
         recipe = checked_recipe(recipe)
         if not force:
             claim(folder, force=False)
-    # their warnings speak of calls that are ours
-    hf.utils.logging.set_verbosity_error()
-    hf.utils.logging.disable_progress_bar()
+    quiet()
     assert recipe.threads is not None
     torch.set_num_threads(recipe.threads)
     run = prepare(recipe, folder)
@@ -196,6 +194,12 @@ def finetune(
 
 
 # before training
+
+
+def quiet() -> None:
+    """Have transformers say nothing but errors: its warnings speak of calls that are ours."""
+    hf.utils.logging.set_verbosity_error()
+    hf.utils.logging.disable_progress_bar()
 
 
 def prepare(recipe: Recipe, folder: Path) -> Run:

@@ -290,3 +290,48 @@ def _front(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         )
     ]
     return sorted(best, key=lambda row: row["l1_kept"])
+
+
+def heat_maps(record: Mapping[str, Any]) -> bytes:
+    """Draw how much the loss rises by each weight at each level; a panel a pattern.
+
+    Args:
+        record: of ``sensitivity``.
+    """
+    proposals = record["proposals"]
+    names = [*proposals[0]["levels"]]
+    figure = _figure(figsize=(3 + 2.6 * len(proposals), 1.5 + 0.22 * len(names)))
+    images = []
+    panels = figure.subplots(1, len(proposals), squeeze=False, sharey=True)[0]
+    rises = [row["increase"] for row in record["rows"]]
+    # what is less than that is noise, or next to nothing
+    least = max(max(rises) / 1000, 1e-6)
+    for axes, proposal in zip(panels, proposals, strict=True):
+        rows = [row for row in record["rows"] if row["pattern"] == proposal["pattern"]]
+        levels = sorted({row["level"] for row in rows})
+        found = {(row["name"], row["level"]): row["increase"] for row in rows}
+        grid = [[max(found[name, level], least) for level in levels] for name in names]
+        image = axes.imshow(
+            grid,
+            aspect="auto",
+            cmap="viridis",
+            norm="log",
+            vmin=least,
+            vmax=max(*rises, 2 * least),
+        )
+        images.append(image)
+        axes.set_xticks(range(len(levels)), [f"{100 * level:g} %" for level in levels])
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.set_title(proposal["pattern"])
+        for i, name in enumerate(names):
+            axes.text(
+                len(levels) - 0.4,
+                i,
+                f"{100 * proposal['levels'][name]:.0f} %",
+                va="center",
+                fontsize=7,
+            )
+    figure.colorbar(images[-1], ax=list(panels), label="increase of the loss", pad=0.12)
+    at = f"{100 * record['level']:g} %"
+    figure.suptitle(f"{record['model']}: one weight pruned; right: proposed for {at}", fontsize=9)
+    return _png(figure)

@@ -193,6 +193,33 @@ def show_recommendation(record: Mapping[str, Any], folder: Path | None) -> None:
         out.print(f"{folder}: recommend.json, pareto.png")
 
 
+def show_sensitivity(record: Mapping[str, Any], folder: Path | None) -> None:
+    """Print what ``sensitivity`` found: a table a pattern, and what the levels proposed give."""
+    out = console()
+    out.print(where(record))
+    out.print(
+        f"{record['model']}, {record['objective']}: loss {record['loss']:.4f} on "
+        f"{record['examples']} examples; below, how much it rises with one weight pruned"
+    )
+    for proposal in record["proposals"]:
+        mine = [row for row in record["rows"] if row["pattern"] == proposal["pattern"]]
+        levels = sorted({row["level"] for row in mine})
+        found = {(row["name"], row["level"]): row["increase"] for row in mine}
+        rows = [
+            (name, *(f"{found[name, at]:+.2g}" for at in levels), f"{100 * level:.1f} %")
+            for name, level in proposal["levels"].items()
+        ]
+        headings = ("weight:", *(f"{100 * level:g} %" for level in levels), "level proposed")
+        out.print(table(proposal["pattern"], headings, rows))
+        out.print(
+            f"{proposal['pattern']}, {100 * proposal['level']:.1f} % of all: loss "
+            f"{proposal['loss']:.4f} with these levels, {proposal['uniform_loss']:.4f} with one "
+            "for all, before any training"
+        )
+    if folder is not None:
+        out.print(f"{folder}: sensitivity.json, sensitivity.png")
+
+
 def show_tuning(content: Mapping[str, Any], output: Path) -> None:
     """Print a tuning table: tiles with their gain, and sparsities from which skipping pays."""
     out = console()

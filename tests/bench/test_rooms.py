@@ -17,9 +17,10 @@ ALLOWED = {
     "profile": {"measure"},
     "autotune": {"measure"},
     "recommend": {"measure"},
+    "sensitivity": {"finetune", "measure"},
     "doctor": {"measure"},
     "demo": {"finetune", "measure"},
-    "cli": {"finetune", "measure", "profile", "autotune", "recommend", "doctor"},
+    "cli": {"finetune", "measure", "profile", "autotune", "recommend", "sensitivity", "doctor"},
     "studies": {"finetune", "measure", "peers", "profile", "doctor"},
     "__init__": set(),
 }

@@ -263,7 +263,7 @@ def test_what_was_gathered_comes_back_with_the_state(importance):
     wrong = controller.get_state()
     gathered = wrong["magnitude_sparsity"]["algorithm_state"]
     gathered[next(iter(gathered))]["weight"] = torch.zeros(3)
-    with pytest.raises(ValueError, match="must be .* of shape"):
+    with pytest.raises(ValueError, match=r"must be .* of shape"):
         resumed.load_state(wrong)
 
 
