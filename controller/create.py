@@ -19,10 +19,12 @@ from .masks.learned import read_plain
 from .masks.linear import restore_class
 from .masks.names import canonical, match
 from .masks.ranks import Ranks, known_group
+from .masks.shards import is_sharded
 from .masks.state import names_in
 from .masks.targets import weights_of
 from .masks.weight import SparseModuleInfo, Target, restore_
 from .nncf import ConfigLike, parse_config
+from .selection.criteria import check_sharded
 
 
 def create_controller(
@@ -80,17 +82,25 @@ def create_controller(
             raise ValueError(
                 "create_controller: batchnorm_adaptation needs batchnorm_data, got None"
             )
+    told = _told(model, configs) if ranks.size > 1 else {}
+    ranks.check_alike("create_controller", told)
+    with ranks.together(device):
         classes: list[Any] = [algorithm_of(one).controller for one in configs]
         searched = configs if state is None else _of_state(model, configs, state)
         targets = [c.find_targets(model, one) for c, one in zip(classes, searched, strict=True)]
         _check_disjoint(targets, configs)
-        _check_wrapped(model, configs)
+        _check_covered(model, configs, targets)
         options = {"backend": backend, "dispatch": dispatch, "ranks": ranks}
         weights = [
             cls.make_weights(model, found, one, **options)
             for cls, found, one in zip(classes, targets, configs, strict=True)
         ]
-    ranks.check_alike("create_controller", _told(configs, weights) if ranks.size > 1 else {})
+        for members, one in zip(weights, configs, strict=True):
+            importance = getattr(one, "weight_importance", None)
+            chosen = {f: getattr(one, f, None) for f in ("pool", "distribution", "growth")}
+            check_sharded("create_controller", members, importance, **chosen)
+    found = [f"{canonical(w.name)} {w.pattern}" for members in weights for w in members]
+    ranks.check_alike("create_controller", {"the masked weights": found})
     infos = [[SparseModuleInfo(w.name, w.module, w) for w in members] for members in weights]
     try:
         controllers = [
@@ -115,19 +125,24 @@ def create_controller(
 _CPU = torch.device("cpu")
 
 
-def _told(configs: Sequence[AlgorithmConfig], weights: Sequence[Sequence[Any]]) -> dict[str, Any]:
+def _told(model: nn.Module, configs: Sequence[AlgorithmConfig]) -> dict[str, Any]:
     """Return what must be the same on every rank."""
-    members = [weight for found in weights for weight in found]
-    return {
-        "config": [repr(one) for one in configs],
-        "the masked weights": [
-            f"{canonical(w.name)} {tuple(w.weight_shape)} {w.pattern}" for w in members
-        ],
-    }
+    shapes = [f"{canonical(name)} {tuple(p.shape)}" for name, p in model.named_parameters()]
+    return {"config": [repr(one) for one in configs], "the model's parameters": shapes}
 
 
-def _check_wrapped(model: nn.Module, configs: Sequence[AlgorithmConfig]) -> None:
-    """Refuse to add scores to a model whose reducer would not know of them."""
+def _check_covered(
+    model: nn.Module, configs: Sequence[AlgorithmConfig], targets: Sequence[Sequence[Target]]
+) -> None:
+    """Refuse what wrappers and shards do not go with."""
+    for config, found in zip(configs, targets, strict=True):
+        sharded = [target.name for target in found if is_sharded(target.weight)]
+        what = algorithm_of(config).name
+        if sharded and algorithm_of(config).controller.learns:
+            raise ValueError(
+                f"create_controller: {sharded[0]!r} must not be sharded for {what}, got a "
+                "DTensor; magnitude, const, SET and RigL take sharded weights"
+            )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         for found in map(algorithm_of, configs):
             if found.controller.learns:

@@ -18,6 +18,7 @@ from .algorithms.const import ConstSparsityConfig
 from .algorithms.evaluation import evaluating, run
 from .create import create_controller
 from .masks.linear import conv1d_of
+from .masks.shards import is_sharded
 from .masks.targets import find_targets
 from .masks.weight import Target
 from .selection.obs import prune_matrix
@@ -120,6 +121,11 @@ def _check_linear(target: Target) -> None:
         raise ValueError(
             f"prune_obs: the inputs of {target.name!r}, a {type(module).__name__}, cannot be "
             "measured; it must be a linear layer: list it in ignored_scopes"
+        )
+    if is_sharded(target.weight):
+        raise ValueError(
+            f"prune_obs: {target.name!r} must not be sharded, got a DTensor; prune before "
+            "fully_shard, or list it in ignored_scopes"
         )
 
 

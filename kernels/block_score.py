@@ -19,6 +19,7 @@ from torch import Tensor
 from .grid import block_counts, ceil_div, expand_blocks, pad_to_blocks, side_lengths
 from .launch import FUSED, Backend, on_device, takes_kernels, tl, triton, use_triton
 from .pattern import MAX_BLOCK_SIDE, Pattern, Unstructured
+from .select import Reduce
 from .table import Matrices, alike, device_table, find_tensor, first_of, list_index_type, swap
 
 # no block is wider than the tile; four or eight 16-byte loads of a thread are in flight at once
@@ -26,6 +27,7 @@ TILE = {"TILE_R": 16, "TILE_C": MAX_BLOCK_SIDE}
 NORM_BLOCK = 1024  # sums of squares that are added at a time
 # elements: a chunk and its magnitudes stay in the cache between the passes over them
 CPU_CHUNK = 2**19
+_ROW_BITS = 38  # of the square of the greatest row's norm: 2^24 such rows may be added
 
 
 def block_score_reference(weight: Tensor, pattern: Pattern, *, squared: bool) -> Tensor:
@@ -40,18 +42,48 @@ def block_score_reference(weight: Tensor, pattern: Pattern, *, squared: bool) ->
 
 def inverse_norms_reference(weights: Sequence[Tensor]) -> Tensor:
     """Define the semantics: plain PyTorch, any device, any float dtype."""
-    return _inverse([_norm(weight) for weight in weights])
+    return inverse_norms([row_norms(weight) for weight in weights])
 
 
-def _norm(tensor: Tensor) -> Tensor:
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return torch.linalg.vector_norm(tensor, dtype=wide)
+def row_norms(matrix: Tensor) -> Tensor:
+    """Return the 2-norm of each row, float32 or wider: the same bits whatever rows lie beside."""
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    if len(matrix) == 1:  # a single sum would be parted among threads
+        return torch.linalg.vector_norm(matrix.expand(2, -1), dim=1, dtype=wide)[:1]
+    return torch.linalg.vector_norm(matrix, dim=1, dtype=wide)
 
 
-def _inverse(found: Sequence[Tensor]) -> Tensor:
-    norms = torch.stack([norm.float() for norm in found])
-    # a weight of zeros has importance 0, whatever it is divided by
-    return norms.where(norms > 0, 1).reciprocal()
+def inverse_norms(
+    rows: Sequence[Tensor], most: Reduce | None = None, add: Reduce | None = None
+) -> Tensor:
+    """Return ``1 / ||w||_2`` of each weight from the norms of its rows; 1 for a weight of zeros.
+
+    The squares are added up as integers, multiples of one power of two a weight, so that their
+    order, and who adds which, has no bearing.
+
+    Args:
+        rows: of each weight what ``row_norms`` returns, or of some of its rows.
+        most, add: the greatest, and the sum, of float64 or int64 vectors of several ranks, which
+            have the other rows; None: all are here.
+
+    Returns:
+        float32 ``(len(rows),)``.
+    """
+    squares = [row.double().square() for row in rows]
+    peaks = torch.stack([s.max() if len(s) else s.new_zeros(()) for s in squares])
+    peaks = peaks.where(peaks.isfinite(), torch.inf)  # scores that are not finite are refused
+    peaks = peaks if most is None else most(peaks)
+    shifts = _ROW_BITS - torch.frexp(peaks.where(peaks.isfinite(), 0)).exponent
+    scaled = [s * unit for s, unit in zip(squares, _power(shifts), strict=True)]
+    totals = torch.stack([s.nan_to_num(0, 0, 0).round().long().sum() for s in scaled])
+    totals = totals if add is None else add(totals)
+    norms = (totals.double() * _power(-shifts)).sqrt().float()
+    return norms.where((norms > 0) & peaks.isfinite(), 1).reciprocal()
+
+
+def _power(exponents: Tensor) -> Tensor:
+    """Return 2^n in float64, exact, which ``torch.pow`` need not be."""
+    return ((exponents.long().clamp(-1022, 1023) + 1023) << 52).view(torch.float64)
 
 
 def _in_chunks(
@@ -59,7 +91,7 @@ def _in_chunks(
 ) -> Tensor:
     """Compute the reference with no temporary but a chunk of whole block rows.
 
-    ``norms`` gets the norm of every chunk, which is in the cache then.
+    ``norms`` gets those of every chunk's rows, which are in the cache then.
     """
     if weight.stride(0) < weight.stride(1):
         return _in_chunks(weight.T, cols, rows, squared, norms).T.contiguous()
@@ -77,7 +109,7 @@ def _in_chunks(
         size = sizes[:height, :C]
         exact = chunk if chunk.dtype == size.dtype else size.copy_(chunk)
         if norms is not None:
-            norms.append(_norm(exact))
+            norms.append(row_norms(exact))
         (torch.square if squared else torch.abs)(exact, out=size)
         sizes[height:].zero_()
         blocks = ceil_div(height, rows)
@@ -409,7 +441,7 @@ def block_scores(
         return found, inverse_norms_reference(weights) if normed else None
     found, norms = [], []
     for weight in weights:
-        parts = [weight.new_zeros(())]  # of an empty one
+        parts = [row_norms(weight[:0])]  # of an empty one
         found.append(_in_chunks(weight, rows, cols, False, parts if normed else None))
-        norms.append(_norm(torch.stack([part.double() for part in parts])))
-    return found, _inverse(norms) if normed else None
+        norms.append(torch.cat(parts))
+    return found, inverse_norms(norms) if normed else None

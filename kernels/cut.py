@@ -5,6 +5,7 @@ Under N:M tuples compete by what they lose, and the pruned ones keep n of m; els
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,25 @@ from .launch import Backend
 from .mask import make_mask
 from .pattern import NM, Pattern, Unstructured
 from .prune_rows import prune_rows
-from .select import Threshold, select
+from .select import Reduce, Threshold, select
 from .select_each import select_each
 from .semi_structured import nm_mask, nm_score
+
+
+class Others(NamedTuple):
+    """How a cut goes through tensors of which other ranks have further parts.
+
+    Attributes:
+        reduce: adds up int64 over the ranks.
+        counted: of each tensor, whether this rank's part counts; else it is another's copy.
+        quotas: from the number of keys in each part that equal the threshold, and from how many
+            of all are kept, or of each tensor, finds how many each part keeps: the first ones in
+            the order of the tensors, then of their parts.
+    """
+
+    reduce: Reduce
+    counted: list[bool]
+    quotas: Callable[[Tensor, Tensor], Tensor]
 
 
 class Cut(NamedTuple):
@@ -33,6 +50,7 @@ class Cut(NamedTuple):
         nonfinite: how many scores are NaN or Inf, on the device: of all, or one a tensor.
         whole: these masks.
         backend: what runs.
+        others: other ranks that have parts of the tensors, or None.
     """
 
     pattern: Pattern
@@ -43,6 +61,7 @@ class Cut(NamedTuple):
     nonfinite: Tensor
     whole: list[Tensor]
     backend: Backend
+    others: Others | None = None
 
     def kept(self) -> list[Tensor]:
         """Return which of the scores' groups are kept: packed if unstructured, else bool."""
@@ -71,8 +90,10 @@ class Cut(NamedTuple):
         groups = [scores.numel() for scores in self.scores]
         if self.threshold is None:
             rows, cols = self.pattern.group if isinstance(self.pattern, NM) else (1, 1)
-            return [n // (rows * cols) for n in groups]
-        return [n - kept for n, kept in zip(groups, count_kept(self.kept()), strict=True)]
+            pruned = [n // (rows * cols) for n in groups]
+        else:
+            pruned = [n - kept for n, kept in zip(groups, count_kept(self.kept()), strict=True)]
+        return pruned if self.others is None else _of_all(pruned, self.nonfinite, self.others)
 
     def values(self) -> list[Tensor | None]:
         """Return the threshold of each tensor, 0-d."""
@@ -88,6 +109,7 @@ def find_cut(
     scales: Tensor | None,
     backend: Backend,
     rows: bool = False,
+    others: Others | None = None,
 ) -> Cut:
     """Find where the ``k`` lowest groups of a pool end; at least 1.
 
@@ -100,7 +122,10 @@ def find_cut(
         pattern: of all tensors.
         scales: float32 ``(len(tensors),)``, a factor of each tensor's scores; None: 1.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        others: other ranks that have parts of the tensors; ``k`` counts in all.
     """
+    if others is not None and not rows:
+        return _find_among(tensors, k, pattern, scales, backend, others)
     if rows:
         assert isinstance(k, list)
         scores = tensors
@@ -126,3 +151,53 @@ def find_cut(
         scores = [nm_score(tensor, pattern, backend=backend) for tensor in tensors]
     threshold = select(scores, k, scales=scales, backend=backend)
     return Cut(pattern, tensors, scores, scales, threshold, threshold.nonfinite, [], backend)
+
+
+def _find_among(
+    tensors: list[Tensor],
+    k: int | list[int],
+    pattern: Pattern,
+    scales: Tensor | None,
+    backend: Backend,
+    others: Others,
+) -> Cut:
+    scores = tensors
+    if isinstance(pattern, NM):
+        rows, cols = pattern.group
+        tuples = [t.numel() // (rows * cols) for t in tensors]
+        if k == sum(_of_all(tuples, tensors[0], others)):
+            whole = find_cut(tensors, sum(tuples), pattern, scales, backend)
+            counted = [int(end) for end in others.counted]
+            bad = [nm_mask(t, pattern, backend=backend).nonfinite for t in tensors]
+            bad = others.reduce(torch.stack(bad) * whole.nonfinite.new_tensor(counted))
+            return whole._replace(nonfinite=bad.sum(), others=others)
+        scores = [nm_score(tensor, pattern, backend=backend) for tensor in tensors]
+    spoken = [s if counts else s[:0] for s, counts in zip(scores, others.counted, strict=True)]
+    search = (
+        [([*range(len(scores))], k)]
+        if isinstance(k, int)
+        else [([i], pruned) for i, pruned in enumerate(k)]
+    )
+    found = []
+    for places, pruned in search:
+        own = None if scales is None else scales[places]
+        part = [spoken[i] for i in places]
+        found.append(select(part, pruned, scales=own, reduce=others.reduce, backend=backend))
+    value, keep, nonfinite = (torch.stack(numbers) for numbers in zip(*found, strict=True))
+    values = value.expand(len(scores)).contiguous()
+    equal = torch.stack(
+        [
+            (t.abs().float().mul_(1 if scales is None else scales[i]) == values[i]).sum()
+            for i, t in enumerate(scores)
+        ]
+    )
+    ties = others.quotas(equal, keep)
+    bad = nonfinite[0] if isinstance(k, int) else nonfinite
+    threshold = Threshold(values, ties, bad)
+    return Cut(pattern, tensors, scores, scales, threshold, bad, [], backend, others)
+
+
+def _of_all(numbers: Sequence[int], like: Tensor, others: Others) -> list[int]:
+    """Add up over the ranks a number of each tensor's."""
+    own = [n * counts for n, counts in zip(numbers, others.counted, strict=True)]
+    return others.reduce(torch.tensor(own, dtype=torch.int64, device=like.device)).tolist()

@@ -88,7 +88,7 @@ class GroupMask:
         if not self.mask.is_cpu or use_triton("apply_mask_", self.backend, self.mask):
             self._words = None
         elif self._words is None or self._dtype != dtype:
-            self._words = word_mask(self.mask, self.pattern, self.shape, dtype)
+            self._words = word_mask(self.mask, self.kind.pattern, self.shape, dtype)
         self._dtype = dtype
 
     def settle(self) -> None:
@@ -119,9 +119,13 @@ class GroupMask:
             self._kept_elements = self.elements_of(self.mask)
         return math.prod(self.shape) - self._kept_elements
 
+    def pruned_here(self) -> int:
+        """Return how many elements of the matrix are pruned; it may be a part of another."""
+        return self.pruned_elements()
+
     def elements_of(self, blocks: Tensor) -> int:
         """Count the elements in the blocks that are True: those at the edges have fewer."""
-        rows, cols = self.pattern.rows, self.pattern.cols
+        rows, cols = self.kind.pattern.rows, self.kind.pattern.cols
         heights, widths = side_lengths(self.shape, rows, cols, device=blocks.device)
         return int((blocks * heights * widths).sum())
 
@@ -133,7 +137,7 @@ class GroupMask:
     def kept_elements(self) -> Tensor:
         """Return the mask as a bool matrix."""
         self.settle()
-        return expand_mask(self.mask, self.pattern, self.shape)
+        return expand_mask(self.mask, self.kind.pattern, self.shape)
 
     def mask_for(self, tensor: Tensor) -> Tensor:
         """Return the form of the mask in which ``tensor`` is masked fastest."""
@@ -175,13 +179,13 @@ class GroupMask:
 
     def note(self, kept: int, kept_elements: int | None) -> None:
         """Take note that the mask has been written, as in ``set_``."""
-        rows, cols = self.pattern.rows, self.pattern.cols
+        rows, cols = self.kind.pattern.rows, self.kind.pattern.cols
         if kept_elements is None and not (self.shape[0] % rows or self.shape[1] % cols):
             kept_elements = kept * rows * cols
         self.kept, self._kept_elements = kept, kept_elements
         self.changes += 1
         if self._words is not None:
-            word_mask(self.mask, self.pattern, self.shape, self._dtype, out=self._words)
+            word_mask(self.mask, self.kind.pattern, self.shape, self._dtype, out=self._words)
 
     @staticmethod
     def masks_changed(owners: Sequence[GroupMask]) -> None:
@@ -234,7 +238,7 @@ def take_all_(
 ) -> list[Tensor]:
     """Take pruned values out, as ``take_all_pruned``; into ``memory`` where that fits."""
     values: dict[int, Tensor] = {}
-    pruned = [owner.pruned_elements() for owner in owners]
+    pruned = [owner.pruned_here() for owner in owners]
     for pattern, backend, places in _kinds(owners):
         found = take_all_pruned(
             *_chosen(owners, matrices, places),

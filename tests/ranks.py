@@ -69,14 +69,19 @@ class Ranks:
         for _, pipe in chosen:
             pipe.send(pickle.dumps((function, size, args)))
         found = []
-        for worker, pipe in chosen:
-            if not pipe.poll(3 * PATIENCE):
+        for _, pipe in chosen:
+            try:
+                answered = pipe.poll(3 * PATIENCE)
+                answer = pipe.recv() if answered else None
+            except (EOFError, OSError):
+                self.stop()
+                raise RuntimeError(
+                    f"rank {len(found)} of {size} died in {function.__name__}"
+                ) from None
+            if not answered:
                 self.stop()
                 raise TimeoutError(f"rank {len(found)} of {size} hangs in {function.__name__}")
-            if not worker.is_alive():
-                self.stop()
-                raise RuntimeError(f"rank {len(found)} of {size} died in {function.__name__}")
-            found.append(pickle.loads(pipe.recv()))
+            found.append(pickle.loads(answer))
         if any(error for error, _ in found) and len({e and e[1] for e, _ in found}) > 2:
             self.stop()  # they may be out of step
         return found

@@ -23,11 +23,13 @@ from ...kernels.group_mask import read_counts, set_masks
 from ...kernels.pattern import Pattern
 from ..api import CompressionStage, StripFormat
 from ..config.algorithm import AlgorithmConfig, Pool
+from ..masks.exchange import agree_counts
 from ..masks.export import export_onnx
 from ..masks.guard import Guard
 from ..masks.linear import skip_blocks
 from ..masks.optimizers import unwrapped
 from ..masks.schema import FLAG, MAPPING, Schema, check, exactly, integer
+from ..masks.shards import reshard
 from ..masks.state import masks_schema, masks_state, read_masks, with_names_of
 from ..masks.statistics import SparsifiedModelStatistics, SparsityStatistics, Statistics, summarise
 from ..masks.strip import strip_masks
@@ -301,11 +303,13 @@ class BaseSparsityAlgoController:
     @contextmanager
     def _changing(self, weights: Sequence[SparseWeight]) -> Iterator[None]:
         """Let weights be dense while their masks change; then zero where the new ones prune."""
+        reshard(self._model)
         # before training all that is pruned is kept: a state loaded then has other masks
         with dense_weights(weights, keep=None if self._guard.began else True):
             yield
         if not self._guard.began:
-            self.ranks.take_first([w.values for w in weights if w.values is not None])
+            whole = [w for w in weights if w.shard is None and w.values is not None]
+            self.ranks.take_first([w.values for w in whole])
         self._guard.masks_changed()
 
     def _agreed(
@@ -314,23 +318,42 @@ class BaseSparsityAlgoController:
         """Return ``set_masks``'s arguments as all ranks have them: until training begins those of
         the first; from then on the ranks' own, which must not differ, nor those of before.
         """
-        found = [*weights], masks, counts
+        weights = [*weights]
         if self.ranks.size == 1 or not weights:
-            return found
+            return weights, masks, counts
         if self._guard.began:
-            names = [weight.name for weight in weights]
-            before = [weight.mask for weight in weights]
-            self.ranks.check_same("set_sparsity_level", names * 2, before + masks)
-            return found
-        masks = [mask.clone() for mask in masks]  # that which keeps all may be the weight's own
-        self.ranks.take_first(masks)
-        return found[0], masks, read_counts(found[0], masks, [])[0]
+            self._check_masks("set_sparsity_level", weights, [w.mask for w in weights], masks)
+            return weights, masks, counts
+        # that which keeps all may be the weight's own
+        masks = [m.clone() if w.shard is None else m for w, m in zip(weights, masks, strict=True)]
+        whole = [i for i, weight in enumerate(weights) if weight.shard is None]
+        if whole:
+            own = [masks[i] for i in whole]
+            self.ranks.take_first(own)
+            found = read_counts([weights[i] for i in whole], own, [])[0]
+            counts = [*counts]
+            for i, count in zip(whole, found, strict=True):
+                counts[i] = count
+        return weights, masks, counts
+
+    def _check_masks(
+        self, what: str, weights: Sequence[SparseWeight], *masks: Sequence[Tensor]
+    ) -> None:
+        """Raise on every rank where masks differ between ranks that have the same part."""
+        found = [(w, m) for own in masks for w, m in zip(weights, own, strict=True)]
+        whole = [(weight.name, mask) for weight, mask in found if weight.shard is None]
+        self.ranks.check_same(what, [name for name, _ in whole], [mask for _, mask in whole])
+        if len(whole) == len(found):
+            return
+        with self.ranks.together(self._device):
+            for weight, mask in found:
+                if weight.shard is not None and weight.shard.copies is not None:
+                    weight.shard.copies.check_same(what, [weight.name], [mask])
 
     def _check_ranks(self, what: str) -> None:
         """Raise on every rank where masks, or the scores that they are learned from, differ."""
-        names = [weight.name for weight in self._weights]
         own = [w.mask if w.scores is None else w.scores for w in self._weights]
-        self.ranks.check_same(what, names, own)
+        self._check_masks(what, self._weights, own)
 
     def _find_masks(self, weights: list[Any], level: float) -> Change:
         """Find a level's masks, or refuse; return what writes them."""
@@ -544,8 +567,8 @@ class BaseSparsityAlgoController:
             self._keep_values(self._keeps_values)
             self._take_own(own["algorithm_state"])
             with self._changing(self._weights):
-                for found in masks:
-                    set_masks(*found)
+                for members, found, counts in masks:
+                    set_masks(members, found, agree_counts(members, found, counts))
             for weight, kept in zip(self._weights, values, strict=True):
                 if kept is not None:
                     weight.values, weight.values_are_loaded = kept, True

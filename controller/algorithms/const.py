@@ -5,9 +5,17 @@ from __future__ import annotations
 import warnings
 from typing import Literal
 
+import torch
+from torch import Tensor
+
+from ...kernels.bits import pack
+from ...kernels.group_mask import read_counts, set_masks
 from ...kernels.mask import nonzero_groups
+from ...kernels.pattern import grid_shape
 from ..config.algorithm import AlgorithmConfig
+from ..masks.exchange import agree_counts, local_masks, whole_groups
 from ..masks.weight import SparseModuleInfo, SparseWeight
+from ..selection.thresholds import pools
 from .base import BaseSparsityAlgoController
 
 
@@ -32,13 +40,8 @@ class ConstSparsityController(BaseSparsityAlgoController):
     def _set_up(self) -> None:
         self.frozen = True
         with self._changing(self._weights):
-            grids = [
-                nonzero_groups(weight.matrix(weight.weight.detach()), weight.pattern)
-                for weight in self._weights
-            ]
-            self.ranks.take_first(grids)
-            for weight, grid in zip(self._weights, grids, strict=True):
-                weight.set_grid(grid)
+            for members in pools(self._weights):
+                set_masks(*self._agreed(*_masks_of_zeros(members)))
         if all(weight.all_kept for weight in self._weights):
             warnings.warn(
                 "const_sparsity: no group of any target weight is zero, so nothing is masked "
@@ -58,3 +61,19 @@ class ConstSparsityController(BaseSparsityAlgoController):
             "set_sparsity_level: the masks of const_sparsity never change; use magnitude_sparsity "
             f"to reach the level {level!r}"
         )
+
+
+def _masks_of_zeros(
+    weights: list[SparseWeight],
+) -> tuple[list[SparseWeight], list[Tensor], list[list[int]]]:
+    """Return ``set_masks``'s arguments for weights of one pattern."""
+    matrices = [weight.matrix(weight.weight.detach()) for weight in weights]
+    packed, pattern = weights[0].packed, weights[0].pattern
+    groups = [[matrix] for matrix in matrices] if packed else whole_groups(weights, matrices)
+    found = []
+    for matrix, parts in zip(matrices, groups, strict=True):
+        nothing = matrix.new_zeros(0, grid_shape(pattern, (0, matrix.shape[1]))[1]) != 0
+        grid = torch.cat([nothing, *(nonzero_groups(part, pattern) for part in parts)])
+        found.append(pack(grid) if packed else grid)
+    masks = local_masks(weights, found)
+    return weights, masks, agree_counts(weights, masks, read_counts(weights, masks, [])[0])

@@ -22,7 +22,7 @@ from ..masks.guard import Guard
 from ..masks.learned import LearnedWeight, read_masked
 from ..masks.module import MaskedModule
 from ..masks.schema import Schema, tensor
-from ..masks.weight import is_sharded
+from ..masks.shards import is_sharded
 from .base import BaseSparsityAlgoController, Change
 from .loss import CompressionLoss
 from .scheduler import StubScheduler
@@ -143,14 +143,14 @@ class LearnedController(BaseSparsityAlgoController):
         self._take_beside_scores(state)
 
     def begin_step(self) -> None:
-        super().begin_step()
         for weight in self._weights:
-            if is_sharded(weight.weight):
+            if is_sharded(weight.weight) and not weight.frozen:
                 raise RuntimeError(
                     f"{self.name}: the weight of {weight.name!r} must not be sharded while its "
                     "mask is learned, got a DTensor, whose scores nothing would train; use "
                     "magnitude, SET or RigL there, or DistributedDataParallel"
                 )
+        super().begin_step()
         self._steps += 1
         if self._scores_are_idle() and not self.frozen and self._model.training:
             warnings.warn(

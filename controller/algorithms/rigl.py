@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from ...kernels.line_score import line_scores
 from ...kernels.pattern import Unstructured
+from ..masks.exchange import full_tensor, own_part
 from ..masks.schema import FLAG, FLOATS, Maybe, Schema, tensor
+from ..masks.shards import local_part
 from ..masks.weight import SparseWeight
-from ..selection.criteria import Importance, scores_by_group
+from ..selection.criteria import Importance, check_sharded, scores_by_group
 from .base import Change
 from .set import RegrowthConfig, RegrowthScheduler, SETController
 
@@ -70,6 +72,7 @@ class RigLController(SETController):
         if not self._normed:
             return scores_by_group(weights, [*map(Importance, gradients)]).tensors
         first = weights[0]
+        check_sharded("rigl", weights, growth="normed_gradient")
         pattern = Unstructured() if first.packed else first.pattern
         return line_scores(gradients, pattern, backend=first.backend)
 
@@ -88,7 +91,9 @@ class RigLController(SETController):
             # the step before was not known to be one: unfrozen since, or steps were skipped
             self._overdue = True
             return False
-        for weight in growing if ranks.size > 1 else ():
+        # of a shard FSDP2 has reduced the gradient
+        whole = [weight for weight in growing if weight.shard is None]
+        for weight in whole if ranks.size > 1 else ():
             # in the same order on every rank, also where this one has not used a weight
             used = ranks.any(weight.name in self._gradients, self._device)
             if used:
@@ -101,7 +106,10 @@ class RigLController(SETController):
         gradients = [*self._gradients.values()]
         if not gradients:
             return []
-        return [~nn.utils.get_total_norm(gradients, float("inf")).isfinite()]
+        spoilt = ~nn.utils.get_total_norm(gradients, float("inf")).isfinite()
+        if any(weight.shard for weight in self._weights):
+            spoilt = self.ranks.sum(spoilt.long()) > 0
+        return [spoilt]
 
     def _watch_if_due_next(self) -> None:
         # a stub, which has taken the scheduler's place, begins no step
@@ -121,11 +129,11 @@ class RigLController(SETController):
 
         @torch.no_grad()
         def take(gradient: Tensor) -> None:
-            dense = gradient.clone()
+            dense = local_part(gradient).clone()
             if name in self._gradients:
                 # a further micro-batch: of kept elements the gradient is the sum of all already
                 pruned = self._gradients[name]
-                dense += pruned.masked_fill_(weight.binary_mask, 0)
+                dense += pruned.masked_fill_(weight.like_weight(weight.kept_elements()), 0)
             self._gradients[name] = dense
 
         return take
@@ -152,7 +160,11 @@ class RigLController(SETController):
         return take
 
     def _own_state(self) -> dict[str, Any]:
-        gradients = {n: g.detach().to("cpu", copy=True) for n, g in self._gradients.items()}
+        weights = {weight.name: weight for weight in self._weights}
+        gradients = {
+            name: full_tensor(weights[name], gradient)
+            for name, gradient in self._gradients.items()
+        }
         return super()._own_state() | {
             "overdue": self._overdue,
             "watching": self._watching,
@@ -173,8 +185,8 @@ class RigLController(SETController):
     def _take_own(self, state: Mapping[str, Any]) -> None:
         super()._take_own(state)
         self._overdue = state["overdue"]
-        weights = {weight.name: weight.weight for weight in self._weights}
+        weights = {weight.name: weight for weight in self._weights}
         self._gradients = {
-            name: gradient.to(weights[name].device, copy=True)
+            name: own_part(weights[name], gradient)
             for name, gradient in state["dense_gradients"].items()
         }

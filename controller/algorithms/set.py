@@ -18,9 +18,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ...kernels.group_mask import read_counts, regrown, set_masks
+from ...kernels.group_mask import read_counts, set_masks
 from ..config.algorithm import PooledConfig
 from ..config.declaration import Level, Positive, Share, Whole
+from ..masks.exchange import agree_counts, regrown
 from ..masks.weight import SparseWeight
 from ..selection.allocation import Distribution, distribute, erdos_renyi, within
 from ..selection.criteria import ImportanceField, Reduction, random_numbers
@@ -143,8 +144,13 @@ class SETController(BaseSparsityAlgoController):
 
     def _random_grids(self, weights: Sequence[SparseWeight], step: int) -> list[Tensor]:
         """Return grids, of weights of one pattern: the groups of highest score are grown."""
-        names, grids = [weight.name for weight in weights], [weight.grid for weight in weights]
-        return random_numbers(names, grids, weights[0].weight.device, self.config.seed, step)
+        names, grids = (
+            [weight.name for weight in weights],
+            [weight.full_grid for weight in weights],
+        )
+        device = weights[0].weight.device
+        numbers = random_numbers(names, grids, device, self.config.seed, step)
+        return [n[w.own_groups] for w, n in zip(weights, numbers, strict=True)]
 
     _grow_scores = _random_grids
 
@@ -230,6 +236,7 @@ class SETController(BaseSparsityAlgoController):
         masks = [mask for _, own, _ in found for mask in own]
         more = [*(flag.long() for flag in spoilt), *(nonfinite for *_, nonfinite in found)]
         counts, numbers = read_counts(weights, masks, more)
+        agree_counts(weights, masks, counts)
         if any(numbers[: len(spoilt)]):
             return ([], [], []), False
         for weight, nonfinite in zip(weights, numbers[len(spoilt) :], strict=True):

@@ -79,6 +79,7 @@ def skip_blocks(weight: SparseWeight, module: nn.Module, parameter_name: str) ->
         or isinstance(module, NonDynamicallyQuantizableLinear)
         or "forward" in module.__dict__
         or parameter_name != "weight"
+        or weight.shard is not None  # its product is of what FSDP2 has gathered
     ):
         return
     if has_blocks_to_skip(weight.pattern, weight.weight, weight.dispatch):

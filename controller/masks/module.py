@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import cache
 from typing import Any, ClassVar
 
 from torch import nn
@@ -32,5 +34,14 @@ def original_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 def become(module: nn.Module, kind: type[nn.Module]) -> None:
     """Give a module another class, in place."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+        kind = _sharding(fsdp.FSDPModule, kind)
     # the checker takes an instance's class for fixed
     object.__setattr__(module, "__class__", kind)
+
+
+@cache
+def _sharding(base: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    """Return what ``fully_shard`` makes of a class: a module that it has sharded is still so."""
+    return type(f"FSDP{kind.__name__}", (base, kind), {})

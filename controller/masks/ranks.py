@@ -61,6 +61,12 @@ class Ranks:
             distributed.all_reduce(tensor, group=self.group)
         return tensor
 
+    def most(self, tensor: Tensor) -> Tensor:
+        """Take the greatest of a tensor's numbers over the ranks, in place; return it."""
+        if self.size > 1:
+            distributed.all_reduce(tensor, distributed.ReduceOp.MAX, self.group)
+        return tensor
+
     def any(self, flag: bool, device: torch.device) -> bool:
         """Tell whether the flag is set on any rank."""
         if self.size == 1:
@@ -104,8 +110,7 @@ class Ranks:
         if self.size == 1 or not tensors:
             return
         prints = torch.stack([fingerprint(tensor) for tensor in tensors])
-        most = torch.stack([prints, ~prints])
-        distributed.all_reduce(most, distributed.ReduceOp.MAX, self.group)
+        most = self.most(torch.stack([prints, ~prints]))
         differs = (most[0] != ~most[1]).tolist()
         if any(differs):
             found = dict.fromkeys(n for n, bad in zip(names, differs, strict=True) if bad)

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.bits import pack, packed_shape
-from ...kernels.group_mask import read_bits
+from ...kernels.bits import pack, packed_shape, unpack
+from ...kernels.group_mask import GroupMask, put_back_all_, read_bits, take_all_
+from ...kernels.pattern import Pattern
 from ...kernels.table import alike
+from .exchange import full_grid, full_matrix
 from .names import match
 from .schema import FLOATS, NAMES, Schema, check, exactly, optional, tensor
+from .shards import local_grid
 from .weight import SparseWeight
 
 
@@ -22,20 +25,40 @@ def masks_state(weights: Sequence[SparseWeight]) -> dict[str, dict[str, Any]]:
 
     A mask has one bit a group, its rows padded to bytes. Values are those of the pruned elements,
     block by block, in row-major order; of fine patterns a tensor of the weight's matrix, zero
-    where it is kept; None where none are retained.
+    where it is kept; None where none are retained. Of sharded weights they are the full
+    ones, gathered weight by weight: every rank must take part.
     """
     return {
         weight.name: {
             "shape": list(weight.weight_shape),
             "pattern": str(weight.pattern),
-            "mask": pack(weight.kept_grid()).cpu(),
+            "mask": pack(full_grid(weight)).cpu(),
             # those kept for good, not until training begins
             "values": None
             if weight.values is None or not weight.keeps_values
-            else weight.values.to("cpu", copy=True),
+            else _full_values(weight, weight.values),
         }
         for weight in weights
     }
+
+
+def _full_values(weight: SparseWeight, values: Tensor) -> Tensor:
+    shard = weight.shard
+    if shard is None:
+        return values.to("cpu", copy=True)
+    if weight.packed:
+        return full_matrix(weight, values).cpu()
+    dense = values.new_zeros(weight.shape)
+    put_back_all_([weight], [dense], [values])
+    return _taken(full_matrix(weight, dense).cpu(), shard.pattern, full_grid(weight).cpu())
+
+
+def _taken(dense: Tensor, pattern: Pattern, grid: Tensor) -> Tensor:
+    """Return the elements of a matrix that a bool grid prunes, as they are kept."""
+    rows, cols = dense.shape
+    mask = GroupMask(pattern, (rows, cols), dense.dtype, dense.device)
+    mask.set_grid(grid)
+    return take_all_([mask], [dense], [None])[0]
 
 
 def masks_schema(weights: Sequence[SparseWeight]) -> Schema:
@@ -44,8 +67,8 @@ def masks_schema(weights: Sequence[SparseWeight]) -> Schema:
         weight.name: {
             "shape": exactly(list(weight.weight_shape)),
             "pattern": exactly(str(weight.pattern)),
-            "mask": tensor([packed_shape(weight.grid)], [torch.uint8]),
-            "values": optional(tensor([weight.shape if weight.packed else (None,)], FLOATS)),
+            "mask": tensor([packed_shape(weight.full_grid)], [torch.uint8]),
+            "values": optional(tensor([weight.full_shape if weight.packed else (None,)], FLOATS)),
         }
         for weight in weights
     }
@@ -101,7 +124,11 @@ def read_masks(
     pruned: dict[SparseWeight, int] = {}
     for places in alike(weight.follow().device for weight in weights).values():
         own = [weights[place] for place in places]
-        masks, counts, fit = read_bits(own, [bits[place] for place in places])
+        here = [
+            b if w.shard is None else pack(local_grid(w.shard, unpack(b, w.full_grid[1])))
+            for w, b in ((weights[place], bits[place]) for place in places)
+        ]
+        masks, counts, fit = read_bits(own, here)
         for weight, (_, elements), fits in zip(own, counts, fit, strict=True):
             if not fits:
                 raise ValueError(
@@ -109,17 +136,29 @@ def read_masks(
                 )
             pruned[weight] = math.prod(weight.shape) - elements
         found.append((own, masks, counts))
-    return found, [_read_values(state[w.name]["values"], pruned[w], w) for w in weights]
+    return found, [_read_values(state[w.name], pruned[w], w) for w in weights]
 
 
-def _read_values(values: Tensor | None, pruned: int, weight: SparseWeight) -> Tensor | None:
+def _read_values(saved: Mapping[str, Any], pruned: int, weight: SparseWeight) -> Tensor | None:
+    values: Tensor | None = saved["values"]
     if values is None:
         return None
+    shard, grid = weight.shard, unpack(saved["mask"], weight.full_grid[1])
+    full = GroupMask(weight.pattern, weight.full_shape, values.dtype, values.device)
+    if shard is not None:
+        full.set_grid(grid)
+        pruned = full.pruned_elements()
     if not weight.packed and len(values) != pruned:
         raise ValueError(
             f"load_state: values of {weight.name!r} must be the {pruned} pruned elements, got "
             f"{len(values)}"
         )
+    if shard is not None and weight.packed:
+        values = values[shard.rows]
+    elif shard is not None:
+        dense = values.new_zeros(weight.full_shape)
+        put_back_all_([full], [dense], [values])
+        values = _taken(dense[shard.rows], shard.own_pattern, local_grid(shard, grid))
     found = values.to(weight.mask.device, weight.weight.dtype, copy=True)
     if found.dtype != values.dtype and not found.isfinite().all():
         raise ValueError(

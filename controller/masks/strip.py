@@ -18,6 +18,7 @@ from .guard import Guard, drop_remains
 from .learned import drop_scores, read_plain
 from .linear import restore_class
 from .names import canonical, match
+from .shards import local_part, reshard
 from .weight import SparseWeight, drop_foreign
 
 User = tuple[nn.Module, str, SparseWeight]
@@ -43,8 +44,15 @@ def strip_masks(
     if strip_format == StripFormat.SEMI_STRUCTURED:
         _check_semi_structured(places)
     if controlled:
+        reshard(model)
         drop_foreign(weights, "strip_model")
     if do_copy:
+        if any(weight.shard for weight in weights):
+            raise ValueError(
+                "strip_model: do_copy must be False for a sharded model, which cannot be copied, "
+                "got True; strip it in place, or read its state dict, whose zeros are those of "
+                "the masks"
+            )
         memo: dict[int, Any] = {}
         model = copy.deepcopy(model, memo)
         places = [(memo[id(module)], name, weight) for module, name, weight in places]
@@ -108,10 +116,12 @@ def _fold(places: Sequence[User], *, warn: bool) -> None:
         matrix = weight.matrix(parameter)
         if warn and weight.holds_zeros:
             mask = weight.mask.to(matrix.device)
-            count = int(count_leaks([matrix], [mask], weight.pattern, backend=weight.backend))
+            pattern = weight.kind.pattern
+            count = int(count_leaks([matrix], [mask], pattern, backend=weight.backend))
             if count:
                 changed[weight.name] = count
-        parameter.masked_fill_(~weight.binary_mask.to(parameter.device), 0)
+        kept = weight.like_weight(weight.kept_elements())
+        local_part(parameter).masked_fill_(~kept.to(parameter.device), 0)
     if changed:
         warnings.warn(
             f"strip_model: the model's zeros are not those of the controller's masks; "

@@ -21,6 +21,7 @@ from ..config.scope import check_scopes, matches
 from . import kinds
 from .guard import guards_of
 from .linear import conv1d_of
+from .shards import any_nonzero
 from .weight import Target
 
 _log = logging.getLogger("triton_sparsity")
@@ -154,7 +155,7 @@ def _nonzero(candidates: Sequence[Candidate]) -> dict[Candidate, bool]:
             found |= dict.fromkeys(members, True)
             continue
         # a sum of magnitudes would overflow; NaN is not zero
-        flags = torch.stack([candidate.weight.detach().any() for candidate in members]).tolist()
+        flags = torch.stack([any_nonzero(candidate.weight) for candidate in members]).tolist()
         found |= dict(zip(members, flags, strict=True))
     return found
 
@@ -195,18 +196,14 @@ def _check_weight(target: Target) -> None:
         raise ValueError(
             f"create_controller: {target.name!r} is on the meta device; load its weights first"
         )
-    if type(weight).__name__ == "DTensor":
-        raise ValueError(
-            f"create_controller: {target.name!r} is sharded (DTensor), which masks do not cover "
-            "yet; create the controller before the model is sharded"
-        )
     for module, name in target.users:
         if guards_of(module, name):
             raise ValueError(
                 f"create_controller: {target.name!r} is under the masks of another controller; "
                 "strip the model first, or put all algorithms into one configuration"
             )
-    rows, cols = weight.shape[1:] if target.experts else target.matrix(weight).shape
+    full = torch.empty(weight.shape, device="meta")
+    rows, cols = full.shape[1:] if target.experts else target.matrix(full).shape
     if target.experts and target.transposed:
         rows, cols = cols, rows
     pattern = target.pattern

@@ -13,12 +13,13 @@ Reading order: one weight -> entries of a controller -> several weights at once.
 
 from __future__ import annotations
 
-import sys
+import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,10 @@ from ...kernels.dispatch import Dispatch
 from ...kernels.group_mask import GroupMask
 from ...kernels.launch import Backend, is_plain, read_later, refuse_capture
 from ...kernels.masked_weight import and_words, apply_mask
-from ...kernels.pattern import Pattern
+from ...kernels.pattern import NM, Pattern
 from ...kernels.product import BlockProduct, make_product, update_products
 from .ranks import ALONE, Ranks
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from .shards import Shard, is_sharded, local_grid, local_part, shard_of
 
 
 @dataclass(frozen=True)
@@ -119,13 +118,14 @@ class SparseWeight(GroupMask):
         self.module, self.parameter_name = target.users[0]
         self.name = target.name
         self.transposed = target.transposed
-        self.matrix = target.matrix
         self.dispatch: Dispatch = dispatch
         self.ranks = ranks
-        weight = self.weight.detach()
+        self.shard: Shard | None = None
+        self._sharded: weakref.ref[nn.Parameter] | None = None  # while its module has it gathered
+        self.elements_elsewhere = 0  # kept, on other ranks
+        weight = self.weight
         self.weight_shape = weight.shape
-        rows, cols = self.matrix(weight).shape
-        super().__init__(target.pattern, (rows, cols), weight.dtype, weight.device, backend)
+        self._begin(weight, backend)
         # whether pruned values are kept until the masks freeze, and those that are
         self.keeps_values = False
         self.values: Tensor | None = None
@@ -139,21 +139,92 @@ class SparseWeight(GroupMask):
         self.dense_gradient_taker: Callable[[Tensor], None] | None = None
         self._as_left: tuple[Any, ...] = ()
 
+    def _begin(self, weight: nn.Parameter, backend: Backend) -> None:
+        """Keep everything of what is here of a parameter."""
+        target = self.target
+        layout = {"transposed": target.transposed, "experts": target.experts}
+        shard = shard_of(self.name, weight, target.pattern, self.ranks, **layout)
+        self.shard = shard
+        self._sharded = None if shard is None else weakref.ref(weight)
+        local = self.matrix(weight.detach())
+        pattern = self.target.pattern if shard is None else shard.own_pattern
+        rows, cols = local.shape
+        super().__init__(pattern, (rows, cols), weight.dtype, weight.device, backend)
+        self._local_shape = local_part(weight).shape
+        if shard is not None:
+            # what is chosen among, and counted, is of the full weight
+            self.pattern = shard.pattern
+            self.groups = self.choices = self.kept = math.prod(shard.grid)
+            if isinstance(self.pattern, NM):
+                self.choices //= math.prod(self.pattern.group)
+            self.elements_elsewhere = self.weight_shape.numel() - local.numel()
+
     # the parameter
 
     @property
     def weight(self) -> nn.Parameter:
-        """The parameter, as its module has it now; see ``Target.weight``."""
+        """The parameter, as its module has it now; see ``Target.weight``. Of a sharded one what
+        its module has gathered for a while is not it.
+        """
         found = self.module._parameters.get(self.parameter_name)
-        return self.target.weight if found is None else found
+        if found is None:
+            found = self.target.weight
+        if self._sharded is not None and not is_sharded(found):
+            held = self._sharded()
+            return found if held is None else held
+        return found
+
+    @property
+    def full_shape(self) -> tuple[int, int]:
+        """Of the full weight's matrix; ``shape`` is of what is here."""
+        return self.shape if self.shard is None else self.shard.shape
+
+    @property
+    def full_grid(self) -> tuple[int, int]:
+        """Groups down and across of the full weight."""
+        return self.grid if self.shard is None else self.shard.grid
+
+    @property
+    def own_groups(self) -> slice:
+        """Rows of the full grid that are chosen among here; others are on other ranks."""
+        return slice(None) if self.shard is None else self.shard.groups
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the weight's shape as ``Target.matrix``; of a sharded one what is
+        here.
+        """
+        return self.target.matrix(local_part(tensor))
 
     def follow(self) -> nn.Parameter:
         """Return the parameter; the mask follows device and dtype. Refuses as ``check_fits``."""
         weight = self.weight
         self.check_fits(weight)
+        if is_sharded(weight) and self.shard is None:
+            self._become_sharded(weight)
         if not self._is_here(weight):
             self._move(weight)
         return weight
+
+    @torch.no_grad()
+    def _become_sharded(self, weight: nn.Parameter) -> None:
+        """Go on with the mask and the values of what is left here of the weight."""
+        kept, elements, grid = self.kept, self.shape[0] * self.shape[1], self.kept_grid()
+        elements -= self.pruned_elements()
+        values, dense = self.values, None
+        if values is not None:
+            dense = torch.zeros(self.shape, dtype=values.dtype, device=values.device)
+            group_mask.put_back_all_([self], [dense], [values])
+        self.product, self.skips_blocks, self.values, self._spare = None, False, None, None
+        changes = self.changes
+        self._begin(weight, self.backend)
+        assert self.shard is not None
+        self.mask.copy_(self._compact(local_grid(self.shard, grid)))
+        own = int(self.kept_elements().sum())
+        self.elements_elsewhere, self.changes = elements - own, changes
+        self.note(kept, own)
+        if dense is not None:
+            here = dense[self.shard.rows].contiguous()
+            (self.values,) = group_mask.take_all_([self], [here], [None])
 
     def _is_here(self, weight: Tensor) -> bool:
         """Tell whether the mask is on the device of a weight, and made for its dtype."""
@@ -178,15 +249,15 @@ class SparseWeight(GroupMask):
         """
         words = self.mask_for(tensor)
         simple = words is not self.mask and tensor.is_contiguous() and not tensor.requires_grad
-        if not (simple and is_plain(tensor)):
+        if is_sharded(tensor) or not (simple and is_plain(tensor)):
             clear_([self], [tensor])
             return
         matrix = self.matrix(tensor)
-        and_words(matrix, words, self.pattern.rows, matrix)
+        and_words(matrix, words, self.kind.pattern.rows, matrix)
 
     def like_weight(self, matrix: Tensor) -> Tensor:
-        """Return a matrix (out, in) in the weight's shape."""
-        return (matrix.T if self.transposed else matrix).reshape(self.weight_shape)
+        """Return a matrix (out, in) in the weight's shape, or in that of what is here of it."""
+        return (matrix.T if self.transposed else matrix).reshape(self._local_shape)
 
     def _move(self, weight: Tensor) -> None:
         if self.values is not None:
@@ -205,13 +276,21 @@ class SparseWeight(GroupMask):
 
     @property
     def binary_mask(self) -> Tensor:
-        """Bool tensor of the weight's shape, True = kept. A copy: assign to change the mask.
+        """Bool tensor of the weight's shape, True = kept; of a sharded weight sharded as it is. A
+        copy: assign to change the mask, of a sharded weight on every rank.
 
         Raises:
             ValueError: what is assigned has another shape, differs within a group, or keeps too
                 many of one.
         """
-        return self.like_weight(self.kept_elements())
+        kept = self.like_weight(self.kept_elements())
+        if self.shard is None:
+            return kept
+        weight: Any = self.weight
+        layout = {"shape": weight.shape, "stride": weight.stride()}
+        return type(weight.data).from_local(
+            kept, weight.device_mesh, weight.placements, run_check=False, **layout
+        )
 
     @binary_mask.setter
     def binary_mask(self, mask: Tensor) -> None:
@@ -219,6 +298,12 @@ class SparseWeight(GroupMask):
             raise ValueError(
                 f"binary_mask: must have the shape {tuple(self.weight_shape)} of {self.name!r}, "
                 f"got {tuple(mask.shape)}"
+            )
+        self.follow()
+        if self.shard is not None:
+            raise ValueError(
+                f"binary_mask: the mask of {self.name!r}, which is sharded, must not be assigned; "
+                "assign it before the model is sharded, or load a state"
             )
         grid = self.grid_of(self.matrix(mask.to(self.mask.device) != 0))
         if grid is None:
@@ -242,7 +327,7 @@ class SparseWeight(GroupMask):
     def masks_changed(owners: Sequence[Any]) -> None:
         """Bring the lists of blocks in line with the masks, where modules skip them."""
         for weight in owners:
-            if weight.skips_blocks and weight.product is None:
+            if weight.skips_blocks and weight.product is None and weight.shard is None:
                 weight.product = make_product(weight, weight.weight, weight.dispatch)
         serving = [(p, weight.mask, weight.kept) for weight in owners if (p := weight.product)]
         if serving:
@@ -256,6 +341,21 @@ class SparseWeight(GroupMask):
         matrix = self.matrix(tensor)
         mask = self.mask_for(matrix)
         return self.like_weight(apply_mask(matrix, mask, self.pattern, backend=self.backend))
+
+    def pruned_here(self) -> int:
+        if self.shard is None:
+            return super().pruned_here()
+        assert self._kept_elements is not None
+        return math.prod(self.shape) - self._kept_elements
+
+    def pruned_elements(self) -> int:
+        if self.shard is None:
+            return super().pruned_elements()
+        return self.pruned_here() + self._pruned_elsewhere()
+
+    def _pruned_elsewhere(self) -> int:
+        elsewhere = self.weight_shape.numel() - math.prod(self.shape)
+        return elsewhere - self.elements_elsewhere
 
     # the product of a linear
 
@@ -336,8 +436,9 @@ class SparseWeight(GroupMask):
 
     def copy_back(self, parameter: Tensor, matrix: Tensor) -> None:
         """Write a matrix back that is no view: a convolution's whose channels lie last."""
-        if matrix.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
-            parameter.copy_(self.like_weight(matrix))
+        local = local_part(parameter)
+        if matrix.untyped_storage().data_ptr() != local.untyped_storage().data_ptr():
+            local.copy_(self.like_weight(matrix))
 
     def forget(self) -> None:
         """Take the parameter for written."""
@@ -363,15 +464,9 @@ class SparseWeight(GroupMask):
         return self._as_left == _state_of(weight)
 
 
-def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Tell whether it is one of torch's, whose import takes a second: who has one has paid."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
 def _state_of(weight: Tensor) -> tuple[Any, ...]:
     if is_sharded(weight):
-        return id(weight), weight.to_local().data_ptr(), weight._version, weight.requires_grad
+        return id(weight), local_part(weight).data_ptr(), weight._version, weight.requires_grad
     version = 0 if weight.is_inference() else weight._version
     return id(weight), weight.data_ptr(), version, weight.requires_grad
 
@@ -414,10 +509,6 @@ def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
     ``tensors`` has one each, of its shape: the weight, its gradient, an optimiser's state.
     """
     pairs = [(w, t) for w, t in zip(weights, tensors, strict=True) if w.clears(t)]
-    for weight, tensor in pairs:
-        if is_sharded(tensor):
-            local, pruned = _shard(weight, tensor)
-            local.masked_fill_(pruned, 0)
     with _matrices(pairs) as (owners, matrices):
         group_mask.clear_all_(owners, matrices)
 
@@ -429,46 +520,28 @@ def leaks(weights: Sequence[SparseWeight]) -> Callable[[], list[int]]:
     if not pairs:
         return lambda: [0] * len(weights)
     refuse_capture(pairs[0][1], f"the weight of {pairs[0][0].name!r}")
-    owners, matrices = _whole(pairs)
+    for weight, _ in pairs:
+        weight.follow()
+    owners = [weight for weight, _ in pairs]
+    matrices = [weight.matrix(tensor) for weight, tensor in pairs]
     places, counts = group_mask.count_all_leaks(owners, matrices)
     order = [owners[place] for place in places]
-    for weight, tensor in pairs:
-        if is_sharded(tensor):
-            local, pruned = _shard(weight, tensor)
-            order.append(weight)
-            counts.append(local[pruned].count_nonzero()[None])
     read = read_later(torch.cat(counts))
     return lambda: [*(dict.fromkeys(weights, 0) | dict(zip(order, read(), strict=True))).values()]
-
-
-def _shard(weight: SparseWeight, tensor: DTensor) -> tuple[Tensor, Tensor]:
-    """Return the local part of a sharded tensor, and which of its elements are pruned."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    local = tensor.to_local()
-    _, offsets = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    part = tuple(slice(at, at + n) for at, n in zip(offsets, local.shape, strict=True))
-    return local, ~weight.binary_mask[part].to(local.device)
 
 
 _Pairs = list[tuple[SparseWeight, Tensor]]
 
 
-def _whole(pairs: _Pairs) -> tuple[list[SparseWeight], list[Tensor]]:
-    """Return the tensors that are not sharded as matrices, and their weights."""
-    whole = [(w, w.matrix(t)) for w, t in pairs if not is_sharded(t)]
-    return [weight for weight, _ in whole], [matrix for _, matrix in whole]
-
-
 @contextmanager
 def _matrices(pairs: _Pairs) -> Iterator[tuple[list[SparseWeight], list[Tensor]]]:
-    """Give tensors as matrices to be written, as ``_whole``."""
-    owners, matrices = _whole(pairs)
+    """Give tensors as matrices to be written; of sharded ones what is here."""
+    for weight, tensor in pairs:
+        if is_sharded(tensor) and weight.shard is None:
+            weight.follow()
+    owners, matrices = [w for w, _ in pairs], [w.matrix(t) for w, t in pairs]
     yield owners, matrices
-    tensors = [tensor for _, tensor in pairs if not is_sharded(tensor)]
-    for weight, tensor, matrix in zip(owners, tensors, matrices, strict=True):
+    for (weight, tensor), matrix in zip(pairs, matrices, strict=True):
         if matrix is not tensor:
             weight.copy_back(tensor, matrix)
 
@@ -511,12 +584,6 @@ def dense_weights(weights: Sequence[SparseWeight], *, keep: bool | None = None) 
     """Put pruned values back, in place, while the context is open; take them out by the masks of
     then, ``keep`` as in ``take_values``. A context that ends in an error has changed nothing.
     """
-    for weight in weights:
-        if is_sharded(weight.weight):
-            raise RuntimeError(
-                f"set_sparsity_level: the weight of {weight.name!r} must not be sharded, got a "
-                "DTensor; masks hold on shards but cannot change there yet: freeze them before"
-            )
     warn = drop_foreign_later(weights, "set_sparsity_level", restoring=True)
     restore_(weights)
     try:

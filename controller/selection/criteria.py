@@ -17,10 +17,11 @@ from pydantic import PlainSerializer, PlainValidator
 from torch import Tensor
 
 from ...kernels.block_score import block_score, block_scores
-from ...kernels.grid import pad_to_blocks, side_lengths
+from ...kernels.grid import ceil_div, pad_to_blocks, side_lengths
 from ...kernels.launch import Backend
 from ...kernels.numbers import uniform_numbers
 from ...kernels.pattern import Pattern, Unstructured
+from ..masks.exchange import norms_of_all, whole_groups
 from ..masks.names import canonical
 from ..masks.weight import SparseWeight
 from .thresholds import Scores
@@ -39,7 +40,7 @@ class Evidence(NamedTuple):
     Attributes:
         name: the weight's, for messages, and to tell random numbers of several weights apart.
         weight: matrix.
-        grid: groups down and across.
+        grid: groups of the full weight down and across.
         gradient: matrix, of the last backward pass; None if there was none.
         momentum: float32, the decaying sum over the steps that the criterion has: a matrix of
             |w g|, or of groups; None before the first.
@@ -49,6 +50,7 @@ class Evidence(NamedTuple):
         product: float32 matrix w g, of the last backward pass and the weight that it was of; None:
             the weight has not moved since.
         pattern: of a group; ``Unstructured`` under N:M too, whose groups are made of elements.
+        groups: rows of the grid that are chosen among here; others are on other ranks.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Evidence(NamedTuple):
     seed: int = 0
     product: Tensor | None = None
     pattern: Pattern = Unstructured()
+    groups: slice = slice(None)
 
 
 class Importance(NamedTuple):
@@ -123,7 +126,7 @@ def snip(evidence: Evidence) -> Importance:
     Raises:
         RuntimeError: there is no gradient.
     """
-    return Importance(_slope("snip", evidence))
+    return Importance(slope("snip", evidence))
 
 
 def taylor(evidence: Evidence) -> Importance:
@@ -134,7 +137,7 @@ def taylor(evidence: Evidence) -> Importance:
     Raises:
         RuntimeError: there is no gradient.
     """
-    return Importance(group_sums(_slope("taylor", evidence), evidence.pattern), per_group=True)
+    return Importance(group_sums(slope("taylor", evidence), evidence.pattern), per_group=True)
 
 
 def fisher(evidence: Evidence) -> Importance:
@@ -150,7 +153,8 @@ def fisher(evidence: Evidence) -> Importance:
     return Importance(_momentum("fisher", evidence), per_group=True)
 
 
-def _slope(name: str, evidence: Evidence) -> Tensor:
+def slope(name: str, evidence: Evidence) -> Tensor:
+    """Return the matrix w g; a RuntimeError names the criterion that has no gradient."""
     if evidence.product is not None:
         return evidence.product
     if evidence.gradient is None:
@@ -165,7 +169,8 @@ def group_sums(values: Tensor, pattern: Pattern) -> Tensor:
     """Add up a matrix over each group."""
     if isinstance(pattern, Unstructured):
         return values
-    return pad_to_blocks(values, pattern.rows, pattern.cols).sum((1, 3))
+    # in two sums: one alone, of few blocks, would be parted among threads
+    return pad_to_blocks(values, pattern.rows, pattern.cols).sum(3).sum(1)
 
 
 def snip_momentum(evidence: Evidence) -> Importance:
@@ -212,7 +217,7 @@ def random(evidence: Evidence) -> Importance:
     """Uniform in (0, 1) for each group: a function of seed and name, the same on every rank."""
     device = evidence.weight.device
     (numbers,) = random_numbers([evidence.name], [evidence.grid], device, evidence.seed)
-    return Importance(numbers, per_group=True)
+    return Importance(numbers[evidence.groups], per_group=True)
 
 
 def random_numbers(
@@ -306,10 +311,25 @@ def scores_by_group(
         return Scores(values, None)
     pattern = Unstructured() if first.packed else first.pattern
     normed, backend = importances[0].normed, first.backend
+    if any(weight.shard for weight in weights):
+        scales = norms_of_all(weights, values) if normed else None
+        if first.packed:
+            return Scores(values, scales)
+        return Scores(
+            by_group(weights, values, partial(_block_scores, reduction, backend)), scales
+        )
     if reduction == "mean" or isinstance(pattern, Unstructured):
         return Scores(*block_scores(values, pattern, normed=normed, backend=backend))
     _, scales = block_scores(values, Unstructured(), normed=normed, backend=backend)
     return Scores([_reduced(matrix, pattern, reduction, backend) for matrix in values], scales)
+
+
+def _block_scores(
+    reduction: Reduction, backend: Backend, parts: Sequence[Tensor], pattern: Pattern
+) -> list[Tensor]:
+    if reduction == "mean":
+        return block_scores(parts, pattern, normed=False, backend=backend)[0]
+    return [_reduced(part, pattern, reduction, backend) for part in parts]
 
 
 def _reduced(values: Tensor, pattern: Pattern, reduction: Reduction, backend: Backend) -> Tensor:
@@ -320,3 +340,63 @@ def _reduced(values: Tensor, pattern: Pattern, reduction: Reduction, backend: Ba
     tall, wide = side_lengths(values.shape, rows, cols, device=values.device)
     total = mean * tall * wide
     return total.sqrt() if reduction == "l2" else total
+
+
+def by_group(
+    weights: Sequence[SparseWeight],
+    values: Sequence[Tensor],
+    reduce: Callable[[Sequence[Tensor], Pattern], list[Tensor]],
+) -> list[Tensor]:
+    """Reduce matrices over the blocks that belong here; of sharded weights of one pattern.
+
+    ``reduce`` is given matrices of whole blocks and returns one of their grid's shape for each.
+    """
+    groups, pattern = whole_groups(weights, values), weights[0].pattern
+    flat = [matrix for matrices in groups for matrix in matrices]
+    found = iter(reduce(flat, pattern) if flat else ())
+    grids = []
+    for value, matrices in zip(values, groups, strict=True):
+        none = value.new_empty(0, ceil_div(value.shape[1], pattern.cols)).float()
+        grids.append(torch.cat([next(found) for _ in matrices]) if matrices else none)
+    return grids
+
+
+def check_sharded(
+    what: str,
+    weights: Sequence[SparseWeight],
+    importance: WeightImportance | None = None,
+    **chosen: str | None,
+) -> None:
+    """Refuse what is chosen if it does not go with sharded weights yet, as a ValueError.
+
+    Args:
+        what: who refuses.
+        weights: of which some may be sharded.
+        importance: by which they are pruned.
+        chosen: other fields of the configuration.
+    """
+    sharded = [weight for weight in weights if weight.shard]
+    if not sharded:
+        return
+    name, own = sharded[0].name, importance is not None and not isinstance(importance, str)
+    cut = next((w.name for w in sharded if w.shard and w.shard.straddles and not w.packed), None)
+    for field, refused, why in (
+        ("pool", chosen.get("pool") == "row", "'global' or 'weight'"),
+        ("distribution", chosen.get("distribution") == "owl", "'uniform' or 'erk'"),
+        ("growth", chosen.get("growth") == "normed_gradient", "'gradient'"),
+        (
+            "weight_importance",
+            own,
+            f"one of {NAMES}, not a function, which would see one rank's part,",
+        ),
+    ):
+        if refused:
+            got = called(importance) if field == "weight_importance" else chosen[field]
+            raise ValueError(
+                f"{what}: {field} must be {why} for sharded weights, as {name!r} is, got {got!r}"
+            )
+    if importance == "fisher" and cut is not None:
+        raise ValueError(
+            f"{what}: no block may lie on two ranks for weight_importance 'fisher', as of {cut!r} "
+            "one does; take blocks whose height divides that of each shard"
+        )

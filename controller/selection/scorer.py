@@ -12,13 +12,18 @@ from torch import Tensor, nn
 from ...kernels.pattern import Pattern, Unstructured
 from ...kernels.squares import convolution_squares
 from ..config.algorithm import Pool
+from ..masks.exchange import full_groups, full_matrix, full_tensor, others_of, own_part, own_rows
 from ..masks.schema import Maybe, Schema, tensor
+from ..masks.shards import is_sharded, local_part
 from ..masks.weight import SparseWeight
 from .criteria import (
     Evidence,
+    Importance,
     Reduction,
     WeightImportance,
+    by_group,
     check_gradients,
+    check_sharded,
     criterion,
     group_sums,
     scores_by_group,
@@ -71,6 +76,8 @@ class Scorer:
             RuntimeError: what the criterion needs has not been gathered, or is 0 throughout.
         """
         importance_of, evidence = criterion(self.importance), map(self._evidence, weights)
+        if any(weight.shard for weight in weights):
+            return self._of_shards(weights, pool)
         if self.importance in ("abs", "normed_abs"):
             return scores_by_group(weights, [*map(importance_of, evidence)], self._reduction)
         if self.importance in BY_GRADIENT:
@@ -79,8 +86,7 @@ class Scorer:
         tensors, speak = [], {}
         for weight, found in zip(weights, map(importance_of, evidence), strict=True):
             if self.importance in BY_GRADIENT:
-                sizes = found.values.sqrt() if self.importance == "fisher" else found.values.abs()
-                speak[weight] = sizes.sum(dtype=torch.float32)
+                speak[weight] = self._speech(found)
             tensors += scores_by_group([weight], [found], self._reduction).tensors
         for members in pools(weights, pool) if speak else ():
             check_gradients(self.importance, members, [speak[weight] for weight in members])
@@ -90,6 +96,7 @@ class Scorer:
         """Return which share of each weight's elements has more than ``OUTLIER`` times the mean
         importance of all: OWL's ratio. Waits for the device once.
         """
+        check_sharded("set_sparsity_level", weights, distribution="owl")
         importance_of, shares = criterion(self.importance), []
         for weight in weights:
             sizes = importance_of(self._evidence(weight)).values.abs()
@@ -110,6 +117,34 @@ class Scorer:
                 "ignored_scopes, or run a pass that uses them"
             )
 
+    def _of_shards(self, weights: Sequence[SparseWeight], pool: Pool) -> Scores:
+        importance, ranks = self.importance, weights[0].ranks
+        # before ranks wait for one another, what one of them lacks is told to all
+        with ranks.together(weights[0].mask.device):
+            check_sharded("set_sparsity_level", weights, importance, pool=pool)
+            if importance in BY_GRADIENT:
+                self._refuse_unused(weights)
+            # rows of a block may lie elsewhere: it is added up below
+            lone = "snip" if importance == "taylor" and not weights[0].packed else importance
+            found = [*map(criterion(lone), map(self._evidence, weights))]
+        if lone != importance:
+            sums = by_group(weights, [one.values for one in found], _sums_of_parts)
+            found = [Importance(values, per_group=True) for values in sums]
+        if importance in BY_GRADIENT:
+            others = others_of(weights)
+            assert others is not None
+            speak = torch.stack([*map(self._speech, found)])
+            total = ranks.sum(speak * speak.new_tensor(others.counted))
+            seen = dict(zip(weights, total.unbind(), strict=True))
+            for members in pools(weights, pool):
+                check_gradients(importance, members, [seen[weight] for weight in members])
+        return scores_by_group(weights, found, self._reduction)
+
+    def _speech(self, found: Importance) -> Tensor:
+        """Return the sum of |w g| that a pool must not lack, 0-d."""
+        sizes = found.values.sqrt() if self.importance == "fisher" else found.values.abs()
+        return sizes.sum(dtype=torch.float32)
+
     def before_step(self, weights: Sequence[SparseWeight]) -> None:
         """Take in the gradients by which an optimiser is about to step ``weights``, and the
         weights that they are of.
@@ -126,7 +161,8 @@ class Scorer:
             values = matrix(weight.weight.detach()).float()
             self._products[weight.name] = values * matrix(gradient.detach()).float()
             # tells a later gradient from this, wherever it is kept meanwhile
-            gradient._of_product = gradient._version  # pyright: ignore[reportAttributeAccessIssue]
+            local: Any = gradient
+            local._of_product = _version(gradient)
 
     def observe(self, *, frozen: bool) -> None:
         """Take in the gradients of the step that has ended, where the criterion sums them and no
@@ -146,7 +182,7 @@ class Scorer:
         # stays on the device: a step must not wait for it. A NaN weight, which the update will
         # refuse, must not stay in the sum
         both = [tensor for i, gradient in used for tensor in (i.weight.detach(), gradient)]
-        finite = torch.stack([tensor.isfinite().all() for tensor in both]).all()
+        finite = torch.stack([local_part(tensor).isfinite().all() for tensor in both]).all()
         decay = torch.full((), MOMENTUM_DECAY, dtype=torch.float32, device=finite.device)
         decay.masked_fill_(~finite, 1)
         for weight, gradient in used:
@@ -207,6 +243,7 @@ class Scorer:
 
         Where the next update looks at gradients, the weights' present ones are part of it.
         """
+        weights = {weight.name: weight for weight in self._weights}
         looks = self._weights if self.importance in BY_GRADIENT else []
         fresh = [weight for weight in looks if weight.name not in self._taken]
         gradients = {i.name: g for i in fresh if (g := i.weight.grad) is not None}
@@ -214,7 +251,7 @@ class Scorer:
         gradients = {name: g for name, g in gradients.items() if name not in products}
         return {
             # copies: the next backward pass may add to a gradient in place
-            key: {name: tensor.detach().to("cpu", copy=True) for name, tensor in gathered.items()}
+            key: {name: _saved(weights[name], key, t) for name, t in gathered.items()}
             for key, gathered in (
                 ("momenta", self._momenta),
                 ("input_norms", self._input_norms),
@@ -229,9 +266,9 @@ class Scorer:
         found: dict[str, dict[str, Schema]]
         found = {"momenta": {}, "input_norms": {}, "products": {}, "gradients": {}}
         for weight in self._weights:
-            name, matrix, columns = weight.name, weight.shape, weight.shape[1:]
+            name, matrix, columns = weight.name, weight.full_shape, weight.full_shape[1:]
             single, own = [torch.float32], [weight.weight.dtype]
-            found["momenta"][name] = Maybe(tensor([matrix, weight.grid], single, least=0))
+            found["momenta"][name] = Maybe(tensor([matrix, weight.full_grid], single, least=0))
             found["input_norms"][name] = Maybe(tensor([columns, matrix], single, least=0))
             # these may have overflowed, as with AMP
             found["products"][name] = Maybe(tensor([matrix], single, finite=False))
@@ -243,15 +280,18 @@ class Scorer:
 
         Where an update looks at gradients, the weights' ``.grad`` become its own: None too.
         """
-        device = self._weights[0].weight.device
+        device, weights = self._weights[0].weight.device, {w.name: w for w in self._weights}
         if self.importance in BY_GRADIENT:
             gradients = state.get("gradients", {})
-            for weight in self._weights:
-                found = gradients.get(weight.name)
-                weight.weight.grad = None if found is None else found.to(device, copy=True)
+            for name, weight in weights.items():
+                found = gradients.get(name)
+                weight.weight.grad = None if found is None else _gradient(weight, found)
         self._momenta, self._products, self._input_norms = (
             # a copy: a tensor of the caller's must not change with ours
-            {name: tensor.to(device, copy=True) for name, tensor in state.get(key, {}).items()}
+            {
+                name: _own(weights[name], key, tensor).to(device, copy=True)
+                for name, tensor in state.get(key, {}).items()
+            }
             for key in ("momenta", "products", "input_norms")
         )
         self._taken.clear()
@@ -259,7 +299,7 @@ class Scorer:
     def _product(self, weight: SparseWeight) -> Tensor | None:
         """Return w g as the optimiser stepped, if there was no other backward pass since."""
         gradient, product = weight.weight.grad, self._products.get(weight.name)
-        stepped = gradient is None or getattr(gradient, "_of_product", -1) == gradient._version
+        stepped = gradient is None or getattr(gradient, "_of_product", -1) == _version(gradient)
         return product if stepped else None
 
     def _evidence(self, weight: SparseWeight) -> Evidence:
@@ -268,14 +308,30 @@ class Scorer:
         return Evidence(
             name=weight.name,
             weight=weight.matrix(parameter.detach()),
-            grid=weight.grid,
+            grid=weight.full_grid,
             gradient=None if gradient is None else weight.matrix(gradient),
             momentum=self._momenta.get(weight.name),
-            input_norm=self._input_norms.get(weight.name),
+            input_norm=self._norm_of(weight),
             seed=self._seed,
             product=self._product(weight),
             pattern=_pattern(weight),
+            groups=weight.own_groups,
         )
+
+    def _norm_of(self, weight: SparseWeight) -> Tensor | None:
+        norm = self._input_norms.get(weight.name)
+        if norm is None or norm.ndim == 1 or weight.shard is None:
+            return norm
+        return norm[weight.shard.rows]
+
+
+def _version(gradient: Tensor) -> int:
+    # FSDP2 adds to the local part of a gradient
+    return local_part(gradient)._version
+
+
+def _sums_of_parts(parts: Sequence[Tensor], pattern: Pattern) -> list[Tensor]:
+    return [group_sums(part, pattern) for part in parts]
 
 
 def _pattern(weight: SparseWeight) -> Pattern:
@@ -302,6 +358,34 @@ def _of_all_ranks(sums: Sums, weights: Sequence[SparseWeight]) -> Sums:
     *parts, counts = flat.split([*(shapes[n].numel() for n in names), len(names)])
     totals = [part.view(shapes[n]) for n, part in zip(names, parts, strict=True)]
     return dict(zip(names, zip(totals, map(int, counts.tolist()), strict=True), strict=True))
+
+
+def _saved(weight: SparseWeight, key: str, tensor: Tensor) -> Tensor:
+    """Return a copy on the CPU, of a shard the full one."""
+    if key == "gradients":
+        return full_tensor(weight, local_part(tensor))
+    if weight.shard is not None and key != "input_norms":
+        whole = tensor.shape == weight.shape
+        tensor = full_matrix(weight, tensor) if whole else full_groups(weight, tensor)
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _own(weight: SparseWeight, key: str, saved: Tensor) -> Tensor:
+    """Return what is here of what ``_saved`` returned."""
+    if weight.shard is None or key == "input_norms":
+        return saved
+    whole = saved.shape == weight.shard.shape
+    return own_rows(weight, saved) if whole else saved[weight.own_groups]
+
+
+def _gradient(weight: SparseWeight, saved: Tensor) -> Tensor:
+    parameter: Any = weight.weight
+    own = own_part(weight, saved)
+    if not is_sharded(parameter):
+        return own
+    layout = {"shape": parameter.shape, "stride": parameter.stride()}
+    placed = parameter.device_mesh, parameter.placements
+    return type(parameter.data).from_local(own, *placed, run_check=False, **layout)
 
 
 def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,6 +14,9 @@ from ...kernels.group_mask import read_counts
 from ...kernels.pattern import NM, Pattern, maximum_level
 from ...kernels.table import alike
 from ..config.algorithm import Pool
+from ..masks.exchange import agree_counts, local_masks, others_of
+from ..masks.ranks import ALONE
+from ..masks.shards import local_part
 from ..masks.weight import SparseWeight
 from .allocation import Distribution, allocate, distribute, within
 
@@ -226,8 +229,11 @@ def _prune_each(
     alone: Sequence[tuple[SparseWeight, int]], scores: ScoresOf, rows: bool = False
 ) -> list[Pruning]:
     found = []
-    for (kind, prunes), places in alike((w.kind, count > 0) for w, count in alone).items():
-        if isinstance(kind.pattern, NM) and not rows:
+    # shards by pattern: they may be of several kinds, and of others on other ranks
+    kinds = [(w.kind if w.shard is None else w.pattern, count > 0) for w, count in alone]
+    for (kind, prunes), places in alike(kinds).items():
+        pattern = kind if isinstance(kind, Pattern) else kind.pattern
+        if isinstance(pattern, NM) and not rows:
             found += [_prune([alone[place][0]], alone[place][1], scores) for place in places]
             continue
         members, counts = zip(*(alone[place] for place in places), strict=True)
@@ -263,28 +269,41 @@ def _masks_of(prunings: Sequence[Pruning]) -> Masks:
     weights, masks, thresholds = [], [], {}
     for members, cut in prunings:
         weights += members
-        masks += [weight.full_mask() for weight in members] if cut is None else cut.masks()
+        masks += (
+            [weight.full_mask() for weight in members]
+            if cut is None
+            else local_masks(members, cut.masks())
+        )
         values = [None] * len(members) if cut is None else cut.values()
         thresholds |= zip((weight.name for weight in members), values, strict=True)
     nonfinite = [cut.nonfinite for _, cut in prunings if cut is not None]
     counts, bad = read_counts(weights, masks, nonfinite)
     if any(bad):
         check_finite(prunings)
-    return Masks(weights, masks, counts, thresholds)
+    return Masks(weights, masks, agree_counts(weights, masks, counts), thresholds)
 
 
 def check_finite(prunings: Sequence[Pruning]) -> None:
     """Refuse scores that hold NaN or Inf, by their weight."""
     found = [(pruning.weights, pruning.cut) for pruning in prunings if pruning.cut is not None]
-    if found and any(bool(cut.nonfinite.any()) for _, cut in found):
-        for weights, cut in found:
-            for weight, tensor in zip(weights, cut.scores, strict=True):
-                if not torch.isfinite(tensor).all():
-                    what = "importance" if torch.isfinite(weight.weight).all() else "weight"
-                    raise ValueError(
-                        f"set_sparsity_level: the {what} of {weight.name!r} holds NaN "
-                        "or Inf; masks are left as they were"
-                    )
+    for weights, cut in found:
+        if not bool(cut.nonfinite.any()):
+            continue
+        # of a sharded weight not every rank has what is not finite
+        ranks = ALONE if cut.others is None else weights[0].ranks
+        with ranks.together(weights[0].mask.device):
+            _name_nonfinite(weights, cut)
+
+
+def _name_nonfinite(weights: list[SparseWeight], cut: Cut) -> None:
+    for weight, tensor in zip(weights, cut.scores, strict=True):
+        if not torch.isfinite(tensor).all():
+            here = torch.isfinite(local_part(weight.weight)).all()
+            what = "importance" if here else "weight"
+            raise ValueError(
+                f"set_sparsity_level: the {what} of {weight.name!r} holds NaN or Inf; masks are "
+                "left as they were"
+            )
 
 
 def _prune(
@@ -294,4 +313,6 @@ def _prune(
         # a criterion need not have its evidence, and no weight is read
         return Pruning(weights, None)
     (tensors, scales), first = scores(weights), weights[0]
-    return Pruning(weights, find_cut(tensors, pruned, first.pattern, scales, first.backend, rows))
+    others = others_of(weights)
+    cut = find_cut(tensors, pruned, first.pattern, scales, first.backend, rows, others)
+    return Pruning(weights, cut)

@@ -210,9 +210,9 @@ def refuse(group, what):
         (
             "names",
             "ValueError",
-            r"masked weights must be .* got \['3 \(8, 8\) unstructured'\] on rank 0",
+            r"parameters must be .* got \['3.weight \(8, 8\)', '3.bias \(8,\)'\] on rank 0",
         ),
-        ("names more", "ValueError", r"\['3 \(8, 8\) unstructured'\] on rank 1"),
+        ("names more", "ValueError", r"\['3.weight \(8, 8\)', '3.bias \(8,\)'\] on rank 1"),
         ("create", "ValueError", "nowhere"),
         ("flipped", "RuntimeError", "the masks of '3' differ between ranks"),
         ("weight", "RuntimeError", "differ between ranks"),

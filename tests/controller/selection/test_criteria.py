@@ -54,7 +54,7 @@ def test_hand_worked_values(name, expected):
 
 def test_the_norm_of_zeros_makes_importance_zero_not_nan():
     found = criteria.normed_magnitude(Evidence("fc", torch.zeros(2, 2), (2, 2)))
-    weight = SimpleNamespace(packed=True, backend="auto")
+    weight = SimpleNamespace(shard=None, packed=True, backend="auto")
     (values,), scales = criteria.scores_by_group([weight], [found])
     assert (values * scales == 0).all()
 

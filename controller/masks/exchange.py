@@ -1,0 +1,290 @@
+"""What ranks tell one another of sharded weights: counts, and rows of the groups at the edges.
+
+A group belongs to the rank that holds its first row, which gets the rows that lie elsewhere and
+sends back what becomes of them. Nothing else moves; no weight is gathered but to be saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, distributed
+
+from ...kernels.bits import pack, unpack
+from ...kernels.block_score import inverse_norms, row_norms
+from ...kernels.cut import Others, find_cut
+from ...kernels.group_mask import regrown as regrown_here
+from ...kernels.pattern import Block
+from .shards import Shard, local_rows
+from .weight import SparseWeight
+
+_INFINITY = 0x7F800000  # its bit pattern
+
+
+def others_of(weights: Sequence[SparseWeight]) -> Others | None:
+    """Return what a cut of several weights, all of them sharded, must ask the other ranks."""
+    shards = [weight.shard for weight in weights]
+    if not any(shards):
+        return None
+    ranks = weights[0].ranks
+    # a weight that is whole on every rank is spoken for by the first
+    places = [0 if shard is None else shard.place for shard in shards]
+    counted = [ranks.rank == 0 if shard is None else shard.counted for shard in shards]
+
+    def quotas(equal: Tensor, keep: Tensor) -> Tensor:
+        parts = max(len(shard.peers) if shard else 1 for shard in shards)
+        found = equal.new_zeros(len(weights), parts)
+        rows, at = torch.arange(len(weights), device=equal.device), equal.new_tensor(places)
+        found[rows, at] = equal * equal.new_tensor(counted)
+        ties = ranks.sum(found).view(len(keep), -1)  # a row a pool
+        left = keep[:, None] - (ties.cumsum(1) - ties)
+        return left.clamp(min=0).minimum(ties).view_as(found)[rows, at]
+
+    return Others(ranks.sum, counted, quotas)
+
+
+def whole_groups(
+    weights: Sequence[SparseWeight], matrices: Sequence[Tensor]
+) -> list[list[Tensor]]:
+    """Return matrices of whole groups, in order: those that belong here.
+
+    Args:
+        weights: of one block pattern.
+        matrices: of each what is here: the weights themselves, or importances.
+    """
+    heads = [
+        matrix[: weight.shard.head] if weight.shard else matrix[:0]
+        for weight, matrix in zip(weights, matrices, strict=True)
+    ]
+
+    def rows_of(shard: Shard, source: int, to: int) -> int:
+        belongs = shard.head_of(source) and shard.owner_of_head(source) == to
+        return shard.head_of(source) if belongs else 0
+
+    tails = _exchange(weights, heads, rows_of)
+    found = []
+    for weight, matrix, tail in zip(weights, matrices, tails, strict=True):
+        if weight.shard is None:
+            found.append([matrix])
+            continue
+        body, rest = matrix[weight.shard.head :], sum(map(len, tail))
+        whole = len(body) - (len(body) % weight.pattern.rows if rest else 0)
+        parts = [body[:whole], torch.cat([body[whole:], *tail]) if rest else body[:0]]
+        found.append([part for part in parts if part.numel()])
+    return found
+
+
+def norms_of_all(weights: Sequence[SparseWeight], matrices: Sequence[Tensor]) -> Tensor:
+    """Return ``1 / ||w||_2`` of full weights from what is here of them: 16 bytes a weight."""
+    others, ranks = others_of(weights), weights[0].ranks
+    counted = [True] * len(weights) if others is None else others.counted
+    rows = [row_norms(m if counts else m[:0]) for m, counts in zip(matrices, counted, strict=True)]
+    return inverse_norms(rows, ranks.most, ranks.sum)
+
+
+def local_masks(weights: Sequence[SparseWeight], masks: Sequence[Tensor]) -> list[Tensor]:
+    """Return compact masks of what is here from those of the groups that belong here."""
+    if not any(weight.shard for weight in weights) or weights[0].packed:
+        return list(masks)
+    last = [mask[-1:] for mask in masks]
+
+    def rows_of(shard: Shard, source: int, to: int) -> int:
+        return int(shard.head_of(to) > 0 and shard.owner_of_head(to) == source)
+
+    above = _exchange(weights, last, rows_of)
+    found = []
+    for weight, mask, first in zip(weights, masks, above, strict=True):
+        found.append(mask if weight.shard is None else local_rows(weight.shard, [*first, mask]))
+    return found
+
+
+def own_groups(weight: SparseWeight, grid: Tensor) -> Tensor:
+    """Return the rows of groups that belong here of the grid of what is here."""
+    shard = weight.shard
+    if shard is None or not isinstance(shard.pattern, Block):
+        return grid
+    low, high = shard.own_pattern.rows, shard.pattern.rows
+    return grid[shard.head // low :: high // low][: shard.groups.stop - shard.groups.start]
+
+
+def _exchange(
+    weights: Sequence[SparseWeight],
+    sent: Sequence[Tensor],
+    rows_of: Callable[[Shard, int, int], int],
+) -> list[list[Tensor]]:
+    """Send rows of matrices between the parts of each weight, in one exchange of bytes.
+
+    Args:
+        weights: of one pattern.
+        sent: of each the rows that others may get: the first of them.
+        rows_of: how many of them one part sends to another.
+
+    Returns:
+        What came, by the sender's place.
+    """
+    here: list[list[Tensor]] = [[] for _ in weights]
+    ranks = weights[0].ranks
+    members = [(i, w.shard) for i, w in enumerate(weights) if w.shard and w.shard.straddles]
+    if not members:
+        return here
+    outgoing: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+    incoming: list[list[tuple[int, int]]] = [[] for _ in range(ranks.size)]
+    for i, shard in members:
+        for place, rank in enumerate(shard.peers):
+            if rows := rows_of(shard, shard.place, place):
+                part = sent[i][:rows].contiguous()
+                outgoing[rank].append(part.view(-1).view(torch.uint8))
+            if rows := rows_of(shard, place, shard.place):
+                incoming[rank].append((i, rows))
+    flat = [part for parts in outgoing for part in parts]
+    device = sent[0].device
+    data = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=device)
+    give = [sum(part.numel() for part in parts) for parts in outgoing]
+    sizes = [[n * sent[i].shape[1] * sent[i].element_size() for i, n in p] for p in incoming]
+    take = [sum(own) for own in sizes]
+    got = torch.empty(sum(take), dtype=torch.uint8, device=device)
+    distributed.all_to_all_single(got, data, take, give, ranks.group)
+    ends = [0, *accumulate(n for own in sizes for n in own)]
+    for (i, rows), (start, stop) in zip(
+        [entry for own in incoming for entry in own], pairwise(ends), strict=True
+    ):
+        part = got[start:stop].clone().view(sent[i].dtype)
+        here[i].append(part.view(rows, sent[i].shape[1]))
+    return here
+
+
+def agree_counts(
+    weights: Sequence[SparseWeight], masks: Sequence[Tensor], counts: list[list[int]]
+) -> list[list[int]]:
+    """Return counts whose groups are those of the full weights; elements are those that are here.
+
+    Args:
+        weights: any.
+        masks: compact, of what is here.
+        counts: how many groups and elements of it each keeps.
+    """
+    sharded = [i for i, weight in enumerate(weights) if weight.shard]
+    if not sharded:
+        return counts
+    numbers = []
+    for i in sharded:
+        shard = weights[i].shard
+        assert shard is not None
+        own = masks[i].new_tensor(counts[i], dtype=torch.int64)
+        if not weights[i].packed:
+            own[0] = own_groups(weights[i], masks[i]).sum()
+        numbers.append(own * shard.counted)
+    summed = weights[0].ranks.sum(torch.stack(numbers)).tolist()
+    for i, (groups, elements) in zip(sharded, summed, strict=True):
+        weights[i].elements_elsewhere = elements - counts[i][1]
+        counts[i] = [groups, counts[i][1]]
+    return counts
+
+
+def regrown(
+    weights: Sequence[SparseWeight],
+    drop: Sequence[Tensor],
+    keep: Sequence[int],
+    grow: Sequence[Tensor] | None,
+    grown: Sequence[int],
+) -> tuple[list[Tensor], Tensor]:
+    """Return ``regrow``'s of weights of one pattern; scores are of the groups that belong here."""
+    others = others_of(weights)
+    if others is None:
+        return regrown_here(weights, drop, keep, grow, grown)
+    kept = [own_groups(weight, weight.kept_grid()) for weight in weights]
+    # below all, so that what is pruned already is pruned first; one more, so that 0 is below all
+    keys, bad = zip(*(_keys(d, k, 1) for d, k in zip(drop, kept, strict=True)), strict=True)
+    kept = _highest(weights, keys, keep, others)
+    if grow is not None:
+        # above all, so that what stays is kept first
+        keys, more = zip(*(_keys(g, ~k, 0) for g, k in zip(grow, kept, strict=True)), strict=True)
+        keys = [key.where(~k, torch.inf) for key, k in zip(keys, kept, strict=True)]
+        bad = [*map(torch.add, bad, more)]
+        kept = _highest(weights, keys, [*map(sum, zip(keep, grown, strict=True))], others)
+    nonfinite = torch.stack(list(bad))
+    others.reduce(nonfinite.mul_(nonfinite.new_tensor(others.counted)))
+    masks = [pack(k) for k in kept] if weights[0].packed else kept
+    return local_masks(weights, masks), nonfinite
+
+
+def _keys(scores: Tensor, among: Tensor, more: int) -> tuple[Tensor, Tensor]:
+    """Return float32 keys that order as |scores| do, 0 where no candidate is; how many are NaN or
+    Inf.
+    """
+    size = scores.float().abs().contiguous()
+    bad = (among & ~size.isfinite()).sum()
+    finite = size.view(torch.int32).clamp(max=_INFINITY - 1 - more) + more
+    return finite.mul_(among).view(torch.float32), bad
+
+
+def _highest(
+    weights: Sequence[SparseWeight], keys: Sequence[Tensor], counts: Sequence[int], others: Others
+) -> list[Tensor]:
+    """Return bool grids that keep the highest of each weight, the first of equals."""
+    pruned = [weight.groups - count for weight, count in zip(weights, counts, strict=True)]
+    cut = find_cut([*keys], pruned, Block(1, 1), None, weights[0].backend, others=others)
+    return cut.masks()
+
+
+def gather_rows(weight: SparseWeight, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return rows of all parts of a weight, one after another; ``counts``: how many each has.
+    All ranks that have a part take part.
+    """
+    shard = weight.shard
+    assert shard is not None
+    most = max(counts)
+    padded = rows.new_zeros(most, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    every = [torch.empty_like(padded) for _ in range(weight.ranks.size)]
+    if weight.ranks.size > 1:
+        distributed.all_gather(every, padded, weight.ranks.group)
+    else:
+        every = [padded]
+    return torch.cat([every[rank][:n] for rank, n in zip(shard.peers, counts, strict=True)])
+
+
+def full_grid(weight: SparseWeight) -> Tensor:
+    """Return the bool grid of the full weight; one bit a group is gathered."""
+    grid, shard = weight.kept_grid(), weight.shard
+    if shard is None:
+        return grid
+    return unpack(full_groups(weight, pack(own_groups(weight, grid))), shard.grid[1])
+
+
+def full_groups(weight: SparseWeight, rows: Tensor) -> Tensor:
+    """Return rows of the full grid of which ``rows`` are those that belong here."""
+    shard = weight.shard
+    assert shard is not None
+    parts = map(shard.groups_of, range(len(shard.peers)))
+    return gather_rows(weight, rows, [part.stop - part.start for part in parts])
+
+
+def full_matrix(weight: SparseWeight, matrix: Tensor) -> Tensor:
+    """Return the full matrix of which ``matrix`` is what is here: gathered, to be saved."""
+    shard = weight.shard
+    if shard is None:
+        return matrix
+    return gather_rows(weight, matrix, [b - a for a, b in pairwise(shard.bounds)])
+
+
+def full_tensor(weight: SparseWeight, local: Tensor) -> Tensor:
+    """Return the full tensor of the weight's shape, on the CPU, from what is here."""
+    if weight.shard is None:
+        return local.detach().to("cpu", copy=True)
+    matrix = full_matrix(weight, weight.matrix(local.detach()))
+    return matrix.reshape(weight.weight_shape).to("cpu", copy=True)
+
+
+def own_rows(weight: SparseWeight, matrix: Tensor) -> Tensor:
+    """Return what is here of a full matrix."""
+    return matrix if weight.shard is None else matrix[weight.shard.rows]
+
+
+def own_part(weight: SparseWeight, tensor: Tensor) -> Tensor:
+    """Return what is here of a full tensor of the weight's shape, copied to its device."""
+    if weight.shard is not None:
+        tensor = weight.like_weight(own_rows(weight, weight.target.matrix(tensor)))
+    return tensor.to(weight.mask.device, copy=True)

@@ -1,0 +1,432 @@
+"""FSDP2's shards are pruned as the one pool that they are: bit for bit as in one process."""
+
+import pytest
+import torch
+from torch import nn
+
+import triton_sparsity as ts
+from triton_sparsity.controller.masks.exchange import full_grid
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_gloo_available(), reason="torch lacks gloo"
+)
+
+PATTERNS = {
+    "unstructured": ts.Unstructured(),
+    "blocks": ts.Block(8, 4),
+    "tall": ts.Block(16, 2),
+    "wide": ts.Block(1, 8),
+    "nm": ts.NM(2, 4),
+}
+
+
+def net(dtype=torch.float32, ties=False):
+    """Heights that no number of ranks divides, and one of which some ranks get nothing."""
+    numbers = torch.Generator().manual_seed(3)
+    model = nn.Sequential(
+        nn.Linear(16, 35), nn.Tanh(), nn.Linear(35, 16, bias=False), nn.Tanh(), nn.Linear(16, 56)
+    )
+    model.append(nn.Linear(56, 20))
+    for parameter in model.parameters():
+        values = torch.randn(parameter.shape, generator=numbers)
+        parameter.data = ((values * 2).round() / 4 if ties else values / 4).to(dtype)
+    return model
+
+
+def sharded(model, group, hybrid=False):
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = (
+        init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        if hybrid
+        else DeviceMesh.from_group(group, "cpu")
+    )
+    for layer in (model[0], model[4]):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def config(pattern, importance="abs", pool="global", distribution="uniform", reduction="mean"):
+    if importance == "set":
+        return ts.SETConfig(level=0.6, t_end=20, delta_t=2, pattern=PATTERNS[pattern])
+    if importance == "rigl":
+        return ts.RigLConfig(
+            level=0.6, t_end=20, delta_t=2, pattern=PATTERNS[pattern], growth="gradient"
+        )
+    schedule = ts.PolynomialSchedule(initial_level=0.0, target_level=0.5, target_epoch=3)
+    ignored = ["2"] if pattern == "nm" else []
+    return ts.MagnitudeSparsityConfig(
+        pattern=PATTERNS[pattern],
+        schedule=schedule,
+        weight_importance=importance,
+        pool=pool,
+        ignored_scopes=ignored,
+        distribution=distribution,
+        block_reduction=reduction,
+    )
+
+
+def prune(model, controller, rank=0, size=1):
+    """Prune at several levels, up and down, with training in between; return what became of it."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    found = []
+    for step, level in enumerate((0.3, 0.45, 0.2)):
+        numbers = torch.Generator().manual_seed(step)
+        x = torch.randint(-2, 3, (12, 16), generator=numbers).to(next(model.parameters()).dtype)
+        if controller.needs_calibration:
+            with controller.calibration():
+                model(x.unflatten(0, (size, -1))[rank])
+        optimizer.zero_grad()
+        if controller.needs_gradients:
+            model(x).square().mean().backward()
+        controller.scheduler.step()
+        controller.set_sparsity_level(level)
+        found += [(full_grid(i.operand).clone(), i.operand.kept, i.operand.pruned_elements(),
+                   full(i.weight), full(i.operand.binary_mask))
+                  for i in controller.sparsified_module_info]  # fmt: skip
+        optimizer.step()
+    return found, controller.mask_level()
+
+
+def full(tensor):
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+def prune_shards(group, how, dtype, ties, wrap_first, hybrid=False):
+    model = net(dtype, ties)
+    if wrap_first:
+        sharded(model, group, hybrid)
+    controller = ts.create_controller(model, config(*how), process_group=group)
+    if not wrap_first:
+        sharded(model, group, hybrid)
+    rank, size = torch.distributed.get_rank(group), group.size()
+    return prune(model, controller, rank, size)
+
+
+def check(found, wanted):
+    for (got, level), (want, wanted_level) in zip(found, [wanted] * len(found), strict=True):
+        assert level == wanted_level
+        for (grid, kept, elements, weight, mask), (*whole,) in zip(got, want, strict=True):
+            assert (kept, elements) == (whole[1], whole[2])
+            assert torch.equal(grid, whole[0])
+            assert torch.equal(mask, whole[4])
+            assert (weight[~mask] == 0).all()
+            assert torch.equal(weight, whole[3])
+
+
+HOWS = [
+    *((name, "abs", "global") for name in PATTERNS),
+    ("blocks", "abs", "weight"),
+    ("unstructured", "abs", "weight"),
+    ("nm", "abs", "weight"),
+    ("blocks", "normed_abs", "global"),
+    ("unstructured", "normed_abs", "global"),
+    ("blocks", "random", "global"),
+    ("unstructured", "random", "global"),
+]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("how", HOWS, ids="-".join)
+def test_shards_are_pruned_as_one_process_prunes(ranks, how, ties):
+    dtype = torch.bfloat16 if ties else torch.float32
+    model = net(dtype, ties)
+    wanted = prune(model, ts.create_controller(model, config(*how)))
+    for size in (2, 4) if ties else (3,):
+        check(ranks.run(size, prune_shards, how, dtype, ties, size != 3), wanted)
+
+
+EVIDENCE = [
+    *(
+        (i, p)
+        for i in ("snip", "snip_momentum", "wanda", "taylor")
+        for p in ("unstructured", "tall")
+    ),
+    ("fisher", "unstructured"),
+    ("fisher", "wide"),  # none lies on two ranks
+]
+
+
+@pytest.mark.parametrize(("importance", "pattern"), EVIDENCE)
+def test_evidence_on_shards_is_that_of_one_process(ranks, importance, pattern):
+    how = (pattern, importance, "global")
+    model = net()
+    wanted = prune(model, ts.create_controller(model, config(*how)))
+    check(ranks.run(4, prune_shards, how, torch.float32, False, True), wanted)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "importance"), [("max", "abs"), ("sum", "snip"), ("l2", "normed_abs")]
+)
+def test_blocks_across_edges_are_reduced_as_in_one_process(ranks, reduction, importance):
+    how = ("tall", importance, "weight", "erk", reduction)
+    wanted = prune((model := net()), ts.create_controller(model, config(*how)))
+    check(ranks.run(3, prune_shards, how, torch.float32, False, True), wanted)
+
+
+@pytest.mark.parametrize("wrap_first", [True, False])
+def test_copies_of_shards_count_once(ranks, wrap_first):
+    how = ("tall", "abs", "global")
+    model = net(ties=True)
+    wanted = prune(model, ts.create_controller(model, config(*how)))
+    check(ranks.run(4, prune_shards, how, torch.float32, True, wrap_first, True), wanted)
+
+
+def keep_zeros(group, pattern):
+    model = holed()
+    sharded(model, group)
+    controller = ts.create_controller(
+        model,
+        ts.ConstSparsityConfig(pattern=PATTERNS[pattern], ignored_scopes=["2"]),
+        process_group=group,
+    )
+    return [full(i.operand.binary_mask) for i in controller.sparsified_module_info]
+
+
+def holed():
+    model = net()
+    with torch.no_grad():
+        for layer in (model[0], model[4], model[5]):
+            layer.weight[4:20, 2:12] = 0  # across an edge of shards
+    return model
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "blocks", "nm"])
+def test_zeros_are_found_across_the_edges_of_shards(ranks, pattern):
+    controller = ts.create_controller(
+        holed(), ts.ConstSparsityConfig(pattern=PATTERNS[pattern], ignored_scopes=["2"])
+    )
+    wanted = [info.operand.binary_mask for info in controller.sparsified_module_info]
+    for found in ranks.run(3, keep_zeros, pattern):
+        assert all(map(torch.equal, found, wanted))
+
+
+def train(model, controller, steps):
+    """Train on one batch on every rank, whose mean over two or four is exact."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1, foreach=False)
+    for step in range(steps):
+        if step % 3 == 0:
+            controller.scheduler.epoch_step()
+        controller.scheduler.step()
+        optimizer.zero_grad()
+        x = torch.randn(6, 16, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        optimizer.step()
+    weights = [full(info.weight) for info in controller.sparsified_module_info]
+    return weights, [full(i.operand.binary_mask) for i in controller.sparsified_module_info]
+
+
+def train_shards(group, how, steps, state=None, wrap_first=True):
+    model = net()
+    if state is not None:
+        model.load_state_dict(state[0])
+    if wrap_first:
+        sharded(model, group)
+    controller = ts.create_controller(model, config(*how), process_group=group)
+    if not wrap_first:
+        sharded(model, group)
+    if state is not None:
+        controller.load_state(state[1])
+    found = train(model, controller, steps)
+    weights = {name: full(tensor) for name, tensor in model.state_dict().items()}
+    return found, (weights, controller.get_state())
+
+
+TRAINED = [(p, i) for i in ("abs", "set", "rigl") for p in ("unstructured", "tall")]
+
+
+@pytest.mark.parametrize("how", TRAINED, ids="-".join)
+def test_training_on_shards_is_that_of_one_process(ranks, how):
+    model = net()
+    wanted = train(model, ts.create_controller(model, config(*how)), 8)
+    for (weights, masks), _ in ranks.run(4, train_shards, how, 8, None, False):
+        assert all(map(torch.equal, masks, wanted[1]))
+        assert all(map(torch.equal, weights, wanted[0]))
+    assert not all(mask.all() for mask in wanted[1])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [*TRAINED, ("tall", "snip_momentum"), ("tall", "taylor"), ("wide", "fisher")],
+    ids="-".join,
+)
+def test_a_state_is_that_of_one_process_and_goes_on_at_another_number_of_ranks(ranks, how):
+    model = net()
+    controller = ts.create_controller(model, config(*how))
+    train(model, controller, 5)
+    own = controller.get_state()
+    found = ranks.run(2, train_shards, how, 5)
+    for _, (_, state) in found:
+        assert same(state, own)
+    saved = found[0][1]
+    more = net()
+    more.load_state_dict(saved[0])
+    resumed = ts.create_controller(more, config(*how), state=saved[1])
+    wanted = train(more, resumed, 6)
+    for (weights, masks), _ in ranks.run(4, train_shards, how, 6, saved):
+        assert all(map(torch.equal, masks, wanted[1]))
+        assert all(map(torch.equal, weights, wanted[0]))
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+MOVES = ("all_reduce", "all_to_all_single", "broadcast", "all_gather", "all_gather_object")
+MOVES += ("all_gather_into_tensor", "reduce_scatter_tensor", "all_gather_single", "reduce_scatter")
+
+
+def count_moves(group):
+    """Return what a step and an update send, beside what FSDP2 does."""
+    from torch import distributed
+
+    model = sharded(net(), group)
+    controller = ts.create_controller(model, config("tall"), process_group=group)
+    optimizer = torch.optim.AdamW(model.parameters())
+    controller.scheduler.step()
+    controller.set_sparsity_level(0.5)
+    found = {}
+    plain = {name: getattr(distributed, name) for name in MOVES if hasattr(distributed, name)}
+
+    def counting(name):
+        def call(*args, **kwargs):
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            size = sum(tensor.nbytes for tensor in tensors[-1:])
+            found.setdefault(name, []).append(size)
+            return plain[name](*args, **kwargs)
+
+        return call
+
+    try:
+        for name in plain:
+            setattr(distributed, name, counting(name))
+        model(torch.ones(2, 16)).sum().backward()
+        theirs = {name: len(sizes) for name, sizes in found.items()}
+        found.clear()
+        optimizer.step()
+        controller.scheduler.step()
+        step = dict(found)
+        controller.set_sparsity_level(0.6)
+    finally:
+        for name, function in plain.items():
+            setattr(distributed, name, function)
+    edges = sum(w.shard.head * w.shape[1] * 4 for w in controller._weights if w.shard is not None)
+    return theirs, step, found, edges
+
+
+def test_a_step_moves_nothing_and_an_update_counts_and_rows_at_edges(ranks):
+    found = ranks.run(3, count_moves)
+    for _, step, update, edges in found:
+        assert step == {}
+        assert set(update) == {"all_reduce", "all_to_all_single"}
+        assert sum(update["all_reduce"]) < 10_000_000
+        rows, masks = update["all_to_all_single"]
+        assert rows == edges  # no more than the rows of blocks that begin elsewhere
+        assert masks <= 4 * 28  # a byte a block
+    assert any(edges for *_, edges in found)
+
+
+def strip_shards(group):
+    model = net()
+    kinds = [type(module) for module in model]
+    controller = ts.create_controller(
+        model, config("tall"), dispatch="sparse", process_group=group
+    )
+    controller.set_sparsity_level(0.5)
+    sharded(model, group)
+    wanted = [full(i.operand.binary_mask) if i.operand.follow() is not None else None
+              for i in controller.sparsified_module_info]  # fmt: skip
+    x = torch.ones(2, 16)
+    before = model(x)
+    with pytest.raises(ValueError, match="do_copy must be False for a sharded model"):
+        controller.strip()
+    stripped = controller.strip(do_copy=False)
+    assert torch.equal(stripped(x), before)
+    assert [kind in type(m).__mro__ for kind, m in zip(kinds, model, strict=True)] == [True] * 6
+    assert not any("BlockSparse" in type(m).__name__ for m in model)
+    weights = [full(model[i].weight) for i in (0, 2, 4, 5)]
+    assert all((w[~m] == 0).all() for w, m in zip(weights, wanted, strict=True))
+    return [int((w == 0).sum()) for w in weights]
+
+
+def test_a_sharded_model_is_stripped_in_place(ranks):
+    controller = ts.create_controller(net(), config("tall"))
+    controller.set_sparsity_level(0.5)
+    wanted = [int((i.weight == 0).sum()) for i in controller.sparsified_module_info]
+    assert ranks.run(2, strip_shards) == [wanted, wanted]
+
+
+def own_importance(evidence):
+    return evidence.weight.abs() / evidence.weight.abs().mean()
+
+
+def refuse(group, what):
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = net()
+    mesh = DeviceMesh.from_group(group, "cpu")
+    if what == "columns":
+        model[0].weight = nn.Parameter(distribute_tensor(model[0].weight, mesh, [Shard(1)]))
+    elif what != "rigl later":
+        fully_shard(model, mesh=mesh)
+    if what == "obs":
+        ts.prune_obs(model, [torch.ones(2, 16)], ts.ConstSparsityConfig(), level=0.5)
+    chosen = {
+        "columns": config("blocks"),
+        "rb": ts.RBSparsityConfig(),
+        "rigl": ts.RigLConfig(level=0.5, t_end=10, growth="normed_gradient", delta_t=2),
+        "rows": config("unstructured", "wanda", "row"),
+        "owl": config("unstructured", "abs", "weight", "owl"),
+        "fisher": config("tall", "fisher"),
+        "function": config("blocks", own_importance),
+        "rigl later": ts.RigLConfig(level=0.5, t_end=10, growth="normed_gradient", delta_t=1),
+        "assign": config("blocks"),
+        "nan": config("tall"),
+        "inf": config("unstructured"),
+    }[what]
+    controller = ts.create_controller(model, chosen, process_group=group)
+    if what == "rigl later":
+        fully_shard(model, mesh=mesh)
+        controller.scheduler.step()
+        model(torch.ones(2, 16)).sum().backward()
+        controller.scheduler.step()
+    info = controller.sparsified_module_info[2]
+    if what == "assign":
+        info.operand.binary_mask = torch.ones(info.weight.shape)
+    if torch.distributed.get_rank(group) == 1:
+        with torch.no_grad():
+            info.weight.to_local()[3, 4] = torch.nan if what == "nan" else torch.inf
+    controller.set_sparsity_level(0.5)
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "message"),
+    [
+        ("columns", "ValueError", "'0' must be sharded on its output dimension alone"),
+        ("obs", "ValueError", "prune_obs: '0' must not be sharded"),
+        ("rb", "ValueError", "'0' must not be sharded for rb_sparsity"),
+        ("rigl", "ValueError", "growth must be 'gradient' for sharded weights, as '0' is"),
+        ("rows", "ValueError", "pool must be 'global' or 'weight' for sharded weights, as '0' is"),
+        ("owl", "ValueError", "distribution must be 'uniform' or 'erk' for sharded weights"),
+        ("fisher", "ValueError", "no block may lie on two ranks for weight_importance 'fisher'"),
+        (
+            "function",
+            "ValueError",
+            "not a function, which would see one rank's part, for sharded weights, as '0' is",
+        ),
+        ("rigl later", "ValueError", "growth must be 'gradient' for sharded weights, as '0' is"),
+        ("assign", "ValueError", "the mask of '4', which is sharded, must not be assigned"),
+        ("nan", "ValueError", "of '4' holds NaN or Inf"),
+        ("inf", "ValueError", "the weight of '4' holds NaN or Inf"),
+    ],
+)
+def test_what_shards_do_not_cover_is_refused_on_every_rank(ranks, what, kind, message):
+    for raised, text in ranks.errors(2, refuse, what):
+        assert raised == kind
+        assert message in text
