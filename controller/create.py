@@ -97,7 +97,7 @@ def create_controller(
         ]
         for members, one in zip(weights, configs, strict=True):
             importance = getattr(one, "weight_importance", None)
-            chosen = {f: getattr(one, f, None) for f in ("pool", "distribution", "growth")}
+            chosen = {f: getattr(one, f, None) for f in ("distribution", "growth")}
             check_sharded("create_controller", members, importance, **chosen)
     found = [f"{canonical(w.name)} {w.pattern}" for members in weights for w in members]
     ranks.check_alike("create_controller", {"the masked weights": found})

@@ -27,7 +27,7 @@ TILE = {"TILE_R": 16, "TILE_C": MAX_BLOCK_SIDE}
 NORM_BLOCK = 1024  # sums of squares that are added at a time
 # elements: a chunk and its magnitudes stay in the cache between the passes over them
 CPU_CHUNK = 2**19
-_ROW_BITS = 38  # of the square of the greatest row's norm: 2^24 such rows may be added
+_ROW_BITS = 38  # of the greatest number: 2^24 such may be added
 
 
 def block_score_reference(weight: Tensor, pattern: Pattern, *, squared: bool) -> Tensor:
@@ -58,27 +58,40 @@ def inverse_norms(
 ) -> Tensor:
     """Return ``1 / ||w||_2`` of each weight from the norms of its rows; 1 for a weight of zeros.
 
-    The squares are added up as integers, multiples of one power of two a weight, so that their
-    order, and who adds which, has no bearing.
-
     Args:
         rows: of each weight what ``row_norms`` returns, or of some of its rows.
-        most, add: the greatest, and the sum, of float64 or int64 vectors of several ranks, which
-            have the other rows; None: all are here.
+        most, add: as ``exact_sums``'s.
 
     Returns:
         float32 ``(len(rows),)``.
     """
-    squares = [row.double().square() for row in rows]
-    peaks = torch.stack([s.max() if len(s) else s.new_zeros(()) for s in squares])
-    peaks = peaks.where(peaks.isfinite(), torch.inf)  # scores that are not finite are refused
+    norms = exact_sums([row.double().square() for row in rows], most, add).sqrt().float()
+    return norms.where(norms > 0, 1).reciprocal()  # scores that are not finite are refused
+
+
+def exact_sums(
+    vectors: Sequence[Tensor], most: Reduce | None = None, add: Reduce | None = None
+) -> Tensor:
+    """Return the sum of each vector: the same bits in whatever order, and whoever adds which.
+
+    Numbers are added up as integers, multiples of one power of two a vector.
+
+    Args:
+        vectors: float64, not negative; 2^24 of the greatest may be added.
+        most, add: the greatest, and the sum, of float64 or int64 vectors of several ranks, which
+            have the other numbers; None: all are here.
+
+    Returns:
+        float64 ``(len(vectors),)``; NaN where a number is NaN or Inf.
+    """
+    peaks = torch.stack([v.max() if len(v) else v.new_zeros(()) for v in vectors])
+    peaks = peaks.where(peaks.isfinite(), torch.inf)
     peaks = peaks if most is None else most(peaks)
     shifts = _ROW_BITS - torch.frexp(peaks.where(peaks.isfinite(), 0)).exponent
-    scaled = [s * unit for s, unit in zip(squares, _power(shifts), strict=True)]
-    totals = torch.stack([s.nan_to_num(0, 0, 0).round().long().sum() for s in scaled])
+    scaled = [v * unit for v, unit in zip(vectors, _power(shifts), strict=True)]
+    totals = torch.stack([v.nan_to_num(0, 0, 0).round().long().sum() for v in scaled])
     totals = totals if add is None else add(totals)
-    norms = (totals.double() * _power(-shifts)).sqrt().float()
-    return norms.where((norms > 0) & peaks.isfinite(), 1).reciprocal()
+    return (totals.double() * _power(-shifts)).where(peaks.isfinite(), torch.nan)
 
 
 def _power(exponents: Tensor) -> Tensor:

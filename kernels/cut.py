@@ -15,7 +15,7 @@ from .bits import count_kept
 from .launch import Backend
 from .mask import make_mask
 from .pattern import NM, Pattern, Unstructured
-from .prune_rows import prune_rows
+from .prune_rows import Part, prune_rows
 from .select import Reduce, Threshold, select
 from .select_each import select_each
 from .semi_structured import nm_mask, nm_score
@@ -27,6 +27,7 @@ class Others(NamedTuple):
     Attributes:
         reduce: adds up int64 over the ranks.
         counted: of each tensor, whether this rank's part counts; else it is another's copy.
+        parts: which rows of groups each part has.
         quotas: from the number of keys in each part that equal the threshold, and from how many
             of all are kept, or of each tensor, finds how many each part keeps: the first ones in
             the order of the tensors, then of their parts.
@@ -34,6 +35,7 @@ class Others(NamedTuple):
 
     reduce: Reduce
     counted: list[bool]
+    parts: list[Part]
     quotas: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -132,11 +134,14 @@ def find_cut(
         if isinstance(pattern, NM):
             scores = [nm_score(tensor, pattern, backend=backend) for tensor in tensors]
         packed = isinstance(pattern, Unstructured)
-        masks, nonfinite = prune_rows(scores, k, packed=packed, backend=backend)
+        parts = None if others is None else others.parts
+        masks, nonfinite = prune_rows(scores, k, packed=packed, parts=parts, backend=backend)
+        if others is not None:
+            others.reduce(nonfinite.mul_(nonfinite.new_tensor(others.counted)))
         if isinstance(pattern, NM):
             pairs = zip(tensors, masks, strict=True)
             masks = [nm_mask(t, pattern, whole=w, backend=backend).mask for t, w in pairs]
-        return Cut(pattern, tensors, scores, scales, None, nonfinite, masks, backend)
+        return Cut(pattern, tensors, scores, scales, None, nonfinite, masks, backend, others)
     if isinstance(k, list):
         each = select_each(tensors, k, scales=scales, backend=backend)
         return Cut(pattern, tensors, tensors, scales, each, each.nonfinite, [], backend)

@@ -2,10 +2,10 @@
 
 Every row is a pool by itself, as Wanda compares (https://arxiv.org/abs/2306.11695). A tensor's
 count is shared out over its rows as evenly as whole numbers allow: row r of R prunes
-``floor((r + 1) k / R) - floor(r k / R)``. On a GPU one launch for all tensors of one dtype and
-width: a program holds a few rows in the first-level cache, searches their patterns two bits a pass
-as ``select_each`` does, and writes their masks. On a CPU numpy partitions the rows, which orders
-them no further than is needed.
+``floor((r + 1) k / R) - floor(r k / R)``; where a tensor is a part of another, r and R are of
+that. On a GPU one launch for all tensors of one dtype and width: a program holds a few rows in the
+first-level cache, searches their patterns two bits a pass as ``select_each`` does, and writes
+their masks. On a CPU numpy partitions the rows, which orders them no further than is needed.
 
 Cost floor: one read of the scores and one write of the masks.
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,16 +36,26 @@ _CHUNK = 1 << 17  # elements that a CPU thread handles at a time: they stay in i
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
 
 
-def row_counts(k: int, rows: int) -> np.ndarray:
-    """Return how many of ``k`` each row prunes, int64 ``(rows,)``."""
-    return np.diff(np.arange(rows + 1) * k // max(rows, 1))
+class Part(NamedTuple):
+    """Which rows of a tensor are here: from ``first``, of ``rows`` in all."""
+
+    first: int
+    rows: int
 
 
-def prune_rows_reference(tensor: Tensor, k: int, packed: bool) -> tuple[Tensor, Tensor]:
+def row_counts(k: int, rows: int, part: Part | None = None) -> np.ndarray:
+    """Return how many of ``k`` each of some rows prunes, int64 ``(rows,)``."""
+    first, whole = part or Part(0, rows)
+    return np.diff(np.arange(first, first + rows + 1) * k // max(whole, 1))
+
+
+def prune_rows_reference(
+    tensor: Tensor, k: int, packed: bool, part: Part | None = None
+) -> tuple[Tensor, Tensor]:
     """Define the semantics for one tensor: plain torch, any device, any float dtype."""
     keys = tensor.detach().abs().float()
     rows, cols = keys.shape
-    kept = torch.from_numpy(cols - row_counts(k, rows)).to(keys.device)
+    kept = torch.from_numpy(cols - row_counts(k, rows, part)).to(keys.device)
     # of equals the first are kept
     place = keys.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     mask = place < kept[:, None]
@@ -52,7 +63,7 @@ def prune_rows_reference(tensor: Tensor, k: int, packed: bool) -> tuple[Tensor, 
 
 
 # A table's columns: first program, addresses of scores and mask, rows, columns, the scores'
-# strides, k, the place in the list.
+# strides, k, the place in the list, the first row and the rows of the tensor that it is of.
 
 
 @triton.jit
@@ -75,8 +86,8 @@ def _prune_rows_kernel(
     tile = (tl.program_id(0) - tl.load(entry)).to(INDEX)
     offs_r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     in_r = offs_r < R
-    wide_r = offs_r.to(tl.int64)
-    pruned = ((wide_r + 1) * k // R - wide_r * k // R).to(tl.int32)  # [BLOCK_R]
+    wide_r, whole = tl.load(entry + 9 * N) + offs_r, tl.load(entry + 10 * N)
+    pruned = ((wide_r + 1) * k // whole - wide_r * k // whole).to(tl.int32)  # [BLOCK_R]
     x_ptr += offs_r[:, None] * stride_r
 
     lo = tl.zeros((BLOCK_R,), tl.int32)
@@ -140,13 +151,18 @@ def _block_c(cols: int, turned: bool) -> int:
 
 
 def _launch(
-    tensors: Sequence[Tensor], ks: Sequence[int], out: Sequence[Tensor], packed: bool
+    tensors: Sequence[Tensor],
+    ks: Sequence[int],
+    parts: Sequence[Part],
+    out: Sequence[Tensor],
+    packed: bool,
 ) -> Tensor:
     first, own = tensors[0], Matrices.of(tensors)
     nonfinite = torch.zeros(len(tensors), dtype=torch.int64, device=first.device)
     widths = [*map(_block_c, own.cols.tolist(), own.turned.tolist())]
     programs = ceil_div(own.rows, TILE // np.array(widths)) * (own.cols > 0)
-    columns = (programs, own.address, addresses(out), *own[1:], np.array(ks), range(len(ks)))
+    firsts, whole = zip(*parts, strict=True)
+    columns = (programs, own.address, addresses(out), *own[1:], ks, range(len(ks)), firsts, whole)
     columns = [np.asarray(column) for column in columns]
     kinds = zip((tensor.dtype for tensor in tensors), widths, strict=True)
     with on_device(first):
@@ -191,12 +207,12 @@ def _prune_chunk(keys: np.ndarray, pruned: np.ndarray) -> np.ndarray:
     return keep
 
 
-def _prune_numpy(tensor: Tensor, k: int, out: Tensor, packed: bool) -> int:
+def _prune_numpy(tensor: Tensor, k: int, part: Part, out: Tensor, packed: bool) -> int:
     """Write the mask; return how many scores are NaN or Inf."""
     rows, cols = tensor.shape
     if not rows * cols:
         return 0
-    mask, pruned = out.numpy(), row_counts(k, rows)
+    mask, pruned = out.numpy(), row_counts(k, rows, part)
     infinity = _INFINITY.get(tensor.dtype, _INFINITY[torch.float32])
     step = max(1, _CHUNK // cols)
 
@@ -217,7 +233,12 @@ def _prune_numpy(tensor: Tensor, k: int, out: Tensor, packed: bool) -> int:
 
 @torch.no_grad()
 def prune_rows(
-    tensors: Sequence[Tensor], ks: Sequence[int], *, packed: bool, backend: Backend = "auto"
+    tensors: Sequence[Tensor],
+    ks: Sequence[int],
+    *,
+    packed: bool,
+    parts: Sequence[Part] | None = None,
+    backend: Backend = "auto",
 ) -> tuple[list[Tensor], Tensor]:
     """Mask the lowest magnitudes of each row of each tensor, the same share of every row.
 
@@ -227,6 +248,7 @@ def prune_rows(
         ks: how many elements of each tensor are pruned; its rows' counts, as even as whole numbers
             allow, add up to it. Of equal scores the first of the row are kept.
         packed: whether the masks have one bit an element, as ``pack``, or are bool.
+        parts: where the tensors are parts of others, which of their rows: ``ks`` are of these.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -240,22 +262,29 @@ def prune_rows(
     """
     if not tensors or len(tensors) != len(ks):
         raise ValueError(f"prune_rows: ks must be {len(tensors)}, at least 1, got {len(ks)}")
-    for tensor, k in zip(tensors, ks, strict=True):
+    parts = [Part(0, len(tensor)) for tensor in tensors] if parts is None else parts
+    for tensor, k, (first, rows) in zip(tensors, ks, parts, strict=True):
         if tensor.ndim != 2 or not tensor.is_floating_point():
             raise ValueError(
                 "prune_rows: tensors must be float matrices, got "
                 f"{tensor.dtype} {tuple(tensor.shape)}"
             )
-        if not 0 <= k <= tensor.numel():
-            raise ValueError(f"prune_rows: k must be from 0 to {tensor.numel()} scores, got {k}")
+        scores = rows * tensor.shape[1]
+        if not 0 <= k <= scores:
+            raise ValueError(f"prune_rows: k must be from 0 to {scores} scores, got {k}")
+        if not 0 <= first <= rows - len(tensor):
+            raise ValueError(
+                f"prune_rows: parts must have {len(tensor)} rows each, got {Part(first, rows)}"
+            )
     if not use_triton("prune_rows", backend, tensors[0]) and not tensors[0].is_cpu:
-        found = [prune_rows_reference(t, k, packed) for t, k in zip(tensors, ks, strict=True)]
+        each = zip(tensors, ks, parts, strict=True)
+        found = [prune_rows_reference(t, k, packed, part) for t, k, part in each]
         return [mask for mask, _ in found], torch.stack([bad for _, bad in found])
     dtype = torch.uint8 if packed else torch.bool
     shapes = [packed_shape(t.shape) if packed else t.shape for t in tensors]
     out = [t.new_empty(s, dtype=dtype) for t, s in zip(tensors, shapes, strict=True)]
     if use_triton("prune_rows", backend, tensors[0]):
         narrow = [t.float() if t.dtype == torch.float64 else t for t in tensors]
-        return out, _launch(narrow, ks, out, packed)
-    cases = zip(tensors, ks, out, strict=True)
+        return out, _launch(narrow, ks, parts, out, packed)
+    cases = zip(tensors, ks, parts, out, strict=True)
     return out, torch.tensor([_prune_numpy(*case, packed) for case in cases])

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, distributed
 
 from ...kernels.bits import pack, unpack
-from ...kernels.block_score import inverse_norms, row_norms
+from ...kernels.block_score import exact_sums, inverse_norms, row_norms
 from ...kernels.cut import Others, find_cut
+from ...kernels.grid import ceil_div
 from ...kernels.group_mask import regrown as regrown_here
-from ...kernels.pattern import Block
+from ...kernels.pattern import NM, Block
+from ...kernels.prune_rows import Part
 from .shards import Shard, local_rows
 from .weight import SparseWeight
 
@@ -42,7 +44,13 @@ def others_of(weights: Sequence[SparseWeight]) -> Others | None:
         left = keep[:, None] - (ties.cumsum(1) - ties)
         return left.clamp(min=0).minimum(ties).view_as(found)[rows, at]
 
-    return Others(ranks.sum, counted, quotas)
+    return Others(ranks.sum, counted, [*map(_rows_of, weights)], quotas)
+
+
+def _rows_of(weight: SparseWeight) -> Part:
+    pattern, first = weight.pattern, 0 if weight.shard is None else weight.shard.rows.start
+    tall = pattern.group[0] if isinstance(pattern, NM) else pattern.rows
+    return Part(ceil_div(first, tall), ceil_div(weight.full_shape[0], tall))
 
 
 def whole_groups(
@@ -82,6 +90,16 @@ def norms_of_all(weights: Sequence[SparseWeight], matrices: Sequence[Tensor]) ->
     counted = [True] * len(weights) if others is None else others.counted
     rows = [row_norms(m if counts else m[:0]) for m, counts in zip(matrices, counted, strict=True)]
     return inverse_norms(rows, ranks.most, ranks.sum)
+
+
+def sums_of_all(weight: SparseWeight, rows: Sequence[Tensor]) -> Tensor:
+    """Return the sums of vectors that have a number for each row of a weight; float64, the same on
+    any number of ranks. Of a sharded weight they are of the rows that are here.
+    """
+    if weight.shard is None:
+        return exact_sums(rows)
+    own = [row if weight.shard.counted else row[:0] for row in rows]
+    return exact_sums(own, weight.ranks.most, weight.ranks.sum)
 
 
 def local_masks(weights: Sequence[SparseWeight], masks: Sequence[Tensor]) -> list[Tensor]:

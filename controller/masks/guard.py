@@ -39,9 +39,10 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from ...kernels.launch import takes_kernels
+from .exchange import sums_of_all
 from .linear import note_adapter
 from .optimizers import keeps_zeros, moments, parameters_of, start_returned
-from .weight import SparseWeight, clear_, drop_foreign, is_sharded, leaks, take_values
+from .weight import SparseWeight, clear_, drop_foreign, leaks, take_values
 
 
 class Guard:
@@ -294,8 +295,9 @@ class Guard:
         if not found or (overflowed is not None and bool(overflowed)):
             return
         for weight in found:
-            if not (weight.all_kept or is_sharded(weight.weight)):
-                start_returned(optimizer, weight.weight, weight.binary_mask)
+            if not weight.all_kept:
+                kept = weight.like_weight(weight.kept_elements())
+                start_returned(optimizer, weight.weight, kept, partial(sums_of_all, weight))
         self._regrown.difference_update(found)
 
     def _watch_gradient(self, weight: SparseWeight, parameter: Tensor) -> None:

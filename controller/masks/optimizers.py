@@ -8,11 +8,14 @@ may do otherwise, the weight is cleared after each step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
+
+from ...kernels.block_score import exact_sums
+from .shards import local_part
 
 ELEMENTWISE = (
     *(optim.SGD, optim.Adadelta, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW),
@@ -45,7 +48,12 @@ def moments(optimizer: Optimizer, weight: nn.Parameter) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def start_returned(optimizer: Optimizer, weight: nn.Parameter, kept: Tensor) -> None:
+def start_returned(
+    optimizer: Optimizer,
+    weight: nn.Parameter,
+    kept: Tensor,
+    sums: Callable[[Sequence[Tensor]], Tensor] = exact_sums,
+) -> None:
     """Give kept elements whose second moment is 0 moments with which they move as the others do.
 
     An update is m / sqrt(v), which Adam corrects by a step count that the whole weight shares. At
@@ -71,7 +79,8 @@ def start_returned(optimizer: Optimizer, weight: nn.Parameter, kept: Tensor) -> 
     Args:
         optimizer: one about to step ``weight``, whose gradient is there.
         weight: the parameter.
-        kept: bool, of its shape; what has returned is kept.
+        kept: bool, of the shape of what is here of it; what has returned is kept.
+        sums: adds up each of several vectors that have a number for each row which is here.
     """
     state, gradient = optimizer.state.get(weight, {}), weight.grad
     name = next((name for name in SQUARES if name in state), "")
@@ -81,26 +90,39 @@ def start_returned(optimizer: Optimizer, weight: nn.Parameter, kept: Tensor) -> 
         return
     if gradient.layout != torch.strided or square.shape != weight.shape:
         return
+    square, gradient = local_part(square), local_part(gradient).float()
     fresh = kept & (square == 0)
-    gradient = gradient.float()
     # a fused optimiser under a gradient scaler is given what is scaled still
     if (scale := getattr(optimizer, "grad_scale", None)) is not None:
         gradient = gradient / scale
     own = gradient.square()
-    momentum = state.get("exp_avg")
+    momentum = None if (found := state.get("exp_avg")) is None else local_part(found)
     moving = (gradient if momentum is None else momentum).float().square()
     others, returned = square != 0, fresh & (own > 0)
-    g2, m2, v = (_mean(of, others) for of in (own, moving, square.float()))
-    wanted = (torch.maximum(own, _mean(own, returned)) - g2).clamp(min=0) + m2
+    asked = (own, others), (moving, others), (square, others), (own, returned)
+    rows = [_row_sums(torch.where(where, of, 0)) for of, where in asked]
+    *totals, many, few = sums([*rows, _row_sums(others), _row_sums(returned)]).unbind()
+    g2, m2, v, again = (
+        (total / count.clamp(min=1)).float()
+        for total, count in zip(totals, (many, many, many, few), strict=True)
+    )
+    wanted = (torch.maximum(own, again) - g2).clamp(min=0) + m2
     fresh &= m2 > 0
     start = torch.where(fresh, v * wanted / m2, 0)
     square.add_(start.to(square.dtype))
     if (most := state.get("max_exp_avg_sq")) is not None:
-        most.add_(start.to(most.dtype))
+        local_part(most).add_(start.to(most.dtype))
     if momentum is not None and (decay := _decay(optimizer, weight)):
         share = (wanted / own).sqrt().clamp(max=1)
         first = gradient * ((share - (1 - decay)) / decay).clamp(min=0)
         momentum.add_(torch.where(fresh & (own > 0), first, 0).to(momentum.dtype))
+
+
+def _row_sums(values: Tensor) -> Tensor:
+    rows = values.flatten(1)
+    if len(rows) == 1:  # a single sum would be parted among threads
+        rows = rows.expand(2, -1)
+    return rows.sum(1, dtype=torch.float64)[: len(values)]
 
 
 def _decay(optimizer: Optimizer, weight: nn.Parameter) -> float:
@@ -109,10 +131,6 @@ def _decay(optimizer: Optimizer, weight: nn.Parameter) -> float:
         if any(parameter is weight for parameter in group["params"]):
             return float(group.get("betas", (0.0,))[0])
     return 0.0
-
-
-def _mean(of: Tensor, where: Tensor) -> Tensor:
-    return torch.where(where, of, 0).sum() / where.sum().clamp(min=1)
 
 
 def parameters_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:

@@ -381,7 +381,6 @@ def check_sharded(
     name, own = sharded[0].name, importance is not None and not isinstance(importance, str)
     cut = next((w.name for w in sharded if w.shard and w.shard.straddles and not w.packed), None)
     for field, refused, why in (
-        ("pool", chosen.get("pool") == "row", "'global' or 'weight'"),
         ("distribution", chosen.get("distribution") == "owl", "'uniform' or 'erk'"),
         ("growth", chosen.get("growth") == "normed_gradient", "'gradient'"),
         (

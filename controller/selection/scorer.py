@@ -121,7 +121,7 @@ class Scorer:
         importance, ranks = self.importance, weights[0].ranks
         # before ranks wait for one another, what one of them lacks is told to all
         with ranks.together(weights[0].mask.device):
-            check_sharded("set_sparsity_level", weights, importance, pool=pool)
+            check_sharded("set_sparsity_level", weights, importance)
             if importance in BY_GRADIENT:
                 self._refuse_unused(weights)
             # rows of a block may lie elsewhere: it is added up below
@@ -183,6 +183,9 @@ class Scorer:
         # refuse, must not stay in the sum
         both = [tensor for i, gradient in used for tensor in (i.weight.detach(), gradient)]
         finite = torch.stack([local_part(tensor).isfinite().all() for tensor in both]).all()
+        if any(is_sharded(gradient) for _, gradient in used):
+            # where a shard overflows, no rank may count the step
+            finite = self._weights[0].ranks.sum((~finite).long()) == 0
         decay = torch.full((), MOMENTUM_DECAY, dtype=torch.float32, device=finite.device)
         decay.masked_fill_(~finite, 1)
         for weight, gradient in used:

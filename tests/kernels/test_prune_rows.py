@@ -6,7 +6,12 @@ import aot
 from triton_sparsity.kernels import prune_rows as module
 from triton_sparsity.kernels.bits import unpack
 from triton_sparsity.kernels.launch import INTERPRET, tl
-from triton_sparsity.kernels.prune_rows import prune_rows, prune_rows_reference, row_counts
+from triton_sparsity.kernels.prune_rows import (
+    Part,
+    prune_rows,
+    prune_rows_reference,
+    row_counts,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = INTERPRET or DEVICE == "cuda"
@@ -50,6 +55,21 @@ def test_each_row_loses_its_lowest(dtype, packed, backend, poisoned_memory):
                 full = unpack(mask, tensor.shape[1], backend="torch") if packed else mask
                 assert (full.cpu().numpy() == by_hand(tensor.cpu(), k)).all()
                 assert int((~full).sum()) == k
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "bool"])
+def test_parts_are_pruned_as_the_whole_is(packed, backend):
+    tensors = [randn(33, 13), randn(7, 40, seed=1)]
+    ks = [211, 99]
+    wanted, _ = prune_rows(tensors, ks, packed=packed)
+    for rows in (slice(0, 5), slice(5, 5), slice(2, 7)):
+        parts = [Part(rows.start, len(tensor)) for tensor in tensors]
+        own = [tensor[rows] for tensor in tensors]
+        found, _ = prune_rows(own, ks, packed=packed, parts=parts, backend=backend)
+        assert all(torch.equal(m, w[rows]) for m, w in zip(found, wanted, strict=True))
+    with pytest.raises(ValueError, match="parts must have 7 rows each"):
+        prune_rows(tensors[1:], [99], packed=packed, parts=[Part(1, 7)])
 
 
 def test_counts_are_even_and_add_up():

@@ -1,5 +1,7 @@
 """FSDP2's shards are pruned as the one pool that they are: bit for bit as in one process."""
 
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -121,6 +123,9 @@ HOWS = [
     ("blocks", "abs", "weight"),
     ("unstructured", "abs", "weight"),
     ("nm", "abs", "weight"),
+    ("blocks", "abs", "row"),
+    ("unstructured", "normed_abs", "row"),
+    ("nm", "abs", "row"),
     ("blocks", "normed_abs", "global"),
     ("unstructured", "normed_abs", "global"),
     ("blocks", "random", "global"),
@@ -276,6 +281,73 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+def save_shards(group, folder, how):
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    model = sharded(net(), group)
+    controller = ts.create_controller(model, config(*how), process_group=group)
+    found = train(model, controller, 5)
+    state = io.BytesIO()
+    torch.save(controller.get_state(), state)
+    saved = {"model": get_model_state_dict(model), "sparsity": state.getvalue()}
+    checkpoint.save(saved, checkpoint_id=folder, process_group=group)
+    return found
+
+
+def load_shards(group, folder, how):
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    model = sharded(net(ties=True), group)  # other weights
+    saved = {"model": get_model_state_dict(model), "sparsity": b""}
+    checkpoint.load(saved, checkpoint_id=folder, process_group=group)
+    set_model_state_dict(model, saved["model"])
+    state = torch.load(io.BytesIO(saved["sparsity"]))
+    controller = ts.create_controller(model, config(*how), state=state, process_group=group)
+    masks = [full(info.operand.binary_mask) for info in controller.sparsified_module_info]
+    weights = [full(info.weight) for info in controller.sparsified_module_info]
+    tensors = [full(saved["model"][f"{i}.weight"]) for i in (0, 2, 4, 5)]
+    return weights, masks, tensors
+
+
+@pytest.mark.parametrize("how", [("tall", "abs"), ("unstructured", "set")], ids="-".join)
+def test_a_distributed_checkpoint_has_exact_zeros_and_loads_at_another_number_of_ranks(
+    ranks, how, tmp_path
+):
+    weights, masks = ranks.run(2, save_shards, str(tmp_path), how)[0]
+    assert any((~mask).any() for mask in masks)
+    for size in (1, 3):
+        for loaded in ranks.run(size, load_shards, str(tmp_path), how):
+            assert all(map(torch.equal, loaded[0], weights))
+            assert all(map(torch.equal, loaded[1], masks))
+            for tensor, mask in zip(loaded[2], masks, strict=True):
+                assert ((tensor == 0) | mask).all()
+
+
+def overflow(group, importance):
+    model = sharded(net(), group)
+    controller = ts.create_controller(
+        model, config("unstructured", importance), process_group=group
+    )
+    sums = []
+    for bad in (False, True):  # a scaler keeps the optimiser from either step
+        model.zero_grad()
+        model(torch.ones(2, 16)).sum().backward()
+        if bad and torch.distributed.get_rank(group) == 1:
+            model[4].weight.grad.to_local()[0, 0] = torch.inf
+        controller.scheduler.step()
+        sums.append(controller.get_state()["magnitude_sparsity"]["algorithm_state"]["momenta"])
+    return sums
+
+
+@pytest.mark.parametrize("importance", ["snip_momentum", "fisher"])
+def test_no_rank_sums_a_step_that_overflowed_on_one(ranks, importance):
+    for once, twice in ranks.run(2, overflow, importance):
+        assert same(once, twice)
+        assert all(sums.any() for sums in once.values())
+
+
 MOVES = ("all_reduce", "all_to_all_single", "broadcast", "all_gather", "all_gather_object")
 MOVES += ("all_gather_into_tensor", "reduce_scatter_tensor", "all_gather_single", "reduce_scatter")
 
@@ -381,7 +453,6 @@ def refuse(group, what):
         "columns": config("blocks"),
         "rb": ts.RBSparsityConfig(),
         "rigl": ts.RigLConfig(level=0.5, t_end=10, growth="normed_gradient", delta_t=2),
-        "rows": config("unstructured", "wanda", "row"),
         "owl": config("unstructured", "abs", "weight", "owl"),
         "fisher": config("tall", "fisher"),
         "function": config("blocks", own_importance),
@@ -412,7 +483,6 @@ def refuse(group, what):
         ("obs", "ValueError", "prune_obs: '0' must not be sharded"),
         ("rb", "ValueError", "'0' must not be sharded for rb_sparsity"),
         ("rigl", "ValueError", "growth must be 'gradient' for sharded weights, as '0' is"),
-        ("rows", "ValueError", "pool must be 'global' or 'weight' for sharded weights, as '0' is"),
         ("owl", "ValueError", "distribution must be 'uniform' or 'erk' for sharded weights"),
         ("fisher", "ValueError", "no block may lie on two ranks for weight_importance 'fisher'"),
         (
