@@ -95,12 +95,13 @@ weights, moments = get_state_dict(model, optimizer)
 saved = {"model": weights, "optimizer": moments, "sparsity": state.getvalue()}
 checkpoint.save(saved, checkpoint_id=folder / f"after_epoch_{start + 2:03d}")
 
-controller.strip(do_copy=False)
-whole = get_model_state_dict(
-    model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-)
-if rank == 0:
-    zeros = sum(int((tensor == 0).sum()) for name, tensor in whole.items() if "weight" in name)
-    print(f"{zeros} weights are exactly zero in the state dict of a plain model")
-    torch.save(whole, folder.parent / "model.pt")
+if start:  # the second run has come to the target
+    controller.strip(do_copy=False)
+    whole = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    if rank == 0:
+        zeros = sum(int((tensor == 0).sum()) for name, tensor in whole.items() if "weight" in name)
+        print(f"{zeros} weights are exactly zero in the state dict of a plain model")
+        torch.save(whole, folder.parent / "model.pt")
 distributed.destroy_process_group()
