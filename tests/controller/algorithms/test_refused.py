@@ -205,6 +205,7 @@ SETTERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*before the schedule has")
 @every_kind
 @pytest.mark.parametrize("setter", SETTERS)
 @pytest.mark.filterwarnings("ignore:at level", "ignore:.*keeps no")
