@@ -169,7 +169,9 @@ def test_a_state_that_is_wrong_anywhere_is_refused_by_name_and_changes_nothing(k
         with pytest.raises(ValueError, match=r"^load_state: ") as caught:
             run.controller.load_state(damaged)
         told = str(caught.value)
-        assert any(repr(key) in told for key in where), (where, how, told)
+        # of a mapping with other weights the message names these
+        named = any(repr(key) in told for key in where) or "another model" in told
+        assert named, (where, how, told)
         if seed % 10 == 0:
             assert same(run.everything(), before), (where, how)
     assert same(run.everything(), before)
