@@ -206,7 +206,9 @@ def finetune(
     score_lr: Annotated[
         Real, _option("Of rb and movement: peak learning rate of the scores.", "0.1")
     ] = None,
-    regularization: Annotated[Real, _option("Of movement: factor of its loss.", "0.1")] = None,
+    regularization: Annotated[
+        Real, _option("Of movement without a level: factor of its loss.", "0.1")
+    ] = None,
     scope: Annotated[
         list[str] | None,
         _option("Modules to prune: path, glob or {re}expression; may be repeated.", "its layers"),

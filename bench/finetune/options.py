@@ -42,8 +42,8 @@ class RunOptions:
         algorithm: ``"magnitude"`` along the schedule; ``"const"``: the zeros that are there stay,
             or where there are too few those of one pruning; ``"set"`` and ``"rigl"``: at
             the level from the start, with masks that move until the end of the ramp; ``"rb"``:
-            learned, pulled along the schedule; ``"movement"``: learned, a warm-up as long as the
-            ramp, from the second epoch on.
+            learned, pulled along the schedule; ``"movement"``: learned, with a level along the
+            schedule, without one by a warm-up as long as the ramp, from the second epoch on.
         pattern: ``"unstructured"``, ``"block:ROWSxCOLS"``, ``"block:SIDE"``, ``"nm:N:M"`` or
             ``"nm:2:4:transposable"``.
         level, initial_level: where the schedule ends and starts, in [0, 1); of N:M up to 1 - n/m.
@@ -68,7 +68,7 @@ class RunOptions:
         delta_t: of set and rigl: steps between two updates; None: a twentieth of the ramp.
         growth: of rigl: ``"gradient"`` or ``"normed_gradient"``.
         score_lr: of rb and movement: peak learning rate of the scores, without weight decay.
-        regularization: of movement: factor of its loss.
+        regularization: of movement without a level: factor of its loss.
         scope, ignore: target and ignored scopes.
         epochs: of the sparse training.
         batch_size: examples in a step.
@@ -148,11 +148,6 @@ def checked(options: _Run) -> _Run:
         ValueError: an option is unknown or out of its range, or the backend cannot run there.
     """
     pattern = parse_pattern(options.pattern)
-    if options.algorithm == "movement" and options.level is not None:
-        raise ValueError(
-            "level must be left out with movement, which ends where its regularization takes it, "
-            f"got {options.level!r}"
-        )
     options = replace(options, level=end_level(options))
     device = find_device(options.device)
     try:
@@ -248,7 +243,7 @@ def with_defaults(options: Options, recipe: Recipe) -> Options:
 def end_level(options: RunOptions) -> float | None:
     """Return the level that is asked for, or by default 0.8, or all that N:M can express.
 
-    Movement has none.
+    Movement without one is soft.
     """
     if options.level is not None or options.algorithm == "movement":
         return options.level
@@ -294,11 +289,12 @@ def sparsity_config(options: Options) -> AlgorithmConfig:
     }
     chosen = ("pool", "distribution", "minimum_level", "maximum_level")
     given |= {name: value for name in chosen if (value := getattr(options, name)) is not None}
-    if "schedule" in config.model_fields:
+    soft = options.algorithm == "movement" and options.level is None
+    if "schedule" in config.model_fields and not soft:
         given["schedule"] = schedule(options)
     if "t_end" in config.model_fields:
         given |= regrowth(options)
-    if "warmup_start_epoch" in config.model_fields:
+    if soft:
         given |= warm_up(options)
     return config(
         pattern=parse_pattern(options.pattern),
@@ -309,13 +305,13 @@ def sparsity_config(options: Options) -> AlgorithmConfig:
 
 
 def warm_up(options: Options) -> dict[str, Any]:
-    """Return movement's warm-up: it begins with the second epoch and is as long as the ramp."""
+    """Return soft movement's warm-up, from the second epoch on, as long as the ramp."""
     assert options.epochs is not None
     assert options.ramp is not None
     if options.epochs <= 1:
         raise ValueError(
-            "epochs must be more than 1 with movement, whose warm-up begins with the second, got "
-            f"{options.epochs!r}"
+            "epochs must be more than 1 with movement without a level, whose warm-up begins with "
+            f"the second, got {options.epochs!r}"
         )
     end = min(1 + max(1, round(options.ramp * options.epochs)), math.ceil(options.epochs))
     return {

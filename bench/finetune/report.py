@@ -33,7 +33,9 @@ def print_report(report: Mapping[str, Any], folder: Path) -> None:
         "magnitude": scheduled,
         "rb": scheduled,
         "const": "the masks it started with",
-        "movement": f"regularization {options['regularization']}",
+        "movement": f"regularization {options['regularization']}"
+        if options["level"] is None
+        else scheduled,
     }
     algorithm = options["algorithm"]
     console.print(

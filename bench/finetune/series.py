@@ -87,14 +87,14 @@ def comparison(
             )
     entries = []
     for algorithm in algorithms:
-        # movement takes no level, and so runs once
-        own = [None] if algorithm == "movement" else levels
         entries += [
             Entry(
-                algorithm if level is None or len(own) == 1 else f"{algorithm} {100 * level:g} %",
-                algorithm if level is None or len(own) == 1 else f"{algorithm}-{level:g}",
+                algorithm
+                if level is None or len(levels) == 1
+                else f"{algorithm} {100 * level:g} %",
+                algorithm if level is None or len(levels) == 1 else f"{algorithm}-{level:g}",
                 replace(options, algorithm=algorithm, level=level),
             )
-            for level in own
+            for level in levels
         ]
     return entries

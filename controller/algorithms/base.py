@@ -23,6 +23,7 @@ from ...kernels.group_mask import read_counts, set_masks
 from ...kernels.pattern import Pattern
 from ..api import CompressionStage, StripFormat
 from ..config.algorithm import AlgorithmConfig, Pool
+from ..config.schedule import Schedule
 from ..masks.exchange import agree_counts
 from ..masks.export import export_onnx
 from ..masks.guard import Guard
@@ -37,10 +38,10 @@ from ..masks.targets import find_targets
 from ..masks.weight import SparseModuleInfo, SparseWeight, Target, dense_weights
 from ..selection.allocation import Distribution
 from ..selection.scorer import Scorer
-from ..selection.thresholds import Scores, check_reachable, find_masks, planned
+from ..selection.thresholds import Scores, check_limits, check_reachable, find_masks, planned
 from .batchnorm import adapt_batchnorm
 from .loss import CompressionLoss, ZeroCompressionLoss
-from .scheduler import CompressionScheduler, SparsityScheduler, StubScheduler
+from .scheduler import CompressionScheduler, SparsityScheduler, StubScheduler, make_scheduler
 
 STATE_VERSION = 2
 NEARLY_ALL = 0.99  # a weight pruned beyond this is named, unless the whole pool is
@@ -97,6 +98,14 @@ class BaseSparsityAlgoController:
 
     def _set_up(self) -> None:
         """Take up the configuration."""
+
+    def _follow_schedule(self, schedule: Schedule) -> None:
+        """Let a schedule set the level, from its initial one on. Refuses what is out of reach."""
+        self._scheduler = make_scheduler(self, schedule)
+        self._target_level = schedule.target_level
+        check_reachable("schedule: target_level", self._target_level, self._patterns)
+        check_limits(self._weights, self._target_level)
+        self.set_sparsity_level(schedule.initial_level)
 
     @classmethod
     def find_targets(cls, model: nn.Module, config: AlgorithmConfig) -> list[Target]:

@@ -116,6 +116,13 @@ class LearnedController(BaseSparsityAlgoController):
 
         return take
 
+    def follow(self, level: float, *, last: bool) -> None:
+        """Adapt BatchNorm too to the masks that stay. Masks that the user froze before stay."""
+        if not self.frozen:
+            super().follow(level, last=last)
+            if last:
+                self._adapt_batchnorm()
+
     def disable_scheduler(self) -> None:
         self._scheduler = StubScheduler(self.begin_step, self.check_epoch)
 

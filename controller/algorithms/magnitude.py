@@ -21,9 +21,8 @@ from ..masks.weight import SparseWeight
 from ..selection.allocation import Distribution, erdos_renyi, outlier_densities
 from ..selection.criteria import ImportanceField, Reduction
 from ..selection.scorer import Scorer
-from ..selection.thresholds import Scores, check_limits, check_reachable, is_reachable
+from ..selection.thresholds import Scores, is_reachable
 from .base import BaseSparsityAlgoController
-from .scheduler import make_scheduler
 
 
 def _default_pool(data: dict[str, Any]) -> Pool:
@@ -108,13 +107,11 @@ class MagnitudeSparsityController(BaseSparsityAlgoController):
         )
         self._pool, self._shifts = config.pool, config.distribution != "uniform"
         self._keep_values(config.keep_pruned_values)
-        self.disable_scheduler()
-        if config.schedule is not None:
-            self._scheduler = make_scheduler(self, config.schedule)
-            self._target_level = config.schedule.target_level
-            check_reachable("schedule: target_level", self._target_level, self._patterns)
-            check_limits(self._weights, self._target_level)
-        self.set_sparsity_level(config.initial_level)
+        if config.schedule is None:
+            self.disable_scheduler()
+            self.set_sparsity_level(config.sparsity_init)
+        else:
+            self._follow_schedule(config.schedule)
         if config.initial_level > 0:
             self._adapt_batchnorm()
 

@@ -26,7 +26,6 @@ from ..masks.weight import SparseWeight, Target
 from .base import Change
 from .learned import LearnedController
 from .logits import Draws, SparseLoss, logit_weights
-from .scheduler import make_scheduler
 
 
 class RBSparsityConfig(ScheduledConfig):
@@ -89,22 +88,15 @@ class RBSparsityController(LearnedController):
         self.ranks.take_first([self._draws.random])
         local = config.sparsity_level_setting_mode == "local"
         self._loss = self._sparse_loss = SparseLoss(self._weights, local=local)
-        self.disable_scheduler()
-        if config.schedule is not None:
-            self._scheduler = make_scheduler(self, config.schedule)
-            self._target_level = config.schedule.target_level
-        self.set_sparsity_level(config.initial_level)
+        if config.schedule is None:
+            self.disable_scheduler()
+            self.set_sparsity_level(config.sparsity_init)
+        else:
+            self._follow_schedule(config.schedule)
 
     def begin_step(self) -> None:
         super().begin_step()
         self._draws.random[1] += 1
-
-    def follow(self, level: float, *, last: bool) -> None:
-        """Adapt BatchNorm too to the masks that stay. Masks that the user froze before stay."""
-        if not self.frozen:
-            super().follow(level, last=last)
-            if last:
-                self._adapt_batchnorm()
 
     def _find_masks(self, weights: list[Any], level: float) -> Change:
         """Set the level that the loss pulls to; training takes the masks there."""

@@ -349,7 +349,8 @@ def _check_scores(controller: BaseSparsityAlgoController) -> None:
 def _with_steps(config: AlgorithmConfig, steps: int | None) -> AlgorithmConfig:
     """Return ``config`` with the number of steps in an epoch where it asks for one."""
     changes: dict[str, Any] = {}
-    if getattr(config, "steps_per_epoch", 0) is None:
+    counts = getattr(config, "schedule", None) is None
+    if counts and getattr(config, "steps_per_epoch", 0) is None:
         changes["steps_per_epoch"] = steps
     schedule: Any = getattr(config, "schedule", None)
     by_step = getattr(schedule, "update_per_optimizer_step", isinstance(schedule, RampSchedule))

@@ -1,1 +1,1 @@
-"""Movement sparsity: learned importances, a rising threshold, whole heads and channels."""
+"""Movement sparsity: learned importances; a rising threshold, or a level."""

@@ -1,9 +1,13 @@
-"""Movement sparsity, NNCF's ``movement_sparsity``: what training moves towards zero is pruned.
+"""Movement sparsity: what training moves towards zero is pruned.
 
 Each group of a linear layer has an importance S that learns from ``-w dL/dw`` summed over the
 training (Sanh et al., https://arxiv.org/abs/2005.07683; in blocks, Lagunas et al.,
-https://arxiv.org/abs/2109.04838). Groups are kept where S is above a threshold, which a warm-up
-raises; then, in transformers, whole heads and channels are resolved, and the masks are frozen.
+https://arxiv.org/abs/2109.04838).
+
+- **Hard**: the groups of lowest S are pruned, as many as a schedule's level says.
+- **Soft**, NNCF's ``movement_sparsity``: groups are kept where S is above a threshold, which a
+  warm-up raises; then, in transformers, whole heads and channels are resolved, and the masks are
+  frozen.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ INITIAL_PERCENTAGE = 0.001  # share of the importances below a threshold that is
 
 @dataclass(frozen=True)
 class MovementSparsityStatistics(SparsityStatistics):
-    """Statistics of ``movement_sparsity``.
+    """Statistics of soft ``movement_sparsity``.
 
     Attributes:
         importance_threshold, importance_regularization_factor: where they stand.
@@ -65,7 +69,9 @@ class MovementSparsityStatistics(SparsityStatistics):
 
 
 class MovementSparsityController(LearnedController):
-    """Controls masks that follow from trained importances, at each ``scheduler.step()``."""
+    """Controls masks that follow from trained importances: soft at each ``scheduler.step()``,
+    hard as the schedule says.
+    """
 
     name = "movement_sparsity"
     scores_name = "importances"
@@ -73,10 +79,10 @@ class MovementSparsityController(LearnedController):
 
     @classmethod
     def find_targets(cls, model: nn.Module, config: AlgorithmConfig) -> list[Target]:
+        hard = getattr(config, "schedule", None) is not None
         # structures have any size, and are checked when the weights are made
-        return movement_targets(
-            super().find_targets(model, config.model_copy(update={"pattern": Unstructured()}))
-        )
+        searched = config if hard else config.model_copy(update={"pattern": Unstructured()})
+        return movement_targets(super().find_targets(model, searched), biases=not hard)
 
     @classmethod
     def make_weights(
@@ -87,21 +93,46 @@ class MovementSparsityController(LearnedController):
 
     def _set_up(self) -> None:
         config: MovementSparsityConfig = self.config
+        self.threshold = -math.inf
+        self._least = self._weights[0].scores.new_zeros(())
         self._groups: list[StructureGroup] = []
-        if config.enable_structured_masking is not False:
+        if config.schedule is None and config.enable_structured_masking is not False:
             named = {weight.target.users[0]: weight.name for weight in self._weights}
             self._groups = structure_groups(self._model, named, config)[0]
         self._kept_units: dict[str, tuple[int, int]] = {}
         self._importance_loss = ImportanceLoss(self._weights)
         self._loss = self._importance_loss
-        self._scheduler = MovementScheduler(self, config)
-        self.threshold = -math.inf
+        if config.schedule is None:
+            self._scheduler = MovementScheduler(self, config)
+            return
+        self._trained = False
+        self._pool = config.pool
+        self._follow_schedule(config.schedule)
 
-    def group_scores(self, weights: Sequence[SparseWeight]) -> Scores:
+    def group_scores(self, weights: Sequence[Any]) -> Scores:
         """Importances above the least of all: ``set_sparsity_level`` prunes the lowest."""
-        found = [w.spread(w.scores.detach()) for w in self._weights if w in weights]
-        least = torch.stack([grid.min() for grid in found]).min()
-        return Scores([grid - least for grid in found], None)
+        return Scores([w.spread(w.scores.detach()) - self._least for w in weights], None)
+
+    def _find_masks(self, weights: list[MovementWeight], level: float) -> Change:
+        """As any, but that thresholds are of importances as they are."""
+        self._least = torch.stack([weight.scores.detach().min() for weight in weights]).min()
+        if self.config.schedule is not None and level > 0 and not self._trained:
+            greatest = torch.stack([weight.scores.detach().max() for weight in weights]).max()
+            self._trained = bool(greatest > self._least)
+            if not self._trained:
+                raise ValueError(
+                    f"set_sparsity_level: level {level:g} needs importances that differ, and all "
+                    "are 0 until training has changed them; let the schedule start at level 0"
+                )
+        write = super()._find_masks(weights, level)
+
+        def write_all() -> None:
+            write()
+            for name in (weight.name for weight in weights):
+                if (threshold := self._thresholds.get(name)) is not None:
+                    self._thresholds[name] = threshold + self._least
+
+        return write_all
 
     def initial_threshold(self) -> float:
         """Return the k-th smallest importance, k = int(n * 0.001) + 1 of the n elements."""
@@ -148,7 +179,9 @@ class MovementSparsityController(LearnedController):
         self._adapt_batchnorm()
 
     def compression_stage(self) -> CompressionStage:
-        """UNCOMPRESSED at none pruned, else FULLY once frozen, as after the warm-up."""
+        """Soft: UNCOMPRESSED at none pruned, else FULLY once frozen, as after the warm-up."""
+        if self.config.schedule is not None:
+            return super().compression_stage()
         if not any(operand.pruned_groups() for operand in self._weights):
             return CompressionStage.UNCOMPRESSED
         if self.frozen:
@@ -158,6 +191,8 @@ class MovementSparsityController(LearnedController):
     def _statistics(
         self, model: SparsifiedModelStatistics, level: float | None
     ) -> SparsityStatistics:
+        if self.config.schedule is not None:
+            return super()._statistics(model, level)
         factor, units = self._importance_loss.factor, dict(self._kept_units)
         return MovementSparsityStatistics(model, level, self.threshold, factor, units)
 

@@ -49,8 +49,7 @@ class MovementWeight(LearnedWeight):
 
     @property
     def scores_shape(self) -> tuple[int, ...]:
-        rows, cols = self.shape
-        grid = rows // self.factors[0], cols // self.factors[1]
+        grid = tuple(n // times for n, times in zip(self.grid, self._repeats, strict=True))
         return grid[1:] if len(self.weight_shape) == 1 else grid
 
     def learns(self) -> bool:
@@ -94,8 +93,9 @@ class MovementWeight(LearnedWeight):
         return kth_smallest([self.scores.detach()], place + 1, self.backend)
 
 
-def movement_targets(targets: Sequence[Target]) -> list[Target]:
-    """Return the linear layers among ``targets``, each weight followed by its bias.
+def movement_targets(targets: Sequence[Target], *, biases: bool) -> list[Target]:
+    """Return the linear layers among ``targets``; each weight is followed by its bias, with
+    ``biases``.
 
     Raises:
         ValueError: there is none.
@@ -107,7 +107,8 @@ def movement_targets(targets: Sequence[Target]) -> list[Target]:
             continue
         found.append(target)
         bias = "in_proj_bias" if name == "in_proj_weight" else "bias"
-        if name in ("weight", "in_proj_weight") and getattr(module, bias, None) is not None:
+        has_bias = biases and getattr(module, bias, None) is not None
+        if has_bias and name in ("weight", "in_proj_weight"):
             path = target.name if name == "weight" else target.name.removesuffix(name)[:-1]
             path = "" if path == name else path
             found.append(
@@ -199,6 +200,8 @@ def movement_weights(
         ValueError: a structure does not divide its weight, or its scope matches nothing.
     """
     _warn_about_dense(model, targets, config)
+    if config.schedule is not None:
+        return [MovementWeight(t, (t.pattern.rows, t.pattern.cols), **options) for t in targets]  # pyright: ignore[reportAttributeAccessIssue]
     structures = config.sparse_structure_by_scopes
     if config.validate_scopes:
         names = [target.name for target in targets]

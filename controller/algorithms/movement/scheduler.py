@@ -39,6 +39,8 @@ class MovementScheduler(CompressionScheduler):
         if self._epoch.known is None:
             return -1.0
         start, end = self._config.warmup_start_epoch, self._config.warmup_end_epoch
+        assert start is not None
+        assert end is not None
         steps = self._current_step - start * self._epoch.known
         return steps / ((end - start) * self._epoch.known)
 
@@ -55,7 +57,9 @@ class MovementScheduler(CompressionScheduler):
     @property
     def current_importance_regularization_factor(self) -> float:
         """The loss's factor at this step."""
-        return self._share * self._config.importance_regularization_factor
+        factor = self._config.importance_regularization_factor
+        assert factor is not None
+        return self._share * factor
 
     @property
     def _share(self) -> float:

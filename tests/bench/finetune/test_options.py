@@ -133,6 +133,23 @@ def test_masks_move_until_the_end_of_the_ramp(name, config):
         assert normed.growth == "normed_gradient"
 
 
+def test_movement_is_hard_with_a_level_and_soft_without():
+    options = with_defaults(Options(algorithm="movement", epochs=4, pool="global"), RECIPE)
+    hard = sparsity_config(replace(checked(options), level=0.9, ramp=0.5))
+    assert isinstance(hard, ts.MovementSparsityConfig)
+    assert (hard.schedule.target_level, hard.schedule.target_epoch, hard.pool) == (
+        0.9,
+        2,
+        "weight",
+    )
+    assert hard.importance_regularization_factor is None
+    soft = sparsity_config(replace(checked(options), pool=None))
+    assert soft.schedule is None
+    assert soft.importance_regularization_factor == 0.1
+    with pytest.raises(ValueError, match="pool must be left out without a schedule"):
+        sparsity_config(checked(options))
+
+
 def test_the_adaptive_schedule_ends_at_the_target_if_there_is_time():
     schedule = sparsity_config(
         with_defaults(Options(schedule="adaptive", level=0.2, epochs=10), RECIPE)

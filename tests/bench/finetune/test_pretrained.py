@@ -288,7 +288,7 @@ def test_other_data_than_those_of_the_run_are_refused(place, finished, tmp_path,
         (("--device=cuda:0",), "device must be auto, cpu or cuda, got 'cuda:0'"),
         (("--eval-data=none.txt",), "none.txt: No such file or directory"),
         (("--dense-epochs=1",), "--dense-epochs is of the built-in tasks"),
-        (("--algorithm=movement",), "level must be left out with movement"),
+        (("--algorithm=movement", "--pattern=nm:2:4"), "algorithm must be one of"),
         (("--algorithm=rigl", "--delta-t=100"), "delta_t must be less than t_end"),
     ],
     ids=" ".join,
@@ -509,12 +509,9 @@ def test_every_algorithm_trains_such_a_model(place, tmp_path, capsys, algorithm)
     algorithm, *importance = algorithm.split()
     arguments = command(place, "BERT", "-o", tmp_path / "run", "--json", "--algorithm", algorithm)
     arguments += [f"--importance={name}" for name in importance]
-    if algorithm == "movement":
-        arguments = [a for a in arguments if not str(a).startswith("--level")]
     assert run(*arguments) == 0
     report = json.loads(capsys.readouterr().out)
-    if algorithm != "movement":
-        assert report["results"]["stripped"]["level"] == pytest.approx(0.75, abs=0.02)
+    assert report["results"]["stripped"]["level"] == pytest.approx(0.75, abs=0.02)
 
 
 def test_a_model_of_ones_own_needs_transformers(place, tmp_path, capsys, monkeypatch):

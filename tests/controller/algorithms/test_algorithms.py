@@ -48,6 +48,11 @@ def movement(**options):
     )
 
 
+def hard_movement(pattern):
+    schedule = ts.RampSchedule(target_level=0.75, end=5, freeze=9)
+    return ts.MovementSparsityConfig(pattern=pattern, schedule=schedule)
+
+
 def learned_composite(pattern):
     return [
         rb(schedule=CLIMB, target_scopes=("3",))(pattern),
@@ -81,6 +86,7 @@ ALGORITHMS = {
     "rb scaled": rb(schedule=CLIMB, compression_lr_multiplier=0.5),
     "movement": movement(),
     "movement scaled": movement(compression_lr_multiplier=0.5, init_importance_threshold=-0.1),
+    "hard movement": hard_movement,
     "learned composite": learned_composite,
 }
 # where training decides how much is pruned

@@ -541,7 +541,9 @@ def test_structures_that_cannot_be_resolved_are_named():
         ({"warmup_start_epoch": -1}, "warmup_start_epoch must be greater than or equal to 0"),
         ({"importance_regularization_factor": -0.1}, "importance_regularization_factor must be"),
         ({"power": 0.0}, "power must be greater than 0"),
-        ({"overrides": ({"scope": "0"},)}, "overrides must be left out"),
+        ({"overrides": ({"scope": "0"},)}, "overrides must be left out without a schedule"),
+        ({"pool": "global"}, "pool must be left out without a schedule.*, got 'global'"),
+        ({"maximum_level": 0.9}, "maximum_level must be left out without a schedule.*, got 0.9"),
         (structure("block"), "sparse_factors must be given with mode 'block'"),
         (structure("per_dim"), "axis must be given with mode 'per_dim'"),
         (structure("fine", axis=0), "axis must be left out with mode 'fine', got 0"),
@@ -668,3 +670,137 @@ def test_compiled_training_follows_the_masks():
             out = compiled(batch(0))
         assert torch.equal(out, model(batch(0)))
         out.sum().backward()
+
+
+# to a level
+
+
+RAMP = ts.RampSchedule(target_level=0.75, begin=2, end=8, freeze=11)
+
+
+def hard(seed=0, schedule=RAMP, **options):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(16, 30), nn.ReLU(), nn.Linear(30, 8))
+    options = {"pool": "global"} | options
+    config = ts.MovementSparsityConfig(schedule=schedule, **options)
+    return model, ts.create_controller(model, config)
+
+
+@pytest.mark.parametrize("pool", ["global", "weight"])
+@pytest.mark.parametrize("pattern", [ts.Unstructured(), ts.Block(4, 8)], ids=str)
+def test_the_highest_importances_are_kept_and_all_have_a_gradient(pool, pattern):
+    model, controller = hard(pool=pool, pattern=pattern)
+    infos = controller.sparsified_module_info
+    assert [info.parameter_name for info in infos] == ["weight", "weight"]
+    rows, cols = pattern.rows, pattern.cols
+    with torch.no_grad():
+        for scores in controller.parameters():  # with ties
+            scores.copy_((2 * torch.randn(scores.shape)).round() - 3)
+    controller.set_sparsity_level(0.6)
+    scores = [info.operand.scores.detach() for info in infos]
+    for found in [scores] if pool == "global" else [[own] for own in scores]:
+        flat = torch.cat([own.flatten() for own in found])
+        lowest = round(0.6 * len(flat))
+        # among equals the first stay
+        order = sorted(range(len(flat)), key=lambda i: (flat[i].item(), -i))
+        kept = torch.ones(len(flat), dtype=torch.bool)
+        kept[order[:lowest]] = False
+        for own, part in zip(found, kept.split([own.numel() for own in found]), strict=True):
+            (info,) = [info for info in infos if info.operand.scores.shape == own.shape]
+            out, width = info.weight.shape
+            spread = part.view(own.shape).repeat_interleave(rows, 0).repeat_interleave(cols, 1)
+            assert torch.equal(info.operand.binary_mask, spread[:out, :width])
+
+    x = batch(0)
+    hidden = x @ torch.where(infos[0].operand.binary_mask, infos[0].weight, 0).T + model[0].bias
+    torch.testing.assert_close(model[:1](x), hidden)
+    model(x).square().sum().backward()
+    # dL/dS = sum of w dL/dw', of what is pruned too; dL/dw of what is kept alone
+    last = infos[1]
+    mask, dense = last.operand.binary_mask, 2 * model(x).T @ hidden.relu()
+    product = (dense * last.weight).detach()
+    product = nn.functional.pad(
+        product, (0, -product.shape[1] % cols, 0, -product.shape[0] % rows)
+    )
+    grid = product.shape[0] // rows, product.shape[1] // cols
+    sums = product.view(grid[0], rows, grid[1], cols).sum((1, 3))
+    torch.testing.assert_close(model[2].weight_scores.grad, sums, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last.weight.grad, dense * mask, rtol=1e-4, atol=1e-5)
+    assert controller.loss() == 0
+
+
+def test_the_level_is_reached_exactly_along_the_ramp():
+    model, controller = hard()
+    optimizer = optimizer_of(model, controller)
+    stages = ts.CompressionStage
+    before = []
+    for step in range(14):
+        train(model, controller, [step], optimizer)
+        progress = min(max(step - 2, 0) / 6, 1)
+        level = 0.75 - 0.75 * (1 - progress) ** 3
+        pruned = sum(info.operand.pruned_groups() for info in controller.sparsified_module_info)
+        assert pruned == round(level * 720)
+        wanted = stages.UNCOMPRESSED if step <= 2 else stages.PARTIALLY_COMPRESSED
+        assert controller.compression_stage() == (stages.FULLY_COMPRESSED if step >= 8 else wanted)
+        assert controller.frozen == (step >= 11)
+        thresholds = controller.statistics().movement_sparsity.model_statistics
+        if 2 < step < 11:
+            # before the optimiser's step; of importances as they are
+            summary = thresholds.sparsified_layers_summary[0]
+            assert summary.threshold == pytest.approx(cut_of(before, pruned), abs=1e-6)
+        before = [scores.detach().clone() for scores in controller.parameters()]
+    for info in controller.sparsified_module_info:
+        assert torch.equal(info.weight != 0, info.operand.binary_mask)
+    assert torch.equal(controller.strip()(batch(0)), model(batch(0)))
+
+
+def cut_of(scores, pruned):
+    return torch.cat([own.flatten() for own in scores]).sort().values[pruned - 1].item()
+
+
+def test_a_whole_weight_may_go_no_further_than_its_maximum():
+    _, controller = hard(overrides=({"scope": "2", "maximum_level": 0.5},))
+    first, last = controller.sparsified_module_info
+    with torch.no_grad():
+        first.operand.scores.normal_()
+        last.operand.scores.normal_().sub_(100)
+    controller.set_sparsity_level(0.6)
+    assert last.operand.pruned_groups() == 120
+    assert first.operand.pruned_groups() == round(0.6 * 720) - 120
+
+
+@pytest.mark.parametrize("steps", [1, 6, 9, 13])
+def test_a_resumed_hard_run_is_bit_identical(steps):
+    model, controller = hard()
+    optimizer = optimizer_of(model, controller)
+    train(model, controller, range(steps), optimizer)
+    twin, other = hard(seed=9)
+    resumed = optimizer_of(twin, other)
+    twin.load_state_dict(copy.deepcopy(model.state_dict()))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.load_state(controller.get_state())
+    for net, control, opt in ((model, controller, optimizer), (twin, other, resumed)):
+        train(net, control, range(steps, 16), opt)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert other.frozen
+    _, soft = build()
+    with pytest.raises(ValueError, match="load_state"):
+        soft.load_state(controller.get_state())
+
+
+@pytest.mark.parametrize("name", [*WARM_UP, "final_importance_threshold", "power"])
+def test_what_is_of_the_threshold_alone_is_refused_with_a_level(name):
+    given = {"power": 2.0, "final_importance_threshold": 0.1} | WARM_UP
+    message = f"{name} must be left out with a schedule.*, got {given[name]}"
+    with pytest.raises(ValueError, match=message):
+        ts.MovementSparsityConfig(schedule=RAMP, **{name: given[name]})
+
+
+def test_a_level_before_there_are_importances_is_refused():
+    with pytest.raises(ValueError, match=r"level 0.5 needs importances that differ.* at level 0"):
+        hard(schedule=ts.RampSchedule(initial_level=0.5, target_level=0.75, end=8))
+    with pytest.raises(ValueError, match=r"must be Unstructured\(\) or Block"):
+        hard(pattern=ts.NM(2, 4))
+    with pytest.raises(ValueError, match="schedule must be a schedule such as"):
+        hard(schedule=0.8)

@@ -44,6 +44,10 @@ ALGORITHMS = {
         init_importance_threshold=-0.1,
         enable_structured_masking=False,
     ),
+    "hard movement": ts.MovementSparsityConfig(
+        pattern=BLOCKS,
+        schedule=ts.RampSchedule(target_level=0.75, begin=0.5, end=2, every=0.25, unit="epoch"),
+    ),
     "composite": [
         ts.RigLConfig(level=0.5, t_end=20, delta_t=4, target_scopes="model.layers.0"),
         ts.MagnitudeSparsityConfig(schedule=BY_STEP, target_scopes="model.layers.1"),

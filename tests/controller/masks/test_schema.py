@@ -89,7 +89,7 @@ def mutate(state, chance):
         bad = [v for v in spoilt(value) if not (overflows and torch.is_tensor(v) and nan(v))]
         owner[key] = chance.choice(bad)
     else:
-        below = key == "threshold"  # which may be any number
+        below = key in ("threshold", "_init_importance_threshold")  # which may be any number
         owner[key] = chance.choice([j for j in JUNK if not (below and type(j) is int)])
     return [*path, key], kind
 
