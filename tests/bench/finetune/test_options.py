@@ -140,7 +140,7 @@ def test_movement_is_hard_with_a_level_and_soft_without():
     assert (hard.schedule.target_level, hard.schedule.target_epoch, hard.pool) == (
         0.9,
         2,
-        "weight",
+        "global",
     )
     assert hard.importance_regularization_factor is None
     soft = sparsity_config(replace(checked(options), pool=None))
