@@ -30,6 +30,7 @@ from ...masks.schema import END, NAMES, Entry, Schema, number
 from ...masks.statistics import SparsifiedModelStatistics, SparsityStatistics
 from ...masks.weight import SparseWeight, Target
 from ...selection.thresholds import Scores
+from ..base import Change
 from ..learned import LearnedController
 from .config import MovementSparsityConfig
 from .importance import (
