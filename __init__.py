@@ -24,6 +24,7 @@ from triton_sparsity.controller.algorithms.movement.controller import MovementSp
 from triton_sparsity.controller.algorithms.rb import RBSparsityConfig, RBSparsityController
 from triton_sparsity.controller.algorithms.rigl import RigLConfig, RigLController
 from triton_sparsity.controller.algorithms.set import SETConfig, SETController
+from triton_sparsity.controller.algorithms.sr_ste import SRSTEConfig, SRSTEController
 from triton_sparsity.controller.api import CompressionStage, StripFormat
 from triton_sparsity.controller.config.algorithm import BatchNormAdaptation, Override
 from triton_sparsity.controller.config.schedule import (
@@ -79,6 +80,8 @@ __all__ = [
     "RigLController",
     "SETConfig",
     "SETController",
+    "SRSTEConfig",
+    "SRSTEController",
     "SparseModuleInfo",
     "SparseStructure",
     "StripFormat",

@@ -142,7 +142,7 @@ def finetune(
         bool, typer.Option("--print-config", help="Print the whole recipe, and do no more.")
     ] = False,
     algorithm: Annotated[
-        Text, _option("magnitude, const, set, rigl, rb or movement.", "magnitude")
+        Text, _option("magnitude, const, set, rigl, rb, movement or sr_ste.", "magnitude")
     ] = None,
     compare: Annotated[
         Text,

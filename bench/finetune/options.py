@@ -43,7 +43,8 @@ class RunOptions:
             or where there are too few those of one pruning; ``"set"`` and ``"rigl"``: at
             the level from the start, with masks that move until the end of the ramp; ``"rb"``:
             learned, pulled along the schedule; ``"movement"``: learned, with a level along the
-            schedule, without one by a warm-up as long as the ramp, from the second epoch on.
+            schedule, without one by a warm-up as long as the ramp, from the second epoch on;
+            ``"sr_ste"``: dense weights under masks found anew at each step of the ramp.
         pattern: ``"unstructured"``, ``"block:ROWSxCOLS"``, ``"block:SIDE"``, ``"nm:N:M"`` or
             ``"nm:2:4:transposable"``.
         level, initial_level: where the schedule ends and starts, in [0, 1); of N:M up to 1 - n/m.

@@ -1,10 +1,11 @@
-"""What algorithms share whose masks follow from trained scores: rb and movement.
+"""What algorithms share whose weights are dense while their masks are learned: rb and movement, by
+trained scores, and SR-STE.
 
-The scores are parameters of the modules, ``<weight>_scores``, and so of the model: an optimiser
-made from ``model.parameters()`` after the controller trains them, one made before needs
+Their ``loss`` must be added to the task's, and ``scheduler.step()`` called at the start of each
+optimiser step. Scores are parameters of the modules, ``<weight>_scores``, and so of the model: an
+optimiser made from ``model.parameters()`` after the controller trains them, one made before needs
 ``optimizer.add_param_group({"params": controller.parameters()})``. They are no keys of the model's
-state dict; ``get_state()`` has them. ``loss`` must be added to the task's, and
-``scheduler.step()`` called at the start of each optimiser step. ``DistributedDataParallel`` needs
+state dict; ``get_state()`` has them. ``DistributedDataParallel`` needs
 ``find_unused_parameters=True``, as frozen masks leave the scores without a gradient.
 """
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masks.guard import Guard
-from ..masks.learned import LearnedWeight, read_masked
+from ..masks.learned import LearnedWeight, ScoredWeight, read_masked
 from ..masks.module import MaskedModule
 from ..masks.schema import Schema, tensor
 from ..masks.shards import is_sharded
@@ -32,7 +33,7 @@ SAMPLE = 256  # scores of each weight that are compared
 
 
 class LearnedLoss(CompressionLoss):
-    """The term by which an algorithm pulls the scores of ``weights``."""
+    """The term by which an algorithm pulls ``weights``, or their scores."""
 
     def __init__(self, weights: Sequence[LearnedWeight]) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class LearnedLoss(CompressionLoss):
             raise RuntimeError("loss: the model has been stripped; its masks cannot be trained")
         term = self.trained()
         if term is None:
-            return torch.zeros((), device=self._weights[0].scores.device)
+            return torch.zeros((), device=self._weights[0].weight.device)
         if term.requires_grad:
             term.register_hook(self._note)
         return term
@@ -66,10 +67,8 @@ class LearnedLoss(CompressionLoss):
 
 
 class LearnedController(BaseSparsityAlgoController):
-    """Base of the two: freezes scores and loss together, and tells when nothing trains them."""
+    """Base of them all: freezes weights and loss together, and tells if the loss is left out."""
 
-    learns = True
-    scores_name: ClassVar[str]  # what a state calls them
     _weights: list[LearnedWeight]
     _loss: LearnedLoss  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -80,14 +79,8 @@ class LearnedController(BaseSparsityAlgoController):
                 members.setdefault(module, {})[name] = weight
         for module, weights in members.items():
             read_masked(module, weights)
-        self._versions: list[int] = []
-        self._samples: list[Tensor] = []
-        self._idle = 0
         self._steps = 0
         return [Guard(model, self._weights)]
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [weight.scores for weight in self._weights]
 
     def freeze(self, freeze: bool = True) -> None:
         """Keep the masks of evaluation as they are, in training too, and let the loss be 0; or go
@@ -126,6 +119,53 @@ class LearnedController(BaseSparsityAlgoController):
     def disable_scheduler(self) -> None:
         self._scheduler = StubScheduler(self.begin_step, self.check_epoch)
 
+    def begin_step(self) -> None:
+        for weight in self._weights:
+            if is_sharded(weight.weight) and not weight.frozen:
+                raise RuntimeError(
+                    f"{self.name}: the weight of {weight.name!r} must not be sharded while its "
+                    "mask is learned, got a DTensor; use magnitude, SET or RigL there, or "
+                    "DistributedDataParallel"
+                )
+        super().begin_step()
+        self._steps += 1
+
+    def check_epoch(self) -> None:
+        """Raise a RuntimeError if the epoch has trained without the algorithm's loss."""
+        self._check_ranks("epoch_step")
+        if self._steps and not self.frozen and self._guard.optimizer_steps > 0:
+            self._check_added()
+        self._end_epoch()  # one that is refused has not ended
+
+    def _end_epoch(self) -> None:
+        self._steps = self._guard.optimizer_steps = 0
+        self._loss.was_added = False
+
+    def _check_added(self) -> None:
+        if self._loss.is_live and not self._loss.was_added:
+            raise RuntimeError(
+                f"{self.name}: controller.loss() was not part of the loss in {self._steps} steps, "
+                f"an epoch, so that nothing pulls {self._weights[0].name!r} and "
+                f"{len(self._weights) - 1} more; train on task_loss + controller.loss()"
+            )
+
+
+class ScoredController(LearnedController):
+    """Base of rb and movement: tells when nothing trains the scores."""
+
+    learns = True
+    scores_name: ClassVar[str]  # what a state calls them
+    _weights: list[ScoredWeight]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def _guarded(self, model: nn.Module) -> list[Guard]:
+        self._versions: list[int] = []
+        self._samples: list[Tensor] = []
+        self._idle = 0
+        return super()._guarded(model)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [weight.scores for weight in self._weights]
+
     @abstractmethod
     def _state_beside_scores(self) -> dict[str, Any]: ...
 
@@ -150,15 +190,7 @@ class LearnedController(BaseSparsityAlgoController):
         self._take_beside_scores(state)
 
     def begin_step(self) -> None:
-        for weight in self._weights:
-            if is_sharded(weight.weight) and not weight.frozen:
-                raise RuntimeError(
-                    f"{self.name}: the weight of {weight.name!r} must not be sharded while its "
-                    "mask is learned, got a DTensor, whose scores nothing would train; use "
-                    "magnitude, SET or RigL there, or DistributedDataParallel"
-                )
         super().begin_step()
-        self._steps += 1
         if self._scores_are_idle() and not self.frozen and self._model.training:
             warnings.warn(
                 f"{self.name}: no optimiser has changed the trained scores in {PATIENCE} steps; "
@@ -189,15 +221,9 @@ class LearnedController(BaseSparsityAlgoController):
                 "epoch, so that their masks are not learned; the loss must depend on these "
                 "weights as their modules have them, else list them in ignored_scopes"
             )
-        if looks and self._loss.is_live and not self._loss.was_added:
-            raise RuntimeError(
-                f"{self.name}: controller.loss() was not part of the loss in {steps} steps, an "
-                f"epoch, so that nothing pulls the scores of {self._weights[0].name!r} and "
-                f"{len(self._weights) - 1} more; train on task_loss + controller.loss()"
-            )
-        # an epoch that is refused has not ended
-        self._steps = self._guard.optimizer_steps = 0
-        self._loss.was_added = False
+        if looks:
+            self._check_added()
+        self._end_epoch()
         for weight in self._weights:
             weight.was_read = weight.has_learned = weight.has_gradient = False
 

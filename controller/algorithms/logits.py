@@ -15,7 +15,7 @@ from torch import Tensor
 from ...kernels.draw import draw, keeps_draws
 from ...kernels.learned_mask import kept_groups, sample_mask
 from ...kernels.pattern import Block
-from ..masks.learned import LearnedWeight
+from ..masks.learned import ScoredWeight
 from ..masks.schema import Schema, list_of, number
 from ..masks.weight import SparseWeight, Target
 from .learned import LearnedLoss
@@ -33,7 +33,7 @@ class Draws:
     random: Tensor
 
 
-class LogitWeight(LearnedWeight):
+class LogitWeight(ScoredWeight):
     """A weight whose mask is drawn from logits, one a group.
 
     It is drawn once an optimiser step: forward passes of one step, be they of several
@@ -82,7 +82,7 @@ class LogitWeight(LearnedWeight):
         """Return this step's draw where it is kept, drawn by the step's first forward pass."""
         if torch.compiler.is_compiling() or not keeps_draws(self.scores):
             return None
-        number, key = self.draws.random.tolist(), self.scores_state()
+        number, key = self.draws.random.tolist(), self.mask_state()
         if self._drawn_at != (number, key):
             # within a step another forward pass may still wait for its backward pass
             new_step = self._drawn_at is not None and self._drawn_at[0] != number
@@ -105,7 +105,7 @@ class LogitWeight(LearnedWeight):
         """
         if self.frozen or torch.compiler.is_compiling():
             return
-        key = self.scores_state()
+        key = self.mask_state()
         if self._read_at != key:
             kept = self.scores.detach() > 0
             self.set_grid((kept.T if self.transposed else kept).contiguous())
@@ -118,7 +118,7 @@ class LogitWeight(LearnedWeight):
             kept = grid.T if self.transposed else grid
             logits = torch.where(kept, INITIAL_LOGIT, -INITIAL_LOGIT)
             self.scores.copy_(torch.where((self.scores > 0) == kept, self.scores, logits))
-        self._read_at = self.scores_state()
+        self._read_at = self.mask_state()
 
 
 def logit_weights(
@@ -140,8 +140,10 @@ class SparseLoss(LearnedLoss):
     has a target; ``p`` off the target costs 1.
     """
 
+    _weights: list[ScoredWeight]  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(
-        self, weights: Sequence[LearnedWeight], *, local: bool = False, p: float = TOLERANCE
+        self, weights: Sequence[ScoredWeight], *, local: bool = False, p: float = TOLERANCE
     ) -> None:
         super().__init__(weights)
         self.local = local

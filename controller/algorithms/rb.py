@@ -24,7 +24,7 @@ from ..masks.schema import Schema, integer
 from ..masks.statistics import SparsifiedModelStatistics, SparsityStatistics
 from ..masks.weight import SparseWeight, Target
 from .base import Change
-from .learned import LearnedController
+from .learned import ScoredController
 from .logits import Draws, SparseLoss, logit_weights
 
 
@@ -69,7 +69,7 @@ class RBSparsityStatistics(SparsityStatistics):
         return f"{super().to_str()}\n\nMean probability to be pruned: {self.mean_sparse_prob:.4f}"
 
 
-class RBSparsityController(LearnedController):
+class RBSparsityController(ScoredController):
     """Controls masks that are drawn from trained logits, anew at each ``scheduler.step()``."""
 
     name = "rb_sparsity"

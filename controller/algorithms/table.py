@@ -16,6 +16,7 @@ from .movement.controller import MovementSparsityController
 from .rb import RBSparsityConfig, RBSparsityController
 from .rigl import RigLConfig, RigLController
 from .set import SETConfig, SETController
+from .sr_ste import SRSTEConfig, SRSTEController
 
 
 class Algorithm(NamedTuple):
@@ -38,6 +39,7 @@ _ROWS = (
     Algorithm("rigl", RigLConfig, RigLController),
     Algorithm("rb", RBSparsityConfig, RBSparsityController),
     Algorithm("movement", MovementSparsityConfig, MovementSparsityController),
+    Algorithm("sr_ste", SRSTEConfig, SRSTEController),
 )
 ALGORITHMS: dict[str, Algorithm] = {row.name: row for row in _ROWS}
 

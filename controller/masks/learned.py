@@ -1,8 +1,9 @@
-"""Masks that follow from scores which are trained along with the weights.
+"""Weights that are dense and read masked: their masks are learned, from scores that are trained
+along with them or from what pruned elements come to be.
 
-While masks are learned the weight is dense, and the module's attribute reads masked: whoever
-computes with ``child.weight`` sees the mask, and the scores are in the graph. Once the masks are
-frozen the weight holds the zeros, as any sparse weight.
+The module's attribute reads masked: whoever computes with ``child.weight`` sees the mask, and
+what the mask follows from is in the graph. Once the masks are frozen the weight holds the zeros,
+as any sparse weight.
 """
 
 from __future__ import annotations
@@ -26,39 +27,12 @@ _WEIGHTS = "_learned_weights"
 
 
 class LearnedWeight(SparseWeight):
-    """A weight whose mask has trained scores.
+    """A weight that is dense and reads masked, until it is frozen."""
 
-    Args:
-        target: which parameter, and the shape of its groups.
-        multiplier: ``compression_lr_multiplier``, a factor of the scores' gradients; None: 1.
-        options: as ``SparseWeight``'s.
-    """
-
-    scores: nn.Parameter
-    initial_score: ClassVar[float] = 0.0  # what all scores start from
-
-    def __init__(self, target: Target, *, multiplier: float | None = None, **options: Any) -> None:
+    def __init__(self, target: Target, **options: Any) -> None:
         self.frozen = False
         super().__init__(target, **options)
-        self.multiplier = multiplier
-        options = {"dtype": torch.float32, "device": self.weight.device}
-        scores = torch.full(self.scores_shape, self.initial_score, **options)
-        self.scores = nn.Parameter(scores)  # pyright: ignore[reportIncompatibleVariableOverride]
-        # fused optimisers rewrite a parameter without a trace in its version
-        self.optimizer_steps = 0
-        # since these were last set to False: whether the weight was read in training, whether a
-        # backward pass has reached what was read, and whether one has reached the scores
-        self.was_read = self.has_learned = self.has_gradient = False
-        # weakly: torch holds a tensor's hooks where the garbage collector cannot see the circle
-        note = weakref.WeakMethod(self._note_gradient)
-        self.scores.register_post_accumulate_grad_hook(lambda _: (note() or bool)())
         self._folded: tuple[tuple[Any, ...], weakref.ref[nn.Parameter]] | None = None
-
-    def _note_gradient(self) -> None:
-        self.has_gradient = True
-
-    def _note_learning(self, _: Tensor) -> None:
-        self.has_learned = True
 
     @property
     def holds_zeros(self) -> bool:
@@ -66,21 +40,16 @@ class LearnedWeight(SparseWeight):
 
     @property
     def learning(self) -> bool:
-        """True where a forward pass goes by the scores, not by the mask as it is stored."""
+        """True where a forward pass reads what is to be trained, not the mask of evaluation."""
         return self.learns()
 
     def learns(self) -> bool:
         """Tell what ``learning`` is: a method, as torch 2.11 compiles no ``super().learning``."""
         return self.module.training and not self.frozen and isinstance(self.module, LearnedModule)
 
-    @property
-    @abstractmethod
-    def scores_shape(self) -> tuple[int, ...]:
-        """How many scores there are, down and across."""
-
     @abstractmethod
     def learned(self, weight: Tensor) -> Tensor:
-        """Return the masked weight, with a gradient to the scores."""
+        """Return the masked weight, with a gradient to all that the mask follows from."""
 
     def evaluated(self, weight: Tensor) -> Tensor:
         """Return the weight under the mask of evaluation, differentiable."""
@@ -97,19 +66,86 @@ class LearnedWeight(SparseWeight):
             return weight
         if not self._is_here(weight):
             self.follow()
-        if not self.learning:
-            return self.evaluated(weight)
-        masked = self.learned(weight)
-        if masked.requires_grad and not torch.compiler.is_compiling():
-            self.was_read = True
-            masked.register_hook(self._note_learning)
-        return masked
+        return self.learned(weight) if self.learning else self.evaluated(weight)
 
     def masked(self, tensor: Tensor) -> Tensor:
         if self.frozen:
             return super().masked(tensor)
         self.follow()
         return self.learned(tensor) if self.learning else self.evaluated(tensor)
+
+    def freeze(self, frozen: bool) -> None:
+        """Let the stored mask stay, and the weight be zero where it prunes; or go on."""
+        self.frozen = frozen
+        if frozen:
+            take_values([self])
+            skip_blocks(self, self.module, self.parameter_name)
+        else:
+            restore_class(self.module)
+
+    def mask_state(self) -> tuple[Any, ...]:
+        """Return what differs once the mask of evaluation may be another."""
+        return (self.changes,)
+
+    @torch.no_grad()
+    def folded(self) -> nn.Parameter:
+        """Return the weight under the mask of evaluation as a parameter of its own, for a copy.
+        Modules that share a weight share this too, as long as somebody holds it.
+        """
+        key = self.weight.data_ptr(), self.weight._version, *self.mask_state()
+        found = self._folded[1]() if self._folded and self._folded[0] == key else None
+        if found is None:
+            value = self.evaluated(self.weight.detach()).clone()
+            found = nn.Parameter(value, requires_grad=self.weight.requires_grad)
+            self._folded = key, weakref.ref(found)
+        return found
+
+
+class ScoredWeight(LearnedWeight):
+    """A weight whose mask follows from trained scores.
+
+    Args:
+        target: which parameter, and the shape of its groups.
+        multiplier: ``compression_lr_multiplier``, a factor of the scores' gradients; None: 1.
+        options: as ``SparseWeight``'s.
+    """
+
+    scores: nn.Parameter
+    initial_score: ClassVar[float] = 0.0  # what all scores start from
+
+    def __init__(self, target: Target, *, multiplier: float | None = None, **options: Any) -> None:
+        super().__init__(target, **options)
+        self.multiplier = multiplier
+        options = {"dtype": torch.float32, "device": self.weight.device}
+        scores = torch.full(self.scores_shape, self.initial_score, **options)
+        self.scores = nn.Parameter(scores)  # pyright: ignore[reportIncompatibleVariableOverride]
+        # fused optimisers rewrite a parameter without a trace in its version
+        self.optimizer_steps = 0
+        # since these were last set to False: whether the weight was read in training, whether a
+        # backward pass has reached what was read, and whether one has reached the scores
+        self.was_read = self.has_learned = self.has_gradient = False
+        # weakly: torch holds a tensor's hooks where the garbage collector cannot see the circle
+        note = weakref.WeakMethod(self._note_gradient)
+        self.scores.register_post_accumulate_grad_hook(lambda _: (note() or bool)())
+
+    def _note_gradient(self) -> None:
+        self.has_gradient = True
+
+    def _note_learning(self, _: Tensor) -> None:
+        self.has_learned = True
+
+    @property
+    @abstractmethod
+    def scores_shape(self) -> tuple[int, ...]:
+        """How many scores there are, down and across."""
+
+    def read(self) -> Tensor:
+        masked = super().read()
+        noted = self.learning and masked.requires_grad
+        if noted and not torch.compiler.is_compiling():
+            self.was_read = True
+            masked.register_hook(self._note_learning)
+        return masked
 
     def _move(self, weight: Tensor) -> None:
         super()._move(weight)
@@ -121,15 +157,10 @@ class LearnedWeight(SparseWeight):
             scores.grad.data = scores.grad.data.to(weight.device)
 
     def freeze(self, frozen: bool) -> None:
-        """Let the stored mask stay, and the weight be zero where it prunes; or go on."""
-        self.frozen = frozen
         if frozen:
             # an optimiser leaves alone what has no gradient, its momentum notwithstanding
             self.scores.grad = None
-            take_values([self])
-            skip_blocks(self, self.module, self.parameter_name)
-        else:
-            restore_class(self.module)
+        super().freeze(frozen)
 
     def trained_scores(self) -> Tensor:
         """Return the scores as the forward pass and the loss read them."""
@@ -137,27 +168,13 @@ class LearnedWeight(SparseWeight):
             return self.scores
         return scale_gradient(self.scores, self.multiplier)
 
-    def scores_state(self) -> tuple[Any, ...]:
-        """Return what differs once the scores may have other values."""
+    def mask_state(self) -> tuple[Any, ...]:
         return self.scores.data_ptr(), self.scores._version, self.optimizer_steps
-
-    @torch.no_grad()
-    def folded(self) -> nn.Parameter:
-        """Return the weight under the mask of evaluation as a parameter of its own, for a copy.
-        Modules that share a weight share this too, as long as somebody holds it.
-        """
-        key = self.weight.data_ptr(), self.weight._version, *self.scores_state()
-        found = self._folded[1]() if self._folded and self._folded[0] == key else None
-        if found is None:
-            value = self.evaluated(self.weight.detach()).clone()
-            found = nn.Parameter(value, requires_grad=self.weight.requires_grad)
-            self._folded = key, weakref.ref(found)
-        return found
 
 
 class LearnedModule(MaskedModule):
-    """A module some of whose weights read masked. Its forward is its own class's; scores are its
-    parameters ``<weight>_scores``, but no keys of its state dict.
+    """A module some of whose weights read masked. Its forward is its own class's; scores, where a
+    weight has such, are its parameters ``<weight>_scores``, but no keys of its state dict.
     """
 
     _learned_weights: dict[str, LearnedWeight]
@@ -167,7 +184,7 @@ class LearnedModule(MaskedModule):
         with self._without_scores():
             super()._apply(fn, recurse)
         for weight in self._learned_weights.values():
-            if weight.follow().is_shared():
+            if weight.follow().is_shared() and weight.scores is not None:
                 weight.scores.share_memory_()
         return self
 
@@ -181,8 +198,10 @@ class LearnedModule(MaskedModule):
     @contextmanager
     def _without_scores(self) -> Iterator[None]:
         """Part with the score parameters for as long as the context is open."""
-        names = [_scores_name(name) for name in self._learned_weights]
-        held = {name: self._parameters.pop(name) for name in names}
+        scored = [
+            name for name, weight in self._learned_weights.items() if weight.scores is not None
+        ]
+        held = {name: self._parameters.pop(name) for name in map(_scores_name, scored)}
         try:
             yield
         finally:
@@ -226,7 +245,8 @@ def read_masked(module: nn.Module, weights: Mapping[str, LearnedWeight]) -> None
     module.__dict__[_WEIGHTS] = dict(weights)
     become(module, _class_of(type(module), tuple(weights)))
     for name, weight in weights.items():
-        module.register_parameter(_scores_name(name), weight.scores)
+        if weight.scores is not None:
+            module.register_parameter(_scores_name(name), weight.scores)
 
 
 def read_plain(module: nn.Module) -> None:
@@ -249,6 +269,7 @@ def score_parameters(model: nn.Module) -> list[nn.Parameter]:
         for module in model.modules()
         if isinstance(module, LearnedModule)
         for weight in module._learned_weights.values()
+        if weight.scores is not None
     ]
     return list(dict.fromkeys(found))
 

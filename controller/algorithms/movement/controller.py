@@ -31,7 +31,7 @@ from ...masks.statistics import SparsifiedModelStatistics, SparsityStatistics
 from ...masks.weight import SparseWeight, Target
 from ...selection.thresholds import Scores
 from ..base import Change
-from ..learned import LearnedController
+from ..learned import ScoredController
 from .config import MovementSparsityConfig
 from .importance import (
     ImportanceLoss,
@@ -69,7 +69,7 @@ class MovementSparsityStatistics(SparsityStatistics):
         return "\n".join((super().to_str(), "", *figures, *units))
 
 
-class MovementSparsityController(LearnedController):
+class MovementSparsityController(ScoredController):
     """Controls masks that follow from trained importances: soft at each ``scheduler.step()``,
     hard as the schedule says.
     """

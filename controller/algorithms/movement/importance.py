@@ -20,7 +20,7 @@ from ....kernels.learned_mask import straight_through
 from ....kernels.pattern import MAX_BLOCK_SIDE, Block, Unstructured
 from ....kernels.select import kth_smallest
 from ...config.scope import check_scopes, matches
-from ...masks.learned import LearnedWeight
+from ...masks.learned import ScoredWeight
 from ...masks.targets import weights_of
 from ...masks.weight import SparseWeight, Target
 from ..learned import LearnedLoss
@@ -31,14 +31,14 @@ QUANTILE = 98  # percent of a weight that may be pruned at most
 LAYER_FACTOR = 0.5
 
 
-class MovementWeight(LearnedWeight):
+class MovementWeight(ScoredWeight):
     """A mask by importance, of a weight (a matrix) or a bias (a vector).
 
     Args:
         target: which parameter, and what rows and columns a mask can tell apart: divisors of
             ``factors``.
         factors: rows and columns of what has one importance; a bias's rows are 1.
-        options: as ``LearnedWeight``'s.
+        options: as ``ScoredWeight``'s.
     """
 
     def __init__(self, target: Target, factors: tuple[int, int], **options: Any) -> None:

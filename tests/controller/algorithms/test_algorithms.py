@@ -81,6 +81,8 @@ ALGORITHMS = {
     "rigl": regrowth(ts.RigLConfig),
     "rigl from importance": regrowth(ts.RigLConfig, initial_masks="importance"),
     "composite": composite,
+    "sr_ste": lambda pattern: ts.SRSTEConfig(level=0.75, pattern=pattern),
+    "sr_ste frozen": lambda pattern: ts.SRSTEConfig(level=0.75, t_end=7, pattern=pattern),
     "rb": rb(schedule=CLIMB),
     "rb local": rb(sparsity_level_setting_mode="local", schedule=None, sparsity_init=0.5),
     "rb scaled": rb(schedule=CLIMB, compression_lr_multiplier=0.5),
@@ -92,7 +94,8 @@ ALGORITHMS = {
 # where training decides how much is pruned
 LEARNED = {"rb", "rb local", "rb scaled", "movement", "movement scaled", "learned composite"}
 # these alone choose within tuples
-DOES_NOT_FIT = {(a, ts.NM(1, 4)) for a in ALGORITHMS if not a.startswith(("magnitude", "const"))}
+WITH_TUPLES = ("magnitude", "const", "sr_ste")
+DOES_NOT_FIT = {(a, ts.NM(1, 4)) for a in ALGORITHMS if not a.startswith(WITH_TUPLES)}
 # 30 rows in blocks of 4: movement's structures must divide the weight
 DOES_NOT_FIT |= {(a, ts.Block(4, 4)) for a in ("movement", "movement scaled")}
 CASES = [(a, p) for a in ALGORITHMS for p in PATTERNS if (a, p) not in DOES_NOT_FIT]

@@ -44,6 +44,7 @@ ALGORITHMS = {
         init_importance_threshold=-0.1,
         enable_structured_masking=False,
     ),
+    "sr_ste": ts.SRSTEConfig(t_end=20),
     "hard movement": ts.MovementSparsityConfig(
         pattern=BLOCKS,
         schedule=ts.RampSchedule(target_level=0.75, begin=0.5, end=2, every=0.25, unit="epoch"),
