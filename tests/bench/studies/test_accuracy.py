@@ -86,7 +86,8 @@ def test_the_tables_have_means_errors_and_the_best_in_bold(finetune, tmp_path):
 
 @pytest.mark.slow
 def test_a_cell_is_really_trained(tmp_path, monkeypatch):
-    monkeypatch.setitem(accuracy.TASKS, "stdlib-lm", {"eval_batches": 1})
+    short = {"eval_batches": 1, "dense_epochs": 1}
+    monkeypatch.setitem(accuracy.TASKS, "stdlib-lm", short)
     quick = ["--epochs=2", "--steps-per-epoch=2", "--seeds=1", "--levels=0.8"]
     record = study(tmp_path, *quick, "--patterns=block:16", "--minutes=0.01")
     assert 1 < record["runs"][0]["metric"] < 9

@@ -158,7 +158,7 @@ def runs():
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("rounds", [200, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [200, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:update_per_optimizer_step")
 def test_a_state_that_is_wrong_anywhere_is_refused_by_name_and_changes_nothing(kind, rounds, runs):
     state, run = runs(kind)
