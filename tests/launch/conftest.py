@@ -37,6 +37,13 @@ def stub(driver):
 @pytest.fixture
 def zero_memory(monkeypatch):
     """Fill fresh memory with zeros, for what kernels would write there and the host reads."""
-    monkeypatch.setattr(torch, "empty", torch.zeros)
+    empty = torch.empty
+
+    def zeros(*shape, **options):
+        # zeros of meta are made by this very function
+        of = empty if options.get("device") == "meta" else torch.zeros
+        return of(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", zeros)
     monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)

@@ -105,9 +105,10 @@ UPDATE = {
     "rigl, fine": Costs(Cost(17, 0), Cost(12, 0), Cost(2, 0)),
 }
 # of loading a state
+# a state's check unpacks each mask and looks at each threshold, before anything changes
 LOAD = {
-    "magnitude, blocks, each": Costs(Cost(9, 0), Cost(3, 1), Cost(2, 0)),
-    "magnitude, fine, global": Costs(Cost(6, 0), Cost(3, 1), Cost(2, 0)),
+    "magnitude, blocks, each": Costs(Cost(9, 1), Cost(3, 4), Cost(2, 1)),
+    "magnitude, fine, global": Costs(Cost(6, 2), Cost(3, 4), Cost(2, 1)),
 }
 
 # torch's operators that launch nothing; ``zeros`` is what ``empty`` is here
@@ -236,7 +237,7 @@ def test_an_update_is_a_few_hundred_calls_of_python_a_weight(kind, stub):
         return found
 
     each = (calls(24) - calls(8)) / 16
-    assert each <= 220, each
+    assert each <= 245, each
 
 
 def test_a_wait_is_found_and_what_the_host_owns_is_read_without(stub, waits):
