@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch import nn
 
 from ..controller.algorithms.base import BaseSparsityAlgoController
 from ..controller.create import create_controller
-from ..controller.masks.weight import SparseModuleInfo
 from ..kernels.pattern import NM, Pattern, maximum_level
 from .finetune.job import gather
 from .finetune.pretrained import Run, calibration, prepare, quiet
@@ -82,12 +81,17 @@ def sensitivity(
     model, dense = run.load().eval(), None
     if run.objective == "embedding":
         dense = run.load().eval()
-    before = run.measure(model, dense)["loss"]
+
+    def loss() -> float:
+        return run.measure(model, dense)["loss"]
+
+    before = loss()
     rows: list[dict[str, Any]] = []
     proposals = []
     for pattern in found:
         controller = _control(run, model, pattern)
-        scanned = _scan(run, controller, model, dense, _reachable(pattern, levels), progress)
+        at = [maximum_level(pattern)] if isinstance(pattern, NM) else levels
+        scanned = _scan(controller, loss, at, progress)
         for info in controller.sparsified_module_info:
             name = info.module_node_name
             rows += [
@@ -96,17 +100,17 @@ def sensitivity(
                     "name": name,
                     "shape": list(info.weight.shape),
                     "level": level,
-                    "loss": loss,
-                    "increase": loss - before,
+                    "loss": after,
+                    "increase": after - before,
                 }
-                for level, loss in scanned[name].items()
+                for level, after in scanned[name].items()
             ]
         curves = {
-            name: {level: loss - before for level, loss in losses.items()}
+            name: {level: after - before for level, after in losses.items()}
             for name, losses in scanned.items()
         }
-        at = min(budget, maximum_level(pattern)) if isinstance(pattern, NM) else budget
-        proposals.append(_propose(run, controller, model, dense, pattern, curves, at))
+        reachable = min(budget, maximum_level(pattern))
+        proposals.append(_propose(controller, loss, pattern, curves, reachable))
         controller.fold(model)
     return environment(run.args.device, "torch") | {
         "model": Path(recipe.model).name,
@@ -129,10 +133,6 @@ def _examples(run: Run) -> int:
     return min(len(held_out), batches * run.args.per_device_eval_batch_size)
 
 
-def _reachable(pattern: Pattern, levels: Sequence[float]) -> list[float]:
-    return [maximum_level(pattern)] if isinstance(pattern, NM) else [*levels]
-
-
 def _control(run: Run, model: nn.Module, pattern: Pattern) -> BaseSparsityAlgoController:
     """Return a controller under which each weight is a pool, with what its criterion needs."""
     changes = {"pattern": pattern, "maximum_level": 1.0, "schedule": None}
@@ -144,10 +144,8 @@ def _control(run: Run, model: nn.Module, pattern: Pattern) -> BaseSparsityAlgoCo
 
 
 def _scan(
-    run: Run,
     controller: BaseSparsityAlgoController,
-    model: nn.Module,
-    dense: nn.Module | None,
+    loss: Callable[[], float],
     levels: Sequence[float],
     progress: Advance,
 ) -> dict[str, dict[float, float]]:
@@ -158,51 +156,39 @@ def _scan(
         losses[name] = {}
         for level in levels:
             controller.set_sparsity_level(level, info)
-            losses[name][level] = run.measure(model, dense)["loss"]
+            losses[name][level] = loss()
         controller.set_sparsity_level(0.0, info)
         progress(f"scan {info.operand.pattern}", i, len(infos), name)
     return losses
 
 
 def _propose(
-    run: Run,
     controller: BaseSparsityAlgoController,
-    model: nn.Module,
-    dense: nn.Module | None,
+    loss: Callable[[], float],
     pattern: Pattern,
     curves: Curves,
     level: float,
 ) -> dict[str, Any]:
-    """Return levels for the budget, and the loss under these and under what else one might do."""
+    """Return levels for the budget, and the loss under these and under one level for all; the
+    weights are then as they were.
+    """
     infos = controller.sparsified_module_info
     sizes = {info.module_node_name: info.weight.numel() for info in infos}
     chosen = allocate(sizes, curves, level)
-    together = _together(run, controller, model, dense, infos, chosen)
-    uniform = _together(run, controller, model, dense, infos, dict.fromkeys(sizes, level))
+    losses = []
+    for levels in (chosen, dict.fromkeys(sizes, level)):
+        for info in infos:
+            controller.set_sparsity_level(levels[info.module_node_name], info)
+        losses.append(loss())
+    for info in infos:
+        controller.set_sparsity_level(0.0, info)
     return {
         "pattern": spell_pattern(pattern),
         "level": sum(chosen[name] * size for name, size in sizes.items()) / sum(sizes.values()),
-        "loss": together,
-        "uniform_loss": uniform,
+        "loss": losses[0],
+        "uniform_loss": losses[1],
         "levels": chosen,
     }
-
-
-def _together(
-    run: Run,
-    controller: BaseSparsityAlgoController,
-    model: nn.Module,
-    dense: nn.Module | None,
-    infos: Sequence[SparseModuleInfo],
-    levels: Mapping[str, float],
-) -> float:
-    """Return the loss with every weight at its level; the weights are then as they were."""
-    for info in infos:
-        controller.set_sparsity_level(levels[info.module_node_name], info)
-    loss = run.measure(model, dense)["loss"]
-    for info in infos:
-        controller.set_sparsity_level(0.0, info)
-    return loss
 
 
 def allocate(sizes: Mapping[str, int], curves: Curves, level: float) -> dict[str, float]:
