@@ -24,7 +24,9 @@ from .table import Matrices, alike, device_table, find_tensor, first_of, list_in
 
 # no block is wider than the tile; four or eight 16-byte loads of a thread are in flight at once
 TILE = {"TILE_R": 16, "TILE_C": MAX_BLOCK_SIDE}
-NORM_BLOCK = 1024  # sums of squares that are added at a time
+# how many sums of squares are added at a time; between which bounds float32 holds their total
+# well, and by what weights are multiplied whose squares it does not
+NORM = {"BLOCK": 1024, "LEAST": 2.0**-60, "MOST": 2.0**120, "UP": 2.0**88, "DOWN": 2.0**-72}
 # elements: a chunk and its magnitudes stay in the cache between the passes over them
 CPU_CHUNK = 2**19
 _ROW_BITS = 38  # of the greatest number: 2^24 such may be added
@@ -46,17 +48,30 @@ def inverse_norms_reference(weights: Sequence[Tensor]) -> Tensor:
 
 
 def row_norms(matrix: Tensor) -> Tensor:
-    """Return the 2-norm of each row, float32 or wider: the same bits whatever rows lie beside."""
-    wide = torch.promote_types(matrix.dtype, torch.float32)
+    """Return the 2-norm of each row, float64: the same bits whatever rows lie beside.
+
+    Squares are added up in float32, and of the rows where it does not hold them in float64.
+    """
+    norms = _row_norms(matrix, torch.promote_types(matrix.dtype, torch.float32)).double()
+    far = ~((norms > NORM["LEAST"] ** 0.5) & (norms < NORM["MOST"] ** 0.5))
+    if far.any():
+        rows = matrix[far]
+        parts = rows.split(max(1, CPU_CHUNK // max(1, rows.shape[1])))
+        norms[far] = torch.cat([_row_norms(part, torch.float64) for part in parts])
+    return norms
+
+
+def _row_norms(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     if len(matrix) == 1:  # a single sum would be parted among threads
-        return torch.linalg.vector_norm(matrix.expand(2, -1), dim=1, dtype=wide)[:1]
-    return torch.linalg.vector_norm(matrix, dim=1, dtype=wide)
+        return torch.linalg.vector_norm(matrix.expand(2, -1), dim=1, dtype=dtype)[:1]
+    return torch.linalg.vector_norm(matrix, dim=1, dtype=dtype)
 
 
 def inverse_norms(
     rows: Sequence[Tensor], most: Reduce | None = None, add: Reduce | None = None
 ) -> Tensor:
-    """Return ``1 / ||w||_2`` of each weight from the norms of its rows; 1 for a weight of zeros.
+    """Return ``1 / ||w||_2`` of each weight from the norms of its rows; 1 for a weight of zeros,
+    Inf where float32 ends.
 
     Args:
         rows: of each weight what ``row_norms`` returns, or of some of its rows.
@@ -65,8 +80,9 @@ def inverse_norms(
     Returns:
         float32 ``(len(rows),)``.
     """
-    norms = exact_sums([row.double().square() for row in rows], most, add).sqrt().float()
-    return norms.where(norms > 0, 1).reciprocal()  # scores that are not finite are refused
+    norms = exact_sums([row.square() for row in rows], most, add).sqrt()
+    # scores that are not finite are refused
+    return norms.where(norms > 0, 1).reciprocal().float()
 
 
 def exact_sums(
@@ -249,7 +265,19 @@ def _block_score_kernel(
 
 
 @triton.jit
-def _norm_kernel(table_ptr, square_ptr, out_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_kernel(
+    table_ptr,
+    square_ptr,
+    out_ptr,
+    DTYPE: tl.constexpr,
+    INDEX: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    UP: tl.constexpr,
+    DOWN: tl.constexpr,
+):
     """Add up the squares of one weight, in an order that its shape alone decides."""
     entry = table_ptr + tl.program_id(0)
     square_ptr += tl.load(entry)
@@ -258,9 +286,28 @@ def _norm_kernel(table_ptr, square_ptr, out_ptr, N: tl.constexpr, BLOCK: tl.cons
     for start in range(0, programs, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         total += tl.load(square_ptr + offs, mask=offs < programs, other=0.0)  # [BLOCK]
-    norm = tl.sqrt_rn(tl.sum(total))
+    total = tl.sum(total)
+    unit = tl.full((), 1.0, tl.float32)
+    if (total < LEAST) | (total > MOST):
+        # so rare that one program may read the weight again, multiplied by what lets squares be
+        unit = tl.where(total < LEAST, unit * UP, unit * DOWN)
+        w_ptr = tl.load(entry + 2 * N).to(tl.pointer_type(DTYPE))
+        R, C = tl.load(entry + 3 * N).to(INDEX), tl.load(entry + 4 * N).to(INDEX)
+        stride_wr, stride_wc = tl.load(entry + 5 * N).to(INDEX), tl.load(entry + 6 * N).to(INDEX)
+        lines = tl.zeros((BLOCK,), tl.float32)
+        for row in range(R):
+            line = tl.zeros((BLOCK,), tl.float32)
+            for first in range(0, C, BLOCK):
+                offs_c = first + tl.arange(0, BLOCK)
+                w = tl.load(
+                    w_ptr + row * stride_wr + offs_c * stride_wc, mask=offs_c < C, other=0.0
+                ).to(tl.float32)  # [BLOCK]
+                line += (w * unit) * (w * unit)
+            lines += line
+        total = tl.sum(lines)
+    norm = tl.sqrt_rn(total)
     # a weight of zeros has importance 0, whatever it is divided by
-    tl.store(out_ptr + tl.load(entry + 11 * N), tl.div_rn(1.0, tl.where(norm > 0, norm, 1.0)))
+    tl.store(out_ptr + tl.load(entry + 11 * N), tl.div_rn(unit, tl.where(norm > 0, norm, unit)))
 
 
 def _launch(
@@ -313,8 +360,10 @@ def _launch(
                     table,
                     squares,
                     inverse,
+                    DTYPE=getattr(tl, str(dtype).removeprefix("torch.")),
+                    INDEX=index,
                     N=table.shape[1],
-                    BLOCK=NORM_BLOCK,
+                    **NORM,
                     **FUSED,
                 )
     grids = zip(down.tolist(), across.tolist(), starts.tolist(), strict=True)
@@ -435,7 +484,8 @@ def block_scores(
     Returns:
         float32 scores, one contiguous matrix a weight. On a GPU they are parts of one tensor.
         And, if ``normed``, float32 ``(len(weights),)``: ``1 / ||w||_2`` of each weight, the
-        squares added up in float32 and in one order; 1 for a weight of zeros. Else None.
+        squares added up in one order, scaled or in float64 where float32 does not hold them; 1
+        for a weight of zeros, Inf where the quotient exceeds float32. Else None.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``block_score``; or devices differ.

@@ -97,6 +97,14 @@ class Cut(NamedTuple):
             pruned = [n - kept for n, kept in zip(groups, count_kept(self.kept()), strict=True)]
         return pruned if self.others is None else _of_all(pruned, self.nonfinite, self.others)
 
+    def finite(self, i: int) -> bool:
+        """Tell whether what is compared of tensor ``i`` is finite. Waits for the device."""
+        keys = self.scores[i]
+        if isinstance(self.pattern, NM) and self.threshold is None:
+            keys = nm_score(self.elements[i], self.pattern, backend=self.backend)
+        keys = keys.float()
+        return bool((keys if self.scales is None else keys * self.scales[i]).isfinite().all())
+
     def values(self) -> list[Tensor | None]:
         """Return the threshold of each tensor, 0-d."""
         if self.threshold is None:

@@ -34,6 +34,7 @@ from .pattern import NM
 CHUNK = 2**17  # elements that plain torch handles at a time: keys and ranks stay in cache
 TILE = 4096  # elements of a program: two to eight 16-byte loads in flight for each thread
 PIECE = 1024  # longest part of a row in a tile of several rows
+TILE_LARGEST = 2.0**124  # of a tile's elements: eight add up to what float32 holds
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 PAIRS = tuple(combinations(range(4), 2))  # the two columns that a row of a tile keeps
@@ -56,8 +57,8 @@ class NMMask(NamedTuple):
 
     Attributes:
         mask: packed bits, uint8 ``(R, ceil(C / 8))``.
-        nonfinite: 0-d int64, how many groups hold a NaN or an Inf; if any does, the mask means
-            nothing.
+        nonfinite: 0-d int64, how many groups hold a NaN or an Inf, or how many tiles what float32
+            could not add up; if any does, the mask means nothing.
     """
 
     mask: Tensor
@@ -121,6 +122,7 @@ def _reference(
 ) -> Tensor:
     """Define the semantics: plain torch, any device, any float dtype; some MB of scratch."""
     tall, wide = pattern.group
+    most = TILE_LARGEST if pattern.transposable else torch.inf
     nonfinite = torch.zeros((), dtype=torch.int64, device=weight.device)
     packer = None if out is None else Packer(weight)
     buffer = scratch = torch.empty(0, dtype=torch.float32, device=weight.device)
@@ -139,7 +141,7 @@ def _reference(
         keys = buffer[: part.numel()].view(tall, wide, rows, cols)
         keys.copy_(part.unflatten(1, split[2:]).unflatten(0, split[:2]).permute(1, 3, 0, 2)).abs_()
         keys = keys.view(tall * wide, rows * cols)
-        infinite = ~(keys.amax(0) < torch.inf) if keys.numel() else keys.new_zeros(0) != 0
+        infinite = ~(keys.amax(0) < most) if keys.numel() else keys.new_zeros(0) != 0
         nonfinite += infinite.sum()
         if pattern.transposable:
             keep = _tile_reference(keys, scratch)
@@ -200,14 +202,14 @@ def _code(ranks, KEPT: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def _store_scores(keys, code, inside, score_ptrs, N: tl.constexpr):
-    """Store what each group drops, all but ``code``'s; tell which have a NaN or an Inf."""
+def _store_scores(keys, code, inside, score_ptrs, N: tl.constexpr, MOST: tl.constexpr):
+    """Store what each group drops, all but ``code``'s; tell which have NaN, or ``MOST``."""
     total = tl.zeros(code.shape, tl.float32)
     largest = tl.zeros(code.shape, tl.float32)
     for j in tl.static_range(N):
         total += tl.where((code >> j) & 1 != 0, 0.0, keys[j])
         largest = tl.maximum(largest, keys[j], propagate_nan=tl.PropagateNan.ALL)
-    infinite = inside & ((largest < float("inf")) == 0)
+    infinite = inside & ((largest < MOST) == 0)
     if score_ptrs is not None:
         tl.store(score_ptrs, tl.where(infinite, float("nan"), total), mask=inside)
     return infinite
@@ -263,7 +265,7 @@ def _nm_kernel(
 
     code = _code(_ranks(keys, M), KEPT, M)
     score_ptrs = None if score_ptr is None else score_ptr + offs_r * tuples + offs_t
-    infinite = _store_scores(keys, code, inside, score_ptrs, M)
+    infinite = _store_scores(keys, code, inside, score_ptrs, M, float("inf"))
     tl.store(count_ptr + tl.program_id(0), tl.sum(infinite.to(tl.int32)))
     if out_ptr is not None:
         if whole_ptr is not None:
@@ -326,7 +328,7 @@ def _straddling_kernel(
         keys = _columns(tl.abs(x.to(tl.float32)))
         code = _code(_ranks(keys, M), KEPT, M)
         score_ptrs = None if score_ptr is None else score_ptr + offs_r * tuples + offs_t
-        count += _store_scores(keys, code, inside, score_ptrs, M).to(tl.int32)
+        count += _store_scores(keys, code, inside, score_ptrs, M, float("inf")).to(tl.int32)
         if out_ptr is not None:
             if whole_ptr is not None:
                 whole = tl.load(whole_ptr + offs_r * tuples + offs_t, mask=inside, other=0)
@@ -358,6 +360,7 @@ def _tile_kernel(
     stride_xr,
     stride_xc,
     TABLE: tl.constexpr,
+    MOST: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -396,7 +399,7 @@ def _tile_kernel(
         code = tl.where(better, TABLE[t][4], code)
 
     score_ptrs = None if score_ptr is None else score_ptr + offs_r * across + offs_t
-    infinite = _store_scores(keys, code, inside, score_ptrs, 16)
+    infinite = _store_scores(keys, code, inside, score_ptrs, 16, MOST)
     tl.store(count_ptr + tl.program_id(0), tl.sum(infinite.to(tl.int32)))
     if out_ptr is not None:
         if whole_ptr is not None:
@@ -467,6 +470,7 @@ def _launch(
             _tile_kernel[grid](
                 *arguments,
                 TABLE=_TABLE,
+                MOST=TILE_LARGEST,
                 INDEX=index,
                 BLOCK_R=block_r,
                 BLOCK_C=block_c,
@@ -582,7 +586,7 @@ def nm_mask(
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
-        The packed mask, ``out`` if given, and how many groups hold a NaN or an Inf.
+        The packed mask, ``out`` if given, and ``NMMask``'s ``nonfinite``.
 
     Raises:
         TypeError: ``pattern`` is no ``NM``.
@@ -627,7 +631,7 @@ def nm_score(weight: Tensor, pattern: NM, *, backend: Backend = "auto") -> Tenso
 
     Returns:
         float32, one element a group, ``(R, C / m)`` or ``(R / 4, C / 4)``, added up in float32 in
-        row-major order. NaN where a group holds a NaN or an Inf.
+        row-major order. NaN where a group holds a NaN or an Inf, or a tile 2^124 or more.
 
     Raises:
         TypeError, ValueError, RuntimeError: as ``nm_mask``.

@@ -30,6 +30,7 @@ Name = Literal["abs", "normed_abs", "snip", "snip_momentum", "taylor", "fisher",
 NAMES: tuple[str, ...] = get_args(Name)
 Reduction = Literal["mean", "max", "sum", "l2"]
 
+CHUNK = 2**22  # elements whose blocks are reduced at a time, so that copies are small
 # to first order what a loss of 1 changes by and float32 does not show
 ROUNDING = torch.finfo(torch.float32).eps
 
@@ -334,12 +335,29 @@ def _block_scores(
 
 def _reduced(values: Tensor, pattern: Pattern, reduction: Reduction, backend: Backend) -> Tensor:
     rows, cols = pattern.rows, pattern.cols
+    if reduction == "sum":
+        mean = block_score(values, pattern, backend=backend)
+        tall, wide = side_lengths(values.shape, rows, cols, device=values.device)
+        return mean * tall * wide
+    height = rows * max(1, CHUNK // max(1, rows * values.shape[1]))
+    return torch.cat([_peaks(part, pattern, reduction, backend) for part in values.split(height)])
+
+
+def _peaks(values: Tensor, pattern: Pattern, reduction: Reduction, backend: Backend) -> Tensor:
+    """Return the max or the Euclidean norm of each block."""
+    blocks = pad_to_blocks(values, pattern.rows, pattern.cols)
+    peaks = torch.maximum(blocks.amax((1, 3)), blocks.amin((1, 3)).neg()).float()
     if reduction == "max":
-        return pad_to_blocks(values, rows, cols).abs().amax((1, 3)).float()
-    mean = block_score(values, pattern, norm="l2" if reduction == "l2" else "l1", backend=backend)
-    tall, wide = side_lengths(values.shape, rows, cols, device=values.device)
-    total = mean * tall * wide
-    return total.sqrt() if reduction == "l2" else total
+        return peaks
+    # float32 holds the squares of neither 2e19 nor 1e-23: a block is multiplied by a power of 2
+    exponents = torch.frexp(peaks).exponent.clamp(-126, 126)
+    units = (127 - exponents << 23).view(torch.float32)
+    if values.dtype == torch.float16:  # whose squares it does hold
+        units = torch.ones_like(units)
+    blocks = blocks * units.to(values.dtype)[:, None, :, None]
+    matrix = blocks.flatten(2).flatten(0, 1)
+    mean = block_score(matrix, pattern, norm="l2", backend=backend)
+    return (mean * (pattern.rows * pattern.cols)).sqrt() / units
 
 
 def by_group(

@@ -296,14 +296,15 @@ def check_finite(prunings: Sequence[Pruning]) -> None:
 
 
 def _name_nonfinite(weights: list[SparseWeight], cut: Cut) -> None:
-    for weight, tensor in zip(weights, cut.scores, strict=True):
-        if not torch.isfinite(tensor).all():
-            here = torch.isfinite(local_part(weight.weight)).all()
-            what = "importance" if here else "weight"
-            raise ValueError(
-                f"set_sparsity_level: the {what} of {weight.name!r} holds NaN or Inf; masks are "
-                "left as they were"
-            )
+    for i, weight in enumerate(weights):
+        if cut.finite(i):
+            continue
+        here = torch.isfinite(local_part(weight.weight)).all()
+        what = "importance" if here else "weight"
+        raise ValueError(
+            f"set_sparsity_level: the {what} of {weight.name!r} holds NaN or Inf; masks are left "
+            "as they were"
+        )
 
 
 def _prune(

@@ -355,6 +355,34 @@ def test_a_list_has_the_scores_of_each(pattern, normed):
         torch.testing.assert_close(got, want[:3], rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("pattern", [Unstructured(), Block(4, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_neither_overflow_nor_vanish(dtype, pattern, backend):
+    if INTERPRET and dtype == torch.bfloat16 and backend == "auto":
+        pytest.skip("the interpreter's bfloat16 is unreliable")
+    plain = make((9, 33))
+    weights = [plain.clone(), plain * 1e-24, plain * 1e-36, plain * 1e22, plain * 1e37]
+    weights[0][3, 5] = 2e19
+    weights += [weight.T for weight in weights] + [torch.zeros_like(plain)]
+    weights = [weight.to(dtype) for weight in weights]
+    with np.errstate(all="ignore"):  # the interpreter's
+        _, inverse = block_scores(weights, pattern, normed=True, backend=backend)
+        _, again = block_scores(weights, pattern, normed=True, backend=backend)
+    exact = torch.stack([weight.double().norm() for weight in weights])
+    want = exact.where(exact > 0, 1).reciprocal().float()
+    torch.testing.assert_close(inverse, want, rtol=1e-5, atol=0)
+    assert torch.equal(again, inverse)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_norm_whose_inverse_float32_does_not_hold_is_inf(backend):
+    weights = [torch.full((2, 3), 1e-40, device=DEVICE), torch.ones(2, 3, device=DEVICE)]
+    with np.errstate(all="ignore"):  # the interpreter's
+        _, inverse = block_scores(weights, Unstructured(), normed=True, backend=backend)
+    assert inverse.isinf().tolist() == [True, False]
+
+
 @pytest.mark.skipif(not ON_TRITON, reason="counts launches of the kernels")
 def test_a_list_is_one_launch_and_one_for_the_norms(launches):
     weights = [make((33, 31 + i)) for i in range(9)]

@@ -172,6 +172,14 @@ def test_groups_with_nan_or_inf_are_counted_and_scored_nan(pattern, backend):
     assert bad.nonzero().tolist() == [[0, 0], [3, 8], [5, 2]]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tile_that_float32_could_not_add_up_is_counted_and_scored_nan(backend):
+    weight = tied(TRANSPOSABLE, 2, 3)
+    weight[0, 0], weight[5, 9] = 2.0**124, -(2.0**123)
+    assert int(nm_mask(weight, TRANSPOSABLE, backend=backend).nonfinite) == 1
+    assert nm_score(weight, TRANSPOSABLE, backend=backend).isnan().nonzero().tolist() == [[0, 0]]
+
+
 @pytest.mark.parametrize("pattern", [NM(2, 4), NM(3, 7), TRANSPOSABLE], ids=str)
 def test_backends_agree_and_repeat_bit_for_bit(pattern):
     tall, wide = pattern.group
@@ -290,7 +298,11 @@ def compile_selection(arch, pattern, dtype, aligned, what):
     constants = {"INDEX": tl.int32, "BLOCK_R": plan.block_r} | dict.fromkeys(UNUSED[what])
     if pattern.transposable:
         kernel = module._tile_kernel
-        constants |= {"TABLE": module._TABLE, "BLOCK_C": plan.block_c}
+        constants |= {
+            "TABLE": module._TABLE,
+            "MOST": module.TILE_LARGEST,
+            "BLOCK_C": plan.block_c,
+        }
     else:
         constants |= {"KEPT": pattern.n, "M": pattern.m}
         kernel = module._nm_kernel if lanes == pattern.m else module._straddling_kernel

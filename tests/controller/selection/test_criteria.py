@@ -572,3 +572,76 @@ def test_a_calibration_without_data_is_refused():
         controller.calibration(),
     ):
         pass
+
+
+def weight_of(values):
+    model = nn.Linear(values.shape[1], values.shape[0], bias=False)
+    model.weight.data = values.clone()
+    return model
+
+
+@pytest.mark.parametrize("pattern", [ts.Unstructured(), ts.NM(2, 4)], ids=str)
+@pytest.mark.parametrize("spoil", ["one of 2e19", "all below 1e-23", "one beyond a norm"])
+def test_normed_magnitudes_rank_right_where_squares_do_not_fit_float32(spoil, pattern):
+    torch.manual_seed(0)
+    weights = [torch.randn(8, 16), torch.randn(12, 16)]
+    if spoil == "one of 2e19":
+        weights[0][3, 5] = 2e19
+    else:
+        weights[0] *= 1e-25 if spoil == "all below 1e-23" else 8e37
+    model = nn.Sequential(*map(weight_of, weights))
+    config = ts.MagnitudeSparsityConfig(
+        weight_importance="normed_abs", schedule=ONE_SHOT, pool="global", pattern=pattern
+    )
+    controller = ts.create_controller(model, config)
+    controller.set_sparsity_level(0.25)
+    keys = [(w.double() / w.double().norm()).float() for w in weights]
+    exact = ts.create_controller(
+        nn.Sequential(*map(weight_of, keys)),
+        config.model_copy(update={"weight_importance": "abs"}),
+    )
+    exact.set_sparsity_level(0.25)
+    assert all(map(torch.equal, masks(controller), masks(exact)))
+
+
+@pytest.mark.filterwarnings("ignore:.*before the schedule has")
+def test_a_norm_too_small_to_divide_by_is_refused_by_name():
+    model = nn.Sequential(weight_of(torch.full((4, 4), 1e-40)), weight_of(torch.ones(4, 4)))
+    controller = one_shot(model, "normed_abs")
+    with pytest.raises(ValueError, match="the importance of '0' holds NaN or Inf"):
+        controller.set_sparsity_level(0.5)
+    assert all(mask.all() for mask in masks(controller))
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1.0, 3e36])
+def test_the_euclidean_norm_of_a_block_neither_overflows_nor_vanishes(factor):
+    torch.manual_seed(0)
+    blocks = torch.randn(6, 4, 4) * torch.logspace(-9, 1, 6)[:, None, None] * factor
+    model = weight_of(torch.cat([*blocks], 1))
+    controller = one_shot(model, "abs", pattern=ts.Block(4, 4), block_reduction="l2")
+    controller.set_sparsity_level(0.5)
+    (mask,) = masks(controller)
+    assert mask[:, 12:].all()
+    assert not mask[:, :12].any()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reduction"),
+    [(ts.Block(4, 4), "mean"), (ts.Block(4, 4), "sum"), (ts.NM(1, 4), "mean")],
+    ids=str,
+)
+def test_a_sum_beyond_float32_is_refused_by_name(pattern, reduction):
+    model = nn.Sequential(weight_of(torch.ones(8, 8)), weight_of(torch.full((8, 8), 3e38)))
+    controller = one_shot(model, "abs", pattern=pattern, block_reduction=reduction, pool="global")
+    with pytest.raises(ValueError, match="the importance of '1' holds NaN or Inf"):
+        controller.set_sparsity_level(0.25)
+    assert all(mask.all() for mask in masks(controller))
+
+
+def test_a_tile_beyond_float32_is_refused_by_name():
+    model = nn.Sequential(weight_of(torch.ones(8, 8)), weight_of(torch.full((8, 8), 3e38)))
+    pattern = ts.NM(2, 4, transposable=True)
+    controller = one_shot(model, "abs", pattern=pattern, pool="global")
+    for level in (0.25, 0.5):
+        with pytest.raises(ValueError, match="the importance of '1' holds NaN or Inf"):
+            controller.set_sparsity_level(level)
