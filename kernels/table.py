@@ -48,9 +48,12 @@ class Matrices(NamedTuple):
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Matrices:
         """Read it."""
-        found = [(t.data_ptr(), *t.shape, *t.stride()) for t in tensors]
-        numbers = np.fromiter(chain.from_iterable(found), np.int64, 5 * len(found))
-        return cls(*numbers.reshape(-1, 5).T)
+        shapes = chain.from_iterable([t.shape for t in tensors])
+        strides = chain.from_iterable(map(Tensor.stride, tensors))
+        sizes, steps = (
+            np.fromiter(them, np.int64, 2 * len(tensors)) for them in (shapes, strides)
+        )
+        return cls(addresses(tensors), *sizes.reshape(-1, 2).T, *steps.reshape(-1, 2).T)
 
     @property
     def turned(self) -> Column:

@@ -410,11 +410,12 @@ class BaseSparsityAlgoController:
             raise RuntimeError(
                 "set_sparsity_level: the model has been stripped; create a new controller for it"
             )
-        inside = {id(module) for module in self._model.modules()}
+        inside = _modules_of(self._model)
         gone = [
             weight.name
             for weight in self._weights
-            if not any(id(module) in inside for module, _ in weight.target.users)
+            if id(weight.module) not in inside
+            and not any(id(module) in inside for module, _ in weight.target.users)
         ]
         if gone:
             raise RuntimeError(
@@ -683,6 +684,16 @@ class BaseSparsityAlgoController:
 
     def distributed(self) -> None:
         """Do nothing: NNCF's way to let ranks agree, which they do from the start."""
+
+
+def _modules_of(model: nn.Module) -> set[int]:
+    """Return the identities of all modules: ``modules()`` takes twice as long."""
+    found, level = set[int](), {id(model): model}
+    while level:
+        found |= level.keys()
+        children = (m for parent in level.values() for m in parent._modules.values())
+        level = {id(m): m for m in children if m is not None and id(m) not in found}
+    return found
 
 
 def _told_by(

@@ -22,16 +22,22 @@ from ...kernels.grid import ceil_div
 from ...kernels.pattern import NM, Block, Pattern, grid_shape
 from .ranks import Ranks
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Tell whether it is one of torch's, whose import takes a second: who has one has paid."""
+    if type(tensor) in _PLAIN:  # as nearly all that are asked of
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_part(tensor: Any) -> Tensor:
     """Return what is here of a tensor, without a gradient if it is sharded."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor
+    if type(tensor) in _PLAIN or not is_sharded(tensor):
+        return tensor
+    return tensor.detach().to_local()
 
 
 def any_nonzero(tensor: Any) -> Tensor:
@@ -193,8 +199,11 @@ def _check_parts(name: str, pattern: Pattern, per: int, firsts: Sequence[int]) -
 def reshard(model: nn.Module) -> None:
     """Let no module hold weights that it has gathered: what is written would not reach them."""
     module: Any = sys.modules.get("torch.distributed.fsdp")
-    for part in model.modules() if module is not None else ():
-        if isinstance(part, module.FSDPModule):  # pyright: ignore[reportOptionalMemberAccess]
+    # each class that is sharded gets a subclass of it: without any there is nothing to look for
+    if module is None or not module.FSDPModule.__subclasses__():
+        return
+    for part in model.modules():
+        if isinstance(part, module.FSDPModule):
             cast(Any, part).reshard()
 
 

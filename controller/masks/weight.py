@@ -198,10 +198,11 @@ class SparseWeight(GroupMask):
     def follow(self) -> nn.Parameter:
         """Return the parameter; the mask follows device and dtype. Refuses as ``check_fits``."""
         weight = self.weight
-        self.check_fits(weight)
-        if is_sharded(weight) and self.shard is None:
+        if self.shard is None and is_sharded(weight):
+            self.check_fits(weight)
             self._become_sharded(weight)
-        if not self._is_here(weight):
+        if weight.shape != self.weight_shape or not self._is_here(weight):
+            self.check_fits(weight)
             self._move(weight)
         return weight
 
@@ -516,18 +517,19 @@ def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
 @torch.no_grad()
 def leaks(weights: Sequence[SparseWeight]) -> Callable[[], list[int]]:
     """Count, in each weight, what is not zero though it is pruned; read it as ``read_later``."""
-    pairs = [(weight, weight.weight.detach()) for weight in weights if not weight.all_kept]
-    if not pairs:
-        return lambda: [0] * len(weights)
-    refuse_capture(pairs[0][1], f"the weight of {pairs[0][0].name!r}")
-    for weight, _ in pairs:
-        weight.follow()
-    owners = [weight for weight, _ in pairs]
-    matrices = [weight.matrix(tensor) for weight, tensor in pairs]
+    owners = [weight for weight in weights if not weight.all_kept]
+    read = _leaks(owners, [weight.follow() for weight in owners])
+    return lambda: [*(dict.fromkeys(weights, 0) | dict(zip(owners, read(), strict=True))).values()]
+
+
+def _leaks(owners: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> Callable[[], list[int]]:
+    if not owners:
+        return list
+    refuse_capture(tensors[0], f"the weight of {owners[0].name!r}")
+    matrices = [weight.matrix(tensor) for weight, tensor in zip(owners, tensors, strict=True)]
     places, counts = group_mask.count_all_leaks(owners, matrices)
-    order = [owners[place] for place in places]
     read = read_later(torch.cat(counts))
-    return lambda: [*(dict.fromkeys(weights, 0) | dict(zip(order, read(), strict=True))).values()]
+    return lambda: [count for _, count in sorted(zip(places, read(), strict=True))]
 
 
 _Pairs = list[tuple[SparseWeight, Tensor]]
@@ -558,9 +560,7 @@ def drop_foreign_later(
     ``restoring``, those of blocks cover what was there; others are ORed, which -0 would spoil.
     """
     guarded = [weight for weight in weights if weight.holds_zeros and not weight.all_kept]
-    for weight in guarded:
-        weight.follow()
-    read = leaks(guarded)
+    read = _leaks(guarded, [weight.follow() for weight in guarded])
     bare = [w for w in guarded if not restoring or w.packed or w.values is None]
     clear_(bare, [weight.weight for weight in bare])
     for weight in () if restoring else guarded:  # else once the values are out again

@@ -306,17 +306,17 @@ class Scorer:
         return product if stepped else None
 
     def _evidence(self, weight: SparseWeight) -> Evidence:
-        parameter = weight.weight
+        parameter, name = weight.weight, weight.name
         gradient = parameter.grad
         return Evidence(
-            name=weight.name,
+            name=name,
             weight=weight.matrix(parameter.detach()),
             grid=weight.full_grid,
             gradient=None if gradient is None else weight.matrix(gradient),
-            momentum=self._momenta.get(weight.name),
-            input_norm=self._norm_of(weight),
+            momentum=self._momenta.get(name),
+            input_norm=self._norm_of(weight) if name in self._input_norms else None,
             seed=self._seed,
-            product=self._product(weight),
+            product=self._product(weight) if name in self._products else None,
             pattern=_pattern(weight),
             groups=weight.own_groups,
         )
