@@ -168,36 +168,56 @@ def _share(program, programs, row):
 
 
 @triton.jit
-def _band_steps(task_ptr, first, bands, PER_TASK: tl.constexpr, PARTS: tl.constexpr):
-    """Return the steps of a tile of 128 bands from ``first`` on; past the last band, none."""
+def _band_row(
+    task_ptr, first, bands, PER_TASK: tl.constexpr, PARTS: tl.constexpr, END_STEPS: tl.constexpr
+):
+    """Return how much of the row a tile of 128 bands takes, from ``first`` on: its steps and its
+    end; past the last band, nothing.
+    """
     band = first + tl.arange(0, 128)
     entries = tl.load(task_ptr + band // PER_TASK * 3 + 2, mask=band < bands, other=0)
-    return tl.where(band < bands, _steps(entries, PARTS), 0)  # [128]
+    return tl.where(band < bands, _steps(entries, PARTS) + END_STEPS, 0)  # [128]
 
 
 @triton.jit
-def _row(task_ptr, num_m, bands, PER_TASK: tl.constexpr, PARTS: tl.constexpr):
-    """Return the steps of all tiles."""
+def _row(
+    task_ptr, num_m, bands, PER_TASK: tl.constexpr, PARTS: tl.constexpr, END_STEPS: tl.constexpr
+):
+    """Return the length of the row of all tiles."""
     row = 0
     for first in range(0, bands, 128):
-        row += tl.sum(_band_steps(task_ptr, first, bands, PER_TASK, PARTS)) * num_m
+        row += tl.sum(_band_row(task_ptr, first, bands, PER_TASK, PARTS, END_STEPS)) * num_m
     return row
 
 
 @triton.jit
-def _tile_at(at, task_ptr, num_m, bands, PER_TASK: tl.constexpr, PARTS: tl.constexpr):
-    """Return the tile in which a place of the row lies, its steps, and how many come before."""
+def _tile_at(
+    at,
+    task_ptr,
+    num_m,
+    bands,
+    PER_TASK: tl.constexpr,
+    PARTS: tl.constexpr,
+    END_STEPS: tl.constexpr,
+):
+    """Return the tile in which a place of the row lies, its steps, and where in the tile the place
+    is: among its steps or, from there on, in its end. And how many steps come before the place.
+    """
     before, band, passed = 0, 0, 0
     for first in range(0, bands, 128):
-        steps = _band_steps(task_ptr, first, bands, PER_TASK, PARTS) * num_m
-        ends = passed + tl.cumsum(steps, 0)
-        behind = (ends <= at) & (steps > 0)
+        lengths = _band_row(task_ptr, first, bands, PER_TASK, PARTS, END_STEPS) * num_m
+        ends = passed + tl.cumsum(lengths, 0)
+        behind = (ends <= at) & (lengths > 0)
         band += tl.sum(behind.to(tl.int32))
         before = tl.maximum(before, tl.max(tl.where(behind, ends, 0)))
-        passed += tl.sum(steps)
+        passed += tl.sum(lengths)
+    ended = band * num_m
     band = tl.minimum(band, bands - 1)
     steps = _steps(tl.load(task_ptr + band // PER_TASK * 3 + 2), PARTS)
-    return band * num_m + (at - before) // steps, steps, (at - before) % steps
+    within = (at - before) // (steps + END_STEPS)
+    offset = (at - before) % (steps + END_STEPS)
+    done = before + within * steps + tl.minimum(offset, steps) - ended * END_STEPS
+    return band * num_m + within, steps, offset, done
 
 
 @triton.jit(do_not_specialize=["M", "TASKS", "absent", "group", "shift"])
@@ -230,12 +250,13 @@ def _block_sparse_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STORES: tl.constexpr,
-    SPLIT: tl.constexpr,
+    END_STEPS: tl.constexpr,  # as the plan's
     OUT: tl.constexpr,
     BULK: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
 ):
+    SPLIT: tl.constexpr = END_STEPS > 0
     PARTS: tl.constexpr = SIDE_K // BLOCK_K
     PER_TASK: tl.constexpr = SIDE_N // BLOCK_N
     num_m, bands = tl.cdiv(M, BLOCK_M), TASKS * PER_TASK
@@ -243,10 +264,15 @@ def _block_sparse_linear_kernel(
 
     program, programs = tl.program_id(0), tl.num_programs(0)
     if SPLIT:
-        row = _row(task_ptr, num_m, bands, PER_TASK, PARTS)
-        begin = _share(program, programs, row)
-        total = _share(program + 1, programs, row) - begin
-        tile, _, offset = _tile_at(begin, task_ptr, num_m, bands, PER_TASK, PARTS)
+        row = _row(task_ptr, num_m, bands, PER_TASK, PARTS, END_STEPS)
+        begin, stop = _share(program, programs, row), _share(program + 1, programs, row)
+        tile, steps, offset, before = _tile_at(
+            begin, task_ptr, num_m, bands, PER_TASK, PARTS, END_STEPS
+        )
+        _, _, _, after = _tile_at(stop, task_ptr, num_m, bands, PER_TASK, PARTS, END_STEPS)
+        total = after - before
+        if offset >= steps:  # the tile's steps are another's
+            tile, offset = tl.minimum(tile + 1, tiles - 1), 0
     else:
         total, offset, tile = 0, 0, program
         for first in range(0, tl.cdiv(tiles, programs), 128):
@@ -337,6 +363,7 @@ def _block_sparse_linear_sum_kernel(
     HAS_BIAS: tl.constexpr,
     PER_TASK: tl.constexpr,
     PARTS: tl.constexpr,
+    END_STEPS: tl.constexpr,
     SIDE_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -346,18 +373,20 @@ def _block_sparse_linear_sum_kernel(
 ):
     """Add up the parts of the tiles that were cut, in order; SUM_ROWS rows at a time.
 
-    A tile is added up where the first share begins that begins within it.
+    A tile is added up where the first share begins that begins within its steps.
     """
     PIECES: tl.constexpr = BLOCK_M // SUM_ROWS
     num_m, bands = tl.cdiv(M, BLOCK_M), TASKS * PER_TASK
-    row = _row(task_ptr, num_m, bands, PER_TASK, PARTS)
+    row = _row(task_ptr, num_m, bands, PER_TASK, PARTS, END_STEPS)
     for piece in range(tl.program_id(0), programs * PIECES, tl.num_programs(0)):
         part = piece // PIECES
         begin = _share(part, programs, row)
-        tile, steps, offset = _tile_at(begin, task_ptr, num_m, bands, PER_TASK, PARTS)
+        tile, steps, offset, _ = _tile_at(
+            begin, task_ptr, num_m, bands, PER_TASK, PARTS, END_STEPS
+        )
         start = begin - offset
         earlier = _share(tl.maximum(part - 1, 0), programs, row)
-        if (begin < row) & (offset > 0) & (earlier <= start):
+        if (begin < row) & (offset > 0) & (offset < steps) & (earlier <= start):
             rows = piece % PIECES * SUM_ROWS + tl.arange(0, SUM_ROWS)
             cols = tl.arange(0, BLOCK_N)
             within = rows[:, None] * BLOCK_N + cols[None, :]
@@ -448,7 +477,7 @@ def launch_product(
             BLOCK_N=tile.n,
             BLOCK_K=tile.k,
             STORES=stores(tile.n),
-            SPLIT=plan.split,
+            END_STEPS=plan.end_steps,
             OUT=kind,
             BULK=bulk,
             PRECISION=precision,
@@ -464,6 +493,7 @@ def launch_product(
                 HAS_BIAS=bias is not None,
                 PER_TASK=side_n // tile.n,
                 PARTS=side_k // tile.k,
+                END_STEPS=plan.end_steps,
                 SIDE_N=side_n,
                 BLOCK_M=tile.m,
                 BLOCK_N=tile.n,

@@ -10,8 +10,9 @@ tiles before it starts: so the schedule is fixed by shape, and has to balance wh
   one round it gives back in the next. Each pair of rounds is turned by ``shift`` programs, so that
   where a round is a whole panel no program has the same band in each.
 - **Split.** Where tokens are few and tiles fewer than a round or two, all steps are one row, tile
-  after tile, of which each program takes an equal share, however that cuts tiles. The float32 sums
-  of tiles that were cut go to a scratch, and a second launch adds them up in order.
+  after tile, each followed by the steps that its end takes as long as. Programs take equal shares
+  of the row, however that cuts tiles. The float32 sums of tiles that were cut go to a scratch, and
+  a second launch adds them up in order.
 
 ``plan_product`` tries panels, numbers of programs, shifts and tiles on model masks. The functions
 above it are the kernel's arithmetic in numpy, and a test holds the two together.
@@ -66,14 +67,19 @@ class Plan(NamedTuple):
         group: token tiles of a panel.
         programs: of the launch.
         shift: by how many programs a pair of rounds is turned against the pair before.
-        split: whether each program takes an equal share of all steps.
+        end_steps: of a split, as how many steps the end of a tile counts; 0: no split.
     """
 
     tile: Tile
     group: int
     programs: int
     shift: int
-    split: bool = False
+    end_steps: int = 0
+
+    @property
+    def split(self) -> bool:
+        """Whether each program takes an equal share of all steps."""
+        return self.end_steps > 0
 
 
 def tile_order(num_m: int, bands: int, group: int) -> tuple[Ints, Ints]:
@@ -114,7 +120,7 @@ def program_loads(plan: Plan, steps: Ints, num_m: int) -> Loads:
         num_m: token tiles.
     """
     if plan.split:
-        return _split_loads(plan.programs, np.repeat(steps, num_m))
+        return _split_loads(plan, np.repeat(steps, num_m))
     band = tile_order(num_m, len(steps), plan.group)[1]
     turns = np.arange(ceil_div(len(band), plan.programs))[:, None]
     mine = dealt(turns, np.arange(plan.programs), plan.programs, plan.shift)
@@ -123,10 +129,24 @@ def program_loads(plan: Plan, steps: Ints, num_m: int) -> Loads:
     return Loads(own, there.sum(0), np.zeros_like(own))
 
 
-def _split_loads(programs: int, steps: Ints) -> Loads:
+def shares(plan: Plan, steps: Ints) -> Ints:
+    """Return where the share of each program of a split begins, and the last one's end, in steps.
+
+    Args:
+        plan: the schedule.
+        steps: of every tile, in order.
+    """
+    row = steps + plan.end_steps
+    ends = row.cumsum()
+    cuts = np.arange(plan.programs + 1) * int(ends[-1]) // plan.programs
+    tile = np.searchsorted(ends, cuts, "right")
+    begins, before = (np.append(0, lengths.cumsum()) for lengths in (row, steps))
+    return before[tile] + np.minimum(cuts - begins[tile], np.append(steps, 0)[tile])
+
+
+def _split_loads(plan: Plan, steps: Ints) -> Loads:
     """Return the loads of a split; ``steps`` are of every tile, in order."""
-    ends = steps.cumsum()
-    cuts = np.arange(programs + 1) * int(ends[-1]) // programs
+    ends, cuts = steps.cumsum(), shares(plan, steps)
     begin, stop = cuts[:-1], cuts[1:]
     # the tiles that a share touches, and those of them that begin and end in it
     first, last = np.searchsorted(ends, [begin, stop - 1], "right")
@@ -271,7 +291,7 @@ def plan_product(
         if filled < FILLED and num_m * lines * per_line <= FEW_ROUNDS * limit:
             # parts pass through the memory of a stage
             fewer = tile._replace(stages=max(2, tile.stages - 1))
-            plan = Plan(fewer, num_m, limit, 0, split=True)
+            plan = Plan(fewer, num_m, limit, 0, max(1, round(times.end / times.step)))
             time, _ = _cost(plan, all_steps, num_m, processors, times)
             if time < slowest:
                 chosen, slowest = plan, time

@@ -50,7 +50,7 @@ def compile_linear(
     aligned=True,
     tf32=True,
     bias=False,
-    split=False,
+    end_steps=0,
     index=tl.int32,
 ):
     precision = "tf32" if dtype != "fp32" or tf32 else "ieee"
@@ -58,7 +58,7 @@ def compile_linear(
     tile = linear_tiles(
         side_n, side_k, DTYPES[dtype], DEVICES[arch], precision=precision, bulk=bulk
     )[smaller]
-    if split:
+    if end_steps:
         tile = tile._replace(stages=tile.stages - 1)
     types = dict.fromkeys("xwy", f"*{dtype}")
     if bulk:
@@ -85,7 +85,7 @@ def compile_linear(
             "BLOCK_N": tile.n,
             "BLOCK_K": tile.k,
             "STORES": stores(tile.n),
-            "SPLIT": split,
+            "END_STEPS": end_steps,
             "OUT": TL[dtype],
             "BULK": bulk,
             "PRECISION": precision,
@@ -240,7 +240,7 @@ def test_hopper_linear_of_few_tokens_keeps_many_copies_in_flight(side, smaller):
 
 @pytest.mark.parametrize(("side", "smaller"), [(256, 0), (128, 0), (128, 1), (64, 0), (64, 1)])
 def test_hopper_linear_in_equal_shares_costs_no_spill(side, smaller):
-    tile, compiled = compile_linear(90, "bf16", side, side, smaller=smaller, split=True)
+    tile, compiled = compile_linear(90, "bf16", side, side, smaller=smaller, end_steps=2)
     assert_resident(tile, compiled, 90)
     assert_operands_arrive_in_bulk(compiled)
     assert_wgmma_runs_async(compiled)
@@ -254,8 +254,8 @@ def test_sum_of_a_products_parts_is_lean(arch):
     types = dict.fromkeys(["M", "N", "TASKS", "programs", *strides], "i32")
     types |= {"y_ptr": "*bf16", "bias_ptr": "*bf16", "task_ptr": "*i32", "scratch_ptr": "*fp32"}
     constants = {
-        "HAS_BIAS": True, "PER_TASK": 1, "PARTS": 2, "SIDE_N": 128, "BLOCK_M": 256,
-        "BLOCK_N": 128, "SUM_ROWS": 16, "OUT": tl.bfloat16, "INDEX": tl.int32,
+        "HAS_BIAS": True, "PER_TASK": 1, "PARTS": 2, "END_STEPS": 2, "SIDE_N": 128,
+        "BLOCK_M": 256, "BLOCK_N": 128, "SUM_ROWS": 16, "OUT": tl.bfloat16, "INDEX": tl.int32,
     }  # fmt: skip
     compiled = compile_for(
         arch,

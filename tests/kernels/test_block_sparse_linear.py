@@ -301,19 +301,20 @@ def test_panels_cover_every_tile(panel, monkeypatch):
 
 @triton_only
 @pytest.mark.parametrize(
-    ("dtype", "programs", "kind"),
+    ("dtype", "programs", "end_steps", "kind"),
     [
-        (torch.float16, 1, "skewed"),
-        (torch.float16, 7, "empty lines"),
-        (torch.float16, 40, "empty lines"),
-        (torch.float32, 7, "skewed"),
+        (torch.float16, 1, 1, "skewed"),
+        (torch.float16, 7, 1, "empty lines"),
+        (torch.float16, 40, 3, "empty lines"),
+        (torch.float16, 150, 2, "skewed"),
+        (torch.float32, 7, 2, "skewed"),
     ],
     ids=str,
 )
-def test_a_product_in_equal_shares_is_whole(dtype, programs, kind, monkeypatch):
+def test_a_product_in_equal_shares_is_whole(dtype, programs, end_steps, kind, monkeypatch):
     # shares that hold tiles, parts of one, parts of several, and nothing
     shape = (64, 32, 16, 4, 3, 2) if dtype == torch.float32 else (64, 32, 32, 4, 2, 1)
-    plan = schedule.Plan(tiles.Tile(*shape), 3, programs, 0, split=True)
+    plan = schedule.Plan(tiles.Tile(*shape), 3, programs, 0, end_steps)
     monkeypatch.setattr(product_module, "plan_product", lambda *_: plan)
     with poisoned_memory():
         assert_all_agree(*make(130, 96, 128, 32, 32, dtype=dtype, kind=kind))

@@ -79,18 +79,19 @@ def test_panels_hold_every_tile_once(group):
 
 @pytest.mark.skipif(not INTERPRET, reason="follows the kernel in the interpreter")
 @pytest.mark.parametrize(
-    ("group", "programs", "shift", "split"),
+    ("group", "programs", "shift", "end_steps"),
     [
-        (1, 3, 0, False),
-        (3, 5, 2, False),
-        (4, 8, 3, False),
-        (2, 28, 0, False),
-        (4, 3, 0, True),
-        (4, 25, 0, True),
-        (4, 90, 0, True),
+        (1, 3, 0, 0),
+        (3, 5, 2, 0),
+        (4, 8, 3, 0),
+        (2, 28, 0, 0),
+        (4, 3, 0, 1),
+        (4, 25, 0, 2),
+        (4, 90, 0, 1),
+        (4, 90, 0, 3),
     ],
 )
-def test_the_kernel_does_as_planned(group, programs, shift, split, monkeypatch):
+def test_the_kernel_does_as_planned(group, programs, shift, end_steps, monkeypatch):
     from triton.runtime.interpreter import interpreter_builder
 
     tokens, pattern = 4 * TILE.m - 9, Block(32, 32)
@@ -98,7 +99,7 @@ def test_the_kernel_does_as_planned(group, programs, shift, split, monkeypatch):
     mask = torch.rand(7, 6, generator=generator) > torch.linspace(0, 1, 7)[:, None]
     x, weight = torch.ones(tokens, 192).half(), torch.ones(224, 192).half()
     topology = block_topology(mask, pattern)
-    plan = Plan(TILE, group, programs, shift, split)
+    plan = Plan(TILE, group, programs, shift, end_steps)
     monkeypatch.setattr(product_module, "plan_product", lambda *_: plan)
     load, steps = product_module._load, defaultdict(list)
     store, stored = product_module._store, Counter()
@@ -121,11 +122,15 @@ def test_the_kernel_does_as_planned(group, programs, shift, split, monkeypatch):
     lengths = np.maximum(topology.row_tasks[:, 2].numpy(), 1)
     token_tile, band = tile_order(4, 7, group)
     row = np.repeat(np.arange(28), lengths[band])
+    # with the ends of tiles as steps that do nothing
+    timed = [[tile] * lengths[band[tile]] + [-1] * end_steps for tile in range(28)]
+    timed = np.concatenate(timed)
     own, tiles, parts = program_loads(plan, lengths, 4)
     for program in range(programs):
-        if split:
-            first, last = (len(row) * p // programs for p in (program, program + 1))
-            mine = row[first:last]
+        if end_steps:
+            first, last = (len(timed) * p // programs for p in (program, program + 1))
+            mine = timed[first:last]
+            mine = mine[mine >= 0]
             assert tiles[program] + parts[program] == len(set(mine))
         else:
             mine = dealt(np.arange(100), np.full(100, program), programs, shift)
@@ -165,6 +170,18 @@ def test_few_tokens_gain_by_smaller_tiles_or_equal_shares(shape, side, tokens, m
     ]
     # plans are made on model masks, which are others
     assert times[0] <= (1.15 if shape == "up" else 0.9) * times[1]
+
+
+@pytest.mark.parametrize("tokens", [512, 1024])
+@pytest.mark.parametrize("side", [256, 128])
+def test_equal_shares_are_equal_under_uneven_masks_too(side, tokens):
+    """Where half of the lines keep next to nothing, the ends of tiles take most of the time."""
+    for level in LEVELS:
+        for skewed in (False, True):
+            plan, steps = plan_and_steps(tokens, SHAPES["down"], side, level, skewed)
+            assert plan.split
+            num_m = -(-tokens // plan.tile.m)
+            assert balance(plan, steps, num_m, HOPPER.processors) >= 0.85
 
 
 @pytest.mark.parametrize(
