@@ -7,8 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from ..kernels import tiles, tuning
-from ..kernels.block_sparse_linear import MIN_SIDE
-from ..kernels.pattern import Block
+from ..kernels.pattern import MIN_SIDE, Block
 from ..kernels.tiles import RESERVE, Device, Tile
 from .measure.counts import DIRECTIONS, intensity
 

@@ -16,6 +16,7 @@ from ..kernels.pattern import NM, maximum_level
 from .algorithms.base import BaseSparsityAlgoController
 from .algorithms.const import ConstSparsityConfig
 from .algorithms.evaluation import evaluating, run
+from .config.declaration import number
 from .create import create_controller
 from .masks.linear import conv1d_of
 from .masks.shards import is_sharded
@@ -82,6 +83,7 @@ def prune_obs(
     if not batches:
         raise ValueError("prune_obs: batches must hold calibration data, got none")
     targets = find_targets(model, config)
+    level = number(level)
     levels = {target.name: _level(target, level) for target in targets}
     for target in targets:
         _check_linear(target)

@@ -27,12 +27,11 @@ from .block_sparse_wgrad import launch_wgrad
 from .dispatch import Paths
 from .grid import expand_blocks, side_lengths
 from .launch import Backend, autocast, is_plain, use_triton
-from .pattern import Block, Pattern, grid_shape
+from .pattern import MIN_SIDE, Block, Pattern, grid_shape, is_skippable
 from .tiles import Tile
 from .topology import Topology, block_topology, capacities
 from .tuning import tuned_tile
 
-MIN_SIDE = 16  # of a block: the tensor cores' smallest dot
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -336,7 +335,7 @@ def _check(
             raise ValueError(f"block_sparse_linear: {message}")
 
     must(
-        isinstance(pattern, Block) and min(pattern.rows, pattern.cols) >= MIN_SIDE,
+        is_skippable(pattern),
         f"pattern must be blocks of at least {MIN_SIDE} a side, got {pattern}",
     )
     must(len(weight.shape) == 2, f"weight must be a matrix, got shape {tuple(weight.shape)}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .grid import block_counts
-
 MAX_BLOCK_SIDE = 256
+MIN_SIDE = 16  # of a block that products skip: the tensor cores' smallest dot
 MAX_M = 32
 
 
@@ -121,9 +122,22 @@ def grid_shape(pattern: Pattern, shape: tuple[int, int]) -> tuple[int, int]:
 
     That is one flag a group, and for ``NM`` one an element.
     """
-    return block_counts(shape, pattern.rows, pattern.cols)
+    # not by grid.py: what a command line spells is checked before torch is imported
+    return -(-shape[0] // pattern.rows), -(-shape[1] // pattern.cols)
+
+
+def is_skippable(pattern: Pattern) -> bool:
+    """Tell whether products can skip what is pruned: blocks of at least ``MIN_SIDE`` a side."""
+    return isinstance(pattern, Block) and min(pattern.rows, pattern.cols) >= MIN_SIDE
 
 
 def maximum_level(pattern: Pattern) -> float:
     """Return the fraction of its elements that a wholly pruned weight lacks: 1, or 1 - n/m."""
     return (pattern.m - pattern.n) / pattern.m if isinstance(pattern, NM) else 1.0
+
+
+def is_reachable(level: float, patterns: Sequence[Pattern]) -> bool:
+    """Tell whether any of the patterns can express ``level``: N:M goes up to 1 - n/m."""
+    most = max(map(maximum_level, patterns))
+    # 2/3 is not 1 - 1/3 in floating point
+    return level <= most or math.isclose(level, most, rel_tol=1e-9)

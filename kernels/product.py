@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .block_sparse_linear import MIN_SIDE, block_sparse_linear
+from .block_sparse_linear import block_sparse_linear
 from .dispatch import Dispatch, Paths, as_tensor, choose
 from .group_mask import GroupMask
 from .launch import Backend, use_triton
-from .pattern import Block, Pattern
+from .pattern import Block, Pattern, is_skippable
 from .topology import Topology, block_topologies, block_topology
 
 DENSE = Paths(False, False, False)
@@ -22,8 +22,7 @@ DENSE = Paths(False, False, False)
 def has_blocks_to_skip(pattern: Pattern, weight: Tensor, dispatch: Dispatch) -> bool:
     """Tell whether some mask of the weight could make a product faster."""
     return (
-        isinstance(pattern, Block)
-        and min(pattern.rows, pattern.cols) >= MIN_SIDE
+        is_skippable(pattern)
         and weight.ndim == 2
         and weight.dtype != torch.float64
         and dispatch != "dense"

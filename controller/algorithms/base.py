@@ -23,6 +23,7 @@ from ...kernels.group_mask import read_counts, set_masks
 from ...kernels.pattern import Pattern
 from ..api import CompressionStage, StripFormat
 from ..config.algorithm import AlgorithmConfig, Pool
+from ..config.declaration import number
 from ..config.schedule import Schedule
 from ..masks.exchange import agree_counts
 from ..masks.export import export_onnx
@@ -281,6 +282,7 @@ class BaseSparsityAlgoController:
                 adaptation configured.
             RuntimeError: the model has been stripped; masks are learned and frozen.
         """
+        level = number(level)
         weights = self._check_level(level, target_sparsified_module_info, run_batchnorm_adaptation)
         if self.frozen:
             return
@@ -293,7 +295,7 @@ class BaseSparsityAlgoController:
     def _check_level(
         self, level: float, target: SparseModuleInfo | None, run_batchnorm_adaptation: bool
     ) -> list[Any]:
-        if not (isinstance(level, (int, float)) and 0 <= level < 1):
+        if type(level) not in (int, float) or not 0 <= level < 1:
             raise ValueError(f"set_sparsity_level: level must be in [0, 1), got {level!r}")
         if run_batchnorm_adaptation and self._batchnorm is None:
             raise ValueError(

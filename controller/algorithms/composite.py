@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..api import CompressionStage
+from ..config.declaration import number
 from ..masks.guard import Guard
 from ..masks.schema import MAPPING, check
 from ..masks.statistics import Statistics
@@ -140,7 +141,7 @@ class CompositeController(BaseSparsityAlgoController):
         """Set the level of every algorithm, or of one weight through the algorithm that has it.
         Where an algorithm refuses, no mask has changed.
         """
-        target = target_sparsified_module_info
+        target, level = target_sparsified_module_info, number(level)
         self._resolve(target)
         with ExitStack() as stack, torch.no_grad():
             found: list[Change] = []
@@ -149,7 +150,7 @@ class CompositeController(BaseSparsityAlgoController):
                     weights = part._check_level(level, target, run_batchnorm_adaptation)
                     if not part.frozen:
                         stack.enter_context(part._changing(weights))
-                        found.append(part._find_masks(weights, level))
+                        found.append(part._find_masks(weights, float(level)))
             for write in found:
                 write()
         for part in self._parts:

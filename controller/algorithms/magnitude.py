@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, StrictBool, model_validator
 
-from ...kernels.pattern import NM, Block, maximum_level
+from ...kernels.pattern import NM, Block, is_reachable, maximum_level
 from ..config.algorithm import (
     Pool,
     PooledConfig,
@@ -21,7 +21,7 @@ from ..masks.weight import SparseWeight
 from ..selection.allocation import Distribution, erdos_renyi, outlier_densities
 from ..selection.criteria import ImportanceField, Reduction
 from ..selection.scorer import Scorer
-from ..selection.thresholds import Scores, is_reachable
+from ..selection.thresholds import Scores
 from .base import BaseSparsityAlgoController
 
 

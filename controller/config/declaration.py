@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+)
+from pydantic_core import core_schema
 
 from ..api import DeclarationError, Problem
 
 
+def number(value: Any) -> Any:
+    """Let a scalar of numpy or torch stand for what it holds; all else is left for the check."""
+    if not hasattr(value, "ndim"):
+        return value
+    try:
+        # an array of one element would pass for a float
+        return value.item() if value.ndim == 0 else repr(value)
+    except RuntimeError:  # on `meta` it holds nothing
+        return repr(value)
+
+
 def _whole(value: Any) -> Any:
     """Let JSON's ``3.0`` stand for 3; what else is no int is left for the strict check."""
+    value = number(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -28,11 +48,18 @@ _Item = TypeVar("_Item")
 Listed = Annotated[tuple[_Item, ...], BeforeValidator(listed), Field(strict=True)]
 Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=0)]
 Positive = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1)]
-Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Finite = Annotated[float, BeforeValidator(number), Field(strict=True, allow_inf_nan=False)]
 NotNegative = Annotated[Finite, Field(ge=0)]
 AboveZero = Annotated[Finite, Field(gt=0)]
 Level = Annotated[Finite, Field(ge=0, lt=1)]
 Share = Annotated[Finite, Field(ge=0, le=1)]
+
+
+def _named(data: Any) -> Any:
+    for key in data if isinstance(data, Mapping) else ():
+        if not isinstance(key, str):
+            raise ValueError(f"must have names of fields as keys, got {key!r}")
+    return data
 
 
 class Declaration(BaseModel):
@@ -44,6 +71,11 @@ class Declaration(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        # before a dictionary becomes keyword arguments
+        return core_schema.no_info_before_validator_function(_named, handler(source))
 
     def __init__(self, /, **data: Any) -> None:
         try:

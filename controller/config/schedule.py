@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, StrictBool, field_validator, model_validator
 
-from .declaration import AboveZero, Declaration, Level, Listed, NotNegative, Positive, Whole
+from .declaration import (
+    AboveZero,
+    Declaration,
+    Level,
+    Listed,
+    NotNegative,
+    Positive,
+    Whole,
+    number,
+)
 
 
 class _Ramp(Declaration):
@@ -119,6 +128,11 @@ class MultistepSchedule(Declaration):
         allow_inf_nan=False,
     )
     freeze_epoch: Whole = 100
+
+    @field_validator("initial_level", mode="before")
+    @classmethod
+    def _plain(cls, level: Any) -> Any:
+        return number(level)
 
     @field_validator("steps")
     @classmethod

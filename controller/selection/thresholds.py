@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ...kernels.cut import Cut, find_cut
 from ...kernels.group_mask import read_counts
-from ...kernels.pattern import NM, Pattern, maximum_level
+from ...kernels.pattern import NM, Pattern, is_reachable, maximum_level
 from ...kernels.table import alike
 from ..config.algorithm import Pool
 from ..masks.exchange import agree_counts, local_masks, others_of
@@ -58,13 +57,6 @@ def pools(weights: Sequence[SparseWeight], pool: Pool = "global") -> list[list[S
     for weight in weights:
         found.setdefault(weight.pattern, []).append(weight)
     return list(found.values())
-
-
-def is_reachable(level: float, patterns: Sequence[Pattern]) -> bool:
-    """Tell whether any of the patterns can express ``level``: N:M goes up to 1 - n/m."""
-    most = max(map(maximum_level, patterns))
-    # 2/3 is not 1 - 1/3 in floating point
-    return level <= most or math.isclose(level, most, rel_tol=1e-9)
 
 
 def check_reachable(what: str, level: float, patterns: Sequence[Pattern]) -> None:

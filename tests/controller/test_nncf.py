@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from triton_sparsity.controller.nncf import from_nncf
@@ -18,3 +20,12 @@ def test_structures_are_movements_alone(algorithm):
 def test_params_that_are_no_dictionary_are_named_as_such():
     with pytest.raises(ValueError, match="params must be a dictionary, got 3"):
         from_nncf({"algorithm": "movement_sparsity", "params": 3})
+
+
+@pytest.mark.parametrize("part", ["params", "initializer", None])
+@pytest.mark.parametrize("key", [3, None, b"schedule", ("schedule",)])
+def test_a_key_that_is_no_string_is_named(part, key):
+    compression = {"algorithm": "magnitude_sparsity"}
+    compression |= {key: {}} if part is None else {part: {key: {}}}
+    with pytest.raises(ValueError, match=rf"unknown key {re.escape(repr(key))}"):
+        from_nncf(compression)

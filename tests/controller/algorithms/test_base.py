@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -405,3 +406,27 @@ def test_an_early_strip_is_told_of_the_algorithm_that_is_not_there_yet():
     with pytest.warns(UserWarning, match=r"magnitude_sparsity: strip at 0 %") as told:
         controller.strip()
     assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    "level", [np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5)]
+)
+def test_scalars_of_numpy_and_torch_are_levels(level):
+    found = ts.PolynomialSchedule(target_level=level, target_epoch=3).target_level
+    assert (type(found), found) == (float, 0.5)
+    steps = ts.MultistepSchedule(initial_level=level * 0, levels=(level,), steps=())
+    assert steps.level(0, 0) == 0.5
+    controller = ts.create_controller(nn.Linear(8, 8), ts.MagnitudeSparsityConfig())
+    controller.set_sparsity_level(level)
+    assert controller.compression_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    "level", [True, np.bool_(True), torch.tensor(True), np.array([0.5]), "0.5"]
+)
+def test_what_is_no_number_is_no_level(level):
+    with pytest.raises(ValueError, match="target_level must be a valid number"):
+        ts.PolynomialSchedule(target_level=level, target_epoch=3)
+    controller = ts.create_controller(nn.Linear(8, 8), ts.MagnitudeSparsityConfig())
+    with pytest.raises(ValueError, match=r"level must be in \[0, 1\), got"):
+        controller.set_sparsity_level(level)
