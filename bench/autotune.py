@@ -25,7 +25,6 @@ from typing import Any
 import torch
 
 from ..kernels import tiles, tuning
-from ..kernels.block_sparse_linear import MIN_SIDE
 from ..kernels.launch import INTERPRET, Backend, use_triton
 from ..kernels.pattern import Block
 from ..kernels.tiles import Tile, device_of
@@ -35,10 +34,12 @@ from .measure.counts import intensity, tiles_of
 from .measure.files import claim_file, write_atomic
 from .measure.operands import Operands
 from .measure.operations import operand_cases
+from .measure.options import check_options
 from .measure.progress import Advance
 from .measure.record import command, dump, environment
 from .measure.shapes import Shape, parse_shapes
-from .measure.spelling import find_device, parse_pattern
+from .measure.spelling import find_device, parse_blocks
+from .measure.threads import set_threads
 from .measure.timing import measure
 
 GIVE_UP = 1.1
@@ -94,33 +95,27 @@ def make_search(
         ValueError: an option is unknown or out of its range, or the output is another file.
         OSError: a file cannot be read or written.
     """
+    check_options(
+        shapes=shapes,
+        blocks=patterns,
+        levels=None if level is None else [level],
+        dtypes=dtypes,
+        device=device,
+        backend=backend,
+        budget=budget,
+        tokens=tokens,
+        threads=threads,
+        candidates=candidates,
+    )
     place = find_device(device or "auto")
     gpu = place.type == "cuda"
     try:
         triton_runs = use_triton("autotune", backend or "auto", torch.empty(0, device=place))
     except RuntimeError as error:
         raise ValueError(str(error)) from None
-    for name, value in (
-        ("tokens", tokens),
-        ("threads", threads),
-        ("budget", budget),
-        ("candidates", candidates),
-    ):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive, got {value}")
     level = 0.8 if level is None else level
-    if not 0 <= level < 1:
-        raise ValueError(f"level must be in [0, 1), got {level}")
-    blocks = [parse_pattern(p) for p in patterns or [f"block:{s}" for s in (256, 128, 64, 32)]]
-    for block in blocks:
-        if not isinstance(block, Block) or min(block.rows, block.cols) < MIN_SIDE:
-            raise ValueError(
-                f"pattern must be blocks of at least {MIN_SIDE} a side, got {str(block)!r}"
-            )
+    blocks = parse_blocks(patterns or [f"block:{s}" for s in (256, 128, 64, 32)])
     kinds = dtypes or ("bfloat16" if gpu else "float32",)
-    for kind in kinds:
-        if kind not in tuning.DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(tuning.DTYPES)}, got {kind!r}")
     found = parse_shapes(
         shapes or ("llama3-8b" if gpu else "tiny"), tokens or (8192 if gpu else 256)
     )
@@ -143,10 +138,10 @@ def make_search(
         raise ValueError(f"output must be a tuning table or a new file, got {output}")
     claim_file(output)
     if threads:
-        torch.set_num_threads(threads)
+        set_threads(threads)
     return Search(
         shapes=found,
-        blocks=tuple(b for b in blocks if isinstance(b, Block)),
+        blocks=blocks,
         dtypes=tuple(tuning.DTYPES[kind] for kind in kinds),
         level=level,
         device=place,
@@ -229,7 +224,9 @@ def _start(search: Search, warn: Callable[[str], None]) -> dict[str, Any]:
     wanted = tuning.identity(search.device, search.backend)
     if search.output.exists() and search.output.stat().st_size and not search.force:
         try:
-            return dict(tuning.read(search.output, wanted))
+            content = tuning.read(search.output, wanted)
+            _check_figures(content)
+            return dict(content)
         except ValueError as error:
             warn(f"tuning table {search.output} is replaced: {error}")
     where = environment(search.device, search.backend)
@@ -241,6 +238,21 @@ def _start(search: Search, warn: Callable[[str], None]) -> dict[str, Any]:
         "tiles": [],
         "break_even": [],
     }
+
+
+def _check_figures(content: Mapping[str, Any]) -> None:
+    """Refuse rows without the figures that kernels have no use for, and a report of them has."""
+    for part, names in (
+        ("tiles", ("tokens", "seconds", "default_seconds", "tried")),
+        ("break_even", ("tokens",)),
+    ):
+        for row in content[part]:
+            for name in names:
+                value = row.get(name)
+                if type(value) not in (int, float) or not 0 < value < math.inf:
+                    raise ValueError(
+                        f"each of its {part} must have a positive {name}, got {value!r:.60}"
+                    )
 
 
 def _operands(

@@ -5,18 +5,25 @@ What is wrong with an option, a file or the disk becomes one line on stderr and 
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from collections.abc import Sequence
-from importlib import metadata
-from pathlib import Path
-from typing import Annotated, Any
 
 try:
+    import json
+    import os
+    import signal
+    import threading
+    from collections.abc import Iterator, Sequence
+    from contextlib import contextmanager, nullcontext
+    from pathlib import Path
+    from typing import Annotated, Any
+
     import typer
 except ModuleNotFoundError:
     sys.exit("triton-sparsity: error: a package is missing: pip install 'triton-sparsity[cli]'")
+except KeyboardInterrupt:
+    sys.exit(130)
+
+SMALLER = "try fewer or smaller --shapes, or fewer --tokens"
 
 app = typer.Typer(
     add_completion=False,
@@ -26,11 +33,16 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the program and exit: 0, 2 after an error that is the user's to mend, 130 if stopped."""
+    """Run the program and exit.
+
+    With 0; 2 after an error that is the user's to mend; 128 and the signal's number if one ended
+    it, children and all, with 130 for a ``finetune`` that any of them stopped.
+    """
     # typer brings its own click or depends on one, by version; the base of its errors is the same
     usage_error: Any = typer.BadParameter.__mro__[2]
     try:
-        sys.exit(app(args=arguments, prog_name="triton-sparsity", standalone_mode=False))
+        with _signals(_leave, signal.SIGTERM):
+            sys.exit(app(args=arguments, prog_name="triton-sparsity", standalone_mode=False))
     except usage_error as error:
         fail(error.format_message())
     except (typer.Abort, KeyboardInterrupt):
@@ -42,6 +54,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(str(error))
 
 
+def _leave(number: int, frame: object) -> None:
+    # as an exception, so that whoever has started processes ends them
+    sys.exit(128 + number)
+
+
+@contextmanager
+def _signals(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
+    """Let ``handler`` have these signals meanwhile, where the thread may say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def _imports() -> Any:
+    """Let a signal end the program at once: an import makes much noise of an exception."""
+    return _signals(signal.SIG_DFL, signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def _in_memory(remedy: str) -> Iterator[None]:
+    """Let memory that is too small be an error with a remedy, on one line."""
+    from .measure.memory import shortage, within_memory
+
+    try:
+        with within_memory():
+            yield
+    except Exception as error:
+        if (asked := shortage(error)) is None:
+            raise
+        fail(f"out of memory: {asked}; {remedy}")
+
+
 def fail(message: str) -> None:
     """Print ``message`` as one line and exit with code 2."""
     print("triton-sparsity: error:", " ".join(message.split()), file=sys.stderr)
@@ -50,6 +100,8 @@ def fail(message: str) -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib import metadata
+
         print(f"triton-sparsity {metadata.version('triton-sparsity')}")
         raise typer.Exit
 
@@ -267,12 +319,12 @@ def finetune(
     if output is None and not print_config:
         raise typer.BadParameter("--output must be given: a folder for the run's files")
     for one, other, both in (
-        ("--compare", "--algorithm", compare and algorithm),
-        ("--levels", "--level", levels and level is not None),
+        ("--compare", "--algorithm", compare is not None and algorithm is not None),
+        ("--levels", "--level", levels is not None and level is not None),
     ):
         if both:
             raise typer.BadParameter(f"{one} and {other} exclude each other")
-    if levels and not compare:
+    if levels is not None and compare is None:
         raise typer.BadParameter("--levels needs --compare")
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
@@ -280,7 +332,7 @@ def finetune(
         # 0 is a value
         if not (value is None or value is False or value in ([], ())) and name not in CALL
     }
-    whose = "model" if model or config or print_config else "task"
+    whose = "task" if model is config is None and not print_config else "model"
     if resume and output is not None and (output / "recipe.yaml").exists():
         whose = "model"
     for name in OF_TASK if whose == "model" else OF_MODEL:
@@ -316,25 +368,32 @@ OF_MODEL = (
 def _finetune_task(
     given: dict[str, Any], output: Path, as_json: bool, how: dict[str, Any]
 ) -> None:
-    compare, levels = given.pop("compare", None), given.pop("levels", None)
-    # torch and matplotlib take seconds to import, which --help has no use for
-    from .finetune.job import finetune as run
-    from .finetune.options import Options
-    from .finetune.report import print_comparison, print_report
-    from .finetune.series import comparison, run_series
-    from .measure.progress import progress_bars
+    from .finetune.comparison import comparison
+    from .finetune.options import Options, check_values
 
-    with progress_bars(quiet=as_json) as progress:
-        options = Options(**given)
-        if compare:
-            entries = comparison(options, compare.split(","), _numbers(levels) or [options.level])
+    compare, levels = given.pop("compare", None), _numbers(given.pop("levels", None))
+    options, entries = Options(**given), []
+    if compare is not None:
+        entries = comparison(options, compare.split(","), levels or [options.level])
+    # what is wrong with an option is told before torch is imported, which takes seconds
+    for one in () if how["resume"] else [entry.options for entry in entries] or [options]:
+        check_values(one)
+    with _imports():
+        from .finetune.job import finetune as run
+        from .finetune.report import print_comparison, print_report
+        from .finetune.series import run_series
+        from .measure.progress import progress_bars
+
+    remedy = "try a smaller --batch-size or --eval-batches, or --dtype bfloat16"
+    with _in_memory(remedy), progress_bars(quiet=as_json) as progress:
+        if entries:
             names = {*given, "algorithm", "level"}
             report = run_series(entries, output, given=names, progress=progress, **how)
         else:
             report = run(options, output, given=given, progress=progress, **how)
     if as_json:
         print(json.dumps(report, allow_nan=False))
-    elif compare:
+    elif entries:
         print_comparison(report, output)
     else:
         print_report(report, output)
@@ -350,14 +409,8 @@ def _finetune_model(
 ) -> None:
     try:
         from .finetune import recipe as recipes
-        from .finetune.pretrained import finetune as run
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"finetune --model needs {error.name}: pip install 'triton-sparsity[transformers]'"
-        ) from None
-    from .finetune.report import print_pretrained
-    from .measure.progress import progress_bars
-
+        raise _transformers("finetune --model", error) from None
     path = given.pop("config", None)
     if "distill" in given:
         given["distill"] = tuple(given["distill"].split(","))
@@ -371,9 +424,19 @@ def _finetune_model(
         print(recipes.spelled(recipe), end="")
         return
     assert output is not None
+    if not how["resume"]:
+        recipes.check_recipe(recipe)
+    try:
+        with _imports():
+            from .finetune.pretrained import finetune as run
+            from .finetune.report import print_pretrained
+            from .measure.progress import progress_bars
+    except ModuleNotFoundError as error:
+        raise _transformers("finetune --model", error) from None
     # of several processes, which torchrun starts, one speaks
     speaks = os.environ.get("RANK", "0") == "0"
-    with progress_bars(quiet=as_json or not speaks) as progress:
+    remedy = "try a smaller --batch-size or --max-length, or --dtype bfloat16"
+    with _in_memory(remedy), progress_bars(quiet=as_json or not speaks) as progress:
         report = run(
             recipe,
             output,
@@ -388,9 +451,15 @@ def _finetune_model(
         print_pretrained(report, output)
 
 
+def _transformers(verb: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
+    return ModuleNotFoundError(
+        f"{verb} needs {error.name}: pip install 'triton-sparsity[transformers]'"
+    )
+
+
 def _numbers(text: str | None) -> list[float]:
     try:
-        return [float(number) for number in text.split(",")] if text else []
+        return [] if text is None else [float(number) for number in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"--levels must be numbers, by commas, got {text!r}") from None
 
@@ -450,30 +519,37 @@ def profile(
     Every result is checked before it is timed; exit code 1 if one is wrong. --output gets
     profile.json, profile.csv, roofline.png and speedup.png.
     """
-    from . import profile as job
-    from .measure.drift import drift, load_profile
-    from .measure.progress import progress_bars
-    from .measure.tables import show_drift, show_profile
+    from .measure.files import claim_file, only_writer
+    from .measure.options import check_options
 
-    plan = job.make_plan(
-        shapes=shapes,
-        tokens=tokens,
-        patterns=pattern,
-        levels=level,
-        mask=mask,
-        operations=operation,
-        dtype=dtype,
-        device=device,
-        backend=backend,
-        threads=threads,
-        budget=budget,
-        passes=passes,
-    )
+    options: dict[str, Any] = {
+        "shapes": shapes,
+        "patterns": pattern,
+        "levels": level,
+        "operations": operation,
+        "mask": mask,
+        "device": device,
+        "backend": backend,
+        "budget": budget,
+        "tokens": tokens,
+        "threads": threads,
+        "passes": passes,
+    }
+    check_options(**options, dtypes=None if dtype is None else [dtype])
+    if trace is not None:
+        claim_file(trace)
+    with _imports():
+        from . import profile as job
+        from .measure.drift import drift, load_profile
+        from .measure.progress import progress_bars
+        from .measure.tables import show_drift, show_profile
+
+    plan = job.make_plan(**options, dtype=dtype)
     earlier = None if against is None else load_profile(against)
-    job.claim(output, trace)
-    with progress_bars(quiet=as_json) as progress:
-        record = job.profile(plan, progress)
-    names = [] if output is None else job.save(record, output)
+    with _in_memory(SMALLER), only_writer(output) if output else nullcontext():
+        with progress_bars(quiet=as_json) as progress:
+            record = job.profile(plan, progress)
+        names = [] if output is None else job.save(record, output)
     if as_json:
         print(json.dumps(record, allow_nan=False))
     else:
@@ -524,43 +600,61 @@ def autotune(
     What was found is kept in a table that the kernels read. After an interruption the same command
     goes on.
     """
-    from . import autotune as job
-    from . import recommend as chooser
-    from .measure.files import claim_folder
-    from .measure.progress import progress_bars
-    from .measure.tables import show_recommendation, show_tuning
+    from .measure.files import only_writer
+    from .measure.options import check_options
 
-    common = {
+    common: dict[str, Any] = {
         "tokens": tokens,
-        "patterns": pattern,
-        "level": level,
         "device": device,
         "backend": backend,
         "threads": threads,
         "budget": budget,
     }
+    check_options(
+        **common,
+        shapes=shapes,
+        blocks=pattern,
+        levels=None if level is None else [level],
+        dtypes=dtype,
+        candidates=candidates,
+    )
+    common |= {"patterns": pattern, "level": level}
+    if recommend is not None and not (shapes is dtype is candidates is None and not force):
+        raise typer.BadParameter(
+            "--recommend takes shapes and dtypes from the model: leave --shapes, --dtype, "
+            "--candidates and --force out"
+        )
+    with _imports():
+        from . import autotune as job
+        from . import recommend as chooser
+        from .measure.progress import progress_bars
+        from .measure.tables import show_recommendation, show_tuning
+
     if recommend is not None:
-        if shapes or dtype or candidates or force:
-            raise typer.BadParameter(
-                "--recommend takes shapes and dtypes from the model: leave --shapes, --dtype, "
-                "--candidates and --force out"
-            )
-        if output is not None:
-            claim_folder(output)
-        with progress_bars(quiet=as_json) as progress:
-            record = chooser.recommend(recommend, **common, progress=progress)
-        if output is not None:
-            chooser.save(record, output)
+        with _in_memory(SMALLER), only_writer(output) if output else nullcontext():
+            with progress_bars(quiet=as_json) as progress:
+                record = chooser.recommend(recommend, **common, progress=progress)
+            if output is not None:
+                chooser.save(record, output)
         if as_json:
             print(json.dumps(record, allow_nan=False))
         else:
             show_recommendation(record, output)
         return
     search = job.make_search(
-        **common, shapes=shapes, dtypes=dtype, candidates=candidates, output=output, force=force
+        **common,
+        shapes=shapes,
+        dtypes=dtype,
+        candidates=candidates,
+        output=output,
+        force=force,
     )
     try:
-        with progress_bars(quiet=as_json) as progress:
+        with (
+            _in_memory(SMALLER),
+            only_writer(search.output.parent, search.output.name),
+            progress_bars(quiet=as_json) as progress,
+        ):
             content = job.autotune(search, progress, _warn)
     except KeyboardInterrupt:
         print(
@@ -605,24 +699,21 @@ def sensitivity(
     Nothing is trained. The record has levels for every weight, as overrides of a configuration.
     """
     try:
-        from . import sensitivity as job
-        from .finetune.recipe import make_recipe
+        from .finetune.recipe import check_recipe, make_recipe
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"sensitivity needs {error.name}: pip install 'triton-sparsity[transformers]'"
-        ) from None
-    from .measure.files import claim_folder
-    from .measure.progress import progress_bars
-    from .measure.tables import show_sensitivity
+        raise _transformers("sensitivity", error) from None
+    from .measure.files import only_writer
+    from .sensitivity_levels import BUDGET, LEVELS, PATTERNS, check_levels
 
-    patterns = pattern or [*job.PATTERNS]
+    patterns = pattern or PATTERNS
+    scanned = LEVELS if levels is None else _numbers(levels)
     given = {
         "model": str(model),
         "data": tuple(data),
         # nothing is trained: one half is for what the importance looks at
         "held_out": 0.5,
         "pattern": "unstructured",
-        "level": level,
+        "level": BUDGET if level is None else level,
         "importance": importance,
         "eval_batches": 8 if batches is None else batches,
         "batch_size": batch_size,
@@ -635,14 +726,22 @@ def sensitivity(
         "threads": threads,
     }
     recipe = make_recipe({k: v for k, v in given.items() if v is not None}, "the command line")
-    if output is not None:
-        claim_folder(output)
-    with progress_bars(quiet=as_json) as progress:
-        record = job.sensitivity(
-            recipe, patterns, _numbers(levels) or job.LEVELS, output or Path(), progress
-        )
-    if output is not None:
-        job.save(record, output)
+    check_recipe(recipe)
+    check_levels(patterns, scanned, given["level"])
+    try:
+        with _imports():
+            from . import sensitivity as job
+            from .measure.progress import progress_bars
+            from .measure.tables import show_sensitivity
+    except ModuleNotFoundError as error:
+        raise _transformers("sensitivity", error) from None
+
+    remedy = "try a smaller --batch-size or --max-length"
+    with _in_memory(remedy), only_writer(output) if output else nullcontext():
+        with progress_bars(quiet=as_json) as progress:
+            record = job.sensitivity(recipe, patterns, scanned, output or Path(), progress)
+        if output is not None:
+            job.save(record, output)
     if as_json:
         print(json.dumps(record, allow_nan=False))
     else:
@@ -659,10 +758,15 @@ def doctor(
 
     The check compares values and gradients with the reference; exit code 1 if one disagrees.
     """
-    from .doctor import doctor as examine
-    from .measure.tables import show_doctor
+    from .measure.options import check_options
 
-    record = examine(device, backend)
+    check_options(device=device, backend=backend)
+    with _imports():
+        from .doctor import doctor as examine
+        from .measure.tables import show_doctor
+
+    with _in_memory("end what else takes it"):
+        record = examine(device, backend)
     if as_json:
         print(json.dumps(record, allow_nan=False))
     else:

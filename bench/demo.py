@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from .finetune.comparison import Entry
 from .finetune.files import CURVES, DENSE, STRIPPED, load_checkpoint
 from .finetune.job import control
 from .finetune.loop import Job, make_optimizer, update
 from .finetune.options import Options
 from .finetune.report import results_table, rows, summary
-from .finetune.series import Entry, run_series
+from .finetune.series import run_series
 from .finetune.tasks import load_task
 from .measure.progress import progress_bars
 from .measure.timing import Work, measure_in_turn

@@ -6,11 +6,11 @@ speed.
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -21,20 +21,22 @@ from typing import Any
 import torch
 
 from ..kernels import tuning
-from ..kernels.block_sparse_linear import MIN_SIDE
 from ..kernels.launch import Backend, use_triton
-from ..kernels.pattern import NM, Block, Pattern, maximum_level
+from ..kernels.pattern import NM, Pattern, is_skippable, maximum_level
+from .measure.apart import start_quietly
 from .measure.cases import Built, Case, Outcome, first_line, measure_case, to_row
 from .measure.ceilings import Ceilings, highest, measure_ceilings
 from .measure.charts import roofline, speedups
-from .measure.files import claim_folder, write_atomic
+from .measure.files import write_atomic
 from .measure.operands import Operands
-from .measure.operations import OPERATIONS, operand_cases
+from .measure.operations import operand_cases
+from .measure.options import OPERATIONS, check_options
 from .measure.progress import Advance
 from .measure.record import Row, dump, environment, to_csv
 from .measure.shapes import Shape, parse_shapes, spell_shapes
 from .measure.spelling import find_device, parse_pattern, spell_pattern
 from .measure.steps import model_cases
+from .measure.threads import set_threads
 from .measure.timing import overhead
 
 PASSES = 5
@@ -51,7 +53,7 @@ class Plan:
         shapes: of the weights.
         patterns, levels: each with each.
         mask: ``"random"`` or ``"skewed"``, for operations on one weight.
-        operations: of ``operations.OPERATIONS``.
+        operations: of ``options.OPERATIONS``.
         dtype: of weights and activations.
         device, backend: where and how.
         budget: seconds of timed runs of each operation in a pass.
@@ -93,34 +95,32 @@ def make_plan(
         ValueError: an option is unknown or out of its range, or the backend cannot run there.
         OSError: a model file cannot be read.
     """
+    check_options(
+        shapes=shapes,
+        patterns=patterns,
+        levels=levels,
+        operations=operations,
+        mask=mask,
+        dtypes=None if dtype is None else [dtype],
+        device=device,
+        backend=backend,
+        budget=budget,
+        tokens=tokens,
+        threads=threads,
+        passes=passes,
+    )
     place = find_device(device or "auto")
     gpu = place.type == "cuda"
     try:
         triton_runs = use_triton("profile", backend or "auto", torch.empty(0, device=place))
     except RuntimeError as error:
         raise ValueError(str(error)) from None
-    levels = tuple(levels or (0.5, 0.8, 0.9))
-    for level in levels:
-        if not 0 <= level < 1:
-            raise ValueError(f"level must be in [0, 1), got {level}")
-    operations = tuple(operations or OPERATIONS)
-    for operation in operations:
-        if operation not in OPERATIONS:
-            names = ", ".join(repr(name) for name in OPERATIONS)
-            raise ValueError(f"operation must be one of {names}, got {operation!r}")
-    mask = mask or "random"
-    if mask not in ("random", "skewed"):
-        raise ValueError(f"mask must be 'random' or 'skewed', got {mask!r}")
+    # each once, however often it was given
+    levels = tuple(dict.fromkeys(levels or (0.5, 0.8, 0.9)))
+    operations = tuple(dict.fromkeys(operations or OPERATIONS))
     dtype = dtype or ("bfloat16" if gpu else "float32")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be one of float32, bfloat16, float16, got {dtype!r}")
-    for name, value in (
-        ("tokens", tokens), ("threads", threads), ("budget", budget), ("passes", passes)
-    ):  # fmt: skip
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive, got {value}")
     if threads:
-        torch.set_num_threads(threads)
+        set_threads(threads)
     found = parse_shapes(
         shapes or ("llama3-8b" if gpu else "tiny"), tokens or (8192 if gpu else 256)
     )
@@ -130,9 +130,9 @@ def make_plan(
         )
     return Plan(
         shapes=found,
-        patterns=tuple(parse_pattern(p) for p in patterns),
+        patterns=tuple(dict.fromkeys(parse_pattern(p) for p in patterns)),
         levels=levels,
-        mask=mask,
+        mask=mask or "random",
         operations=operations,
         dtype=getattr(torch, dtype),
         device=place,
@@ -284,7 +284,7 @@ def in_a_process(
     pipe, end = context.Pipe(duplex=False)
     arguments = (plan, earlier, torch.get_num_threads(), end)
     process = context.Process(target=_serve_pass, args=arguments, daemon=True)
-    process.start()
+    start_quietly(process)
     # else a process that dies is waited for for ever
     end.close()
     try:
@@ -307,10 +307,14 @@ def _serve_pass(
 ) -> None:
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", message=tuning.IGNORED)
-    try:
-        pipe.send(one_pass(plan, earlier, pipe.send))
-    except Exception as error:
-        pipe.send((first_line(error),))
+    # who started it may have been killed, and nobody hears it then
+    with suppress(BrokenPipeError):
+        try:
+            pipe.send(one_pass(plan, earlier, pipe.send))
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            pipe.send((first_line(error),))
 
 
 def pass_paces(passes: Sequence[Measured]) -> list[float]:
@@ -386,22 +390,9 @@ def notes(plan: Plan) -> list[str]:
                 f"{spell_pattern(pattern)} does not divide {shape}: not measured, nor is a "
                 "training step with it"
             )
-    if not any(isinstance(p, Block) and min(p.rows, p.cols) >= MIN_SIDE for p in plan.patterns):
+    if not any(map(is_skippable, plan.patterns)):
         lines.append("no block of 16 or more a side: block-sparse products are not measured")
     return lines
-
-
-def claim(output: Path | None, trace: Path | None) -> None:
-    """See that the files can be written, before anything is measured.
-
-    Raises:
-        OSError: they cannot.
-    """
-    if output is not None:
-        claim_folder(output)
-    if trace is not None:
-        with trace.open("ab"):
-            pass
 
 
 def save(record: dict[str, Any], folder: Path) -> list[str]:

@@ -10,7 +10,6 @@ Recommended is the block that keeps most among those whose speed-up is at least 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,22 +20,22 @@ from torch import Tensor
 
 from ..kernels.bits import expand_mask
 from ..kernels.block_score import block_score
-from ..kernels.block_sparse_linear import MIN_SIDE
 from ..kernels.launch import Backend, use_triton
 from ..kernels.mask import make_mask
 from ..kernels.pattern import Block, Pattern, Unstructured, grid_shape
 from ..kernels.select import select
 from .measure.charts import pareto
-from .measure.counts import PRODUCTS
 from .measure.files import write_atomic
 from .measure.model import H200, ModelledDevice, dense_time, sparse_time
 from .measure.operands import Operands
 from .measure.operations import operand_cases
+from .measure.options import PRODUCTS, check_options
 from .measure.progress import Advance
 from .measure.record import dump, environment
 from .measure.shapes import Shape, matrices
-from .measure.spelling import find_device, parse_pattern, spell_pattern
+from .measure.spelling import find_device, parse_blocks, spell_pattern
 from .measure.tables import faster
+from .measure.threads import set_threads
 from .measure.timing import measure
 
 NEAR_BEST = 0.8
@@ -72,25 +71,26 @@ def recommend(
     Raises:
         ValueError: an option or the file does not fit; OSError: it cannot be read.
     """
+    check_options(
+        blocks=patterns,
+        levels=None if level is None else [level],
+        device=device,
+        backend=backend,
+        budget=budget,
+        tokens=tokens,
+        threads=threads,
+    )
     level = 0.8 if level is None else level
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1) to recommend a block, got {level}")
-    blocks = [parse_pattern(p) for p in patterns or CANDIDATES]
-    for block in blocks:
-        if not isinstance(block, Block) or min(block.rows, block.cols) < MIN_SIDE:
-            raise ValueError(
-                f"pattern must be blocks of at least {MIN_SIDE} a side, got {str(block)!r}"
-            )
+    blocks = parse_blocks(patterns or CANDIDATES)
     place = find_device(device or "auto")
     try:
         triton_runs = use_triton("autotune", backend or "auto", torch.empty(0, device=place))
     except RuntimeError as error:
         raise ValueError(str(error)) from None
-    for name, value in (("tokens", tokens), ("threads", threads), ("budget", budget)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive, got {value}")
     if threads:
-        torch.set_num_threads(threads)
+        set_threads(threads)
     kind: Backend = "triton" if triton_runs else "torch"
 
     weights = []

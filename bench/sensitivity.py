@@ -10,13 +10,10 @@ all these levels together, beside that of one level for all.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..controller.algorithms.base import BaseSparsityAlgoController
@@ -30,13 +27,10 @@ from .measure.files import write_atomic
 from .measure.progress import Advance
 from .measure.record import dump, environment
 from .measure.spelling import parse_pattern, spell_pattern
+from .measure.threads import set_threads
+from .sensitivity_levels import BUDGET, Curves, allocate, check_levels
 
-LEVELS = (0.5, 0.7, 0.8, 0.9)
-PATTERNS = ("unstructured", "block:16")
 RECORD, PICTURE = "sensitivity.json", "sensitivity.png"
-
-# of each weight: level -> how much the loss rose
-Curves = Mapping[str, Mapping[float, float]]
 
 
 def sensitivity(
@@ -63,20 +57,13 @@ def sensitivity(
         ValueError: an option, the model or the data do not fit; OSError: they cannot be read.
     """
     levels = sorted(set(levels))
-    if not levels or not all(0 < level < 1 for level in levels):
-        raise ValueError(f"levels must be in (0, 1), got {', '.join(map(str, levels)) or 'none'}")
+    budget = BUDGET if recipe.level is None else recipe.level
+    check_levels(patterns, levels, budget)
     quiet()
     recipe = checked_recipe(recipe)
-    budget = 0.8 if recipe.level is None else recipe.level
     found = [parse_pattern(pattern) for pattern in patterns]
-    for pattern in found:
-        if not isinstance(pattern, NM) and budget > levels[-1]:
-            raise ValueError(
-                f"levels must go up to the level {budget:g} that is to be reached, got "
-                f"{', '.join(map(str, levels))}"
-            )
     assert recipe.threads is not None
-    torch.set_num_threads(recipe.threads)
+    set_threads(recipe.threads)
     run = prepare(recipe, folder)
     model, dense = run.load().eval(), None
     if run.objective == "embedding":
@@ -189,52 +176,6 @@ def _propose(
         "uniform_loss": losses[1],
         "levels": chosen,
     }
-
-
-def allocate(sizes: Mapping[str, int], curves: Curves, level: float) -> dict[str, float]:
-    """Return a level for each weight that together prune a share of all elements and cost least.
-
-    Args:
-        sizes: elements of each weight.
-        curves: how much the loss rises by each weight at some levels; at 0 it does not.
-        level: share of all elements, at most what the highest levels of all weights make.
-
-    Returns:
-        Levels at corners of the lower convex hulls of the curves, but for one at most.
-    """
-    pieces = sorted(
-        ((end[1] - start[1]) / ((end[0] - start[0]) * sizes[name]), name, start[0], end[0])
-        for name, curve in curves.items()
-        for start, end in itertools.pairwise(_hull(curve))
-    )
-    levels = dict.fromkeys(sizes, 0.0)
-    rest = level * sum(sizes.values())
-    # slopes of a hull rise, so that a weight's pieces come in order
-    for _, name, start, end in pieces:
-        taken = min(1.0, rest / ((end - start) * sizes[name]))
-        levels[name] = end if taken == 1.0 else start + taken * (end - start)
-        rest -= taken * (end - start) * sizes[name]
-        if rest <= 0:
-            break
-    return levels
-
-
-def _hull(curve: Mapping[float, float]) -> list[tuple[float, float]]:
-    """Return the corners of the lower convex hull, from (0, 0) on; a fall counts as 0."""
-    corners: list[tuple[float, float]] = []
-    highest = 0.0
-    for level, increase in [(0.0, 0.0), *sorted(curve.items())]:
-        # more pruning does not help: where it seems to, that is noise
-        highest = max(highest, increase) if math.isfinite(increase) else math.inf
-        point = (level, min(highest, 1e9))
-        while len(corners) > 1 and _slope(corners[-2], corners[-1]) >= _slope(corners[-1], point):
-            corners.pop()
-        corners.append(point)
-    return corners
-
-
-def _slope(start: tuple[float, float], end: tuple[float, float]) -> float:
-    return (end[1] - start[1]) / (end[0] - start[0])
 
 
 def save(record: Mapping[str, Any], folder: Path) -> None:

@@ -105,8 +105,11 @@ class Refuse:
         raise AssertionError("the import started the driver")
 
 triton.runtime.driver.set_active(Refuse())
-import triton_sparsity
+import triton_sparsity as ts
 import triton_sparsity.bench.cli
+
+for name in ts.__all__:
+    getattr(ts, name)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
@@ -116,9 +119,56 @@ import triton_sparsity.bench.cli
 
 def test_the_public_face_is_what_it_lists():
     public = {name for name in dir(ts) if not name.startswith("_")}
-    others = {"kernels", "controller", "bench", "annotations", "import_module"}
+    others = {"kernels", "controller", "bench", "face", "annotations", "import_module", "sys"}
     assert public - others - {"TYPE_CHECKING", "Any"} == set(ts.__all__)
     assert all(getattr(ts, name).__doc__ for name in ts.__all__)
+
+
+@pytest.mark.slow
+def test_a_name_is_imported_when_it_is_asked_for_and_all_are_beside_torch(tmp_path):
+    code = """
+import sys
+import triton_sparsity as ts
+
+assert "torch" not in sys.modules
+assert ts.kernels.pattern.Block is ts.Block
+assert {"Block", "create_controller", "TransformersCallback"} <= {*dir(ts)}
+try:
+    ts.nothing
+except AttributeError as error:
+    assert str(error) == "module 'triton_sparsity' has no attribute 'nothing'", error
+from triton_sparsity import *
+
+assert create_controller is ts.create_controller
+
+import torch
+
+weights = torch.nn.Linear(32, 32)
+controller = create_controller(
+    weights, MagnitudeSparsityConfig(pattern=Block(16, 16)), dispatch="sparse"
+)
+controller.set_sparsity_level(0.5)
+exported = torch.export.export(weights.eval(), (torch.ones(2, 32),))
+torch.export.save(exported, "exported.pt2")
+torch.save(weights(torch.ones(2, 32)), "expected.pt")
+"""
+    load = """
+import torch
+import triton_sparsity
+
+found = torch.export.load("exported.pt2").module()(torch.ones(2, 32))
+assert "block_sparse_linear" in str(torch.export.load("exported.pt2").graph)
+assert torch.equal(found, torch.load("expected.pt"))
+"""
+    for part in (code, load):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", part],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -15,12 +15,14 @@ import platform
 import statistics
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from ...controller.algorithms.base import BaseSparsityAlgoController
@@ -29,8 +31,9 @@ from ...controller.algorithms.evaluation import evaluating, inputs_of, run
 from ...controller.create import create_controller
 from ...controller.one_shot import prune_obs
 from ...kernels.launch import use_triton
-from ..measure.files import write_atomic
+from ..measure.files import digest, only_writer, write_atomic, write_sums
 from ..measure.progress import Advance
+from ..measure.threads import set_threads
 from .curves import curves
 from .files import (
     CURVES,
@@ -40,16 +43,19 @@ from .files import (
     STATE,
     STRIPPED,
     claim,
+    has_ended,
     load_checkpoint,
+    load_report,
     load_state,
-    new_folder,
+    of_state,
     serialised,
     sizes,
 )
 from .layers import layers_of, target_names
-from .loop import PHASES, Job, autocast, evaluate, save, train
-from .options import Options, checked, end_level, same_run, sparsity_config, with_defaults
+from .loop import PHASES, Job, autocast, check_tensors, evaluate, save, train
+from .options import Options, checked, end_level, same_run, with_defaults
 from .signals import catch_signals
+from .sparsity import sparsity_config
 from .tasks import Batch, load_task
 
 CALIBRATION_BATCHES = 8
@@ -87,19 +93,48 @@ def finetune(
         ValueError: an option, the checkpoint, the saved state or its data are not as they must be,
             or the training diverged.
         FileExistsError: ``folder`` holds a run, and neither ``resume`` nor ``force`` is given.
+        BlockingIOError: another process writes to ``folder``.
         OSError: a file cannot be read or written.
         ModuleNotFoundError: the task needs a package that is missing.
         KeyboardInterrupt: a signal asked to stop; the state is saved.
     """
-    saved = load_state(folder) if resume else None
-    asked = options.level if saved is None else saved["options"]["level"]
-    if saved is None:
-        options = checked(options)
-    else:
-        names = [field.name for field in fields(Options)] if given is None else given
-        options = same_run(Options(**saved["options"]), options, names)
-        if (folder / REPORT).exists():
-            return json.loads((folder / REPORT).read_text())
+    # a run that has ended is only read
+    ended = resume and has_ended(folder)
+    with nullcontext() if ended else only_writer(folder):
+        saved = load_state(folder) if resume else None
+        asked = options.level
+        if saved is None:
+            options = checked(options)
+        else:
+            names = [field.name for field in fields(Options)] if given is None else given
+            with of_state(folder):
+                before = read_options(saved["options"])
+                checked(before)
+            asked = before.level
+            options = same_run(before, options, names)
+            if has_ended(folder):
+                return load_report(folder)
+        return run_task(options, asked, folder, saved, force, progress)
+
+
+def run_task(
+    options: Options,
+    asked: float | None,
+    folder: Path,
+    saved: dict[str, Any] | None,
+    force: bool,
+    progress: Advance,
+) -> dict[str, Any]:
+    """Do what ``finetune`` does in a folder that this process alone writes to.
+
+    Args:
+        options: checked.
+        asked: the level as it was given.
+        folder: where the files go.
+        saved: the state to go on from; None: there is none.
+        force: replace a run in ``folder``.
+        progress: as of ``finetune``.
+    """
     task = load_task(options.task)
     options = with_defaults(options, task.recipe)
     if options.algorithm == "const":
@@ -115,25 +150,51 @@ def finetune(
 
     assert options.threads is not None
     # how sums are split over threads decides their last bits
-    torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     torch.manual_seed(options.seed)
     model = task.build()
     if saved is not None:
-        model.load_state_dict(saved["model"])
+        with of_state(folder):
+            check_tensors("model", saved["model"], model.state_dict())
+            model.load_state_dict(saved["model"])
     elif options.checkpoint:
         load_checkpoint(model, Path(options.checkpoint))
     # what cannot be pruned is to fail now, not after the dense training
-    control(copy.deepcopy(model), replace(options, backend="auto", dispatch="auto"))
+    with of_state(folder) if saved is not None else nullcontext():
+        control(copy.deepcopy(model), replace(options, backend="auto", dispatch="auto"))
     model.to(options.device)
 
     with catch_signals() as interrupted:
         job = Job(task, options, folder, progress, interrupted)
-        if saved is None:
-            claim(folder, task.files, force=force)
-            saved = start(job, model)
-        if saved["phase"] == "dense":
-            saved = dense_phase(job, model, saved)
-        return sparse_phase(job, model, saved)
+        if saved is not None:
+            return phases(job, model, saved)
+        claim(folder, task.files, force=force)
+        return phases(job, model, start(job, model))
+
+
+def read_options(saved: dict[str, Any]) -> Options:
+    """Return the options that a state has.
+
+    Raises:
+        ValueError: one is missing, unknown or of another type.
+    """
+    names = {field.name for field in fields(Options)}
+    if saved.keys() != names:
+        raise ValueError(f"options must be {', '.join(sorted(names))}, got {[*saved]!r:.300}")
+    try:
+        # as JSON, of which a list is a tuple
+        return TypeAdapter(Options).validate_json(json.dumps(saved), strict=True)
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        what = first["msg"].replace("Input should be", "must be")
+        raise ValueError(f"{first['loc'][0]} {what}, got {first['input']!r:.60}") from None
+
+
+def phases(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Go on from ``state`` to the end; return the report."""
+    if state["phase"] == "dense":
+        state = dense_phase(job, model, state)
+    return sparse_phase(job, model, state)
 
 
 def start(job: Job, model: nn.Module) -> dict[str, Any]:
@@ -149,8 +210,7 @@ def start(job: Job, model: nn.Module) -> dict[str, Any]:
         },
         "dense": None,
     }
-    with new_folder(job.folder):
-        return save(job, state, model)
+    return save(job, state, model)
 
 
 def dense_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
@@ -165,6 +225,9 @@ def dense_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str, 
 
 def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Fine-tune under the schedule, evaluate, strip; write all files and return the report."""
+    dense = job.folder / DENSE
+    if digest(dense) != state["dense"]["sha256"]:
+        raise ValueError(f"{dense} is damaged: its SHA-256 is not the one of when it was written")
     controller = control(
         model,
         job.options,
@@ -197,8 +260,9 @@ def sparse_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str,
     for name, content in job.task.files.items():
         write_atomic(job.folder / name, content)
     write_atomic(job.folder / CURVES, curves({"": report}))
-    # last: a run that has its report has ended
     write_atomic(job.folder / REPORT, json.dumps(report, indent=1, allow_nan=False).encode())
+    # last: a run that has them has ended
+    write_sums(job.folder, (DENSE, STRIPPED, *job.task.files, CURVES, REPORT))
     return report
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..measure.files import write_atomic
 from ..measure.progress import Advance
-from .files import STATE
+from .files import of_state, save_state
 from .options import Options
 from .tasks import Batch, Outputs, Task
 
@@ -60,9 +58,7 @@ def save(
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(job.device) if job.device.type == "cuda" else None,
     }
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomic(job.folder / STATE, buffer.getvalue())
+    save_state(job.folder, state)
     return state
 
 
@@ -80,13 +76,16 @@ def train(job: Job, model: nn.Module, controller: Any, state: dict[str, Any]) ->
     assert options.score_lr is not None
     history = state["history"][phase]
     optimizer = make_optimizer(model, controller, peak, options.score_lr)
-    if state["optimizer"] is not None:
-        optimizer.load_state_dict(state["optimizer"])
-    if controller is not None and state["controller"] is not None:
-        controller.load_state(state["controller"])
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"], job.device)
+    with of_state(job.folder):
+        if state["step"] > total:
+            raise ValueError(f"step must be at most {total}, got {state['step']}")
+        if state["optimizer"] is not None:
+            load_optimizer(optimizer, state["optimizer"])
+        if controller is not None and state["controller"] is not None:
+            controller.load_state(state["controller"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], job.device)
 
     model.train()
     for step in range(state["step"], total):
@@ -136,6 +135,53 @@ def make_optimizer(model: nn.Module, controller: Any, peak: float, score_peak: f
     if controller is not None:
         controller.optimizer = optimizer
     return optimizer
+
+
+def check_tensors(what: str, found: Any, wanted: Mapping[str, Tensor]) -> None:
+    """See that tensors by name have the shapes and dtypes of ``wanted`` ones, and are finite.
+
+    Raises:
+        ValueError: one is missing, too many or has not; the message names it.
+    """
+    if not isinstance(found, Mapping) or found.keys() != wanted.keys():
+        names = sorted(map(str, found)) if isinstance(found, Mapping) else found
+        raise ValueError(f"{what} must have {', '.join(wanted)}, got {names!r:.300}")
+    for name, tensor in wanted.items():
+        other = found[name]
+        if not isinstance(other, Tensor) or (other.shape, other.dtype) != (
+            tensor.shape,
+            tensor.dtype,
+        ):
+            got = f"{tuple(other.shape)}, {other.dtype}" if isinstance(other, Tensor) else other
+            raise ValueError(
+                f"{what}: {name} must be {tuple(tensor.shape)}, {tensor.dtype}, got {got!r:.60}"
+            )
+        if not other.isfinite().all():
+            raise ValueError(f"{what}: {name} must be finite, got NaN or infinity")
+
+
+def load_optimizer(optimizer: Any, state: Mapping[str, Any]) -> None:
+    """Load an optimiser's state, which torch itself takes whatever its shapes and settings are.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is not of this optimiser.
+    """
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        for name, value in group.items():
+            # the rate is set anew in each step
+            if name in ("params", "lr"):
+                continue
+            if type(saved[name]) is not type(value) or saved[name] != value:
+                raise ValueError(f"optimizer: {name} must be {value!r}, got {saved[name]!r:.60}")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    indices = [i for saved in state["param_groups"] for i in saved["params"]]
+    if indices != [*range(len(parameters))] or not state["state"].keys() <= {*indices}:
+        raise ValueError(f"optimizer must be of {len(parameters)} parameters, got {indices!r:.60}")
+    for index, found in state["state"].items():
+        like = parameters[index]
+        moments = {"step": torch.zeros(()), "exp_avg": like, "exp_avg_sq": like}
+        check_tensors(f"optimizer of parameter {index}", found, moments)
+    optimizer.load_state_dict(state)
 
 
 def update(job: Job, model: nn.Module, controller: Any, optimizer: Any, batch: Batch) -> float:

@@ -1,37 +1,29 @@
-"""The options of a fine-tuning run: what they may be, and the configuration that they spell."""
+"""The options of a fine-tuning run, and what they may be."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
+from ...kernels.pattern import NM, is_reachable, maximum_level
+from ..measure.options import END
+from ..measure.spelling import check_device, find_device, parse_pattern, spell_pattern
 
-from ...controller.algorithms.table import ALGORITHMS as TABLE
-from ...controller.config.algorithm import AlgorithmConfig, Pool
-from ...controller.config.schedule import (
-    AdaptiveSchedule,
-    ExponentialSchedule,
-    MultistepSchedule,
-    PolynomialSchedule,
-    RampSchedule,
-    Schedule,
-)
-from ...controller.selection.criteria import NAMES, Reduction
-from ...controller.selection.scorer import BY_GRADIENT, SUMMED
-from ...controller.selection.thresholds import is_reachable
-from ...kernels.launch import use_triton
-from ...kernels.pattern import NM, maximum_level
-from ..measure.spelling import find_device, parse_pattern, spell_pattern
-from .tasks import Recipe
+if TYPE_CHECKING:
+    from .tasks import Recipe
 
-CONFIGS = {row.short: row.config for row in TABLE.values()}
-ALGORITHMS = tuple(CONFIGS)
-WITH_NM = tuple(name for name, config in CONFIGS.items() if config.takes_nm)
-GRADIENT_OR_INPUT = (*BY_GRADIENT, "wanda")
-IMPORTANCE = (*NAMES, "obs")
+# as the library has them; written out, as all that the checks need, because it imports torch,
+# which takes seconds
+TASKS = ("stdlib-lm", "stdlib-lm-wide", "digits", "minilm")
+ALGORITHMS = ("magnitude", "const", "set", "rigl", "rb", "movement", "sr_ste")
+WITH_NM = ("magnitude", "const", "sr_ste")
+REDUCTIONS = ("mean", "max", "sum", "l2")
+POOLS = ("global", "weight", "row")
+SUMMED = ("snip_momentum", "fisher")
+GRADIENT_OR_INPUT = ("snip", "snip_momentum", "taylor", "fisher", "wanda")
+IMPORTANCE = ("abs", "normed_abs", *GRADIENT_OR_INPUT, "random", "obs")
 
 
 @dataclass(frozen=True)
@@ -148,29 +140,53 @@ def checked(options: _Run) -> _Run:
     Raises:
         ValueError: an option is unknown or out of its range, or the backend cannot run there.
     """
-    pattern = parse_pattern(options.pattern)
-    options = replace(options, level=end_level(options))
+    check_values(options)
+    import torch
+
+    from ...kernels.launch import use_triton
+
     device = find_device(options.device)
     try:
         use_triton("finetune", options.backend, torch.empty(0, device=device))
     except RuntimeError as error:
         raise ValueError(str(error)) from None
+    return replace(
+        options,
+        pattern=spell_pattern(parse_pattern(options.pattern)),
+        level=end_level(options),
+        device=str(device),
+        threads=options.threads or torch.get_num_threads(),
+    )
+
+
+def check_values(options: RunOptions) -> None:
+    """Check each option, and what goes with what, without a look at the machine.
+
+    Raises:
+        ValueError: an option is unknown or out of its range.
+    """
+    pattern = parse_pattern(options.pattern)
+    options = replace(options, level=end_level(options))
+    check_device(options.device)
     for name, choices in (
+        ("task", TASKS),
         ("algorithm", ALGORITHMS),
         ("schedule", ("polynomial", "exponential", "multistep", "adaptive")),
         ("importance", IMPORTANCE),
-        ("block_reduction", get_args(Reduction)),
-        ("pool", (None, *get_args(Pool))),
+        ("block_reduction", REDUCTIONS),
+        ("pool", (None, *POOLS)),
         ("initial_masks", ("importance", "random")),
         ("distribution", (None, "erk", "uniform", "owl")),
         ("growth", ("gradient", "normed_gradient")),
         ("dtype", ("float32", "bfloat16")),
+        ("backend", ("auto", "triton", "torch")),
         ("dispatch", ("auto", "sparse", "dense")),
     ):
-        if getattr(options, name) not in choices:
+        # a recipe has no task
+        if (value := getattr(options, name, choices[0])) not in choices:
             raise ValueError(
                 f"{name.replace('_', '-')} must be one of {', '.join(filter(None, choices))}, "
-                f"got {getattr(options, name)!r}"
+                f"got {value!r}"
             )
     for name, fits, what in (
         ("level", lambda x: 0 <= x < 1, "in [0, 1)"),
@@ -179,18 +195,18 @@ def checked(options: _Run) -> _Run:
         ("maximum_level", lambda x: 0 <= x <= 1, "in [0, 1]"),
         ("ramp", lambda x: 0 < x <= 1, "in (0, 1]"),
         ("alpha", lambda x: 0 <= x <= 1, "in [0, 1]"),
-        ("delta_t", lambda x: x >= 1, "at least 1"),
+        ("delta_t", lambda x: 1 <= x < END, "from 1 to 2^31 - 1"),
         ("score_lr", lambda x: 0 < x < math.inf, "positive and finite"),
         ("regularization", lambda x: 0 <= x < math.inf, "at least 0 and finite"),
-        ("dense_epochs", lambda x: x >= 0, "at least 0"),
-        ("epochs", lambda x: x >= 1, "at least 1"),
-        ("steps_per_epoch", lambda x: x >= 1, "at least 1"),
-        ("batch_size", lambda x: x >= 1, "at least 1"),
+        ("dense_epochs", lambda x: 0 <= x < END, "from 0 to 2^31 - 1"),
+        ("epochs", lambda x: 1 <= x < END, "from 1 to 2^31 - 1"),
+        ("steps_per_epoch", lambda x: 1 <= x < END, "from 1 to 2^31 - 1"),
+        ("batch_size", lambda x: 1 <= x < END, "from 1 to 2^31 - 1"),
         ("dense_lr", lambda x: 0 < x < math.inf, "positive and finite"),
         ("lr", lambda x: 0 < x < math.inf, "positive and finite"),
-        ("eval_batches", lambda x: x >= 1, "at least 1"),
-        ("save_every", lambda x: x >= 1, "at least 1"),
-        ("threads", lambda x: x >= 1, "at least 1"),
+        ("eval_batches", lambda x: 1 <= x < END, "from 1 to 2^31 - 1"),
+        ("save_every", lambda x: 1 <= x < END, "from 1 to 2^31 - 1"),
+        ("threads", lambda x: 1 <= x < END, "from 1 to 2^31 - 1"),
         ("seed", lambda x: 0 <= x < 2**63, "from 0 to 2^63 - 1"),
     ):
         value = getattr(options, name, None)
@@ -225,12 +241,6 @@ def checked(options: _Run) -> _Run:
                 f"importance {options.importance} has nothing to judge the first masks by; start "
                 f"from {'initial-level 0' if options.algorithm == 'magnitude' else 'random masks'}"
             )
-    return replace(
-        options,
-        pattern=spell_pattern(pattern),
-        device=str(device),
-        threads=options.threads or torch.get_num_threads(),
-    )
 
 
 def with_defaults(options: Options, recipe: Recipe) -> Options:
@@ -277,107 +287,3 @@ def same_run(
                 "the option out, or start another run"
             )
     return merged
-
-
-def sparsity_config(options: Options) -> AlgorithmConfig:
-    """Return the configuration of the algorithm: of the options those that it has as fields."""
-    config = CONFIGS[options.algorithm]
-    given: dict[str, Any] = {
-        "weight_importance": options.importance,
-        "block_reduction": options.block_reduction,
-        "growth": options.growth,
-        "seed": options.seed,
-    }
-    chosen = ("pool", "distribution", "minimum_level", "maximum_level")
-    given |= {name: value for name in chosen if (value := getattr(options, name)) is not None}
-    soft = options.algorithm == "movement" and options.level is None
-    if "schedule" in config.model_fields and not soft:
-        given["schedule"] = schedule(options)
-    if "t_end" in config.model_fields:
-        given |= regrowth(options)
-    if soft:
-        given |= warm_up(options)
-    return config(
-        pattern=parse_pattern(options.pattern),
-        target_scopes=options.scope or None,
-        ignored_scopes=options.ignore,
-        **{name: value for name, value in given.items() if name in config.model_fields},
-    )
-
-
-def warm_up(options: Options) -> dict[str, Any]:
-    """Return soft movement's warm-up, from the second epoch on, as long as the ramp."""
-    assert options.epochs is not None
-    assert options.ramp is not None
-    if options.epochs <= 1:
-        raise ValueError(
-            "epochs must be more than 1 with movement without a level, whose warm-up begins with "
-            f"the second, got {options.epochs!r}"
-        )
-    end = min(1 + max(1, round(options.ramp * options.epochs)), math.ceil(options.epochs))
-    return {
-        "warmup_start_epoch": 1,
-        "warmup_end_epoch": end,
-        "importance_regularization_factor": options.regularization,
-        "init_importance_threshold": -0.1,
-        "enable_structured_masking": False,
-        "steps_per_epoch": options.steps_per_epoch,
-    }
-
-
-def regrowth(options: Options) -> dict[str, Any]:
-    """Return what SET and RigL are told; the masks stay from the end of the ramp on."""
-    assert options.epochs is not None
-    assert options.ramp is not None
-    assert options.steps_per_epoch is not None
-    t_end = round(options.ramp * options.epochs * options.steps_per_epoch)
-    return {
-        "level": options.level,
-        "t_end": t_end,
-        "initial_masks": options.initial_masks,
-        "alpha": options.alpha,
-        "delta_t": options.delta_t or max(1, t_end // 20),
-    }
-
-
-def schedule(options: Options) -> Schedule:
-    """Return the schedule; the target is reached at the end of the ramp."""
-    assert options.epochs is not None
-    assert options.ramp is not None
-    epochs = math.ceil(options.epochs)
-    # the level of an epoch holds from its start, so the last epoch is the latest to reach it in
-    target_epoch = min(max(1, round(options.ramp * options.epochs)), epochs - 1)
-    assert options.level is not None
-    span: dict[str, Any] = {
-        "initial_level": options.initial_level,
-        "target_level": options.level,
-    }
-    # groups may return as long as training goes on
-    end: dict[str, Any] = {"freeze_epoch": epochs}
-    match options.schedule:
-        # a single epoch is time enough for a schedule by steps
-        case "polynomial" if epochs == 1:
-            assert options.steps_per_epoch is not None
-            steps = max(1, round(options.epochs * options.steps_per_epoch))
-            return RampSchedule(**span, end=round(options.ramp * steps), freeze=steps)
-        case "polynomial":
-            return PolynomialSchedule(
-                **span,
-                **end,
-                target_epoch=target_epoch,
-                power=3.0,
-                update_per_optimizer_step=True,
-                steps_per_epoch=options.steps_per_epoch,
-            )
-        case "exponential":
-            return ExponentialSchedule(**span, **end, target_epoch=target_epoch)
-        case "multistep":
-            rise = (options.level - options.initial_level) / 4
-            return MultistepSchedule(
-                **end,
-                initial_level=options.initial_level,
-                steps=tuple(target_epoch * i // 3 for i in (1, 2, 3)),
-                levels=(*(options.initial_level + rise * i for i in (1, 2, 3)), options.level),
-            )
-        case _:
-            return AdaptiveSchedule(**span, **end)

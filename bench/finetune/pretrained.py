@@ -12,11 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -30,14 +32,25 @@ from ...controller.algorithms.table import algorithm_of
 from ...controller.config.algorithm import AlgorithmConfig
 from ...controller.integrations.transformers import STATE_FILE, TransformersCallback
 from ...kernels.launch import use_triton
-from ..measure.files import write_atomic
+from ..measure.files import SUMS, check_sums, only_writer, write_atomic, write_sums
 from ..measure.progress import Advance
 from ..measure.record import environment
+from ..measure.threads import set_threads
 from .curves import training_curves
 from .data import digest
 from .distill import Distillation
 from .examples import Examples, make_examples
-from .files import CHECKPOINTS, CURVES, MODEL, RECIPE, REPORT, START, claim, new_folder
+from .files import (
+    CHECKPOINTS,
+    CURVES,
+    MODEL,
+    RECIPE,
+    REPORT,
+    START,
+    claim,
+    has_ended,
+    load_report,
+)
 from .folders import (
     guess_objective,
     load,
@@ -50,13 +63,14 @@ from .folders import (
 )
 from .job import ONCE_BATCHES, control
 from .layers import layers_of, target_names
-from .options import Options, RunOptions, sparsity_config
+from .options import Options, RunOptions
 from .recipe import FIELDS, Recipe, checked_recipe, make_recipe, read_recipe, same_recipe, spelled
 from .scores import METRICS, evaluate
 from .signals import catch_signals
+from .sparsity import sparsity_config
 from .trainer import AllStepsDone, Clock, Trainer, Watch, length, training_arguments
 
-FORMAT = 1
+FORMAT = 2
 DENSE_STEPS = 6  # timed before training, the first apart, which sets up
 
 
@@ -158,20 +172,35 @@ def finetune(
         ModuleNotFoundError: the data need a package that is missing.
         KeyboardInterrupt: a signal asked to stop; the step is saved.
     """
-    resumed = (resume or resume_without_state) and (folder / RECIPE).exists()
-    if resumed:
-        path = folder / RECIPE
-        saved = make_recipe(read_recipe(path), str(path))
-        recipe = same_recipe(saved, recipe, FIELDS if given is None else given)
-        if (folder / REPORT).exists():
-            return json.loads((folder / REPORT).read_text())
-    else:
-        recipe = checked_recipe(recipe)
-        if not force:
-            claim(folder, force=False)
+    resume = resume or resume_without_state
+    # of several processes one writes; a run that has ended is only read
+    reads = os.environ.get("RANK", "0") != "0" or (resume and has_ended(folder))
+    with nullcontext() if reads else only_writer(folder):
+        resumed = resume and (folder / RECIPE).exists()
+        if resumed:
+            path = folder / RECIPE
+            saved = make_recipe(read_recipe(path), str(path))
+            recipe = same_recipe(saved, recipe, FIELDS if given is None else given)
+            if has_ended(folder):
+                return load_report(folder)
+        else:
+            recipe = checked_recipe(recipe)
+            if not force:
+                claim(folder, force=False)
+        return _finetune(recipe, folder, resumed, resume_without_state, force, progress)
+
+
+def _finetune(
+    recipe: Recipe,
+    folder: Path,
+    resumed: bool,
+    resume_without_state: bool,
+    force: bool,
+    progress: Advance,
+) -> dict[str, Any]:
     quiet()
     assert recipe.threads is not None
-    torch.set_num_threads(recipe.threads)
+    set_threads(recipe.threads)
     run = prepare(recipe, folder)
     checkpoint = None
     start: dict[str, Any] = {"format": FORMAT, "data": run.data, "dense": None}
@@ -183,7 +212,7 @@ def finetune(
             _together(run, lambda: _claim(run, start, force))
         if start["dense"] is None:
             start = start | {"dense": measure_dense(run, progress)}
-            _together(run, lambda: _write(run, START, start))
+            _together(run, lambda: _write_start(run, start))
         if interrupted():
             raise KeyboardInterrupt
         trained = train(run, checkpoint, resume_without_state, progress, interrupted)
@@ -276,9 +305,16 @@ def _together(run: Run, write: Callable[[], None]) -> None:
 
 def _claim(run: Run, start: Mapping[str, Any], force: bool) -> None:
     claim(run.folder, force=force)
-    with new_folder(run.folder):
-        write_atomic(run.folder / RECIPE, spelled(run.recipe).encode())
-    _write(run, START, start)
+    write_atomic(run.folder / RECIPE, spelled(run.recipe).encode())
+    _write_start(run, start)
+
+
+def _write_start(run: Run, start: Mapping[str, Any]) -> None:
+    _write(run, START, {**start, "sha256": _sum_of(start)})
+
+
+def _sum_of(start: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(start, sort_keys=True).encode()).hexdigest()
 
 
 def _write(run: Run, name: str, content: Mapping[str, Any]) -> None:
@@ -289,11 +325,13 @@ def _read_start(run: Run) -> dict[str, Any]:
     path = run.folder / START
     try:
         start = json.loads(path.read_text())
+        if start.pop("sha256") != _sum_of(start):
+            raise ValueError("its SHA-256 is not the one in it")
         version, before = start["format"], start["data"]
     except FileNotFoundError:
         # killed between the first two files
         return {"format": FORMAT, "data": run.data, "dense": None}
-    except (ValueError, KeyError, TypeError) as error:
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None
     if version != FORMAT:
         raise ValueError(f"{path} has format {version!r}, this program reads {FORMAT}")
@@ -320,20 +358,24 @@ def last_checkpoint(run: Run, *, without_state: bool) -> Path | None:
     ]
     stateless = None
     for path in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        if (path / SUMS).exists():
+            check_sums(path)
         try:
             tag = json.loads((path / "trainer_state.json").read_text()).get("trial_name")
-        except ValueError:
+        except (ValueError, AttributeError):
             continue  # killed while it was written
         if tag not in (None, run.tag):
             raise ValueError(
                 f"{path} must be a checkpoint of the run in {run.folder / RECIPE}, got one of "
                 "another run: move it elsewhere"
             )
+        # with a tag it is one of ours, and was killed while it was written if it has no sums
+        if tag is not None and not (path / SUMS).exists():
+            continue
         ranks = range(run.args.world_size) if run.args.world_size > 1 else ()
         whole = all((path / f"rng_state_{rank}.pth").exists() for rank in ranks)
         if (path / STATE_FILE).exists() and whole:
             return path
-        # with a tag it is one of ours, killed while it was written
         if tag is None:
             stateless = stateless or path
     if stateless is not None and not without_state:
@@ -512,8 +554,11 @@ def finish(
 
     def write() -> None:
         write_atomic(run.folder / CURVES, training_curves(report))
-        # last: a run that has its report has ended
         _write(run, REPORT, report)
+        # last: a run that has them has ended
+        inside = (path for path in target.rglob("*") if path.is_file())
+        names = (path.relative_to(run.folder).as_posix() for path in inside)
+        write_sums(run.folder, (*names, RECIPE, START, CURVES, REPORT))
 
     _together(run, write)
     return report

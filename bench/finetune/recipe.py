@@ -13,7 +13,8 @@ from pydantic import BeforeValidator, ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from ...controller.config.declaration import did_you_mean, listed
-from .options import RunOptions, checked, same_run
+from ..measure.options import END
+from .options import RunOptions, check_values, checked, same_run
 
 OBJECTIVES = ("causal-lm", "masked-lm", "classification", "image-classification", "embedding")
 DISTILLED = ("logits", "hidden")
@@ -166,8 +167,8 @@ def spelled(recipe: Recipe) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
-def checked_recipe(recipe: Recipe) -> Recipe:
-    """Return ``recipe`` with paths made absolute, and what ``checked`` spells out.
+def check_recipe(recipe: Recipe) -> None:
+    """Check each option, and what goes with what, without a look at the machine.
 
     Raises:
         ValueError: an option is unknown or out of its range.
@@ -185,10 +186,10 @@ def checked_recipe(recipe: Recipe) -> Recipe:
             raise ValueError(f"distill must be some of {', '.join(DISTILLED)}, got {name!r}")
     for name, fits, what in (
         ("held_out", lambda x: 0 < x < 1, "in (0, 1)"),
-        ("max_length", lambda x: x >= 2, "at least 2"),
+        ("max_length", lambda x: 2 <= x < END, "from 2 to 2^31 - 1"),
         ("distill_weight", lambda x: 0 <= x <= 1, "in [0, 1]"),
         ("temperature", lambda x: 0 < x < math.inf, "positive and finite"),
-        ("epochs", lambda x: 0 < x < math.inf, "positive and finite"),
+        ("epochs", lambda x: 0 < x < END, "positive and below 2^31"),
     ):
         value = getattr(recipe, name)
         if value is not None and not fits(value):
@@ -203,10 +204,23 @@ def checked_recipe(recipe: Recipe) -> Recipe:
             option = OWN_SETTINGS[name]
             instead = f"use {option.replace('_', '-')}" if option else "a run relies on its own"
             raise ValueError(f"trainer must leave {name} out: {instead}")
+    check_values(_whole(recipe))
+
+
+def _whole(recipe: Recipe) -> Recipe:
     # a part of an epoch is fine, but not to the built-in tasks, whose check this is
-    whole = checked(replace(recipe, epochs=math.ceil(recipe.epochs)))
+    return replace(recipe, epochs=math.ceil(recipe.epochs))
+
+
+def checked_recipe(recipe: Recipe) -> Recipe:
+    """Return ``recipe`` with paths made absolute, and what ``checked`` spells out.
+
+    Raises:
+        ValueError: an option is unknown or out of its range.
+    """
+    check_recipe(recipe)
     return replace(
-        whole,
+        checked(_whole(recipe)),
         epochs=recipe.epochs,
         model=str(Path(recipe.model).absolute()),
         data=tuple(str(Path(path).absolute()) for path in recipe.data),

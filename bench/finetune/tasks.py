@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .models import LanguageModel, VisionTransformer
+from .options import TASKS
 
 Batch = tuple[Tensor, Tensor]  # inputs, targets
 Outputs = tuple[Tensor, Tensor]  # a model's for a batch, and the batch's targets
@@ -107,9 +108,7 @@ def load_task(name: str) -> Task:
             from .minilm import minilm
 
             return minilm(stdlib)
-    raise ValueError(
-        f"task must be 'stdlib-lm', 'stdlib-lm-wide', 'digits' or 'minilm', got {name!r}"
-    )
+    raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
 
 
 LM_LENGTH = 128

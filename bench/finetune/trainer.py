@@ -16,6 +16,7 @@ import transformers as hf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from transformers.trainer_callback import PrinterCallback
 
+from ..measure.files import write_sums
 from ..measure.progress import Advance
 from .distill import Distillation
 from .examples import Examples
@@ -244,6 +245,11 @@ class Watch(hf.TrainerCallback):
         self._note = f"loss {loss:.3f}, level {100 * (logs or {}).get('sparsity_level', 0):.1f} %"
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # what all processes have written of the checkpoint is there
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            write_sums(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         if self._stops:
             if args.world_size > 1:
                 torch.distributed.barrier()

@@ -5,11 +5,26 @@ can be ended only with the process that launched it.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
 ENDING = 10.0  # seconds to wait for a killed process
+
+
+def start_quietly(process: Any) -> None:
+    """Start a process that leaves a terminal's Ctrl-C to this one, which is to end it."""
+    # it spawns the tracker of a process's resources, and lets signals through when it has
+    resource_tracker.ensure_running()
+    # a process has the mask of the one that starts it
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def apart(work: Callable[..., Any], *arguments: Any, limit: float) -> Any:
@@ -24,7 +39,7 @@ def apart(work: Callable[..., Any], *arguments: Any, limit: float) -> Any:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, work, arguments), daemon=True)
-    process.start()
+    start_quietly(process)
     # the other process's end alone is open then, and its death is seen
     sender.close()
     try:
@@ -43,4 +58,6 @@ def _send(sender: Connection, work: Callable[..., Any], arguments: tuple[Any, ..
     # whatever it is, the caller goes on without it
     except Exception:
         found = None
-    sender.send(found)
+    # who started it may have been killed, and nobody hears it then
+    with suppress(BrokenPipeError):
+        sender.send(found)

@@ -13,6 +13,7 @@ import torch
 
 from ...kernels.pattern import Pattern
 from .ceilings import Ceilings
+from .memory import shortage
 from .record import Row, times
 from .shapes import Shape, spell_shapes
 from .spelling import spell_pattern
@@ -94,12 +95,12 @@ def measure_case(
             return Outcome("failed", problem)
         works = [built.run] if built.dense is None else [built.run, built.dense]
         timings = measure_in_turn(works, device, budget=budget, least=LEAST)
-    except torch.OutOfMemoryError:
-        return Outcome("skipped", "out of memory")
     except ModuleNotFoundError as error:
         return Outcome("skipped", str(error))
     # whatever a kernel does on a device that nobody has seen, the others are still measured
     except Exception as error:
+        if (asked := shortage(error)) is not None:
+            return Outcome("skipped", f"out of memory: {asked}")
         return Outcome("failed", first_line(error))
     timing, *dense = timings
     return Outcome("ok", "", timing, dense[0] if dense else None)

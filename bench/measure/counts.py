@@ -20,9 +20,9 @@ from ...kernels.pattern import Block, Pattern, grid_shape
 from ...kernels.tiles import Tile, device_of, dot_precision, linear_tiles, wgrad_tile
 from ...kernels.topology import BUNDLE_WIDTH, bundling, capacities
 from ...kernels.tuning import tuned_tile
+from .options import PRODUCTS
 from .shapes import Shape
 
-PRODUCTS = ("forward", "dX", "dW")
 DIRECTIONS = {"forward": "forward", "dX": "dgrad", "dW": "wgrad"}
 
 

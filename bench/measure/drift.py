@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
 
 from .record import Row, load
 
@@ -47,12 +51,33 @@ def load_profile(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     record = load(path)
-    columns = {field.name for field in fields(Row)}
     if not {"device", "backend", "torch", "triton", "commit", "date"} <= {*record}:
         raise ValueError(f"{path} must be a profile.json, which says where it was measured")
     rows = record.get("rows")
+    columns = {field.name for field in fields(Row)}
     if not (isinstance(rows, list) and all(isinstance(r, dict) and columns >= {*r} for r in rows)):
         raise ValueError(f"{path} must be a profile.json, which has rows of measurements")
+    try:
+        # as JSON, of which a dictionary is a row
+        TypeAdapter(list[Row]).validate_json(json.dumps(rows), strict=True)
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        place = "".join(f"[{part!r}]" for part in ("rows", *first["loc"]))
+        what = first["msg"].replace("Input should be", "must be")
+        raise ValueError(
+            f"{path} must be a profile.json, whose rows are measurements: {place} {what}, got "
+            f"{first['input']!r:.60}"
+        ) from None
+    for i, row in enumerate(rows):
+        for names in (("median_s", "low_s", "high_s"), ("dense_s", "dense_low_s", "dense_high_s")):
+            median, low, high = times = [row.get(name) for name in names]
+            if low is None:
+                continue
+            # by the median is divided
+            if not median or high is None or not all(0 <= time < math.inf for time in times):
+                raise ValueError(
+                    f"{path} must have positive times {', '.join(names)} in rows[{i}], got {times}"
+                )
     return record
 
 

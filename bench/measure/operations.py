@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from ...kernels.bits import expand_mask, pack_reference, packed_shape, unpack_reference
 from ...kernels.block_score import block_score, block_score_reference
-from ...kernels.block_sparse_linear import MIN_SIDE, block_sparse_linear
+from ...kernels.block_sparse_linear import block_sparse_linear
 from ...kernels.mask import make_mask, make_mask_reference, pack
 from ...kernels.masked_weight import apply_mask, apply_mask_
-from ...kernels.pattern import NM, Block, Pattern, Unstructured, grid_shape
+from ...kernels.pattern import NM, Block, Unstructured, grid_shape, is_skippable
 from ...kernels.select import Threshold, select, select_reference
 from ...kernels.semi_structured import nm_mask, nm_score
 from ...kernels.topology import (
@@ -29,7 +29,6 @@ from ...kernels.topology import (
 from .agreement import difference, disagreement, first, worse_tuples
 from .cases import Built, Case
 from .counts import (
-    PRODUCTS,
     apply_bytes,
     apply_in_place_bytes,
     intensity,
@@ -43,18 +42,6 @@ from .counts import (
 )
 from .operands import Operands
 
-OPERATIONS = (
-    "score",
-    "select",
-    "mask",
-    "topology",
-    "pack",
-    "apply",
-    "apply_",
-    *PRODUCTS,
-    "mask update",
-    "training step",
-)
 # the kernels are measured, where they are slower than a dense product too
 SKIP = torch.tensor([True, True, True])
 
@@ -228,10 +215,6 @@ def _wgrad(o: Operands) -> Built:
     return Built(run, check, lambda: o.grad.T @ o.x)
 
 
-def _multiplies(pattern: Pattern) -> bool:
-    return min(pattern.rows, pattern.cols) >= MIN_SIDE
-
-
 def operand_cases(operands: Operands, operations: Sequence[str]) -> Iterator[Case]:
     """Yield those operations on one weight that its pattern has."""
     o = operands
@@ -277,7 +260,7 @@ def operand_cases(operands: Operands, operations: Sequence[str]) -> Iterator[Cas
             case "apply_":
                 moved = apply_in_place_bytes(weight, o.kept, pattern, size)
                 yield case(operation, moved, _apply_in_place)
-            case "forward" | "dX" | "dW" if is_block and _multiplies(pattern):
+            case "forward" | "dX" | "dW" if is_skippable(pattern):
                 build = {"forward": _forward, "dX": _dgrad, "dW": _wgrad}[operation]
                 moved = product_bytes(operation, o.shape, o.kept, size)
                 yield case(operation, moved, build, product_flops(o.shape.tokens, o.kept))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ...kernels import tuning
+from .apart import start_quietly
 from .cases import first_line
 from .timing import Timing, Work, on_gpu
 
@@ -53,7 +54,7 @@ def in_turn(
             pipes[name], end = context.Pipe()
             arguments = (make, threads, device if gpu else None, end)
             process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
+            start_quietly(process)
             # else a process that dies is waited for for ever
             end.close()
             processes.append(process)
@@ -104,7 +105,7 @@ def _serve(
         while True:
             pipe.recv()
             pipe.send(run())
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         return
     except BaseException as error:
         traceback.print_exc()

@@ -210,7 +210,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_bytes())
         schema = record["schema"]
-    except (UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} must be a record of measurements, got {error!r}") from None
     if schema != SCHEMA:
         raise ValueError(f"{path} must have schema {SCHEMA}, got {schema!r}")

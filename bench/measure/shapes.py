@@ -7,11 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MIN_SIDE = 64  # of a weight that is worth pruning: norms, biases and class heads have less
 
@@ -67,7 +66,7 @@ def parse_shapes(text: str, tokens: int) -> tuple[Shape, ...]:
     """
     if text in SETS:
         return SETS[text]
-    if text.endswith(".safetensors") or (text and Path(text).is_dir()):
+    if is_file(text):
         return shapes_of(Path(text), tokens)
     shapes = []
     for part in text.split(","):
@@ -79,6 +78,11 @@ def parse_shapes(text: str, tokens: int) -> tuple[Shape, ...]:
             )
         shapes.append(Shape(*map(int, sides.groups())))
     return tuple(dict.fromkeys(shapes))
+
+
+def is_file(text: str) -> bool:
+    """Tell whether a command line names a model's file or folder, and spells no shapes."""
+    return text.endswith(".safetensors") or (text not in ("", *SETS) and Path(text).is_dir())
 
 
 def shapes_of(path: Path, tokens: int) -> tuple[Shape, ...]:
@@ -149,6 +153,10 @@ def _matrices(path: Path, family: str) -> Iterator[tuple[str, Tensor]]:
     # safetensors' own errors name no file
     with path.open("rb"):
         pass
+    # they take seconds to import, and shapes that are spelled out need neither
+    import torch
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             for name in sorted(file.keys()):

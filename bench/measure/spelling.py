@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
+from ...kernels.pattern import MIN_SIDE, NM, Block, Pattern, Unstructured, is_skippable
 
-from ...kernels.pattern import NM, Block, Pattern, Unstructured
+if TYPE_CHECKING:
+    import torch
+
+
+def check_device(name: str) -> None:
+    """Refuse what is no device's name, without a look at what devices there are.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name not in ("auto", "cpu") and re.fullmatch(r"cuda(?::([0-9]{1,4}))?", name) is None:
+        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
 
 
 def find_device(name: str) -> torch.device:
@@ -15,14 +28,15 @@ def find_device(name: str) -> torch.device:
     Raises:
         ValueError: the name is unknown, or the device is not there.
     """
+    check_device(name)
+    # it takes seconds to import, and what is wrong with an option is told before
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
         return torch.device(name)
-    found = re.fullmatch(r"cuda(?::([0-9]{1,4}))?", name)
-    if found is None:
-        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}")
-    if int(found[1] or 0) >= torch.cuda.device_count():
+    if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not there: {torch.cuda.device_count()} GPUs found")
     return torch.device(name)
 
@@ -35,16 +49,35 @@ def parse_pattern(text: str) -> Pattern:
     """
     if text == "unstructured":
         return Unstructured()
-    if sides := re.fullmatch(r"block:([0-9]+)(?:x([0-9]+))?", text):
-        rows, cols = sides.groups()
-        return Block(int(rows), int(cols or rows))
-    if numbers := re.fullmatch(r"nm:([0-9]+):([0-9]+)(:transposable)?", text):
-        n, m, transposable = numbers.groups()
-        return NM(int(n), int(m), transposable is not None)
+    try:
+        if sides := re.fullmatch(r"block:([0-9]+)(?:x([0-9]+))?", text):
+            rows, cols = sides.groups()
+            return Block(int(rows), int(cols or rows))
+        if numbers := re.fullmatch(r"nm:([0-9]+):([0-9]+)(:transposable)?", text):
+            n, m, transposable = numbers.groups()
+            return NM(int(n), int(m), transposable is not None)
+    except ValueError as error:
+        raise ValueError(f"pattern {text:.40}: {error}") from None
     raise ValueError(
         "pattern must be 'unstructured', 'block:ROWSxCOLS', 'block:SIDE', 'nm:N:M' or "
         f"'nm:2:4:transposable', got {text!r}"
     )
+
+
+def parse_blocks(texts: Sequence[str]) -> tuple[Block, ...]:
+    """Return the patterns that a command line spells, each of blocks that products can skip.
+
+    Raises:
+        ValueError: one is unknown, or has no such blocks.
+    """
+    found = []
+    for pattern in map(parse_pattern, texts):
+        if not (isinstance(pattern, Block) and is_skippable(pattern)):
+            raise ValueError(
+                f"pattern must be blocks of at least {MIN_SIDE} a side, got {str(pattern)!r}"
+            )
+        found.append(pattern)
+    return tuple(found)
 
 
 def spell_pattern(pattern: Pattern) -> str:

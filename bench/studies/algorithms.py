@@ -30,7 +30,8 @@ from ...controller.config.schedule import PolynomialSchedule
 from ..finetune.files import DENSE, load_checkpoint
 from ..finetune.job import finetune, start
 from ..finetune.loop import Job, evaluate, train
-from ..finetune.options import Options, checked, schedule, with_defaults
+from ..finetune.options import Options, checked, with_defaults
+from ..finetune.sparsity import schedule
 from ..finetune.tasks import load_task
 from ..measure.files import write_atomic
 from ..measure.progress import Advance, progress_bars

@@ -29,11 +29,11 @@ from ..measure.agreement import disagreement
 from ..measure.cases import Built, Case, first_line, measure_case, to_row
 from ..measure.ceilings import Ceilings, measure_ceilings
 from ..measure.charts import roofline, speedups
-from ..measure.counts import PRODUCTS
 from ..measure.files import claim_folder, write_atomic
 from ..measure.model import DEVICES, H200, efficiency, geometric_mean
 from ..measure.operands import Operands
 from ..measure.operations import operand_cases
+from ..measure.options import PRODUCTS
 from ..measure.record import Row, dump, environment, results_folder, times, to_csv
 from ..measure.shapes import Shape, spell_shapes
 from ..measure.spelling import find_device, spell_pattern

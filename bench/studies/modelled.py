@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ...kernels.pattern import Block
 from ..measure.charts import modelled as picture
-from ..measure.counts import PRODUCTS
 from ..measure.files import write_atomic
 from ..measure.model import (
     DEVICES,
@@ -20,6 +19,7 @@ from ..measure.model import (
     geometric_mean,
     sparse_time,
 )
+from ..measure.options import PRODUCTS
 from ..measure.record import ROOT
 from ..measure.shapes import SETS
 from ..measure.tables import markdown

@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from spoil import spoilt, spoilt_bytes
 from triton_sparsity.bench import autotune as job
 from triton_sparsity.bench.autotune import crossing, make_search
 from triton_sparsity.bench.autotune_tiles import descend, neighbours
@@ -16,6 +18,7 @@ from triton_sparsity.bench.measure import operations
 from triton_sparsity.bench.measure.cases import Built
 from triton_sparsity.bench.measure.counts import tile_of
 from triton_sparsity.bench.measure.shapes import Shape
+from triton_sparsity.bench.measure.tables import show_tuning
 from triton_sparsity.bench.measure.timing import Timing
 from triton_sparsity.kernels import dispatch, tiles, tuning
 from triton_sparsity.kernels.pattern import Block
@@ -275,6 +278,29 @@ def test_a_stale_or_damaged_table_is_replaced_with_a_warning(tmp_path, capsys, c
     tuning.read(output, tuning.identity(CPU))
 
 
+def test_a_spoilt_table_is_refused_when_it_is_read_or_goes_on(tmp_path, monkeypatch, capsys):
+    search = make_search(device="cpu", backend="torch", output=tmp_path / "table.json")
+    row = {"weight": [128, 64], "block": [32, 32], "dtype": "float32", "tokens": 16}
+    tile = row | {"direction": "forward", "tile": Tile(16, 32, 32, 4, 2, 1, 0)._asdict()}
+    tile |= {"seconds": 1.0, "default_seconds": 2.0, "tried": 3}
+    even = row | dict.fromkeys(("forward", "dgrad", "wgrad", "total"), 0.5)
+    content = job._start(search, pytest.fail) | {"tiles": [tile], "break_even": [even]}
+    draw, refused = random.Random(0), []
+    for i in range(250):
+        if i % 2:
+            changed = json.dumps(spoilt(draw, content)).encode()
+        else:
+            _, changed = spoilt_bytes(draw, job.dump(content))
+        search.output.write_bytes(changed)
+        before = len(refused)
+        found = job._start(search, refused.append)
+        show_tuning(found, search.output)
+        # a new table, or one that says all that a report shows
+        assert (found["tiles"] == []) == (len(refused) > before or not changed), changed
+    assert 25 < len(refused) < 225
+    assert all(line.startswith(f"tuning table {search.output} is replaced") for line in refused)
+
+
 def test_another_file_is_never_replaced(tmp_path, capsys):
     output = tmp_path / "package.json"
     output.write_text('{"name": "mine"}')
@@ -298,7 +324,7 @@ def test_the_default_place_is_the_users_cache(tmp_path, monkeypatch):
         (["--shapes", "huge"], "shapes must be one of llama3-8b"),
         (["--pattern", "unstructured"], "pattern must be blocks of at least 16 a side"),
         (["--pattern", "block:8"], "got 'block 8x8'"),
-        (["--dtype", "float64"], "dtype must be one of bfloat16, float16, float32"),
+        (["--dtype", "float64"], "dtype must be one of float32, bfloat16, float16"),
         (["--level", "1"], "level must be in [0, 1)"),
         (["--candidates", "0"], "candidates must be positive"),
         (["--device", "tpu"], "got 'tpu'"),

@@ -12,7 +12,9 @@ import time
 import pytest
 import safetensors.torch
 import torch
+import typer
 
+from triton_sparsity.bench import cli
 from triton_sparsity.bench.cli import main
 from triton_sparsity.bench.finetune.tasks import load_task
 
@@ -64,6 +66,114 @@ def test_help_and_version_tell_what_there_is(capsys):
     assert capsys.readouterr().out.startswith("triton-sparsity 0.")
 
 
+@pytest.mark.slow
+def test_help_and_what_is_wrong_with_an_option_are_told_before_torch_is_imported():
+    code = """
+import sys
+from triton_sparsity.bench.cli import main
+
+for line in sys.argv[1:]:
+    try:
+        main(line.split())
+    except SystemExit as end:
+        assert (end.code or 0) == (0 if "--help" in line else 2), line
+    slow = {"torch", "transformers", "matplotlib", "numpy"} & {*sys.modules}
+    assert not slow, (line, slow)
+"""
+    verbs = "finetune", "profile", "autotune", "sensitivity", "doctor"
+    wrong = [
+        *("finetune --level 2 -o run", "finetune --task mnist -o run"),
+        *("finetune --compare set,rigl --levels 0.5,0.5 -o run", "finetune --levels 0.5 -o run"),
+        "finetune --model . --data . --temperature -1 -o run",
+        *("profile --operation fly", "profile --shapes huge", "profile --mask none"),
+        *("profile --trace /proc/nothing/trace", "profile --passes many"),
+        *("autotune --pattern block:8", "autotune --recommend . --force", "autotune --budget 0"),
+        *("sensitivity . --data . --levels 0.5,1", "sensitivity . --data . --level 0.95"),
+        *("sensitivity . --data . --device tpu", "doctor --backend cudnn", "train"),
+    ]
+    lines = ["--help", *(f"{verb} --help" for verb in verbs), *wrong]
+    done = subprocess.run([sys.executable, "-c", code, *lines], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == len(wrong)
+
+
+JUNK = (
+    *("", " ", "-1", "0", "1", "0.5", "1.5", "-0.0", "1e400", "-inf", "nan", "1e-400", "0x10"),
+    *(
+        "9" * 400,
+        "9" * 5000,
+        "2147483648",
+        "18446744073709551617",
+        "1_0",
+        "\u0663",
+        "true",
+        "None",
+    ),
+    *("[]", "{}", ",", "auto,", "block:", "block:0x8", "nm:4:2", "cuda:-1", "../..", "/dev/null"),
+    *("%s%n", "a" * 5000, "a\nb", "\x1b[31m"),
+)
+# with each of its options a verb goes on to its work, or says in one line what is wrong
+WHOLE = {
+    "finetune": (["-o", "run"], ["-o", "run", "--model", "m", "--data", "d"]),
+    "profile": (["--device", "cpu"],),
+    "autotune": (["--device", "cpu", "-o", "table.json"], ["--device", "cpu", "--recommend", "m"]),
+    "sensitivity": (["m", "--data", "d"],),
+    "doctor": ([],),
+}
+
+
+class Reached(Exception):
+    """All options were taken."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", WHOLE)
+def test_junk_in_any_option_is_taken_or_one_line_that_names_it(
+    tmp_path, capsys, monkeypatch, verb
+):
+    def reach(*args, **kwargs):
+        raise Reached
+
+    pytest.importorskip("transformers")
+    from triton_sparsity.bench import autotune, doctor, profile, recommend, sensitivity
+    from triton_sparsity.bench.finetune import job, pretrained
+
+    for module, name in (
+        *((job, "run_task"), (pretrained, "_finetune"), (profile, "profile")),
+        *((autotune, "autotune"), (recommend, "matrices"), (sensitivity, "prepare")),
+        (doctor, "checks"),
+    ):
+        monkeypatch.setattr(module, name, reach)
+    # typer makes its commands anew for each call
+    monkeypatch.setattr(cli, "app", typer.main.get_command(cli.app))
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads(), resource.getrlimit(resource.RLIMIT_DATA)
+    taken = set()
+    for parameter in cli.app.commands[verb].params:
+        option = max(parameter.opts, key=len)
+        for base in WHOLE[verb] if option.startswith("--") else ():
+            if parameter.name in (cli.OF_TASK if "--model" in base else ("model", *cli.OF_MODEL)):
+                continue
+            for junk in JUNK:
+                try:
+                    run(verb, *base, f"{option}={junk}")
+                except Reached:
+                    taken.add(parameter.name)
+                else:
+                    captured = capsys.readouterr()
+                    assert_one_line_error(2, captured)
+                    # a file whose name is blank has none to show
+                    what = " ".join(junk.split())[:20] or "directory"
+                    named = any(one in captured.err for one in (option[2:], parameter.name, what))
+                    assert named, (option, junk, captured.err)
+                finally:
+                    torch.set_num_threads(before[0])
+                assert resource.getrlimit(resource.RLIMIT_DATA) == before[1]
+                assert not [p for p in tmp_path.rglob("*") if p.name != "table.json"], junk
+    # of numbers and names some are right
+    assert taken >= {"threads", "level"} & {p.name for p in cli.app.commands[verb].params}
+
+
 def test_a_run_prints_its_table_and_where_it_ran(tmp_path, capsys):
     assert run("finetune", *QUICK, "-o", tmp_path / "run") == 0
     captured = capsys.readouterr()
@@ -100,7 +210,7 @@ def test_json_is_all_that_is_printed_and_is_the_stored_report(tmp_path, capsys):
         (["--pattern", "rows"], "got 'rows'"),
         (["--pattern", "block:17"], "power of two from 1 to 256, got 17"),
         (["--pattern", "block:256"], "larger than the weight of 'layers.0.attention.qkv'"),
-        (["--task", "mnist"], "'digits' or 'minilm', got 'mnist'"),
+        (["--task", "mnist"], "digits, minilm, got 'mnist'"),
         (["--device", "tpu"], "got 'tpu'"),
         (["--device", "cuda:99"], "'cuda:99' is not there"),
         (["--dtype", "float8"], "dtype must be one of float32, bfloat16, got 'float8'"),

@@ -10,7 +10,7 @@ import transformers as hf
 import triton_sparsity as ts
 from tiny_folders import save_model, save_rows, save_text
 from triton_sparsity.bench.cli import main
-from triton_sparsity.bench.sensitivity import allocate
+from triton_sparsity.bench.sensitivity_levels import allocate
 
 
 def run(*arguments):

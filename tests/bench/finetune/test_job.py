@@ -11,13 +11,14 @@ import pytest
 import safetensors.torch
 import torch
 
+from triton_sparsity.bench.finetune import files
 from triton_sparsity.bench.finetune import job as module
-from triton_sparsity.bench.finetune import loop
 from triton_sparsity.bench.finetune.files import CURVES, DENSE, REPORT, STATE, STRIPPED
 from triton_sparsity.bench.finetune.job import finetune
 from triton_sparsity.bench.finetune.options import Options
 from triton_sparsity.bench.finetune.tasks import Task, load_task
-from triton_sparsity.bench.measure.files import write_atomic
+from triton_sparsity.bench.measure import files as written
+from triton_sparsity.bench.measure.files import SUMS, write_atomic
 
 QUICK = Options(
     task="digits",
@@ -80,7 +81,7 @@ def uninterrupted(tmp_path_factory):
 def test_a_run_ends_with_exactly_the_pruned_model_on_disk(uninterrupted):
     report = json.loads((uninterrupted / REPORT).read_text())
     assert sorted(p.name for p in uninterrupted.iterdir()) == sorted(
-        [DENSE, STRIPPED, STATE, REPORT, CURVES]
+        [DENSE, STRIPPED, STATE, REPORT, CURVES, SUMS]
     )
     stripped = safetensors.torch.load_file(uninterrupted / STRIPPED)
     dense = safetensors.torch.load_file(uninterrupted / DENSE)
@@ -186,8 +187,8 @@ def test_a_run_killed_at_every_write_in_turn_ends_as_if_it_had_not_been(
             killed_at.append(what)
             raise Killed
 
-    monkeypatch.setattr(module, "write_atomic", kill_once)
-    monkeypatch.setattr(loop, "write_atomic", kill_once)
+    for part in (module, files, written):
+        monkeypatch.setattr(part, "write_atomic", kill_once)
     ended = False
     while not ended:
         with contextlib.suppress(Killed):
@@ -195,8 +196,8 @@ def test_a_run_killed_at_every_write_in_turn_ends_as_if_it_had_not_been(
             ended = True
     dense = [(STATE, "dense", n) for n in (0, 3, 6, 8)]
     sparse = [(STATE, "sparse", n) for n in (0, 3, 6, 9, 12)]
-    files = [(STRIPPED,), (CURVES,), (REPORT,)]
-    assert killed_at == [*dense, (DENSE,), *sparse, *files]
+    last = [(STRIPPED,), (CURVES,), (REPORT,), (SUMS,)]
+    assert killed_at == [*dense, (DENSE,), *sparse, *last]
     assert_same_result(tmp_path, uninterrupted)
 
 

@@ -1,12 +1,21 @@
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
 import triton_sparsity as ts
-from triton_sparsity.bench.finetune.options import Options, checked, sparsity_config, with_defaults
+from triton_sparsity.bench.finetune import options as written
+from triton_sparsity.bench.finetune.options import Options, checked, with_defaults
+from triton_sparsity.bench.finetune.sparsity import sparsity_config
 from triton_sparsity.bench.finetune.tasks import Recipe
+from triton_sparsity.bench.measure import options as measuring
+from triton_sparsity.controller.algorithms.table import ALGORITHMS as TABLE
+from triton_sparsity.controller.config.algorithm import Pool
+from triton_sparsity.controller.selection.criteria import NAMES, Reduction
+from triton_sparsity.controller.selection.scorer import BY_GRADIENT, SUMMED
+from triton_sparsity.kernels import tuning
 
 RECIPE = Recipe(dense_epochs=3, epochs=10, steps_per_epoch=4, batch_size=2, dense_lr=1e-2, lr=1e-3)
 
@@ -178,3 +187,15 @@ def test_the_configuration_carries_pattern_scopes_and_importance():
     (info,) = controller.sparsified_module_info
     assert info.module_node_name == "0"
     assert int((~info.operand.binary_mask).sum()) == 32
+
+
+def test_what_is_written_out_is_what_the_library_has():
+    configs = {row.short: row.config for row in TABLE.values()}
+    assert tuple(configs) == written.ALGORITHMS
+    assert tuple(name for name, config in configs.items() if config.takes_nm) == written.WITH_NM
+    assert get_args(Reduction) == written.REDUCTIONS
+    assert get_args(Pool) == written.POOLS
+    assert written.SUMMED == SUMMED
+    assert {*written.GRADIENT_OR_INPUT} == {*BY_GRADIENT, "wanda"}
+    assert {*written.IMPORTANCE} == {*NAMES, "obs"}
+    assert {*measuring.DTYPES} == {*tuning.DTYPES}

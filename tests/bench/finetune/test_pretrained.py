@@ -18,6 +18,7 @@ import transformers as hf
 from tiny_folders import CAUSAL, save_images, save_model, save_rows, save_text
 from triton_sparsity.bench.cli import main
 from triton_sparsity.bench.finetune import pretrained
+from triton_sparsity.bench.measure.files import write_sums
 
 PROGRAM = (sys.executable, "-m", "triton_sparsity.bench.cli")
 # two epochs of six steps
@@ -229,6 +230,9 @@ def test_a_checkpoint_of_another_run_is_refused(place, finished, tmp_path, capsy
     (mine,) = (folder / "checkpoints").iterdir()
     shutil.copy(last / "sparsity_state.pt", mine / "sparsity_state.pt")
     assert run("finetune", "--resume", "-o", folder) == 2
+    assert f"{mine / 'sparsity_state.pt'} is damaged" in one_line(capsys)
+    write_sums(mine)
+    assert run("finetune", "--resume", "-o", folder) == 2
     assert "not of the weights that were loaded" in one_line(capsys)
     assert not (folder / "model").exists()
 
@@ -238,7 +242,8 @@ def test_a_checkpoint_without_sparsity_state_is_resumed_only_if_told_so(
 ):
     folder = unfinished(finished, tmp_path / "run")
     (checkpoint,) = (folder / "checkpoints").iterdir()
-    (checkpoint / "sparsity_state.pt").unlink()
+    for name in ("sparsity_state.pt", "SHA256SUMS"):
+        (checkpoint / name).unlink()
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     # as of a dense run, in the midst of training
     dense = folder / "checkpoints" / "checkpoint-6"

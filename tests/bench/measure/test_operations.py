@@ -5,7 +5,8 @@ from triton_sparsity.bench.measure import operations as module
 from triton_sparsity.bench.measure.cases import measure_case, to_row
 from triton_sparsity.bench.measure.ceilings import Ceilings
 from triton_sparsity.bench.measure.operands import Operands
-from triton_sparsity.bench.measure.operations import OPERATIONS, operand_cases
+from triton_sparsity.bench.measure.operations import operand_cases
+from triton_sparsity.bench.measure.options import OPERATIONS
 from triton_sparsity.bench.measure.shapes import Shape
 from triton_sparsity.kernels.pattern import NM, Block, Unstructured
 
@@ -260,4 +261,5 @@ def test_what_does_not_fit_the_memory_is_skipped(monkeypatch):
     monkeypatch.setattr(module, "apply_mask", broken)
     (case,) = operand_cases(operands(Block(32, 32)), ["apply"])
     row = to_row(case, [measure_case(case, CPU, 0.0)], CEILINGS)
-    assert (row.status, row.detail) == ("skipped", "out of memory")
+    detail = "out of memory: memory could not be had on the GPU"
+    assert (row.status, row.detail) == ("skipped", detail)

@@ -43,5 +43,5 @@ def test_sides_that_are_no_powers_of_two_are_refused(text):
 
 @pytest.mark.parametrize("text", ["nm:4:4", "nm:0:4", "nm:2:33", "nm:1:4:transposable"])
 def test_numbers_that_are_no_n_m_are_refused(text):
-    with pytest.raises(ValueError, match=r"^NM: (n|m|transposable) must be"):
+    with pytest.raises(ValueError, match=r"^pattern nm:.*: NM: (n|m|transposable) must be"):
         parse_pattern(text)

@@ -10,6 +10,7 @@ from rich.console import Console
 from triton_sparsity.bench.measure import operations
 from triton_sparsity.bench.measure.ceilings import Ceilings
 from triton_sparsity.bench.measure.operands import Operands
+from triton_sparsity.bench.measure.options import PRODUCTS
 from triton_sparsity.bench.measure.record import Row, load
 from triton_sparsity.bench.studies import gpu
 from triton_sparsity.bench.studies.gpu import break_even, main
@@ -82,7 +83,7 @@ def product_rows(level, sparse, dense=(1.0, 1.0, 1.0)):
     row = Row("", "", "", "", level, "", "ok")
     return [
         replace(row, operation=o, median_s=s, dense_s=d, speedup=d / s)
-        for o, s, d in zip(operations.PRODUCTS, sparse, dense, strict=True)
+        for o, s, d in zip(PRODUCTS, sparse, dense, strict=True)
     ]
 
 
