@@ -549,6 +549,9 @@ def profile(
     with _in_memory(SMALLER), only_writer(output) if output else nullcontext():
         with progress_bars(quiet=as_json) as progress:
             record = job.profile(plan, progress)
+        short = [row["detail"] for row in record["rows"] if "out of memory" in row["detail"]]
+        if short and all(row["status"] == "skipped" for row in record["rows"]):
+            fail(f"{short[0]}; {SMALLER}")
         names = [] if output is None else job.save(record, output)
     if as_json:
         print(json.dumps(record, allow_nan=False))

@@ -32,6 +32,7 @@ from ...controller.create import create_controller
 from ...controller.one_shot import prune_obs
 from ...kernels.launch import use_triton
 from ..measure.files import digest, only_writer, write_atomic, write_sums
+from ..measure.memory import free_bytes
 from ..measure.progress import Advance
 from ..measure.threads import set_threads
 from .curves import curves
@@ -56,7 +57,7 @@ from .loop import PHASES, Job, autocast, check_tensors, evaluate, save, train
 from .options import Options, checked, end_level, same_run, with_defaults
 from .signals import catch_signals
 from .sparsity import sparsity_config
-from .tasks import Batch, load_task
+from .tasks import Batch, Task, load_task
 
 CALIBRATION_BATCHES = 8
 ONCE_BATCHES = 32  # of one pruning; a moment has as many numbers as a layer has pairs of inputs
@@ -94,6 +95,7 @@ def finetune(
             or the training diverged.
         FileExistsError: ``folder`` holds a run, and neither ``resume`` nor ``force`` is given.
         BlockingIOError: another process writes to ``folder``.
+        MemoryError: there is less than a batch takes.
         OSError: a file cannot be read or written.
         ModuleNotFoundError: the task needs a package that is missing.
         KeyboardInterrupt: a signal asked to stop; the state is saved.
@@ -148,6 +150,7 @@ def run_task(
                 f"{now!r}, was {before!r}"
             )
 
+    check_batch(task, options)
     assert options.threads is not None
     # how sums are split over threads decides their last bits
     set_threads(options.threads)
@@ -170,6 +173,20 @@ def run_task(
             return phases(job, model, saved)
         claim(folder, task.files, force=force)
         return phases(job, model, start(job, model))
+
+
+def check_batch(task: Task, options: Options) -> None:
+    """See that the memory that is free holds a batch, before anything is written.
+
+    Raises:
+        MemoryError: it does not.
+    """
+    size, free = options.batch_size, free_bytes()
+    assert size is not None
+    like = task.held_out[0]
+    need = size * sum(tensor.nbytes for tensor in like) // len(like[0])
+    if free is not None and need > free:
+        raise MemoryError(f"tried to allocate {need} bytes for a batch of {size} examples")
 
 
 def read_options(saved: dict[str, Any]) -> Options:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ADDRESSED = 1.25  # to what is used: stacks of threads, weights that are mapped from files
+SHARE = 0.95  # of what is free: others may come to need some
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 # of the allocators of torch and numpy
@@ -39,7 +39,7 @@ def within_memory() -> Iterator[None]:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = _kilobytes(PROC / "self" / "status", "VmData") + int(free * ADDRESSED)
+    limit = _kilobytes(PROC / "self" / "status", "VmData") + int(free * SHARE)
     limits = [limit, *(one for one in (soft, hard) if one != resource.RLIM_INFINITY)]
     resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
     try:

@@ -1,6 +1,12 @@
 import csv
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -288,3 +294,52 @@ def test_what_failed_in_the_first_pass_is_not_timed_in_the_others(monkeypatch):
     assert rows["apply_"]["status"] == "ok"
     assert rows["apply_"]["runs"] == 3 * 3
     assert len(ran) == 1
+
+
+def test_where_no_memory_holds_anything_is_one_line(tmp_path, capsys):
+    huge = ["--shapes=9999999999x9999999999x512", "--operation=forward", "--pattern=block:32"]
+    assert run("profile", *huge, *QUICK[4:], "-o", tmp_path / "run") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    # below that of the progress
+    error = captured.err.splitlines()[-1]
+    assert error.startswith("triton-sparsity: error: out of memory: 2")
+    assert "bytes could not be had on the host; try fewer or smaller --shapes" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_terminated_profile_ends_its_children_and_says_nothing(tmp_path):
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "triton_sparsity.bench.cli", "profile", "--device=cpu"),
+            *("--passes=50", "--threads=1", "-o", tmp_path / "run", "--json"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        # a child has started, and works
+        deadline = time.monotonic() + 120
+        while len(running(process.pid)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.terminate()
+        out, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, out, errors) == (128 + signal.SIGTERM, b"", b"")
+    assert not running(process.pid)
+    assert not (tmp_path / "run").exists()
+
+
+def running(session):
+    """Return the processes of a session that have not ended."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, of = place.read_text().rpartition(")")[2].split()[:4]
+            if int(of) == session and state != "Z":
+                found.append(place.parent.name)
+    return found

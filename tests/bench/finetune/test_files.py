@@ -14,6 +14,7 @@ from triton_sparsity.bench.finetune import files, job, loop
 from triton_sparsity.bench.finetune.files import DENSE, REPORT, STATE, STRIPPED, save_state
 from triton_sparsity.bench.finetune.job import finetune
 from triton_sparsity.bench.finetune.options import Options
+from triton_sparsity.bench.measure.memory import shortage
 
 QUICK = Options(
     task="digits",
@@ -81,6 +82,15 @@ def without_times(value):
     if isinstance(value, dict):
         return {k: without_times(v) for k, v in value.items() if not k.startswith("seconds")}
     return value
+
+
+def test_a_batch_that_no_memory_holds_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(
+        MemoryError, match=r"\d+ bytes for a batch of 2000000000 examples"
+    ) as caught:
+        finetune(replace(QUICK, batch_size=2_000_000_000), tmp_path / "run")
+    assert "bytes could not be had on the host" in shortage(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_has_saved_no_step_is_in_nobodys_way(tmp_path, monkeypatch):
