@@ -60,9 +60,13 @@ def view_blocks(matrix: Tensor, rows: int, cols: int) -> Tensor:
 
 
 def pad_to_blocks(matrix: Tensor, rows: int, cols: int) -> Tensor:
-    """Return a matrix, zeros added below and on the right, as ``(down, rows, across, cols)``."""
+    """Return a matrix, zeros added below and on the right, as ``(down, rows, across, cols)``; a
+    view of it where there are none to add.
+    """
     (R, C), (down, across) = matrix.shape, block_counts(matrix.shape, rows, cols)
-    padded = functional.pad(matrix, (0, across * cols - C, 0, down * rows - R))
+    added = across * cols - C, down * rows - R
+    # padding by nothing would copy
+    padded = functional.pad(matrix, (0, added[0], 0, added[1])) if any(added) else matrix
     return view_blocks(padded, rows, cols)
 
 

@@ -24,7 +24,6 @@ from .grid import side_lengths
 from .launch import Backend, is_captured, upload, use_triton
 from .masked_weight import apply_mask_, count_leaks
 from .pattern import NM, Block, Pattern, grid_shape
-from .regrow import regrow
 from .retained import put_all_back_, take_all_pruned
 from .semi_structured import nm_fits, nm_misfits
 from .table import alike
@@ -162,7 +161,7 @@ class GroupMask:
 
     def set_grid(self, grid: Tensor) -> None:
         """Take over a bool grid, in place. The matrix is the caller's to bring in line."""
-        self.set_(self._compact(grid), int(grid.sum()))
+        self.set_(self._compact(grid), int(grid.count_nonzero()))
 
     def set_(self, mask: Tensor | None, kept: int, kept_elements: int | None = None) -> None:
         """Take over a compact mask, in place. The matrix is the caller's to bring in line.
@@ -344,15 +343,3 @@ def set_masks(
     for owner, (kept, kept_elements) in zip(owners, counts, strict=True):
         owner.note(kept, kept_elements)
     owners[0].masks_changed(owners)
-
-
-def regrown(
-    owners: Sequence[GroupMask],
-    drop: Sequence[Tensor],
-    keep: Sequence[int],
-    grow: Sequence[Tensor] | None,
-    grown: Sequence[int],
-) -> tuple[list[Tensor], Tensor]:
-    """Return ``regrow``'s of masks of one pattern."""
-    masks, first = [owner.mask for owner in owners], owners[0]
-    return regrow(masks, drop, keep, grow, grown, first.pattern, backend=first.backend)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .bits import chunk_of
 from .block_score import TILE, block_scores
 from .grid import ceil_div
 from .launch import FUSED, Backend, on_device, tl, triton, use_triton
@@ -30,10 +31,13 @@ COLS_TILE = {"TILE_R": 32, "TILE_C": 64}
 
 def norm_(gradient: Tensor) -> None:
     """Divide a matrix by the root mean square of each row, then of each column, in place."""
+    size = chunk_of(gradient.device)
     for dim in (1, 0):
-        size = torch.linalg.vector_norm(gradient, dim=dim, keepdim=True, dtype=torch.float64)
-        size *= gradient.shape[dim] ** -0.5
-        gradient.div_(size.masked_fill_(size == 0, 1))
+        # a few lines at a time: what is divided by a double becomes one on the way
+        for lines in gradient.split(max(1, size // max(1, gradient.shape[dim])), 1 - dim):
+            norm = torch.linalg.vector_norm(lines, dim=dim, keepdim=True, dtype=torch.float64)
+            norm *= gradient.shape[dim] ** -0.5
+            lines.div_(norm.masked_fill_(norm == 0, 1))
 
 
 def line_scores_reference(gradient: Tensor, pattern: Pattern, backend: Backend) -> Tensor:

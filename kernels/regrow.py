@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bits import pack, unpack
+from .bits import Packer, bytes_of, chunks, count_kept, unpack
 from .grid import ceil_div
 from .launch import FUSED, Backend, on_device, tl, triton, use_triton
 from .mask import make_mask
 from .pattern import Block, Pattern
-from .select import select
+from .select import Among, select_among
 from .select_each import MOST, select_each
 from .table import Matrices, addresses, alike, device_table, find_tensor, list_index_type
 
@@ -32,34 +32,36 @@ BLOCK = 1024  # groups of a program
 _INFINITY = 0x7F800000  # its bit pattern
 
 
-def keep_highest(
-    scores: Tensor, count: int, among: Tensor, backend: Backend = "torch"
-) -> tuple[Tensor, Tensor]:
-    """Keep the ``count`` groups of highest |score| among some, the first of equals: the reference.
-
-    Returns:
-        A bool grid; int64, 0-d, how many candidates' scores are NaN or Inf: if any are, the grid
-        means nothing.
+def keep_highest(mask: Tensor, scores: Tensor, keep: int, growing: bool) -> tuple[Tensor, Tensor]:
+    """Define the semantics for one mask: plain torch, any device, any float dtype; a chunk of
+    scratch. ``growing``: what the mask keeps stays, and what is chosen comes to it.
     """
-    candidates = scores[among][None]
-    threshold = select([candidates], candidates.numel() - count, backend=backend)
-    grid = torch.zeros_like(among)
-    if not threshold.nonfinite:
-        (chosen,) = make_mask([candidates], threshold, packed=False, backend=backend)
-        grid[among] = chosen[0]
-    return grid, threshold.nonfinite
-
-
-def _regrow_one(
-    mask: Tensor, drop: Tensor, keep: int, grow: Tensor | None, grown: int
-) -> tuple[Tensor, Tensor]:
-    packed = mask.dtype == torch.uint8
-    kept = unpack(mask, drop.shape[1], backend="torch") if packed else mask
-    grid, nonfinite = keep_highest(drop, keep, kept)
-    if grow is not None:
-        more, also = keep_highest(grow, grown, ~grid)
-        grid, nonfinite = grid | more, nonfinite + also
-    return pack(grid, backend="torch") if packed else grid, nonfinite
+    (kept,) = count_kept([mask])
+    pruned = scores.numel() - keep if growing else kept - keep
+    threshold = select_among(scores, pruned, Among(mask, not growing))
+    left, packed = int(threshold.keep_ties), mask.dtype == torch.uint8
+    packer = Packer(scores) if packed else None
+    found = torch.empty_like(mask)
+    for chunk in chunks(scores.shape):
+        key = scores[chunk].to(torch.float32, copy=True).abs_()
+        own = mask[bytes_of(chunk)] if packed else mask[chunk]
+        own = unpack(own, key.shape[1], backend="torch") if packed else own
+        among = ~own if growing else own
+        chosen = packer.buffer(*key.shape) if packer else found[chunk]
+        torch.gt(key, threshold.value, out=chosen)
+        chosen &= among
+        if left:
+            tie = (key == threshold.value).logical_and_(among)
+            count = int(tie.count_nonzero())
+            if count > left:
+                tie &= tie.flatten().cumsum(0).view(tie.shape) <= left
+            chosen |= tie
+            left -= min(count, left)
+        if growing:
+            chosen |= own
+        if packer:
+            packer.write(found[bytes_of(chunk)])
+    return found, threshold.nonfinite
 
 
 # A table's columns: first program, addresses of scores, mask and keys, groups down and across, the
@@ -112,6 +114,10 @@ def _key_kernel(
     tl.atomic_add(at, count, mask=count > 0)
 
 
+def _keys_of(scores: Tensor) -> Tensor:
+    return torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+
+
 def _choose(
     scores: Sequence[Tensor],
     masks: Sequence[Tensor],
@@ -120,13 +126,17 @@ def _choose(
     nonfinite: Tensor,
     *,
     growing: bool,
+    spend: bool,
 ) -> list[Tensor]:
     """Return compact masks that keep ``kept`` groups each; count what is not finite at ``places``
-    of ``nonfinite``.
+    of ``nonfinite``. Keys may take the place of scores that are to ``spend``.
     """
     packed = masks[0].dtype == torch.uint8
     scores = [s.float() if s.dtype == torch.float64 else s for s in scores]
-    keys = [torch.empty(s.shape, dtype=torch.float32, device=s.device) for s in scores]
+    keys = [
+        s if spend and s.dtype == torch.float32 and s.is_contiguous() else _keys_of(s)
+        for s in scores
+    ]
     own = Matrices.of(scores)
     groups = own.rows * own.cols
     columns = (
@@ -153,27 +163,22 @@ def _choose(
     return make_mask(keys, select_each(keys, ks, backend="triton"), packed=packed)
 
 
-@torch.no_grad()
-def regrow(
+def drop_lowest(
     masks: Sequence[Tensor],
-    drop: Sequence[Tensor],
+    scores: Sequence[Tensor],
     keep: Sequence[int],
-    grow: Sequence[Tensor] | None,
-    grown: Sequence[int],
     pattern: Pattern,
     *,
     backend: Backend = "auto",
 ) -> tuple[list[Tensor], Tensor]:
-    """Find which groups each mask keeps after some are dropped, and others, or the same, grown.
+    """Find which groups each mask keeps after those of lowest |score| are dropped.
 
     Args:
         masks: one or more, compact and contiguous, on one device: bool, one element a block, or
             uint8 with one bit an element for ``Unstructured``.
-        drop: float scores of all groups of each, matrices of any strides: of those that the mask
-            keeps the highest |score| stay, of equals the first, row-major.
+        scores: float scores of all groups of each, matrices of any strides; of equals the first
+            stay, row-major.
         keep: how many stay, no more than the mask keeps.
-        grow: scores too: of the others the highest come back. None: none do.
-        grown: how many come back.
         pattern: that of all masks.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``, which waits for the device.
 
@@ -185,29 +190,60 @@ def regrow(
         ValueError: scores do not fit their mask.
         RuntimeError: ``"triton"`` is asked for where it cannot run.
     """
+    return _keep_highest(masks, scores, keep, pattern, backend, growing=False)
+
+
+def grow_highest(
+    masks: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    keep: Sequence[int],
+    pattern: Pattern,
+    *,
+    spend: bool = False,
+    backend: Backend = "auto",
+) -> tuple[list[Tensor], Tensor]:
+    """Find which groups each mask keeps after those of highest |score| have come to it.
+
+    Args:
+        masks, pattern, backend: as ``drop_lowest``'s.
+        scores: as ``drop_lowest``'s; of equals the first come.
+        keep: how many it keeps then, no fewer than now.
+        spend: whether scores may be written over.
+
+    Returns, raises: as ``drop_lowest``.
+    """
+    return _keep_highest(masks, scores, keep, pattern, backend, growing=True, spend=spend)
+
+
+@torch.no_grad()
+def _keep_highest(
+    masks: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    keep: Sequence[int],
+    pattern: Pattern,
+    backend: Backend,
+    *,
+    growing: bool,
+    spend: bool = False,
+) -> tuple[list[Tensor], Tensor]:
     packed = not isinstance(pattern, Block)
-    for mask, *scores in zip(masks, drop, *(() if grow is None else (grow,)), strict=True):
-        for given in scores:
-            if mask.shape != (given.shape[0], ceil_div(given.shape[1], 8 if packed else 1)):
-                raise ValueError(
-                    f"regrow: scores must be one a group of a mask {tuple(mask.shape)} of "
-                    f"{pattern}, got {tuple(given.shape)}"
-                )
-    if not use_triton("regrow", backend, masks[0]):
-        again = [None] * len(masks) if grow is None else grow
-        each = [*map(_regrow_one, masks, drop, keep, again, grown)]
+    operation = "grow_highest" if growing else "drop_lowest"
+    for mask, given in zip(masks, scores, strict=True):
+        if mask.shape != (given.shape[0], ceil_div(given.shape[1], 8 if packed else 1)):
+            raise ValueError(
+                f"{operation}: scores must be one a group of a mask {tuple(mask.shape)} of "
+                f"{pattern}, got {tuple(given.shape)}"
+            )
+    if not use_triton(operation, backend, masks[0]):
+        each = [keep_highest(*one, growing) for one in zip(masks, scores, keep, strict=True)]
         return [mask for mask, _ in each], torch.stack([nonfinite for _, nonfinite in each])
     nonfinite = torch.zeros(len(masks), dtype=torch.int64, device=masks[0].device)
-    many = [place for place, scores in enumerate(drop) if scores.numel() <= MOST]
-    alone = [[place] for place, scores in enumerate(drop) if scores.numel() > MOST]
+    many = [place for place, own in enumerate(scores) if own.numel() <= MOST]
+    alone = [[place] for place, own in enumerate(scores) if own.numel() > MOST]
     found: dict[int, Tensor] = {}
     for places in [many, *alone] if many else alone:
         own, stay = [masks[place] for place in places], [keep[place] for place in places]
-        scores = [drop[place] for place in places]
-        chosen = _choose(scores, own, stay, places, nonfinite, growing=False)
-        if grow is not None:
-            scores = [grow[place] for place in places]
-            whole = [keep[place] + grown[place] for place in places]
-            chosen = _choose(scores, chosen, whole, places, nonfinite, growing=True)
+        given = [scores[place] for place in places]
+        chosen = _choose(given, own, stay, places, nonfinite, growing=growing, spend=spend)
         found |= zip(places, chosen, strict=True)
     return [found[place] for place in range(len(masks))], nonfinite

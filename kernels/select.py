@@ -30,6 +30,7 @@ Reading order: reference -> kernels -> launcher -> plain torch -> operator -> pu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -39,6 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .bits import count_kept
 from .grid import ceil_div
 from .launch import FUSED, Backend, is_plain, on_device, tl, triton, upload, use_triton
 from .table import addresses, alike
@@ -576,18 +578,51 @@ def _threshold(
     return Threshold(bits.view(kind).float(), keep_ties, nonfinite)
 
 
+class Among(NamedTuple):
+    """Which elements of a matrix count: those that a compact mask keeps, or prunes."""
+
+    mask: Tensor  # bool, or uint8 with one bit an element
+    kept: bool
+
+    def rows(self, at: slice) -> Among:
+        return Among(self.mask[at], self.kept)
+
+    def flags(self, cols: int, skip: int, step: int) -> np.ndarray:
+        """Return a bool for one element in ``step``, row-major, behind the first ``skip``."""
+        bits = self.mask.cpu().numpy()
+        if bits.dtype == np.bool_:
+            found = bits.reshape(-1)[skip::step]
+        elif step == 1:
+            found = np.unpackbits(bits, axis=1, count=cols, bitorder="little").reshape(-1)[skip:]
+        else:  # all bits of a sample's piece would take more memory than the piece
+            row, col = np.divmod(np.arange(skip, len(bits) * cols, step), cols)
+            found = bits[row, col >> 3] >> (col & 7).astype(np.uint8) & 1
+        return found.astype(np.bool_, copy=False) == self.kept
+
+
 class _Piece(NamedTuple):
     """Memory that the CPU reads at a time, how many of its elements to skip, and their scale."""
 
     values: Tensor
     skip: int
     scale: float | None
+    among: Among | None = None  # of its rows
 
 
-def _pieces(tensors: Sequence[Tensor], scales: Tensor | None, step: int) -> list[_Piece]:
+def _pieces(
+    tensors: Sequence[Tensor], scales: Tensor | None, step: int, among: Among | None = None
+) -> list[_Piece]:
     """Divide the tensors; one element in ``step`` will be read, as if all were joined."""
     factors = [None] * len(tensors) if scales is None else scales.tolist()
     pieces, skip = [], 0
+    if among is not None:
+        (tensor,), (scale,) = tensors, factors
+        height = max(1, _CHUNK * step // max(1, tensor.shape[1]))
+        for start in range(0, len(tensor), height):
+            rows = slice(start, start + height)
+            pieces.append(_Piece(tensor[rows], skip, scale, among.rows(rows)))
+            skip = (skip - pieces[-1].values.numel()) % step
+        return pieces
     for tensor, scale in zip(tensors, factors, strict=True):
         flat = _flat(tensor)
         if flat is not None:
@@ -601,6 +636,14 @@ def _pieces(tensors: Sequence[Tensor], scales: Tensor | None, step: int) -> list
 
 
 def _patterns(piece: _Piece, kind: torch.dtype, step: int) -> np.ndarray:
+    keys = _patterns_of_all(piece, kind, step)
+    if piece.among is None:
+        return keys
+    flags = piece.among.flags(piece.values.shape[1], piece.skip, step)
+    return keys[np.flatnonzero(flags)]
+
+
+def _patterns_of_all(piece: _Piece, kind: torch.dtype, step: int) -> np.ndarray:
     values = piece.values.detach().reshape(-1)[piece.skip :: step].cpu()
     if kind != torch.float32:
         return values.view(torch.int16).numpy() & 0x7FFF
@@ -676,7 +719,11 @@ def _read(pieces: Sequence[_Piece], plan: _Plan, step: int, *bracket: int) -> _C
 
 
 def _search_torch(
-    tensors: Sequence[Tensor], k: int, scales: Tensor | None, reduce: Reduce | None
+    tensors: Sequence[Tensor],
+    k: int,
+    scales: Tensor | None,
+    reduce: Reduce | None,
+    among: Among | None = None,
 ) -> tuple[int, int, int, int]:
     """Return the pattern, keep_ties, nonfinite, and how many full reads it took."""
 
@@ -687,6 +734,9 @@ def _search_torch(
 
     plan = _plan(tensors, scales)
     total = sum(t.numel() for t in tensors)
+    if among is not None:
+        (kept,) = count_kept([among.mask])
+        total = kept if among.kept else total - kept
     # odd: a power of two would see the same columns of every row
     step = _sample_step(total, _SAMPLE_CPU) | 1
     total, spread = agree([total, (step - 1) * total]).tolist()
@@ -695,8 +745,8 @@ def _search_torch(
     if not spread:
         # few keys, which are kept: to add up many bins would take longer than to count again
         plan = plan._replace(bins=min(plan.bins, _BINS_FEW))
-    pieces = _pieces(tensors, scales, 1)
-    sample = _pieces(tensors, scales, step)
+    pieces = _pieces(tensors, scales, 1, among)
+    sample = _pieces(tensors, scales, step, among)
     samples = plan.samples if k and spread else 0
     lo, hi, reads = 0, plan.top if k else 0, 0
     inside, elsewhere = None, np.zeros(2, np.int64)
@@ -729,9 +779,13 @@ def _search_torch(
 
 
 def _select_torch(
-    tensors: Sequence[Tensor], k: int, scales: Tensor | None, reduce: Reduce | None = None
+    tensors: Sequence[Tensor],
+    k: int,
+    scales: Tensor | None,
+    reduce: Reduce | None = None,
+    among: Among | None = None,
 ) -> Threshold:
-    *found, _ = _search_torch(tensors, k, scales, reduce)
+    *found, _ = _search_torch(tensors, k, scales, reduce, among)
     found = (torch.tensor(n, device=tensors[0].device) for n in found)
     return _threshold(k, _plan(tensors, scales).kind, *found)
 
@@ -818,6 +872,13 @@ def select(
     return (_select_triton if runs_triton else _select_torch)(tensors, k, scales, reduce)
 
 
+def select_among(scores: Tensor, k: int, among: Among) -> Threshold:
+    """Return the exact k-th smallest |score| of some elements of a matrix, by plain torch: of a
+    float dtype, any strides, with no copy but of a piece at a time.
+    """
+    return _select_torch([scores.detach()], k, None, among=among)
+
+
 def kth_smallest(
     tensors: Sequence[Tensor], k: int, backend: Backend, shares: Sequence[int] | None = None
 ) -> Tensor:
@@ -830,13 +891,16 @@ def kth_smallest(
         shares: how often each value of a tensor counts; None: once.
     """
     shares = [1] * len(tensors) if shares is None else shares
-    if len(set(shares)) > 1:
-        values, order = torch.cat([tensor.flatten() for tensor in tensors]).sort()
-        sizes = torch.tensor([tensor.numel() for tensor in tensors], device=values.device)
-        counts = torch.tensor(shares, device=values.device).repeat_interleave(sizes)
-        return values[(counts[order].cumsum(0) < k).sum()]
-    k, size = ceil_div(k, shares[0]), sum(tensor.numel() for tensor in tensors)
+    unit = math.gcd(*shares)
+    times = [share // unit for share in shares]
+    k = ceil_div(k, unit)
+    size = sum(tensor.numel() * n for tensor, n in zip(tensors, times, strict=True))
+
+    def counted(limits: dict[str, int]) -> list[Tensor]:
+        clamped = [tensor.clamp(**limits).flatten() for tensor in tensors]
+        return [t.expand(n, -1) for t, n in zip(clamped, times, strict=True)]
+
     # one of the two magnitudes is 0, or both are
-    above = select([tensor.clamp(min=0) for tensor in tensors], k, backend=backend)
-    below = select([t.neg().clamp(min=0) for t in tensors], size - k + 1, backend=backend)
+    above = select(counted({"min": 0}), k, backend=backend)
+    below = select(counted({"max": 0}), size - k + 1, backend=backend)
     return above.value - below.value

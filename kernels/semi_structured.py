@@ -686,9 +686,10 @@ def nm_complete(kept: Tensor, pattern: NM) -> Tensor:
     tall, wide = pattern.group
     rows, cols = kept.shape[0] // tall, kept.shape[1] // wide
     groups = kept.reshape(rows, tall, cols, wide)
-    fits = (groups.sum(3) <= pattern.n).all(1)
+    ones = groups.view(torch.uint8)  # of bools a sum would make int64 of each first
+    fits = (ones.sum(3, dtype=torch.uint8) <= pattern.n).all(1)
     if pattern.transposable:
-        fits &= (groups.sum(1) <= pattern.n).all(2)
+        fits &= (ones.sum(1, dtype=torch.uint8) <= pattern.n).all(2)
     return (groups | ~fits[:, None, :, None]).view(kept.shape)
 
 

@@ -21,9 +21,10 @@ from .accuracy import dense, tables
 from .compare import verdict
 from .gpu import EFFICIENCY
 from .gpu import summary as efficiencies
+from .memory import table_of
 
 START, END = "<!-- figures: start -->", "<!-- figures: end -->"
-FILES = ("compare.json", "profile.json", "gpu.json")
+FILES = ("compare.json", "memory.json", "profile.json", "gpu.json")
 
 
 def render(results: Path) -> str:
@@ -41,6 +42,8 @@ def render(results: Path) -> str:
         parts.append(f"### {device}")
         if "compare.json" in records:
             parts.extend(_compare(records["compare.json"]))
+        if "memory.json" in records:
+            parts.extend(_memory(records["memory.json"]))
         if "profile.json" in records:
             parts.extend(_profile(records["profile.json"], f"../bench/results/{folder.name}"))
         if "gpu.json" in records:
@@ -113,6 +116,17 @@ def _compare(record: Mapping[str, Any]) -> list[str]:
         left_out = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         parts.append(f"Left out: {left_out}.")
     return parts
+
+
+def _memory(record: Mapping[str, Any]) -> list[str]:
+    """What an update of each algorithm allocates."""
+    weights = record["side"] ** 2
+    return [
+        "Peak bytes a weight that an update of the masks allocates on a CPU, beyond what was "
+        f"there; at most {record['limit']:g}. Of weights of {weights / 1e6:.1f} M and an eighth "
+        f"of it. {_made(record)}",
+        markdown(*table_of(record)),
+    ]
 
 
 def baselines(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -1,5 +1,5 @@
-"""``make bench``: the profile of this device and the comparison with the peers, kept in
-``bench/results/<device>/``; within ten minutes on two cores.
+"""``make bench``: the profile of this device, the comparison with the peers and what updates
+allocate, kept in ``bench/results/<device>/``; within ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..measure.record import results_folder
 from ..measure.spelling import find_device
 from ..measure.tables import show_profile
 from ..measure.timing import profiler_overhead
-from . import compare
+from . import compare, memory
 
 
 def main() -> None:
@@ -43,9 +43,10 @@ def main() -> None:
     show_profile(record, folder, names)
     place = compare.place_of(device)
     right = compare.run(place, options.threads or torch.get_num_threads(), folder)
+    small = memory.run(folder)
     wrong = any(row["status"] == "failed" for row in record["rows"])
     print(f"{folder}: {time.perf_counter() - start:.0f} s in all")
-    sys.exit(0 if right and not wrong else 1)
+    sys.exit(0 if right and small and not wrong else 1)
 
 
 if __name__ == "__main__":

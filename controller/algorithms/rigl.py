@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...kernels.line_score import line_scores
 from ...kernels.pattern import Unstructured
-from ..masks.exchange import full_tensor, own_part
+from ..masks.exchange import full_tensor, grown, own_part
 from ..masks.schema import FLAG, FLOATS, Maybe, Schema, tensor
 from ..masks.shards import local_part
 from ..masks.weight import SparseWeight
@@ -67,14 +67,20 @@ class RigLController(SETController):
     def _is_due(self, step: int) -> bool:
         return super()._is_due(step) or (self._overdue and step < self.config.t_end)
 
-    def _grow_scores(self, weights: Sequence[SparseWeight], step: int) -> list[Tensor]:
-        gradients = [weight.matrix(self._gradients[weight.name]) for weight in weights]
-        if not self._normed:
-            return scores_by_group(weights, [*map(Importance, gradients)]).tensors
+    def _grown(
+        self, weights: Sequence[SparseWeight], masks: list[Tensor], keep: Sequence[int], step: int
+    ) -> tuple[list[Tensor], Tensor]:
         first = weights[0]
-        check_sharded("rigl", weights, growth="normed_gradient")
-        pattern = Unstructured() if first.packed else first.pattern
-        return line_scores(gradients, pattern, backend=first.backend)
+        gradients = [weight.matrix(self._gradients[weight.name]) for weight in weights]
+        if self._normed:
+            check_sharded("rigl", weights, growth="normed_gradient")
+            pattern = Unstructured() if first.packed else first.pattern
+            scores = line_scores(gradients, pattern, backend=first.backend)
+        else:
+            scores = scores_by_group(weights, [*map(Importance, gradients)]).tensors
+        # the gradients themselves are wanted again where the update is refused
+        spend = self._normed or not first.packed
+        return grown(weights, masks, scores, keep, spend=spend)
 
     def _regrowing(self) -> list[SparseWeight]:
         # a weight that the step did not use has nothing to grow by

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...kernels.group_mask import read_counts, set_masks
 from ..config.algorithm import PooledConfig
 from ..config.declaration import Level, Positive, Share, Whole
-from ..masks.exchange import agree_counts, regrown
+from ..masks.exchange import agree_counts, dropped, grown, local_masks
 from ..masks.weight import SparseWeight
 from ..selection.allocation import Distribution, distribute, erdos_renyi, within
 from ..selection.criteria import ImportanceField, Reduction, random_numbers
@@ -152,7 +152,13 @@ class SETController(BaseSparsityAlgoController):
         numbers = random_numbers(names, grids, device, self.config.seed, step)
         return [n[w.own_groups] for w, n in zip(weights, numbers, strict=True)]
 
-    _grow_scores = _random_grids
+    def _grown_at_random(
+        self, weights: Sequence[SparseWeight], masks: list[Tensor], keep: Sequence[int], step: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return masks of one pattern that have grown to what they ``keep``, as ``grown`` does."""
+        return grown(weights, masks, self._random_grids(weights, step), keep, spend=True)
+
+    _grown = _grown_at_random
 
     def _regrowing(self) -> list[SparseWeight]:
         """Return the weights that have something to grow."""
@@ -177,10 +183,11 @@ class SETController(BaseSparsityAlgoController):
         with self._changing(growing):
             with self.ranks.together(self._device):
                 for weights in pools(growing):
-                    moving = [int(fraction * weight.kept) for weight in weights]
-                    keep = [weight.kept - n for weight, n in zip(weights, moving, strict=True)]
-                    drop, grow = self._drop_scores(weights), self._grow_scores(weights, step)
-                    found.append((weights, *regrown(weights, drop, keep, grow, moving)))
+                    kept = [weight.kept for weight in weights]
+                    stay = [n - int(fraction * n) for n in kept]
+                    masks, bad = dropped(weights, self._drop_scores(weights), stay)
+                    masks, more = self._grown(weights, masks, kept, step)
+                    found.append((weights, local_masks(weights, masks), bad + more))
                 masks, made = self._checked(found, self._spoilt())
             if made and growing:
                 set_masks(*self._agreed(*masks))
@@ -197,13 +204,16 @@ class SETController(BaseSparsityAlgoController):
         with self.ranks.together(self._device):
             for pool in pools(weights):
                 counts, kept = self._counts(pool, level), [weight.kept for weight in pool]
-                keep = [*map(min, counts, kept)]
-                grown = [n - stay for n, stay in zip(counts, keep, strict=True)]
-                by_score = keep != kept and not at_random
+                stay = [*map(min, counts, kept)]
+                by_score = stay != kept and not at_random
                 drop = self._drop_scores(pool) if by_score else self._random_grids(pool, 0)
-                step = max(self._scheduler.current_step, 0)
-                grow = self._random_grids(pool, step) if any(grown) else None
-                found.append((pool, *regrown(pool, drop, keep, grow, grown)))
+                masks, bad = dropped(pool, drop, stay)
+                del drop  # before there are scores to grow by
+                if stay != counts:
+                    step = max(self._scheduler.current_step, 0)
+                    masks, more = self._grown_at_random(pool, masks, counts, step)
+                    bad = bad + more
+                found.append((pool, local_masks(pool, masks), bad))
             masks, _ = self._checked(found, [])
         return partial(set_masks, *self._agreed(*masks))
 

@@ -16,9 +16,9 @@ from ...kernels.bits import pack, unpack
 from ...kernels.block_score import exact_sums, inverse_norms, row_norms
 from ...kernels.cut import Others, find_cut
 from ...kernels.grid import ceil_div
-from ...kernels.group_mask import regrown as regrown_here
 from ...kernels.pattern import NM, Block
 from ...kernels.prune_rows import Part
+from ...kernels.regrow import drop_lowest, grow_highest
 from .shards import Shard, local_rows
 from .weight import SparseWeight
 
@@ -201,50 +201,68 @@ def agree_counts(
     return counts
 
 
-def regrown(
-    weights: Sequence[SparseWeight],
-    drop: Sequence[Tensor],
-    keep: Sequence[int],
-    grow: Sequence[Tensor] | None,
-    grown: Sequence[int],
+def dropped(
+    weights: Sequence[SparseWeight], scores: Sequence[Tensor], keep: Sequence[int]
 ) -> tuple[list[Tensor], Tensor]:
-    """Return ``regrow``'s of weights of one pattern; scores are of the groups that belong here."""
-    others = others_of(weights)
+    """Return ``drop_lowest``'s of weights of one pattern: compact masks of the groups that belong
+    here, as scores are.
+    """
+    others, first = others_of(weights), weights[0]
     if others is None:
-        return regrown_here(weights, drop, keep, grow, grown)
+        masks = [weight.mask for weight in weights]
+        return drop_lowest(masks, scores, keep, first.pattern, backend=first.backend)
     kept = [own_groups(weight, weight.kept_grid()) for weight in weights]
     # below all, so that what is pruned already is pruned first; one more, so that 0 is below all
-    keys, bad = zip(*(_keys(d, k, 1) for d, k in zip(drop, kept, strict=True)), strict=True)
-    kept = _highest(weights, keys, keep, others)
-    if grow is not None:
-        # above all, so that what stays is kept first
-        keys, more = zip(*(_keys(g, ~k, 0) for g, k in zip(grow, kept, strict=True)), strict=True)
-        keys = [key.where(~k, torch.inf) for key, k in zip(keys, kept, strict=True)]
-        bad = [*map(torch.add, bad, more)]
-        kept = _highest(weights, keys, [*map(sum, zip(keep, grown, strict=True))], others)
-    nonfinite = torch.stack(list(bad))
-    others.reduce(nonfinite.mul_(nonfinite.new_tensor(others.counted)))
-    masks = [pack(k) for k in kept] if weights[0].packed else kept
-    return local_masks(weights, masks), nonfinite
+    found = [_keys(own, grid, 1) for own, grid in zip(scores, kept, strict=True)]
+    return _highest(weights, found, keep, others)
+
+
+def grown(
+    weights: Sequence[SparseWeight],
+    masks: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    keep: Sequence[int],
+    *,
+    spend: bool,
+) -> tuple[list[Tensor], Tensor]:
+    """Return ``grow_highest``'s of ``dropped``'s masks."""
+    others, first = others_of(weights), weights[0]
+    if others is None:
+        options = {"spend": spend, "backend": first.backend}
+        return grow_highest(masks, scores, keep, first.pattern, **options)
+    cols = [own.shape[1] for own in scores]
+    kept = [unpack(m, n) if first.packed else m for m, n in zip(masks, cols, strict=True)]
+    # above all, so that what stays is kept first
+    found = [_keys(own, ~grid, 0) for own, grid in zip(scores, kept, strict=True)]
+    for (keys, _), grid in zip(found, kept, strict=True):
+        keys.masked_fill_(grid, torch.inf)
+    return _highest(weights, found, keep, others)
 
 
 def _keys(scores: Tensor, among: Tensor, more: int) -> tuple[Tensor, Tensor]:
     """Return float32 keys that order as |scores| do, 0 where no candidate is; how many are NaN or
     Inf.
     """
-    size = scores.float().abs().contiguous()
-    bad = (among & ~size.isfinite()).sum()
-    finite = size.view(torch.int32).clamp(max=_INFINITY - 1 - more) + more
-    return finite.mul_(among).view(torch.float32), bad
+    shape = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+    bits = shape.copy_(scores).abs_().view(torch.int32)
+    bad = (bits >= _INFINITY).logical_and_(among).count_nonzero()
+    return bits.clamp_(max=_INFINITY - 1 - more).add_(more).mul_(among).view(torch.float32), bad
 
 
 def _highest(
-    weights: Sequence[SparseWeight], keys: Sequence[Tensor], counts: Sequence[int], others: Others
-) -> list[Tensor]:
-    """Return bool grids that keep the highest of each weight, the first of equals."""
+    weights: Sequence[SparseWeight],
+    found: Sequence[tuple[Tensor, Tensor]],
+    counts: Sequence[int],
+    others: Others,
+) -> tuple[list[Tensor], Tensor]:
+    """Return masks that keep the highest keys of each weight, the first of equals, and how many
+    scores of all ranks are NaN or Inf.
+    """
     pruned = [weight.groups - count for weight, count in zip(weights, counts, strict=True)]
-    cut = find_cut([*keys], pruned, Block(1, 1), None, weights[0].backend, others=others)
-    return cut.masks()
+    keys, bad = [keys for keys, _ in found], torch.stack([bad for _, bad in found])
+    cut = find_cut(keys, pruned, Block(1, 1), None, weights[0].backend, others=others)
+    others.reduce(bad.mul_(bad.new_tensor(others.counted)))
+    return [pack(m) if weights[0].packed else m for m in cut.masks()], bad
 
 
 def gather_rows(weight: SparseWeight, rows: Tensor, counts: Sequence[int]) -> Tensor:

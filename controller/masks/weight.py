@@ -220,7 +220,7 @@ class SparseWeight(GroupMask):
         self._begin(weight, self.backend)
         assert self.shard is not None
         self.mask.copy_(self._compact(local_grid(self.shard, grid)))
-        own = int(self.kept_elements().sum())
+        own = int(self.kept_elements().count_nonzero())
         self.elements_elsewhere, self.changes = elements - own, changes
         self.note(kept, own)
         if dense is not None:

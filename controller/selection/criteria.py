@@ -8,7 +8,7 @@ what. A user's own criterion is a function of ``Evidence`` that returns a tensor
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -16,6 +16,7 @@ import torch
 from pydantic import PlainSerializer, PlainValidator
 from torch import Tensor
 
+from ...kernels.bits import chunk_of, chunks
 from ...kernels.block_score import block_score, block_scores
 from ...kernels.grid import ceil_div, pad_to_blocks, side_lengths
 from ...kernels.launch import Backend
@@ -30,7 +31,6 @@ Name = Literal["abs", "normed_abs", "snip", "snip_momentum", "taylor", "fisher",
 NAMES: tuple[str, ...] = get_args(Name)
 Reduction = Literal["mean", "max", "sum", "l2"]
 
-CHUNK = 2**22  # elements whose blocks are reduced at a time, so that copies are small
 # to first order what a loss of 1 changes by and float32 does not show
 ROUNDING = torch.finfo(torch.float32).eps
 
@@ -163,15 +163,50 @@ def slope(name: str, evidence: Evidence) -> Tensor:
             f"{name}: the weight of {evidence.name!r} has no gradient; run a backward pass first, "
             "and call zero_grad() only after the scheduler's step() or epoch_step()"
         )
-    return evidence.weight.float() * evidence.gradient.float()
+    return product(evidence.weight, evidence.gradient)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the float32 product of two matrices, element by element; into ``out``, if given. Of
+    other floats no more than a chunk is there as float32.
+    """
+    out = torch.empty_like(a, dtype=torch.float32) if out is None else out
+    if a.dtype == b.dtype == torch.float32:
+        return torch.mul(a, b, out=out)
+    turned = a.stride(0) < a.stride(1)  # along its memory
+    a, b, target = (t.T if turned else t for t in (a, b, out))
+    for at in chunks(a.shape, chunk_of(a.device)):
+        torch.mul(a[at].float(), b[at].float(), out=target[at])
+    return out
+
+
+def rows_at_a_time(matrix: Tensor, height: int = 1) -> Iterator[slice]:
+    """Part a matrix into rows, by multiples of ``height``, of about a chunk: so much scratch is
+    little.
+    """
+    rows, cols = matrix.shape
+    step = height * max(1, chunk_of(matrix.device) // max(1, height * cols))
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
+
+
+def extremes(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest magnitude, 0-d; NaN where there is one."""
+    found = [torch.stack(matrix[at].abs().aminmax()) for at in rows_at_a_time(matrix)]
+    ends = torch.stack(found)
+    return ends[:, 0].amin(), ends[:, 1].amax()
 
 
 def group_sums(values: Tensor, pattern: Pattern) -> Tensor:
     """Add up a matrix over each group."""
     if isinstance(pattern, Unstructured):
         return values
+    parts = [values[at] for at in rows_at_a_time(values, pattern.rows)]
     # in two sums: one alone, of few blocks, would be parted among threads
-    return pad_to_blocks(values, pattern.rows, pattern.cols).sum(3).sum(1)
+    sums = [pad_to_blocks(part, pattern.rows, pattern.cols).sum(3).sum(1) for part in parts]
+    return (
+        torch.cat(sums) if sums else values.new_empty(0, ceil_div(values.shape[1], pattern.cols))
+    )
 
 
 def snip_momentum(evidence: Evidence) -> Importance:
@@ -211,7 +246,7 @@ def wanda(evidence: Evidence) -> Importance:
             f"wanda: no input of {evidence.name!r} has been seen; run the model on calibration "
             "data inside `with controller.calibration():` first"
         )
-    return Importance(evidence.weight.float() * evidence.input_norm)
+    return Importance(product(evidence.weight, evidence.input_norm.expand(evidence.weight.shape)))
 
 
 def random(evidence: Evidence) -> Importance:
@@ -246,9 +281,9 @@ def _own(function: Function, evidence: Evidence) -> Importance:
         )
     values = found.detach().to(evidence.weight.device)
     values = values if values.is_floating_point() else values.float()
-    if not values.isfinite().all():
+    least, most = extremes(values) if values.numel() else (torch.zeros(()), torch.ones(()))
+    if not most.isfinite():
         raise ValueError(f"{where} finite values for {evidence.name!r}, got NaN or Inf")
-    least, most = values.abs().aminmax() if values.numel() else (0.0, 1.0)
     if values.numel() > 1 and least == most:
         raise ValueError(
             f"{where} values that tell groups of {evidence.name!r} apart, got {float(most):g} "
@@ -339,8 +374,8 @@ def _reduced(values: Tensor, pattern: Pattern, reduction: Reduction, backend: Ba
         mean = block_score(values, pattern, backend=backend)
         tall, wide = side_lengths(values.shape, rows, cols, device=values.device)
         return mean * tall * wide
-    height = rows * max(1, CHUNK // max(1, rows * values.shape[1]))
-    return torch.cat([_peaks(part, pattern, reduction, backend) for part in values.split(height)])
+    parts = [values[at] for at in rows_at_a_time(values, rows)]
+    return torch.cat([_peaks(part, pattern, reduction, backend) for part in parts])
 
 
 def _peaks(values: Tensor, pattern: Pattern, reduction: Reduction, backend: Backend) -> Tensor:

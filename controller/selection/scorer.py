@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.grid import block_counts
 from ...kernels.pattern import Pattern, Unstructured
 from ...kernels.squares import convolution_squares
 from ..config.algorithm import Pool
@@ -26,6 +27,8 @@ from .criteria import (
     check_sharded,
     criterion,
     group_sums,
+    product,
+    rows_at_a_time,
     scores_by_group,
 )
 from .thresholds import Scores, pools
@@ -99,9 +102,12 @@ class Scorer:
         check_sharded("set_sparsity_level", weights, distribution="owl")
         importance_of, shares = criterion(self.importance), []
         for weight in weights:
-            sizes = importance_of(self._evidence(weight)).values.abs()
-            bound = OUTLIER * sizes.mean(dtype=torch.float32)
-            shares.append((sizes > bound).count_nonzero() / sizes.numel())
+            values = importance_of(self._evidence(weight)).values
+            parts = [values[at] for at in rows_at_a_time(values)]
+            total = torch.stack([part.abs().sum(dtype=torch.float32) for part in parts]).sum()
+            bound = OUTLIER * total / values.numel()
+            above = torch.stack([(part.abs() > bound).count_nonzero() for part in parts])
+            shares.append(above.sum() / values.numel())
         return torch.stack(shares).tolist()
 
     def _refuse_unused(self, weights: Sequence[SparseWeight]) -> None:
@@ -142,8 +148,10 @@ class Scorer:
 
     def _speech(self, found: Importance) -> Tensor:
         """Return the sum of |w g| that a pool must not lack, 0-d."""
-        sizes = found.values.sqrt() if self.importance == "fisher" else found.values.abs()
-        return sizes.sum(dtype=torch.float32)
+        size = torch.sqrt if self.importance == "fisher" else torch.abs
+        values = found.values
+        sums = [size(values[at]).sum(dtype=torch.float32) for at in rows_at_a_time(values)]
+        return torch.stack([torch.zeros((), device=values.device), *sums]).sum()
 
     def before_step(self, weights: Sequence[SparseWeight]) -> None:
         """Take in the gradients by which an optimiser is about to step ``weights``, and the
@@ -158,8 +166,11 @@ class Scorer:
             if gradient is None:
                 self._products.pop(weight.name, None)
                 continue
-            values = matrix(weight.weight.detach()).float()
-            self._products[weight.name] = values * matrix(gradient.detach()).float()
+            values, slopes = matrix(weight.weight.detach()), matrix(gradient.detach())
+            # the memory of the last step's
+            held = self._products.get(weight.name)
+            fits = held is not None and (held.shape, held.device) == (values.shape, values.device)
+            self._products[weight.name] = product(values, slopes, held if fits else None)
             # tells a later gradient from this, wherever it is kept meanwhile
             local: Any = gradient
             local._of_product = _version(gradient)
@@ -182,7 +193,9 @@ class Scorer:
         # stays on the device: a step must not wait for it. A NaN weight, which the update will
         # refuse, must not stay in the sum
         both = [tensor for i, gradient in used for tensor in (i.weight.detach(), gradient)]
-        finite = torch.stack([local_part(tensor).isfinite().all() for tensor in both]).all()
+        here = [*map(local_part, both)]
+        ends = [end for tensor in here if tensor.numel() for end in tensor.aminmax()]
+        finite = torch.stack([here[0].new_zeros(()), *ends]).isfinite().all()
         if any(is_sharded(gradient) for _, gradient in used):
             # where a shard overflows, no rank may count the step
             finite = self._weights[0].ranks.sum((~finite).long()) == 0
@@ -191,14 +204,17 @@ class Scorer:
         for weight, gradient in used:
             name, matrix = weight.name, weight.matrix
             values, slopes = matrix(weight.weight.detach()), matrix(gradient.detach())
-            product = values.float() * slopes.float()
-            if self.importance == "fisher":
-                product = group_sums(product, _pattern(weight)).square()
-            product = product.abs().masked_fill_(~finite, 0)
-            if name in self._momenta:
-                self._momenta[name].mul_(decay).add_(product)
-            else:
-                self._momenta[name] = product
+            pattern = _pattern(weight) if self.importance == "fisher" else Unstructured()
+            if name not in self._momenta:
+                self._momenta[name] = _zeros(values, pattern)
+            first = 0
+            for at in rows_at_a_time(values, pattern.rows):
+                found = group_sums(product(values[at], slopes[at]), pattern)
+                sizes = found.square_() if self.importance == "fisher" else found.abs_()
+                sizes.masked_fill_(~finite, 0)
+                momentum = self._momenta[name][first : first + len(sizes)]
+                momentum.mul_(decay).add_(sizes)
+                first += len(sizes)
 
     @contextmanager
     def calibration(self, model: nn.Module, attention_mask: str | None) -> Iterator[None]:
@@ -326,6 +342,14 @@ class Scorer:
         if norm is None or norm.ndim == 1 or weight.shard is None:
             return norm
         return norm[weight.shard.rows]
+
+
+def _zeros(matrix: Tensor, pattern: Pattern) -> Tensor:
+    """Return a float32 zero for each group; they lie in memory as the elements do."""
+    if isinstance(pattern, Unstructured):
+        return torch.zeros_like(matrix, dtype=torch.float32)
+    grid = block_counts(matrix.shape, pattern.rows, pattern.cols)
+    return torch.zeros(grid, dtype=torch.float32, device=matrix.device)
 
 
 def _version(gradient: Tensor) -> int:

@@ -147,13 +147,14 @@ def find_masks(
     pruned = iter(_pruned(found))
     again = False
     parted = []
-    for one, pruning in zip(shared, prunings, strict=True):
+    for place, one in enumerate(shared):
         known = [next(pruned) for _ in one.weights]
         within_limits = [a <= n <= b for a, n, b in zip(one.least, known, one.most, strict=True)]
         if all(within_limits):
-            parted.append(pruning)
+            parted.append(prunings[place])
         else:
             again = True
+            prunings[place] = Pruning([], None)  # its scores are found anew: let go of them
             parted += _part(one, known, scores)
     return _masks_of(parted + rest) if again else found
 
@@ -246,6 +247,7 @@ def _part(pool: _Shared, known: list[int], scores: ScoresOf) -> list[Pruning]:
         nonlocal latest
         if len(members) == len(weights):
             return known
+        latest = None  # and its scores
         latest = _prune([weights[i] for i in members], k, scores)
         return [0] * len(members) if latest.cut is None else latest.cut.pruned()
 

@@ -6,7 +6,7 @@ from triton_sparsity.kernels import regrow as module
 from triton_sparsity.kernels.bits import pack, unpack
 from triton_sparsity.kernels.launch import INTERPRET, tl
 from triton_sparsity.kernels.pattern import Block, Unstructured
-from triton_sparsity.kernels.regrow import keep_highest, regrow
+from triton_sparsity.kernels.regrow import drop_lowest, grow_highest, keep_highest
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(13, 21), (1, 1), (7, 64), (40, 9)]
@@ -60,13 +60,44 @@ def case(kind="normal", layout="rows"):
     return drop, grow, kept, keep, [int(g.sum()) - n for g, n in zip(kept, keep, strict=True)]
 
 
+def regrow(masks, drop, keep, grow, grown, pattern, backend="auto", spend=False):
+    """What stays of each mask, and what comes back to it; how many scores were not finite."""
+    found, bad = drop_lowest(masks, drop, keep, pattern, backend=backend)
+    total = [k + n for k, n in zip(keep, grown, strict=True)]
+    found, more = grow_highest(found, grow, total, pattern, spend=spend, backend=backend)
+    return found, bad + more
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_highest_among_some_are_kept(kind):
+def test_the_highest_among_some_are_kept(kind, pattern):
     scores, among = KINDS[kind](randn(13, 21)), randn(13, 21, seed=1) > 0.3
     for count in (0, 1, 40, int(among.sum())):
-        grid, nonfinite = keep_highest(scores, count, among)
-        assert torch.equal(grid, highest(scores, count, among))
+        mask, nonfinite = keep_highest(compact(among, pattern), scores, count, growing=False)
+        assert torch.equal(grid_of(mask, pattern, (13, 21)), highest(scores, count, among))
         assert nonfinite == 0
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.999])
+def test_among_the_elements_of_a_great_matrix(share, pattern):
+    """Of which a sample is read first, and whose columns repeat as the sample's step does."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(1027, 1031, generator=generator)
+    among = torch.rand(1027, 1031, generator=generator) < share
+    among[:, ::5] = False
+    for growing in (False, True):
+        candidates = ~among if growing else among
+        chosen = int(candidates.sum()) // 3
+        keep = chosen + growing * int(among.sum())
+        mask, nonfinite = keep_highest(compact(among, pattern), scores, keep, growing)
+        grid, sizes = grid_of(mask, pattern, scores.shape), scores.abs()
+        assert nonfinite == 0
+        assert int(grid.sum()) == keep
+        if growing:
+            assert grid[among].all()
+        taken = grid & candidates
+        assert not taken.any() or sizes[taken].min() >= sizes[candidates & ~grid].max()
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -77,14 +108,18 @@ def test_the_highest_among_some_are_kept(kind):
 def test_what_is_lowest_goes_and_what_is_highest_comes_back(kind, layout, pattern, backend):
     drop, grow, kept, keep, grown = case(kind, layout)
     masks = [compact(grid, pattern) for grid in kept]
-    found, nonfinite = regrow(masks, drop, keep, grow, grown, pattern, backend=backend)
+    # what may be written over is not looked at again
+    spent = [scores.clone(memory_format=torch.preserve_format) for scores in grow]
+    found, nonfinite = regrow(masks, drop, keep, spent, grown, pattern, backend, spend=True)
+    again, _ = regrow(masks, drop, keep, grow, grown, pattern, backend)
+    assert all(map(torch.equal, found, again))
     assert nonfinite.tolist() == [0] * len(masks)
     for i, mask in enumerate(found):
         stays = highest(drop[i], keep[i], kept[i])
         comes = highest(grow[i], grown[i], ~stays)
         assert mask.dtype == masks[i].dtype
         assert torch.equal(grid_of(mask, pattern, SHAPES[i]), stays | comes)
-    found, _ = regrow(masks, drop, keep, None, [0] * len(masks), pattern, backend=backend)
+    found, _ = drop_lowest(masks, drop, keep, pattern, backend=backend)
     for i, mask in enumerate(found):
         assert torch.equal(grid_of(mask, pattern, SHAPES[i]), highest(drop[i], keep[i], kept[i]))
 
@@ -142,7 +177,7 @@ def test_what_is_not_finite_counts_among_the_candidates_alone(bad, pattern, back
 def test_scores_of_another_shape_are_refused():
     mask, scores = torch.ones(3, 2, dtype=torch.uint8), randn(3, 17)
     with pytest.raises(ValueError, match=r"scores must be one a group of a mask \(3, 2\)"):
-        regrow([mask], [scores], [1], None, [0], Unstructured())
+        drop_lowest([mask], [scores], [1], Unstructured())
 
 
 @pytest.mark.aot

@@ -23,7 +23,7 @@ from triton_sparsity.kernels.numbers import uniform_numbers
 from triton_sparsity.kernels.pattern import NM, Block, Unstructured, grid_shape
 from triton_sparsity.kernels.product import BlockProduct, update_products
 from triton_sparsity.kernels.prune_rows import prune_rows
-from triton_sparsity.kernels.regrow import regrow
+from triton_sparsity.kernels.regrow import drop_lowest, grow_highest
 from triton_sparsity.kernels.retained import put_all_back_, put_back_, take_all_pruned, take_pruned
 from triton_sparsity.kernels.select import kth_smallest, select
 from triton_sparsity.kernels.select_each import select_each
@@ -342,7 +342,8 @@ def test_what_stays_and_what_comes_back_are_four_launches_each(pattern, stub, ze
     scores = [torch.rand(64, 64), torch.rand(64, 8).T, torch.rand(16, 64)]
     masks = [torch.ones(s.shape, dtype=torch.bool) for s in scores]
     masks = masks if isinstance(pattern, Block) else [pack(m, backend="torch") for m in masks]
-    regrow(masks, scores, [9] * 3, scores, [4] * 3, pattern, backend="triton")
+    drop_lowest(masks, scores, [9] * 3, pattern, backend="triton")
+    grow_highest(masks, scores, [4] * 3, pattern, backend="triton")
     assert kernels(stub.launches) == ["_key_kernel", "_select_each_kernel", *COMPARE] * 2
 
 

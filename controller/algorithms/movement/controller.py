@@ -157,7 +157,7 @@ class MovementSparsityController(ScoredController):
         for weight, mask, count in zip(self._weights, kept, count_kept(kept), strict=True):
             if mask.numel() - count > weight.most:
                 mask = weight.scores > weight.cap()
-                count = int(mask.sum())
+                count = int(mask.count_nonzero())
             weight.take(mask, count)
 
     @torch.no_grad()

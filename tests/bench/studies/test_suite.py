@@ -4,7 +4,7 @@ import pytest
 
 from triton_sparsity.bench import profile
 from triton_sparsity.bench.measure.record import load
-from triton_sparsity.bench.studies import compare, suite
+from triton_sparsity.bench.studies import compare, memory, suite
 
 
 @pytest.mark.slow
@@ -24,6 +24,7 @@ def test_the_suite_records_the_profile_and_the_comparison(tmp_path, monkeypatch,
         passes=1,
     )
     monkeypatch.setattr(compare, "run", run)
+    monkeypatch.setattr(memory, "run", lambda folder: ran.append(folder) or True)
     monkeypatch.setattr(profile, "make_plan", lambda **_: plan)
     monkeypatch.setattr(suite, "profiler_overhead", lambda device, pairs: 0.004)
     monkeypatch.setattr(
@@ -32,7 +33,7 @@ def test_the_suite_records_the_profile_and_the_comparison(tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as caught:
         suite.main()
     assert caught.value.code == 0
-    assert ran == [(compare.CPU, 1, tmp_path)]
+    assert ran == [(compare.CPU, 1, tmp_path), tmp_path]
     record = load(tmp_path / "profile.json")
     assert [row["status"] for row in record["rows"]] == ["ok"]
     assert "moved the median of a known product by +0.4%" in capsys.readouterr().out
@@ -40,13 +41,20 @@ def test_the_suite_records_the_profile_and_the_comparison(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("status", "right", "code"), [("failed", True, 1), ("skipped", True, 0), ("ok", False, 1)]
+    ("status", "right", "small", "code"),
+    [
+        ("failed", True, True, 1),
+        ("skipped", True, True, 0),
+        ("ok", False, True, 1),
+        ("ok", True, False, 1),
+    ],
 )
-def test_a_wrong_row_or_comparison_makes_the_suite_fail(
-    tmp_path, monkeypatch, status, right, code
+def test_a_wrong_row_comparison_or_peak_makes_the_suite_fail(
+    tmp_path, monkeypatch, status, right, small, code
 ):
     record = {"rows": [{"status": "ok"}, {"status": status}], "notes": []}
     monkeypatch.setattr(compare, "run", lambda *_: right)
+    monkeypatch.setattr(memory, "run", lambda _: small)
     monkeypatch.setattr(profile, "profile", lambda plan, progress: record)
     monkeypatch.setattr(profile, "save", lambda record, folder: [])
     monkeypatch.setattr(suite, "show_profile", lambda *_: None)

@@ -1,14 +1,13 @@
 """What the zeros cost: the bytes that stay, those of a step, an update and a forward pass."""
 
 import gc
-from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn, optim
-from torch.profiler import ProfilerActivity, profile
 
 import triton_sparsity as ts
+from triton_sparsity.bench.measure.allocations import allocations
 
 pytestmark = pytest.mark.slow  # it looks at every tensor that lives
 
@@ -19,30 +18,6 @@ PATTERNS = {"unstructured": ts.Unstructured(), "blocks": ts.Block(16, 16), "N:M"
 # N:M goes no further
 LEVELS = {"unstructured": 0.8, "blocks": 0.8, "N:M": 0.75}
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
-
-
-class Measured:
-    """What has been allocated: the most at a time, and the largest single tensor."""
-
-    def __init__(self):
-        self.peak = self.largest = 0
-
-
-@contextmanager
-def measured():
-    """Count every byte that torch's allocator gives out, inside operators too."""
-    gc.collect()
-    found = Measured()
-    with profile(
-        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profiler:
-        yield found
-    now = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            found.peak = max(found.peak, now)
-            found.largest = max(found.largest, event.nbytes())
 
 
 def alive():
@@ -115,7 +90,7 @@ def test_a_run_peaks_at_that_of_a_dense_one_and_what_stays(pattern):
     )
 
     def run(sparse):
-        with measured() as found:
+        with allocations() as found:
             model, controller = build(pattern, schedule=schedule) if sparse else (net(), None)
             optimizer = optim.SGD(model.parameters(), 0.1, momentum=0.9)
             for _ in range(4):
@@ -125,7 +100,7 @@ def test_a_run_peaks_at_that_of_a_dense_one_and_what_stays(pattern):
                     if controller is not None:
                         controller.scheduler.step()
                     step(model, optimizer)
-        return found.peak
+        return found().peak
 
     run(True)  # what is made once a process
     dense, sparse = run(False), run(True)
@@ -140,9 +115,9 @@ def test_a_step_allocates_what_a_dense_one_does(pattern, optimizer):
         stepper = optimizer(model.parameters(), 0.1)
         for _ in range(2):
             step(model, stepper)
-        with measured() as found:
+        with allocations() as found:
             step(model, stepper)
-        peaks.append(found.peak)
+        peaks.append(found().peak)
     dense, sparse = peaks
     assert sparse <= dense + SLACK
 
@@ -157,10 +132,10 @@ def test_a_forward_pass_allocates_nothing_as_large_as_a_weight(pattern, mode):
     x = torch.randn(2, SIDE)
     for _ in range(2):
         forward(x)
-    with measured() as found:
+    with allocations() as found:
         forward(x)
-    assert 0 < found.largest <= ONE / 8
-    assert found.peak <= ONE / 8
+    assert 0 < found().largest <= ONE / 8
+    assert found().peak <= ONE / 8
 
 
 @every_pattern
@@ -169,9 +144,9 @@ def test_an_update_needs_no_second_copy_of_the_weights(pattern):
     model, controller = build(pattern)
     step(model, optim.SGD(model.parameters(), 0.1))
     controller.set_sparsity_level(LEVELS[pattern] - 0.1)
-    with measured() as found:
+    with allocations() as found:
         controller.set_sparsity_level(LEVELS[pattern])
-    assert found.peak <= values_bytes(pattern) + SLACK
+    assert found().peak <= values_bytes(pattern) + SLACK
 
 
 def test_a_second_reading_of_the_state_holds_nothing_on():
