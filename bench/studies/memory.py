@@ -223,8 +223,8 @@ def measure(side: int = SIDE) -> Iterator[dict[str, Any]]:
 
 def run(folder: Path, side: int = SIDE) -> bool:
     """Measure all, write ``memory.json``, and tell whether each is within ``LIMIT``."""
-    rows = list(measure(side))
     where = environment(torch.device("cpu"), "torch")
+    rows = list(measure(side))
     record = where | {"side": side, "limit": LIMIT, "rows": rows}
     write_atomic(folder / "memory.json", dump(record))
     headings, lines = table_of(record)
