@@ -187,7 +187,7 @@ class SETController(BaseSparsityAlgoController):
                     stay = [n - int(fraction * n) for n in kept]
                     masks, bad = dropped(weights, self._drop_scores(weights), stay)
                     masks, more = self._grown(weights, masks, kept, step)
-                    found.append((weights, local_masks(weights, masks), bad + more))
+                    found.append((weights, local_masks(weights, masks), [bad, more]))
                 masks, made = self._checked(found, self._spoilt())
             if made and growing:
                 set_masks(*self._agreed(*masks))
@@ -207,12 +207,12 @@ class SETController(BaseSparsityAlgoController):
                 stay = [*map(min, counts, kept)]
                 by_score = stay != kept and not at_random
                 drop = self._drop_scores(pool) if by_score else self._random_grids(pool, 0)
-                masks, bad = dropped(pool, drop, stay)
+                masks, *bad = dropped(pool, drop, stay)
                 del drop  # before there are scores to grow by
                 if stay != counts:
                     step = max(self._scheduler.current_step, 0)
                     masks, more = self._grown_at_random(pool, masks, counts, step)
-                    bad = bad + more
+                    bad.append(more)
                 found.append((pool, local_masks(pool, masks), bad))
             masks, _ = self._checked(found, [])
         return partial(set_masks, *self._agreed(*masks))
@@ -235,7 +235,8 @@ class SETController(BaseSparsityAlgoController):
 
     @staticmethod
     def _checked(
-        found: Sequence[tuple[list[SparseWeight], list[Tensor], Tensor]], spoilt: Sequence[Tensor]
+        found: Sequence[tuple[list[SparseWeight], list[Tensor], list[Tensor]]],
+        spoilt: Sequence[Tensor],
     ) -> tuple[tuple[list[SparseWeight], list[Tensor], list[list[int]]], bool]:
         """Return ``set_masks``'s arguments, and whether they are to be written: not if something
         is ``spoilt``. Refuses what is not finite. Waits for the device once.
@@ -244,12 +245,16 @@ class SETController(BaseSparsityAlgoController):
         if not weights:
             return ([], [], []), True
         masks = [mask for _, own, _ in found for mask in own]
-        more = [*(flag.long() for flag in spoilt), *(nonfinite for *_, nonfinite in found)]
+        more = [
+            *(flag.long() for flag in spoilt),
+            *(bad for *_, all_bad in found for bad in all_bad),
+        ]
         counts, numbers = read_counts(weights, masks, more)
         agree_counts(weights, masks, counts)
         if any(numbers[: len(spoilt)]):
             return ([], [], []), False
-        for weight, nonfinite in zip(weights, numbers[len(spoilt) :], strict=True):
+        scored = [weight for pool, _, bad in found for _ in bad for weight in pool]
+        for weight, nonfinite in zip(scored, numbers[len(spoilt) :], strict=True):
             if nonfinite:
                 raise ValueError(
                     f"set_sparsity_level: the importance of {weight.name!r} holds NaN or Inf; "
