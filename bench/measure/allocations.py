@@ -64,9 +64,14 @@ def allocations() -> Iterator[Session]:
     the context is open: the same at every run. What numpy takes is not seen.
     """
     gc.collect()
-    session = Session()
-    with profile(profile_memory=True) as profiler:
-        yield session
+    session, collects = Session(), gc.isenabled()
+    gc.disable()  # what it gave back of earlier work would hide what this has got
+    try:
+        with profile(profile_memory=True) as profiler:
+            yield session
+    finally:
+        if collects:
+            gc.enable()
     recorder: Any = profiler
     for event in recorder.kineto_results.events():
         if event.name() == "[memory]":

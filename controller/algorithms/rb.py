@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -18,7 +18,7 @@ from torch import nn
 
 from ..api import CompressionStage
 from ..config.algorithm import ScheduledConfig, ScheduleField, default_schedule
-from ..config.declaration import NotNegative
+from ..config.declaration import NotNegative, Whole
 from ..config.schedule import ExponentialSchedule
 from ..masks.schema import Schema, integer
 from ..masks.statistics import SparsifiedModelStatistics, SparsityStatistics
@@ -45,7 +45,7 @@ class RBSparsityConfig(ScheduledConfig):
     algorithm: Literal["rb_sparsity"] = "rb_sparsity"
     schedule: ScheduleField = Field(default_factory=default_schedule(ExponentialSchedule))
     compression_lr_multiplier: NotNegative | None = None
-    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = None
+    seed: Whole | None = None
 
     @model_validator(mode="after")
     def _check_overrides_set_no_level(self) -> RBSparsityConfig:

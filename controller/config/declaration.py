@@ -45,9 +45,12 @@ def listed(value: Any) -> Any:
 
 _Item = TypeVar("_Item")
 
+# of integers: what counts in int64 can hold those below it, and no float overflows
+END = 2**63
+
 Listed = Annotated[tuple[_Item, ...], BeforeValidator(listed), Field(strict=True)]
-Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=0)]
-Positive = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1)]
+Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=0, lt=END)]
+Positive = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1, lt=END)]
 Finite = Annotated[float, BeforeValidator(number), Field(strict=True, allow_inf_nan=False)]
 NotNegative = Annotated[Finite, Field(ge=0)]
 AboveZero = Annotated[Finite, Field(gt=0)]

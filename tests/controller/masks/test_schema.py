@@ -33,6 +33,13 @@ CONFIGS = {
     "movement": ts.MovementSparsityConfig(
         warmup_start_epoch=1, warmup_end_epoch=4, importance_regularization_factor=0.1
     ),
+    "a level": ts.MovementSparsityConfig(
+        schedule=ts.RampSchedule(target_level=0.5, begin=3, end=20)
+    ),
+    "sr_ste": ts.SRSTEConfig(),
+    "products": ts.MagnitudeSparsityConfig(
+        weight_importance="snip", schedule=ts.RampSchedule(target_level=0.5, begin=2, end=20)
+    ),
     "composite": [
         ts.MagnitudeSparsityConfig(target_scopes=["*0"]),
         ts.RigLConfig(level=0.6, target_scopes=["*2"], **UPDATES),
@@ -85,7 +92,7 @@ def mutate(state, chance):
         key = chance.choice([3, None, "more", (1, 2), NAN, b"x"])
         owner[key] = value
     elif kind == "tensor" and isinstance(value, torch.Tensor):
-        overflows = "gradients" in str(path)  # as with AMP
+        overflows = "gradients" in str(path) or "products" in path  # as with AMP
         bad = [v for v in spoilt(value) if not (overflows and torch.is_tensor(v) and nan(v))]
         owner[key] = chance.choice(bad)
     else:
@@ -100,9 +107,10 @@ def nan(value):
 
 # what a state may lack
 OPTIONAL = {
-    ("algorithm_state",): ("momenta", "input_norms", "gradients"),
+    ("algorithm_state",): ("momenta", "input_norms", "gradients", "products"),
     ("algorithm_state", "momenta"): ("0", "2"),
     ("algorithm_state", "gradients"): ("0", "2"),
+    ("algorithm_state", "products"): ("0", "2"),
     ("algorithm_state", "dense_gradients"): ("0", "2"),
     ("algorithm_state", "structures"): (),
     (): ("algorithm_state",),
@@ -158,7 +166,7 @@ def runs():
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("rounds", [200, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [160, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:update_per_optimizer_step")
 def test_a_state_that_is_wrong_anywhere_is_refused_by_name_and_changes_nothing(kind, rounds, runs):
     state, run = runs(kind)
