@@ -200,11 +200,13 @@ def read_options(saved: dict[str, Any]) -> Options:
         raise ValueError(f"options must be {', '.join(sorted(names))}, got {[*saved]!r:.300}")
     try:
         # as JSON, of which a list is a tuple
-        return TypeAdapter(Options).validate_json(json.dumps(saved), strict=True)
+        TypeAdapter(Options).validate_json(json.dumps(saved), strict=True)
     except ValidationError as error:
         (first, *_) = error.errors()
         what = first["msg"].replace("Input should be", "must be")
         raise ValueError(f"{first['loc'][0]} {what}, got {first['input']!r:.60}") from None
+    # not what was read: a float that was given as an integer stays one
+    return Options(**saved)
 
 
 def phases(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,14 @@ import json
 import os
 import random
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from spoil import ODD, TENSORS, flipped, spoilt, spoilt_bytes
 from triton_sparsity.bench.finetune import files, job, loop
 from triton_sparsity.bench.finetune.files import DENSE, REPORT, STATE, STRIPPED, save_state
-from triton_sparsity.bench.finetune.job import finetune
+from triton_sparsity.bench.finetune.job import finetune, read_options
 from triton_sparsity.bench.finetune.options import Options
 from triton_sparsity.bench.measure.memory import shortage
 
@@ -117,6 +117,14 @@ def test_a_report_that_is_none_is_one_error_that_names_it(tmp_path, ended, conte
     folder = shutil.copytree(ended, tmp_path / "run")
     (folder / REPORT).write_text(content)
     assert resumed(folder).startswith(f"{folder / REPORT} is damaged")
+
+
+def test_options_are_read_as_they_were_given():
+    given = asdict(replace(QUICK, scope=("layers",), lr=1))
+    assert repr(read_options(given)) == repr(Options(**given))
+    for change in ({"epochs": True}, {"scope": "layers"}, {"lr": "1"}, {"task": None}):
+        with pytest.raises(ValueError, match=f"^{next(iter(change))} must be .*, got"):
+            read_options(given | change)
 
 
 @pytest.mark.parametrize("name", [STATE, DENSE, STRIPPED, REPORT])
