@@ -347,10 +347,10 @@ def finetune(
             assert output is not None
             _finetune_task(given, output, as_json, how)
     except KeyboardInterrupt:
-        print(
-            f"triton-sparsity: stopped; to go on: triton-sparsity finetune --resume -o {output}",
-            file=sys.stderr,
-        )
+        # a folder that nothing was written to is not left
+        if output is not None and output.exists():
+            again = f"triton-sparsity finetune --resume -o {output}"
+            print(f"triton-sparsity: stopped; to go on: {again}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 

@@ -174,7 +174,9 @@ def test_junk_in_any_option_is_taken_or_one_line_that_names_it(
     for parameter in cli.app.commands[verb].params:
         option = max(parameter.opts, key=len)
         for base in WHOLE[verb] if option.startswith("--") else ():
-            if parameter.name in (cli.OF_TASK if "--model" in base else ("model", *cli.OF_MODEL)):
+            # of both kinds of run the others are checked by the same function
+            of_model = parameter.name in ("model", "config", *cli.OF_MODEL)
+            if verb == "finetune" and of_model != ("--model" in base):
                 continue
             for junk in JUNK:
                 try:
@@ -479,6 +481,18 @@ def test_a_stopped_run_exits_with_130_and_tells_how_to_go_on(tmp_path):
         "triton-sparsity: stopped; to go on: triton-sparsity finetune --resume -o "
         f"{tmp_path / 'run'}\n"
     )
+
+
+def test_a_run_that_is_stopped_before_it_wrote_anything_says_nothing(
+    tmp_path, capsys, monkeypatch
+):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("triton_sparsity.bench.finetune.job.run_task", stop)
+    assert run("finetune", *QUICK, "-o", tmp_path / "run") == 130
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
