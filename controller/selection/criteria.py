@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
 from pydantic import PlainSerializer, PlainValidator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...kernels.bits import chunk_of, chunks
 from ...kernels.block_score import block_score, block_scores
@@ -24,6 +24,7 @@ from ...kernels.numbers import uniform_numbers
 from ...kernels.pattern import Pattern, Unstructured
 from ..masks.exchange import norms_of_all, whole_groups
 from ..masks.names import canonical
+from ..masks.shards import local_part
 from ..masks.weight import SparseWeight
 from .thresholds import Scores
 
@@ -306,6 +307,20 @@ def criterion(name: WeightImportance) -> Criterion:
         "wanda": wanda,
         "random": random,
     }[name]
+
+
+def check_weights(weights: Sequence[SparseWeight]) -> None:
+    """Refuse a weight that holds NaN or Inf, where scores are of something else and would not show
+    it. Waits for the device.
+    """
+    here = {weight.name: local_part(weight.weight.detach()) for weight in weights}
+    some = [tensor for tensor in here.values() if tensor.numel()]
+    if nn.utils.get_total_norm(some, float("inf")).isfinite():
+        return
+    bad = next(name for name, tensor in here.items() if not tensor.isfinite().all())
+    raise ValueError(
+        f"set_sparsity_level: the weight of {bad!r} holds NaN or Inf; masks are left as they were"
+    )
 
 
 def check_gradients(

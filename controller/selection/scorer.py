@@ -25,6 +25,7 @@ from .criteria import (
     by_group,
     check_gradients,
     check_sharded,
+    check_weights,
     criterion,
     group_sums,
     product,
@@ -85,6 +86,8 @@ class Scorer:
             return scores_by_group(weights, [*map(importance_of, evidence)], self._reduction)
         if self.importance in BY_GRADIENT:
             self._refuse_unused(weights)
+        if self.importance != "wanda":
+            check_weights(weights)
         # one by one: of a block pattern no more than one weight's copy is there at a time
         tensors, speak = [], {}
         for weight, found in zip(weights, map(importance_of, evidence), strict=True):
@@ -130,6 +133,8 @@ class Scorer:
             check_sharded("set_sparsity_level", weights, importance)
             if importance in BY_GRADIENT:
                 self._refuse_unused(weights)
+            if importance in (*BY_GRADIENT, "random"):
+                check_weights(weights)
             # rows of a block may lie elsewhere: it is added up below
             lone = "snip" if importance == "taylor" and not weights[0].packed else importance
             found = [*map(criterion(lone), map(self._evidence, weights))]
