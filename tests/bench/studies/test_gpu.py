@@ -10,7 +10,7 @@ from rich.console import Console
 from triton_sparsity.bench.measure import operations
 from triton_sparsity.bench.measure.ceilings import Ceilings
 from triton_sparsity.bench.measure.operands import Operands
-from triton_sparsity.bench.measure.options import PRODUCTS
+from triton_sparsity.bench.measure.options import OPERATIONS, PRODUCTS
 from triton_sparsity.bench.measure.record import Row, load
 from triton_sparsity.bench.studies import gpu
 from triton_sparsity.bench.studies.gpu import break_even, main
@@ -35,7 +35,7 @@ def test_a_trial_on_a_cpu_goes_through_every_stage(tmp_path, capsys):
     bad = [row for row in record["rows"] if row["status"] != "ok"]
     assert bad == []
     found = {row["operation"] for row in record["rows"]}
-    assert found == set(operations.OPERATIONS) - {"training step"} | {"transformer step"}
+    assert found == set(OPERATIONS) - {"training step"} | {"transformer step"}
     kinds = {(r["level"], r["mask"]) for r in record["rows"] if r["operation"] == "forward"}
     assert kinds == {
         (0.5, "random"), (0.5, "skewed"), (0.8, "random"), (0.8, "skewed"), (0.2, "random"),
