@@ -37,6 +37,7 @@ from .controller.create import create_controller
 from .controller.integrations.peft import mask_adapters
 from .controller.masks.weight import SparseModuleInfo
 from .controller.one_shot import prune_obs
+from .controller.permute import FeaturePermutation, permute_features
 from .kernels.block_score import block_score
 from .kernels.block_sparse_linear import block_sparse_linear
 from .kernels.learned_mask import sample_mask, straight_through
@@ -63,6 +64,7 @@ __all__ = [
     "ConstSparsityConfig",
     "ConstSparsityController",
     "ExponentialSchedule",
+    "FeaturePermutation",
     "LightningCallback",
     "MagnitudeSparsityConfig",
     "MagnitudeSparsityController",
@@ -100,6 +102,7 @@ __all__ = [
     "nm_mask",
     "nm_score",
     "pack",
+    "permute_features",
     "prune_obs",
     "put_back_",
     "sample_mask",

@@ -271,6 +271,10 @@ def finetune(
     checkpoint: Annotated[
         Text, _option("Dense baseline to start from, a safetensors file.", "train one")
     ] = None,
+    permute: Annotated[
+        bool,
+        typer.Option("--permute", help="Reorder hidden features first, so that blocks keep more."),
+    ] = False,
     dense_epochs: Annotated[Whole, _option("Epochs of dense training.", "by task")] = None,
     epochs: Annotated[Whole, _option("Epochs of sparse training.", "by task")] = None,
     steps_per_epoch: Annotated[Whole, _option("Steps in an epoch.", "by task")] = None,
@@ -358,6 +362,7 @@ def finetune(
 CALL = ("output", "resume", "resume_without_state", "force", "as_json", "print_config")
 OF_TASK = (
     "task", "compare", "levels", "checkpoint", "dense_epochs", "steps_per_epoch", "dense_lr",
+    "permute",
 )  # fmt: skip
 OF_MODEL = (
     "data", "eval_data", "held_out", "objective", "text_column", "label_column", "max_length",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..kernels.pattern import NM, maximum_level
 from .algorithms.base import BaseSparsityAlgoController
 from .algorithms.const import ConstSparsityConfig
-from .algorithms.evaluation import evaluating, run
+from .algorithms.evaluation import Run, evaluating, run
 from .config.declaration import number
 from .create import create_controller
 from .masks.linear import conv1d_of
@@ -24,8 +24,6 @@ from .masks.targets import find_targets
 from .masks.weight import Target
 from .selection.obs import prune_matrix
 from .selection.scorer import real_tokens
-
-Run = Callable[[nn.Module, Any], Any]
 
 
 class _Enough(Exception):

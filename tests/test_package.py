@@ -21,7 +21,7 @@ LAYERS = ("kernels", "controller", "bench")
 # of the controller, from the ground
 FLOORS = (
     *("__init__", "api", "config", "masks", "selection", "algorithms", "nncf", "create"),
-    *("one_shot", "integrations"),
+    *("permute", "one_shot", "integrations"),
 )
 SOURCES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 

@@ -30,6 +30,7 @@ from ...controller.algorithms.const import ConstSparsityConfig
 from ...controller.algorithms.evaluation import evaluating, inputs_of, run
 from ...controller.create import create_controller
 from ...controller.one_shot import prune_obs
+from ...controller.permute import permute_features
 from ...kernels.launch import use_triton
 from ..measure.files import digest, only_writer, write_atomic, write_sums
 from ..measure.memory import free_bytes
@@ -238,6 +239,11 @@ def dense_phase(job: Job, model: nn.Module, state: dict[str, Any]) -> dict[str, 
     result = evaluate(job, model) | seconds_per_step(state, "dense") | {"level": 0.0}
     weights = serialised(model)
     write_atomic(job.folder / DENSE, weights)
+    if job.options.permute:
+        level = end_level(job.options)
+        assert level is not None
+        batch, _ = calibration(job, 1)[0]
+        permute_features(model, batch, sparsity_config(job.options), level=level)
     state = state | {"phase": "sparse", "step": 0, "dense": result | sizes(weights)}
     return save(job, state, model)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from ...kernels.pattern import NM, is_reachable, maximum_level
+from ...kernels.pattern import NM, Block, is_reachable, maximum_level
 from ..measure.options import END
 from ..measure.spelling import check_device, find_device, parse_pattern, spell_pattern
 
@@ -121,6 +121,7 @@ class Options(RunOptions):
         dense_epochs: of the dense training. With a checkpoint the default is none.
         steps_per_epoch: optimiser steps in an epoch.
         dense_lr: peak learning rate of the dense training.
+        permute: reorder hidden features before the sparse training, so that blocks keep more.
         checkpoint: a safetensors file to start from.
     """
 
@@ -128,6 +129,7 @@ class Options(RunOptions):
     dense_epochs: int | None = None
     steps_per_epoch: int | None = None
     dense_lr: float | None = None
+    permute: bool = False
     checkpoint: str | None = None
 
 
@@ -221,6 +223,11 @@ def check_values(options: RunOptions) -> None:
         raise ValueError(
             "importance obs prunes once, before training: it is for algorithm const, got "
             f"{options.algorithm!r}"
+        )
+    if getattr(options, "permute", False) and not (isinstance(pattern, Block) and options.level):
+        raise ValueError(
+            f"permute is for a pattern of blocks and a level, got {options.pattern} and "
+            f"{options.level!r}"
         )
     if isinstance(pattern, NM) and options.algorithm not in WITH_NM:
         raise ValueError(

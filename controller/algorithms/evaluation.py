@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+Run = Callable[[nn.Module, Any], Any]  # calls a model on a batch
 
 
 @contextmanager

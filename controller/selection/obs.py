@@ -61,7 +61,7 @@ def prune_matrix(
     dead = moment.diagonal() == 0  # inputs that are always zero
     ridge = damping * moment.diagonal().mean() + dead.double()
     moment = moment + torch.diag(ridge)
-    shape, edge = weight.shape, -len(moment) % pattern.cols
+    shape, edge = (weight.shape[0], weight.shape[1]), -len(moment) % pattern.cols
     weight = functional.pad(weight.double().masked_fill(dead, 0), (0, edge))
     if edge:  # with inputs that are always zero all groups are whole
         moment = torch.block_diag(moment, torch.eye(edge).to(moment))

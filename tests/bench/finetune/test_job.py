@@ -102,6 +102,18 @@ def test_a_run_ends_with_exactly_the_pruned_model_on_disk(uninterrupted):
     assert (stripped["embedding.weight"] != 0).all()
 
 
+def test_features_are_permuted_between_the_dense_training_and_the_sparse_one(tmp_path):
+    report = finetune(replace(QUICK, permute=True, lr=1e-9), tmp_path)
+    dense, sparse = (safetensors.torch.load_file(tmp_path / name) for name in (DENSE, STRIPPED))
+    for layer in range(2):
+        name = f"layers.{layer}.up.bias"
+        assert not torch.equal(dense[name], sparse[name])
+        torch.testing.assert_close(
+            dense[name].sort().values, sparse[name].sort().values, rtol=0, atol=1e-6
+        )
+    assert report["results"]["stripped"]["level"] == pytest.approx(0.8, abs=0.01)
+
+
 @pytest.mark.slow
 def test_training_that_skips_blocks_follows_the_masked_dense_losses(tmp_path):
     runs = {}

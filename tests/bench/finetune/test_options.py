@@ -76,6 +76,21 @@ def test_what_an_option_cannot_be_is_named_and_shown(name, value):
     assert str(value) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pattern": "unstructured"},
+        {"pattern": "nm:2:4"},
+        {"pattern": "block:16", "level": 0.0},
+        {"pattern": "block:16", "algorithm": "movement"},
+    ],
+    ids=str,
+)
+def test_permute_needs_blocks_and_a_level(options):
+    with pytest.raises(ValueError, match="permute is for a pattern of blocks and a level, got"):
+        checked(Options(permute=True, **options))
+
+
 def test_defaults_are_valid_and_checking_changes_nothing_twice():
     options = with_defaults(checked(Options()), RECIPE)
     assert checked(options) == options
