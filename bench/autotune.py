@@ -14,7 +14,7 @@ What was found is written after every step, so that the same command goes on aft
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -249,7 +249,7 @@ def _check_figures(content: Mapping[str, Any]) -> None:
         for row in content[part]:
             for name in names:
                 value = row.get(name)
-                if type(value) not in (int, float) or not 0 < value < math.inf:
+                if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
                     raise ValueError(
                         f"each of its {part} must have a positive {name}, got {value!r:.60}"
                     )
