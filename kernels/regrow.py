@@ -169,6 +169,7 @@ def drop_lowest(
     keep: Sequence[int],
     pattern: Pattern,
     *,
+    spend: bool = False,
     backend: Backend = "auto",
 ) -> tuple[list[Tensor], Tensor]:
     """Find which groups each mask keeps after those of lowest |score| are dropped.
@@ -180,6 +181,7 @@ def drop_lowest(
             stay, row-major.
         keep: how many stay, no more than the mask keeps.
         pattern: that of all masks.
+        spend: whether scores may be written over.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``, which waits for the device.
 
     Returns:
@@ -190,7 +192,7 @@ def drop_lowest(
         ValueError: scores do not fit their mask.
         RuntimeError: ``"triton"`` is asked for where it cannot run.
     """
-    return _keep_highest(masks, scores, keep, pattern, backend, growing=False)
+    return _keep_highest(masks, scores, keep, pattern, backend, growing=False, spend=spend)
 
 
 def grow_highest(
@@ -205,10 +207,9 @@ def grow_highest(
     """Find which groups each mask keeps after those of highest |score| have come to it.
 
     Args:
-        masks, pattern, backend: as ``drop_lowest``'s.
+        masks, pattern, spend, backend: as ``drop_lowest``'s.
         scores: as ``drop_lowest``'s; of equals the first come.
         keep: how many it keeps then, no fewer than now.
-        spend: whether scores may be written over.
 
     Returns, raises: as ``drop_lowest``.
     """
@@ -224,7 +225,7 @@ def _keep_highest(
     backend: Backend,
     *,
     growing: bool,
-    spend: bool = False,
+    spend: bool,
 ) -> tuple[list[Tensor], Tensor]:
     packed = not isinstance(pattern, Block)
     operation = "grow_highest" if growing else "drop_lowest"

@@ -181,11 +181,13 @@ def begin(path: Path, base: Options, patterns: Sequence[str]) -> dict[str, Any]:
         place = environment(find_device(base.device), base.backend) | {"task": base.task}
         return place | facts | {"options": options, "patterns": [*patterns], "runs": []}
     record = load(path)
-    differing = [name for name, value in options.items() if record["options"][name] != value]
+    # an option that came later had its default before
+    known = asdict(Options()) | record["options"]
+    differing = [name for name, value in options.items() if known[name] != value]
     if differing:
         name = differing[0]
         raise ValueError(
-            f"{path} has {name} {record['options'][name]!r}, got {options[name]!r}; leave the "
+            f"{path} has {name} {known[name]!r}, got {options[name]!r}; leave the "
             "option out, or write to another file"
         )
     record["patterns"] += [p for p in patterns if p not in record["patterns"]]

@@ -138,9 +138,12 @@ class SETController(BaseSparsityAlgoController):
     def _is_due(self, step: int) -> bool:
         return step > 0 and step % self.config.delta_t == 0 and self.drop_fraction(step) > 0
 
-    def _drop_scores(self, weights: Sequence[SparseWeight]) -> list[Tensor]:
-        """Return grids, of weights of one pattern: the groups of lowest score are dropped."""
-        return self._criterion.scores(weights).tensors
+    def _dropped(
+        self, weights: Sequence[SparseWeight], keep: Sequence[int]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Return masks of one pattern without the groups of lowest score, as ``dropped`` does."""
+        scores = self._criterion.scores(weights).tensors
+        return dropped(weights, scores, keep, spend=self._criterion.lets_go_of(weights, scores))
 
     def _random_grids(self, weights: Sequence[SparseWeight], step: int) -> list[Tensor]:
         """Return grids, of weights of one pattern: the groups of highest score are grown."""
@@ -185,7 +188,7 @@ class SETController(BaseSparsityAlgoController):
                 for weights in pools(growing):
                     kept = [weight.kept for weight in weights]
                     stay = [n - int(fraction * n) for n in kept]
-                    masks, bad = dropped(weights, self._drop_scores(weights), stay)
+                    masks, bad = self._dropped(weights, stay)
                     masks, more = self._grown(weights, masks, kept, step)
                     found.append((weights, local_masks(weights, masks), [bad, more]))
                 masks, made = self._checked(found, self._spoilt())
@@ -205,10 +208,10 @@ class SETController(BaseSparsityAlgoController):
             for pool in pools(weights):
                 counts, kept = self._counts(pool, level), [weight.kept for weight in pool]
                 stay = [*map(min, counts, kept)]
-                by_score = stay != kept and not at_random
-                drop = self._drop_scores(pool) if by_score else self._random_grids(pool, 0)
-                masks, *bad = dropped(pool, drop, stay)
-                del drop  # before there are scores to grow by
+                if stay != kept and not at_random:
+                    masks, *bad = self._dropped(pool, stay)
+                else:
+                    masks, *bad = dropped(pool, self._random_grids(pool, 0), stay, spend=True)
                 if stay != counts:
                     step = max(self._scheduler.current_step, 0)
                     masks, more = self._grown_at_random(pool, masks, counts, step)

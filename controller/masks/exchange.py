@@ -202,15 +202,19 @@ def agree_counts(
 
 
 def dropped(
-    weights: Sequence[SparseWeight], scores: Sequence[Tensor], keep: Sequence[int]
+    weights: Sequence[SparseWeight],
+    scores: Sequence[Tensor],
+    keep: Sequence[int],
+    *,
+    spend: bool,
 ) -> tuple[list[Tensor], Tensor]:
     """Return ``drop_lowest``'s of weights of one pattern: compact masks of the groups that belong
     here, as scores are.
     """
     others, first = others_of(weights), weights[0]
     if others is None:
-        masks = [weight.mask for weight in weights]
-        return drop_lowest(masks, scores, keep, first.pattern, backend=first.backend)
+        masks, pattern = [weight.mask for weight in weights], first.pattern
+        return drop_lowest(masks, scores, keep, pattern, spend=spend, backend=first.backend)
     kept = [own_groups(weight, weight.kept_grid()) for weight in weights]
     # below all, so that what is pruned already is pruned first; one more, so that 0 is below all
     found = [_keys(own, grid, 1) for own, grid in zip(scores, kept, strict=True)]

@@ -98,6 +98,19 @@ class Scorer:
             check_gradients(self.importance, members, [speak[weight] for weight in members])
         return Scores(tensors, None)
 
+    def lets_go_of(self, weights: Sequence[SparseWeight], scores: Sequence[Tensor]) -> bool:
+        """Tell whether scores are nobody's else, and may be written over: no weight, no gradient,
+        nothing that is kept for the next update. A function may keep what it returns.
+        """
+        if not isinstance(self.importance, str) or self.importance in ("abs", "normed_abs"):
+            return False
+        parameters = [weight.weight for weight in weights]
+        held = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
+        for kept in (self._momenta, self._products, self._input_norms):
+            held += kept.values()
+        memory = {local_part(tensor).untyped_storage().data_ptr() for tensor in held}
+        return memory.isdisjoint(score.untyped_storage().data_ptr() for score in scores)
+
     def outliers(self, weights: Sequence[SparseWeight]) -> list[float]:
         """Return which share of each weight's elements has more than ``OUTLIER`` times the mean
         importance of all: OWL's ratio. Waits for the device once.

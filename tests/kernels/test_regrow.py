@@ -62,7 +62,7 @@ def case(kind="normal", layout="rows"):
 
 def regrow(masks, drop, keep, grow, grown, pattern, backend="auto", spend=False):
     """What stays of each mask, and what comes back to it; how many scores were not finite."""
-    found, bad = drop_lowest(masks, drop, keep, pattern, backend=backend)
+    found, bad = drop_lowest(masks, drop, keep, pattern, spend=spend, backend=backend)
     total = [k + n for k, n in zip(keep, grown, strict=True)]
     found, more = grow_highest(found, grow, total, pattern, spend=spend, backend=backend)
     return found, bad + more
@@ -109,8 +109,8 @@ def test_what_is_lowest_goes_and_what_is_highest_comes_back(kind, layout, patter
     drop, grow, kept, keep, grown = case(kind, layout)
     masks = [compact(grid, pattern) for grid in kept]
     # what may be written over is not looked at again
-    spent = [scores.clone(memory_format=torch.preserve_format) for scores in grow]
-    found, nonfinite = regrow(masks, drop, keep, spent, grown, pattern, backend, spend=True)
+    spent = [[s.clone(memory_format=torch.preserve_format) for s in own] for own in (drop, grow)]
+    found, nonfinite = regrow(masks, spent[0], keep, spent[1], grown, pattern, backend, spend=True)
     again, _ = regrow(masks, drop, keep, grow, grown, pattern, backend)
     assert all(map(torch.equal, found, again))
     assert nonfinite.tolist() == [0] * len(masks)

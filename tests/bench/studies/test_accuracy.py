@@ -62,6 +62,11 @@ def test_a_study_goes_on_from_its_record(finetune, tmp_path):
     study(tmp_path, "--levels=0.8")
     study(tmp_path)
     count = len(finetune)
+    # an option that came after the record was begun
+    path = tmp_path / "accuracy.json"
+    content = json.loads(path.read_text())
+    del content["options"]["permute"]
+    path.write_text(json.dumps(content))
     record = study(tmp_path, "--seeds=3")
     assert len(finetune) == count * 3 // 2 == len(record["runs"])
     with pytest.raises(SystemExit) as caught:
