@@ -7,16 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from triton_sparsity.face import *  # noqa: F403
+    from triton_sparsity.exports import *  # noqa: F403
 
 
 def __getattr__(name: str) -> Any:
     # absolute: pytest imports this file once more under the checkout's folder name
-    face = import_module("triton_sparsity.face")
+    exports = import_module("triton_sparsity.exports")
     # from now on as if they had been imported here
-    globals().update({key: vars(face)[key] for key in face.__all__ if key in vars(face)})
-    globals()["__all__"] = face.__all__
-    return globals()[name] if name in globals() else getattr(face, name)
+    globals().update({key: vars(exports)[key] for key in exports.__all__ if key in vars(exports)})
+    globals()["__all__"] = exports.__all__
+    return globals()[name] if name in globals() else getattr(exports, name)
 
 
 def __dir__() -> list[str]:

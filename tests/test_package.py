@@ -119,7 +119,7 @@ for name in ts.__all__:
 
 def test_the_public_face_is_what_it_lists():
     public = {name for name in dir(ts) if not name.startswith("_")}
-    others = {"kernels", "controller", "bench", "face", "annotations", "import_module", "sys"}
+    others = {"kernels", "controller", "bench", "exports", "annotations", "import_module", "sys"}
     assert public - others - {"TYPE_CHECKING", "Any"} == set(ts.__all__)
     assert all(getattr(ts, name).__doc__ for name in ts.__all__)
 

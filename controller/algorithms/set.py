@@ -143,7 +143,7 @@ class SETController(BaseSparsityAlgoController):
     ) -> tuple[list[Tensor], Tensor]:
         """Return masks of one pattern without the groups of lowest score, as ``dropped`` does."""
         scores = self._criterion.scores(weights).tensors
-        return dropped(weights, scores, keep, spend=self._criterion.lets_go_of(weights, scores))
+        return dropped(weights, scores, keep, spend=self._criterion.may_overwrite(weights, scores))
 
     def _random_grids(self, weights: Sequence[SparseWeight], step: int) -> list[Tensor]:
         """Return grids, of weights of one pattern: the groups of highest score are grown."""

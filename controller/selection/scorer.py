@@ -98,7 +98,7 @@ class Scorer:
             check_gradients(self.importance, members, [speak[weight] for weight in members])
         return Scores(tensors, None)
 
-    def lets_go_of(self, weights: Sequence[SparseWeight], scores: Sequence[Tensor]) -> bool:
+    def may_overwrite(self, weights: Sequence[SparseWeight], scores: Sequence[Tensor]) -> bool:
         """Tell whether scores are nobody's else, and may be written over: no weight, no gradient,
         nothing that is kept for the next update. A function may keep what it returns.
         """

@@ -41,4 +41,4 @@ def test_only_scores_that_nobody_has_are_written_over(importance, stepped, expec
         controller.scheduler.step()
     weights, criterion = controller._weights, controller._criterion
     scores = criterion.scores(weights).tensors
-    assert criterion.lets_go_of(weights, scores) is expected
+    assert criterion.may_overwrite(weights, scores) is expected
