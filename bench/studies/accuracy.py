@@ -66,7 +66,10 @@ class Cell:
 def cells(
     seeds: Sequence[int], levels: Sequence[float], patterns: Sequence[str]
 ) -> Iterator[Cell]:
-    """Yield what is to be run. Of N:M there is one level, the pattern's own, and no RigL."""
+    """Yield what is to be run. Of N:M there is one level, the pattern's own, and no RigL.
+
+    Snip and taylor score a single element alike, so taylor runs in blocks only.
+    """
     for seed in seeds:
         yield Cell(seed, 0.0, "unstructured", "dense", "normed_abs")
     for i, level in enumerate(levels):
@@ -77,8 +80,10 @@ def cells(
                     continue
                 at = maximum_level(parse_pattern(pattern)) if is_nm else level
                 for method, importances in CRITERIA.items():
-                    if not (is_nm and method == "RigL"):
-                        for importance in importances:
+                    if is_nm and method == "RigL":
+                        continue
+                    for importance in importances:
+                        if importance != "taylor" or pattern.startswith("block:"):
                             yield Cell(seed, at, pattern, method, importance)
 
 

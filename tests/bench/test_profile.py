@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -303,8 +304,9 @@ def test_where_no_memory_holds_anything_is_one_line(tmp_path, capsys):
     assert captured.out == ""
     # below that of the progress
     error = captured.err.splitlines()[-1]
-    assert error.startswith("triton-sparsity: error: out of memory: 2")
-    assert "bytes could not be had on the host; try fewer or smaller --shapes" in error
+    # which allocation is the first to fail depends on the machine
+    assert re.match(r"triton-sparsity: error: out of memory: \d+ bytes could not be had", error)
+    assert "on the host; try fewer or smaller --shapes" in error
     assert not (tmp_path / "run").exists()
 
 

@@ -39,8 +39,8 @@ def study(folder, *more):
 
 def test_each_cell_is_run_once_from_the_dense_model_of_its_seed(finetune, tmp_path):
     record = study(tmp_path)
-    # a dense run a seed; 11 of blocks at both levels; 2:4 has one level and no RigL
-    assert len(finetune) == len(record["runs"]) == 2 * (1 + 2 * 11 + 10)
+    # a dense run a seed; 11 of blocks at both levels; 2:4 has one level, no RigL and no taylor
+    assert len(finetune) == len(record["runs"]) == 2 * (1 + 2 * 11 + 8)
     assert [o.checkpoint is None for o in finetune[:3]] == [True, True, False]
     for options in finetune[2:]:
         assert options.checkpoint.endswith(f"dense-stdlib-lm-{options.seed}.safetensors")
