@@ -29,6 +29,7 @@ TILE = {"TILE_R": 16, "TILE_C": MAX_BLOCK_SIDE}
 NORM = {"BLOCK": 1024, "LEAST": 2.0**-60, "MOST": 2.0**120, "UP": 2.0**88, "DOWN": 2.0**-72}
 # elements: a chunk and its magnitudes stay in the cache between the passes over them
 CPU_CHUNK = 2**19
+PIECES = 16  # of a line
 _ROW_BITS = 38  # of the greatest number: 2^24 such may be added
 
 
@@ -47,11 +48,27 @@ def inverse_norms_reference(weights: Sequence[Tensor]) -> Tensor:
     return inverse_norms([row_norms(weight) for weight in weights])
 
 
-def row_norms(matrix: Tensor) -> Tensor:
-    """Return the 2-norm of each row, float64: the same bits whatever rows lie beside.
-
-    Squares are added up in float32, and of the rows where it does not hold them in float64.
+def pieces_of(length: int) -> int:
+    """Return into how many equal pieces a line of a matrix is parted, each of which is added up by
+    itself, so that ranks that have some of them get the bits of one that has them all.
     """
+    return PIECES if length % PIECES == 0 else 1
+
+
+def row_norms(matrix: Tensor, pieces: int | None = None) -> Tensor:
+    """Return the 2-norm of each piece of each row, float64, as ``(rows * pieces,)``: the same bits
+    whatever lies beside. Of a matrix that lies turned in memory columns take the place of rows.
+
+    Squares are added up in float32, and of the pieces where it does not hold them in float64.
+
+    Args:
+        matrix: float, ``(R, C)``.
+        pieces: of a row, all as long; None: ``pieces_of`` it.
+    """
+    matrix = matrix.T if matrix.stride(0) < matrix.stride(1) else matrix
+    pieces = pieces_of(matrix.shape[1]) if pieces is None else pieces
+    if pieces != 1:
+        matrix = matrix.reshape(len(matrix) * pieces, matrix.shape[1] // max(pieces, 1))
     norms = _row_norms(matrix, torch.promote_types(matrix.dtype, torch.float32)).double()
     far = ~((norms > NORM["LEAST"] ** 0.5) & (norms < NORM["MOST"] ** 0.5))
     if far.any():

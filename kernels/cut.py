@@ -5,13 +5,13 @@ Under N:M tuples compete by what they lose, and the pruned ones keep n of m; els
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .bits import count_kept
+from .bits import count_kept, pack
 from .launch import Backend
 from .mask import make_mask
 from .pattern import NM, Pattern, Unstructured
@@ -19,6 +19,7 @@ from .prune_rows import Part, prune_rows
 from .select import Reduce, Threshold, select
 from .select_each import select_each
 from .semi_structured import nm_mask, nm_score
+from .spread import prune_rows_spread, select_spread, ties_kept
 
 
 class Others(NamedTuple):
@@ -27,16 +28,14 @@ class Others(NamedTuple):
     Attributes:
         reduce: adds up int64 over the ranks.
         counted: of each tensor, whether this rank's part counts; else it is another's copy.
-        parts: which rows of groups each part has.
-        quotas: from the number of keys in each part that equal the threshold, and from how many
-            of all are kept, or of each tensor, finds how many each part keeps: the first ones in
-            the order of the tensors, then of their parts.
+        places: of each tensor which rows and which columns of all its groups are here.
+        split: of each, whether its rows lie on several ranks.
     """
 
     reduce: Reduce
     counted: list[bool]
-    parts: list[Part]
-    quotas: Callable[[Tensor, Tensor], Tensor]
+    places: list[tuple[Part, Part]]
+    split: list[bool]
 
 
 class Cut(NamedTuple):
@@ -142,10 +141,10 @@ def find_cut(
         if isinstance(pattern, NM):
             scores = [nm_score(tensor, pattern, backend=backend) for tensor in tensors]
         packed = isinstance(pattern, Unstructured)
-        parts = None if others is None else others.parts
-        masks, nonfinite = prune_rows(scores, k, packed=packed, parts=parts, backend=backend)
-        if others is not None:
-            others.reduce(nonfinite.mul_(nonfinite.new_tensor(others.counted)))
+        if others is None:
+            masks, nonfinite = prune_rows(scores, k, packed=packed, backend=backend)
+        else:
+            masks, nonfinite = _rows_among(scores, k, packed, backend, others)
         if isinstance(pattern, NM):
             pairs = zip(tensors, masks, strict=True)
             masks = [nm_mask(t, pattern, whole=w, backend=backend).mask for t, w in pairs]
@@ -178,36 +177,44 @@ def _find_among(
     if isinstance(pattern, NM):
         rows, cols = pattern.group
         tuples = [t.numel() // (rows * cols) for t in tensors]
-        if k == sum(_of_all(tuples, tensors[0], others)):
+        if isinstance(k, int) and k == sum(_of_all(tuples, tensors[0], others)):
             whole = find_cut(tensors, sum(tuples), pattern, scales, backend)
             counted = [int(end) for end in others.counted]
             bad = [nm_mask(t, pattern, backend=backend).nonfinite for t in tensors]
             bad = others.reduce(torch.stack(bad) * whole.nonfinite.new_tensor(counted))
             return whole._replace(nonfinite=bad.sum(), others=others)
         scores = [nm_score(tensor, pattern, backend=backend) for tensor in tensors]
-    spoken = [s if counts else s[:0] for s, counts in zip(scores, others.counted, strict=True)]
-    search = (
-        [([*range(len(scores))], k)]
-        if isinstance(k, int)
-        else [([i], pruned) for i, pruned in enumerate(k)]
-    )
-    found = []
-    for places, pruned in search:
-        own = None if scales is None else scales[places]
-        part = [spoken[i] for i in places]
-        found.append(select(part, pruned, scales=own, reduce=others.reduce, backend=backend))
-    value, keep, nonfinite = (torch.stack(numbers) for numbers in zip(*found, strict=True))
-    values = value.expand(len(scores)).contiguous()
-    equal = torch.stack(
-        [
-            (t.abs().float().mul_(1 if scales is None else scales[i]) == values[i]).sum()
-            for i, t in enumerate(scores)
-        ]
-    )
-    ties = others.quotas(equal, keep)
-    bad = nonfinite[0] if isinstance(k, int) else nonfinite
-    threshold = Threshold(values, ties, bad)
-    return Cut(pattern, tensors, scores, scales, threshold, bad, [], backend, others)
+    if isinstance(k, int):
+        each = zip(scores, others.counted, strict=True)
+        spoken = [own if counts else own[:0] for own, counts in each]
+        found = select(spoken, k, scales=scales, reduce=others.reduce, backend=backend)
+    else:
+        found = select_spread(scores, k, scales, others.counted, others.reduce)
+    ties = ties_kept(scores, found, scales, others.places, others.counted, others.reduce)
+    values = found.value.expand(len(scores)).contiguous()
+    threshold = Threshold(values, ties, found.nonfinite)
+    return Cut(pattern, tensors, scores, scales, threshold, found.nonfinite, [], backend, others)
+
+
+def _rows_among(
+    scores: list[Tensor], ks: list[int], packed: bool, backend: Backend, others: Others
+) -> tuple[list[Tensor], Tensor]:
+    """Return ``prune_rows``'s of all ranks: rows that are whole on a rank are its own matter."""
+    reduce, counted, places, split = others
+    own = [i for i, parted in enumerate(split) if not parted]
+    found: dict[int, Tensor] = {}
+    bad = torch.zeros(len(scores), dtype=torch.int64, device=scores[0].device)
+    if own:
+        parts = [places[i][0] for i in own]
+        tensors, pruned = [scores[i] for i in own], [ks[i] for i in own]
+        masks, bad[own] = prune_rows(tensors, pruned, packed=packed, parts=parts, backend=backend)
+        found |= zip(own, masks, strict=True)
+    for i in range(len(scores)):
+        if split[i]:
+            mask, bad[i] = prune_rows_spread(scores[i], ks[i], places[i], counted[i], reduce)
+            found[i] = pack(mask) if packed else mask
+    bad *= bad.new_tensor(counted)
+    return [found[i] for i in range(len(scores))], reduce(bad)
 
 
 def _of_all(numbers: Sequence[int], like: Tensor, others: Others) -> list[int]:

@@ -354,12 +354,16 @@ class BaseSparsityAlgoController:
         found = [(w, m) for own in masks for w, m in zip(weights, own, strict=True)]
         whole = [(weight.name, mask) for weight, mask in found if weight.shard is None]
         self.ranks.check_same(what, [name for name, _ in whole], [mask for _, mask in whole])
-        if len(whole) == len(found):
+        parted = [(w, m) for w, m in found if w.shard is not None and w.shard.copies > 1]
+        if not parted:
             return
-        with self.ranks.together(self._device):
-            for weight, mask in found:
-                if weight.shard is not None and weight.shard.copies is not None:
-                    weight.shard.copies.check_same(what, [weight.name], [mask])
+        self.ranks.check_copies(
+            what,
+            [weight.name for weight, _ in parted],
+            [mask for _, mask in parted],
+            [shard.copies for weight, _ in parted if (shard := weight.shard)],
+            [shard.counted for weight, _ in parted if (shard := weight.shard)],
+        )
 
     def _check_ranks(self, what: str) -> None:
         """Raise on every rank where masks, or the scores that they are learned from, differ."""

@@ -32,25 +32,20 @@ def others_of(weights: Sequence[SparseWeight]) -> Others | None:
         return None
     ranks = weights[0].ranks
     # a weight that is whole on every rank is spoken for by the first
-    places = [0 if shard is None else shard.place for shard in shards]
     counted = [ranks.rank == 0 if shard is None else shard.counted for shard in shards]
-
-    def quotas(equal: Tensor, keep: Tensor) -> Tensor:
-        parts = max(len(shard.peers) if shard else 1 for shard in shards)
-        found = equal.new_zeros(len(weights), parts)
-        rows, at = torch.arange(len(weights), device=equal.device), equal.new_tensor(places)
-        found[rows, at] = equal * equal.new_tensor(counted)
-        ties = ranks.sum(found).view(len(keep), -1)  # a row a pool
-        left = keep[:, None] - (ties.cumsum(1) - ties)
-        return left.clamp(min=0).minimum(ties).view_as(found)[rows, at]
-
-    return Others(ranks.sum, counted, [*map(_rows_of, weights)], quotas)
+    split = [shard is not None and shard.split for shard in shards]
+    return Others(ranks.sum, counted, [*map(_place_of, weights)], split)
 
 
-def _rows_of(weight: SparseWeight) -> Part:
-    pattern, first = weight.pattern, 0 if weight.shard is None else weight.shard.rows.start
-    tall = pattern.group[0] if isinstance(pattern, NM) else pattern.rows
-    return Part(ceil_div(first, tall), ceil_div(weight.full_shape[0], tall))
+def _place_of(weight: SparseWeight) -> tuple[Part, Part]:
+    pattern, shard = weight.pattern, weight.shard
+    firsts = (0, 0) if shard is None else (shard.here[0].start, shard.here[1].start)
+    sides = pattern.group if isinstance(pattern, NM) else (pattern.rows, pattern.cols)
+    rows, cols = (
+        Part(ceil_div(first, side), ceil_div(length, side))
+        for first, length, side in zip(firsts, weight.full_shape, sides, strict=True)
+    )
+    return rows, cols
 
 
 def whole_groups(
@@ -85,16 +80,40 @@ def whole_groups(
 
 
 def norms_of_all(weights: Sequence[SparseWeight], matrices: Sequence[Tensor]) -> Tensor:
-    """Return ``1 / ||w||_2`` of full weights from what is here of them: 16 bytes a weight."""
+    """Return ``1 / ||w||_2`` of full weights from what is here of them: 16 bytes a weight.
+
+    Raises:
+        ValueError: columns are parted within what is added up first.
+    """
     others, ranks = others_of(weights), weights[0].ranks
     counted = [True] * len(weights) if others is None else others.counted
-    rows = [row_norms(m if counts else m[:0]) for m, counts in zip(matrices, counted, strict=True)]
-    return inverse_norms(rows, ranks.most, ranks.sum)
+    lines = [m.T if w.transposed else m for w, m in zip(weights, matrices, strict=True)]
+    each = zip(weights, lines, counted, strict=True)
+    norms = [row_norms(m if counts else m[:0], pieces_here(w)) for w, m, counts in each]
+    return inverse_norms(norms, ranks.most, ranks.sum)
+
+
+def pieces_here(weight: SparseWeight) -> int | None:
+    """Return in how many pieces the lines that are here of a weight, as it lies in memory, are
+    added up; None: those of a whole line.
+    """
+    shard = weight.shard
+    if shard is None:
+        return None
+    found = shard.pieces(weight.transposed)
+    if found is None:
+        raise ValueError(
+            f"{weight.name!r} must lie on ranks by sixteenths of its columns, of which sums are "
+            f"made (weight_importance='normed_abs'; SET and RigL), got columns from "
+            f"{[*shard.edges[:-1]]} of {shard.shape[1]}; take a number of ranks that divides 16 "
+            "for tensor parallelism, or list it in ignored_scopes"
+        )
+    return found
 
 
 def sums_of_all(weight: SparseWeight, rows: Sequence[Tensor]) -> Tensor:
-    """Return the sums of vectors that have a number for each row of a weight; float64, the same on
-    any number of ranks. Of a sharded weight they are of the rows that are here.
+    """Return the sums of vectors that have a number for each piece of a weight's lines; float64,
+    the same on any number of ranks. Of a sharded weight they are of what is here.
     """
     if weight.shard is None:
         return exact_sums(rows)
@@ -124,7 +143,8 @@ def own_groups(weight: SparseWeight, grid: Tensor) -> Tensor:
     if shard is None or not isinstance(shard.pattern, Block):
         return grid
     low, high = shard.own_pattern.rows, shard.pattern.rows
-    return grid[shard.head // low :: high // low][: shard.groups.stop - shard.groups.start]
+    rows, _ = shard.groups
+    return grid[shard.head // low :: high // low][: rows.stop - rows.start]
 
 
 def _exchange(
@@ -269,21 +289,30 @@ def _highest(
     return [pack(m) if weights[0].packed else m for m in cut.masks()], bad
 
 
-def gather_rows(weight: SparseWeight, rows: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return rows of all parts of a weight, one after another; ``counts``: how many each has.
-    All ranks that have a part take part.
+def _gathered(
+    weight: SparseWeight, part: Tensor, bounds: Sequence[slice], sides: Sequence[slice]
+) -> list[list[Tensor]]:
+    """Return of each part of a weight a matrix, which has rows and columns as these say, side by
+    side in lists of those below one another. All ranks take part.
     """
     shard = weight.shard
     assert shard is not None
-    most = max(counts)
-    padded = rows.new_zeros(most, *rows.shape[1:])
-    padded[: len(rows)] = rows
+    heights, widths = ([cut.stop - cut.start for cut in cuts] for cuts in (bounds, sides))
+    padded = part.new_zeros(max(heights), max(widths))
+    padded[: part.shape[0], : part.shape[1]] = part
     every = [torch.empty_like(padded) for _ in range(weight.ranks.size)]
     if weight.ranks.size > 1:
         distributed.all_gather(every, padded, weight.ranks.group)
     else:
         every = [padded]
-    return torch.cat([every[rank][:n] for rank, n in zip(shard.peers, counts, strict=True)])
+    return [
+        [every[rank][:h, :w] for rank, h in zip(ranks, heights, strict=True)]
+        for ranks, w in zip(shard.ranks, widths, strict=True)
+    ]
+
+
+def _joined(parts: Sequence[Sequence[Tensor]]) -> Tensor:
+    return torch.cat([torch.cat([*below]) for below in parts], 1)
 
 
 def full_grid(weight: SparseWeight) -> Tensor:
@@ -291,15 +320,22 @@ def full_grid(weight: SparseWeight) -> Tensor:
     grid, shard = weight.kept_grid(), weight.shard
     if shard is None:
         return grid
-    return unpack(full_groups(weight, pack(own_groups(weight, grid))), shard.grid[1])
+    rows, across = _groups(shard)
+    widths = [cut.stop - cut.start for cut in across]
+    packed = [slice(0, ceil_div(width, 8)) for width in widths]
+    found = _gathered(weight, pack(own_groups(weight, grid)), rows, packed)
+    return _joined([[unpack(p, n) for p in below] for below, n in zip(found, widths, strict=True)])
 
 
-def full_groups(weight: SparseWeight, rows: Tensor) -> Tensor:
-    """Return rows of the full grid of which ``rows`` are those that belong here."""
-    shard = weight.shard
-    assert shard is not None
-    parts = map(shard.groups_of, range(len(shard.peers)))
-    return gather_rows(weight, rows, [part.stop - part.start for part in parts])
+def _groups(shard: Shard) -> tuple[list[slice], list[slice]]:
+    places, sides = range(len(shard.peers)), range(len(shard.ranks))
+    return [*map(shard.groups_of, places)], [*map(shard.across, sides)]
+
+
+def full_groups(weight: SparseWeight, groups: Tensor) -> Tensor:
+    """Return the full grid of which ``groups`` are those that belong here."""
+    assert weight.shard is not None
+    return _joined(_gathered(weight, groups, *_groups(weight.shard)))
 
 
 def full_matrix(weight: SparseWeight, matrix: Tensor) -> Tensor:
@@ -307,24 +343,21 @@ def full_matrix(weight: SparseWeight, matrix: Tensor) -> Tensor:
     shard = weight.shard
     if shard is None:
         return matrix
-    return gather_rows(weight, matrix, [b - a for a, b in pairwise(shard.bounds)])
+    rows, cols = ([slice(*ends) for ends in pairwise(of)] for of in (shard.bounds, shard.edges))
+    return _joined(_gathered(weight, matrix, rows, cols))
 
 
 def full_tensor(weight: SparseWeight, local: Tensor) -> Tensor:
     """Return the full tensor of the weight's shape, on the CPU, from what is here."""
     if weight.shard is None:
         return local.detach().to("cpu", copy=True)
-    matrix = full_matrix(weight, weight.matrix(local.detach()))
+    matrix = full_matrix(weight, weight.target.matrix(local.detach()))
+    matrix = matrix.T if weight.transposed else matrix
     return matrix.reshape(weight.weight_shape).to("cpu", copy=True)
-
-
-def own_rows(weight: SparseWeight, matrix: Tensor) -> Tensor:
-    """Return what is here of a full matrix."""
-    return matrix if weight.shard is None else matrix[weight.shard.rows]
 
 
 def own_part(weight: SparseWeight, tensor: Tensor) -> Tensor:
     """Return what is here of a full tensor of the weight's shape, copied to its device."""
     if weight.shard is not None:
-        tensor = weight.like_weight(own_rows(weight, weight.target.matrix(tensor)))
+        tensor = weight.like_weight(weight.target.matrix(tensor)[weight.shard.here])
     return tensor.to(weight.mask.device, copy=True)

@@ -39,9 +39,10 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from ...kernels.launch import takes_kernels
-from .exchange import sums_of_all
+from .exchange import pieces_here, sums_of_all
 from .linear import note_adapter
 from .optimizers import keeps_zeros, moments, parameters_of, start_returned
+from .shards import is_sharded
 from .weight import SparseWeight, clear_, drop_foreign, leaks, take_values
 
 
@@ -185,7 +186,12 @@ class Guard:
             note_adapter(parent, child)
 
     def after_accumulation(self, weight: SparseWeight, parameter: Tensor) -> None:
-        gradient = parameter.grad
+        gradient: Any = parameter.grad
+        if gradient is not None and is_sharded(gradient):
+            # an embedding's is parts of a sum: they are added up here, not as it is stepped by
+            placed = parameter.placements  # pyright: ignore[reportAttributeAccessIssue]
+            if gradient.placements != placed:
+                parameter.grad = gradient = gradient.redistribute(placements=placed)
         if gradient is None or not weight.holds_zeros or not weight.clears(gradient):
             return
         if weight.mask.device != gradient.device:
@@ -297,7 +303,8 @@ class Guard:
         for weight in found:
             if not weight.all_kept:
                 kept = weight.like_weight(weight.kept_elements())
-                start_returned(optimizer, weight.weight, kept, partial(sums_of_all, weight))
+                sums, pieces = partial(sums_of_all, weight), pieces_here(weight)
+                start_returned(optimizer, weight.weight, kept, sums, pieces)
         self._regrown.difference_update(found)
 
     def _watch_gradient(self, weight: SparseWeight, parameter: Tensor) -> None:

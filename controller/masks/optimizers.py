@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from ...kernels.block_score import exact_sums
+from ...kernels.block_score import exact_sums, pieces_of
 from .shards import local_part
 
 ELEMENTWISE = (
@@ -53,6 +53,7 @@ def start_returned(
     weight: nn.Parameter,
     kept: Tensor,
     sums: Callable[[Sequence[Tensor]], Tensor] = exact_sums,
+    pieces: int | None = None,
 ) -> None:
     """Give kept elements whose second moment is 0 moments with which they move as the others do.
 
@@ -80,7 +81,8 @@ def start_returned(
         optimizer: one about to step ``weight``, whose gradient is there.
         weight: the parameter.
         kept: bool, of the shape of what is here of it; what has returned is kept.
-        sums: adds up each of several vectors that have a number for each row which is here.
+        sums: adds up each of several vectors that have a number for each piece which is here.
+        pieces: of a line of the parameter; None: ``pieces_of`` it.
     """
     state, gradient = optimizer.state.get(weight, {}), weight.grad
     name = next((name for name in SQUARES if name in state), "")
@@ -100,8 +102,9 @@ def start_returned(
     moving = (gradient if momentum is None else momentum).float().square()
     others, returned = square != 0, fresh & (own > 0)
     asked = (own, others), (moving, others), (square, others), (own, returned)
-    rows = [_row_sums(torch.where(where, of, 0)) for of, where in asked]
-    *totals, many, few = sums([*rows, _row_sums(others), _row_sums(returned)]).unbind()
+    rows = [_line_sums(torch.where(where, of, 0), pieces) for of, where in asked]
+    counts = [_line_sums(where, pieces) for where in (others, returned)]
+    *totals, many, few = sums([*rows, *counts]).unbind()
     g2, m2, v, again = (
         (total / count.clamp(min=1)).float()
         for total, count in zip(totals, (many, many, many, few), strict=True)
@@ -118,11 +121,14 @@ def start_returned(
         momentum.add_(torch.where(fresh & (own > 0), first, 0).to(momentum.dtype))
 
 
-def _row_sums(values: Tensor) -> Tensor:
-    rows = values.flatten(1)
-    if len(rows) == 1:  # a single sum would be parted among threads
-        rows = rows.expand(2, -1)
-    return rows.sum(1, dtype=torch.float64)[: len(values)]
+def _line_sums(values: Tensor, pieces: int | None) -> Tensor:
+    """Return the sum of each piece of each line, float64."""
+    lines = values.flatten(1)
+    pieces = pieces_of(lines.shape[1]) if pieces is None else pieces
+    lines = lines.reshape(len(lines) * pieces, lines.shape[1] // max(pieces, 1))
+    if len(lines) == 1:  # a single sum would be parted among threads
+        return lines.expand(2, -1).sum(1, dtype=torch.float64)[:1]
+    return lines.sum(1, dtype=torch.float64)
 
 
 def _decay(optimizer: Optimizer, weight: nn.Parameter) -> float:

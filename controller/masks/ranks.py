@@ -112,13 +112,27 @@ class Ranks:
         prints = torch.stack([fingerprint(tensor) for tensor in tensors])
         most = self.most(torch.stack([prints, ~prints]))
         differs = (most[0] != ~most[1]).tolist()
-        if any(differs):
-            found = dict.fromkeys(n for n, bad in zip(names, differs, strict=True) if bad)
-            raise RuntimeError(
-                f"{what}: the masks of {', '.join(map(repr, found))} differ between ranks, which "
-                "train one model; load one state on all of them, and write masks and weights on "
-                "all of them alike"
-            )
+        _refuse_different(what, names, differs)
+
+    def check_copies(
+        self,
+        what: str,
+        names: Sequence[str],
+        parts: Sequence[Tensor],
+        copies: Sequence[int],
+        counted: Sequence[bool],
+    ) -> None:
+        """Raise a RuntimeError on every rank that names tensors whose copies differ.
+
+        Args:
+            parts: what is here of tensors that lie on several ranks.
+            copies: how often the ranks have each.
+            counted: whether what is here is of the first copy.
+        """
+        prints = torch.stack([fingerprint(part) for part in parts])
+        first = prints * prints.new_tensor(counted)
+        total, once = self.sum(torch.stack([prints, first]))
+        _refuse_different(what, names, (total != once * once.new_tensor(copies)).tolist())
 
     def check_alike(self, what: str, values: dict[str, Any]) -> None:
         """Raise a ValueError on every rank where small values differ, by their names."""
@@ -131,6 +145,16 @@ class Ranks:
                         f"{_difference(wanted, theirs.get(key), rank)}; ranks that train models "
                         "of their own, or stages of a pipeline, each need a process_group"
                     )
+
+
+def _refuse_different(what: str, names: Sequence[str], differs: Sequence[bool]) -> None:
+    if any(differs):
+        found = dict.fromkeys(n for n, bad in zip(names, differs, strict=True) if bad)
+        raise RuntimeError(
+            f"{what}: the masks of {', '.join(map(repr, found))} differ between ranks, which "
+            "train one model; load one state on all of them, and write masks and weights on "
+            "all of them alike"
+        )
 
 
 def _difference(first: Any, other: Any, rank: int) -> str:

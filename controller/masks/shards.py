@@ -12,12 +12,14 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, cast
+from functools import cache
+from itertools import accumulate, pairwise, product
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
+from ...kernels.block_score import pieces_of
 from ...kernels.grid import ceil_div
 from ...kernels.pattern import NM, Block, Pattern, grid_shape
 from .ranks import Ranks
@@ -53,30 +55,44 @@ def any_nonzero(tensor: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a weight that is here: rows of its matrix.
+    """The part of a weight that is here: a rectangle of its matrix.
 
     Attributes:
         shape: of the full matrix.
         bounds: the first row of each part, and behind them the number of rows.
-        place: which part is here.
-        peers: the ranks, in the controller's group, that have the parts beside it.
+        edges: the first column of each part, and behind them the number of columns.
+        place: which of the parts below one another is here.
+        side: which of those side by side.
+        ranks: those, in the controller's group, that have the parts, by side and place.
         counted: this rank speaks for the part; others may hold copies.
+        copies: how often the group holds the weight.
         pattern: of the full matrix.
-        copies: the ranks that have the very same part; None: there are no others.
     """
 
     shape: tuple[int, int]
     bounds: tuple[int, ...]
+    edges: tuple[int, ...]
     place: int
-    peers: tuple[int, ...]
+    side: int
+    ranks: tuple[tuple[int, ...], ...]
     counted: bool
+    copies: int
     pattern: Pattern
-    copies: Ranks | None = None
+
+    @property
+    def peers(self) -> tuple[int, ...]:
+        """The ranks that have the same columns."""
+        return self.ranks[self.side]
 
     @property
     def rows(self) -> slice:
         """The rows of the full matrix that are here."""
         return slice(*self.bounds[self.place : self.place + 2])
+
+    @property
+    def here(self) -> tuple[slice, slice]:
+        """What is here of the full matrix."""
+        return self.rows, slice(*self.edges[self.side : self.side + 2])
 
     @property
     def own_pattern(self) -> Pattern:
@@ -90,14 +106,25 @@ class Shard:
         """Groups of the full matrix, down and across."""
         return grid_shape(self.pattern, self.shape)
 
+    @property
+    def split(self) -> bool:
+        """True where rows lie on several ranks."""
+        return len(self.ranks) > 1
+
     def groups_of(self, place: int) -> slice:
         """The rows of the full grid that belong to a part: those that begin in it."""
         first, last = self.bounds[place : place + 2]
         return slice(ceil_div(first, self.pattern.rows), ceil_div(last, self.pattern.rows))
 
+    def across(self, side: int) -> slice:
+        """The columns of the full grid that a part has."""
+        first, last = self.edges[side : side + 2]
+        return slice(ceil_div(first, self.pattern.cols), ceil_div(last, self.pattern.cols))
+
     @property
-    def groups(self) -> slice:
-        return self.groups_of(self.place)
+    def groups(self) -> tuple[slice, slice]:
+        """What belongs here of the full grid."""
+        return self.groups_of(self.place), self.across(self.side)
 
     def head_of(self, place: int) -> int:
         """How many rows of a part belong to a group that begins in an earlier one."""
@@ -121,6 +148,17 @@ class Shard:
         """True where a group lies in several parts."""
         return any(self.head_of(place) for place in range(len(self.peers)))
 
+    def pieces(self, turned: bool) -> int | None:
+        """Return how many of a line's pieces (``pieces_of``) are here; of lines that are columns
+        if ``turned``, as they lie in memory. None: an edge parts a piece.
+        """
+        ends, length = (self.bounds, self.shape[0]) if turned else (self.edges, self.shape[1])
+        place = self.place if turned else self.side
+        step = length // pieces_of(length)
+        if any(end % step for end in ends if step):
+            return None
+        return (ends[place + 1] - ends[place]) // max(step, 1)
+
 
 def shard_of(
     name: str, weight: Any, pattern: Pattern, ranks: Ranks, *, transposed: bool, experts: bool
@@ -139,61 +177,125 @@ def shard_of(
     """
     if not is_sharded(weight):
         return None
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor import Shard as OnDimension
-
-    mesh, placements = weight.device_mesh, weight.placements
-    split = [i for i, placed in enumerate(placements) if not isinstance(placed, Replicate)]
-    first = placements[split[0]] if split else OnDimension(0)
-    copied = [i for i in range(mesh.ndim) if i not in split]
-    covered = len(split) <= 1 and type(first) is OnDimension and first.dim == 0
-    covered &= len(copied) <= 1
-    if not covered or transposed:
-        raise ValueError(
-            f"create_controller: {name!r} must be sharded on its output dimension alone, "
-            "as fully_shard does by default with a weight stored (out, in), got the placements "
-            f"{placements}"
-            + " of a weight stored (in, out)" * transposed
-            + "; list it in ignored_scopes"
-        )
-    here = mesh.get_coordinate()
+    mesh, shape, here = weight.device_mesh, weight.shape, weight.device_mesh.get_coordinate()
     assert here is not None
-    line: Any = mesh.mesh
-    for dim in reversed(range(mesh.ndim)):
-        if dim not in split:
-            line = line.select(dim, here[dim])
+    lines = 0 if len(shape) == 1 else 2 if experts else 1  # dimensions of one line in memory each
+    axes = [range(lines), range(lines, len(shape))]
+    if transposed:
+        axes.reverse()
+    below, beside = (_Axis.of(name, weight, axis) for axis in axes)
+    _check_placements(name, weight, [i for axis in (below, beside) for i in axis.split])
+    _check_edges(name, pattern, below.bounds, beside.bounds)
     known = distributed.get_process_group_ranks(ranks.group) if ranks.group else [0]
-    if not set(members := line.flatten().tolist()) <= set(known):
+    members, index = mesh.mesh.numpy(), {rank: i for i, rank in enumerate(known)}
+    parts = len(below.places) * len(beside.places)
+    if not set(members.flatten().tolist()) <= set(known) or len(known) % parts:
         raise ValueError(
             f"create_controller: process_group must hold all ranks of {name!r}, "
-            f"{members}, got {known}"
+            f"{members.tolist()}, and as many of each, got {known}"
         )
-    per = math.prod(weight.shape[1:2]) if experts else 1  # rows of one index
-    count = weight.shape[0]
-    step = ceil_div(count, len(members))
-    firsts = [min(i * step, count) for i in range(len(members) + 1)]
-    place = here[split[0]] if split else 0
-    assert weight.to_local().shape[0] == firsts[place + 1] - firsts[place]
-    shape = (count * per, weight.shape.numel() // (count * per))
-    _check_parts(name, pattern, per, firsts)
+
+    def rank_of(place: tuple[int, ...], side: tuple[int, ...]) -> int:
+        at = [*here]
+        for i, coordinate in zip((*below.split, *beside.split), (*place, *side), strict=True):
+            at[i] = coordinate
+        return index[int(members[tuple(at)])]
+
+    copied = [c for i, c in enumerate(here) if i not in (*below.split, *beside.split)]
     return Shard(
-        shape=shape,
-        bounds=tuple(first * per for first in firsts),
-        place=place,
-        peers=tuple(known.index(rank) for rank in members),
-        counted=all(here[dim] == 0 for dim in copied),
+        shape=(below.bounds[-1], beside.bounds[-1]),
+        bounds=below.bounds,
+        edges=beside.bounds,
+        place=below.places.index(tuple(here[i] for i in below.split)),
+        side=beside.places.index(tuple(here[i] for i in beside.split)),
+        ranks=tuple(tuple(rank_of(p, s) for p in below.places) for s in beside.places),
+        counted=not any(copied) and known[0] in members,
+        copies=len(known) // parts,
         pattern=pattern,
-        copies=Ranks(mesh.get_group(copied[0])) if copied else None,
     )
 
 
-def _check_parts(name: str, pattern: Pattern, per: int, firsts: Sequence[int]) -> None:
-    if isinstance(pattern, NM) and pattern.transposable and any(per * f % 4 for f in firsts):
+class _Axis(NamedTuple):
+    """How rows, or columns, are parted.
+
+    Attributes:
+        split: the dimensions of the mesh that part them.
+        places: the coordinates of the parts there, in order.
+        bounds: the first line of each part, and behind them how many there are.
+    """
+
+    split: tuple[int, ...]
+    places: list[tuple[int, ...]]
+    bounds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, weight: Any, dims: Sequence[int]) -> _Axis:
+        """Return how a weight is parted along dimensions of its own, of which the first may be."""
+        if not dims:
+            return cls((), [()], (0, 1))
+        shape, placements = tuple(weight.shape), tuple(weight.placements)
+        split = tuple(i for i, p in enumerate(placements) if getattr(p, "dim", None) == dims[0])
+        found = _places(shape, tuple(weight.device_mesh.shape), placements, split, dims[0])
+        lengths = [length for _, length, _ in found]
+        firsts = [*accumulate(lengths, initial=0)]
+        here = tuple(weight.device_mesh.get_coordinate()[i] for i in split)
+        known = {place: (first, length) for first, length, place in found}
+        tiled = all(first == at for (first, n, _), at in zip(found, firsts, strict=False) if n)
+        own = weight.to_local().shape[dims[0]]
+        if not tiled or firsts[-1] != shape[dims[0]] or known[here][1] != own:
+            raise ValueError(
+                f"create_controller: each rank's part of {name!r} must be of neighbours, in shares "
+                f"as torch parts {shape[dims[0]]}, got the placements {placements} on a mesh of "
+                f"{tuple(weight.device_mesh.shape)}, and {own} here; list it in ignored_scopes"
+            )
+        per = math.prod(shape[dim] for dim in dims[1:])
+        return cls(split, [place for *_, place in found], tuple(per * at for at in firsts))
+
+
+@cache
+def _places(
+    shape: tuple[int, ...],
+    mesh: tuple[int, ...],
+    placements: tuple[Any, ...],
+    split: tuple[int, ...],
+    dim: int,
+) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Return first index, length and coordinate of each part of a dimension, in order."""
+    # by torch's own arithmetic: which part is where depends on the order of the wrappers
+    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset as find
+
+    found = []
+    for place in product(*(range(mesh[i]) for i in split)):
+        coordinate = [0] * len(mesh)
+        for i, own in zip(split, place, strict=True):
+            coordinate[i] = own
+        lengths, firsts = find(shape, mesh, coordinate, placements)
+        found.append((firsts[dim] if lengths[dim] else shape[dim], lengths[dim], place))
+    return sorted(found)
+
+
+def _check_placements(name: str, weight: Any, split: Sequence[int]) -> None:
+    from torch.distributed.tensor import Replicate
+
+    placements = weight.placements
+    rest = [placed for i, placed in enumerate(placements) if i not in split]
+    if not all(isinstance(placed, Replicate) for placed in rest):
         raise ValueError(
-            f"create_controller: the shards of {name!r} must be of whole tiles of 4 rows "
-            f"for {pattern}, got {[b - a for a, b in pairwise(firsts)]} rows; list it in "
-            "ignored_scopes"
+            f"create_controller: {name!r} must be sharded on rows or columns of its matrix, as "
+            f"fully_shard, ColwiseParallel and RowwiseParallel do, got the placements {placements} "
+            f"of a weight of shape {tuple(weight.shape)}; list it in ignored_scopes"
         )
+
+
+def _check_edges(name: str, pattern: Pattern, bounds: Sequence[int], edges: Sequence[int]) -> None:
+    tall, wide = pattern.group if isinstance(pattern, NM) else (1, pattern.cols)
+    for what, ends, step in (("rows", bounds, tall), ("columns", edges, wide)):
+        if any(end % step for end in ends if end != ends[-1]):
+            raise ValueError(
+                f"create_controller: the shards of {name!r} must be of whole groups of {step} "
+                f"{what} for {pattern}, got {[b - a for a, b in pairwise(ends)]} {what}; list it "
+                "in ignored_scopes or give it a pattern in overrides"
+            )
 
 
 def reshard(model: nn.Module) -> None:
@@ -210,9 +312,10 @@ def reshard(model: nn.Module) -> None:
 def local_grid(shard: Shard, grid: Tensor) -> Tensor:
     """Return the bool grid of what is here from that of the full weight."""
     if not isinstance(shard.pattern, Block):
-        return grid[shard.rows]
-    start = shard.groups.start - (1 if shard.head else 0)
-    return local_rows(shard, [grid[start : shard.groups.stop]])
+        return grid[shard.here]
+    rows, cols = shard.groups
+    start = rows.start - (1 if shard.head else 0)
+    return local_rows(shard, [grid[start : rows.stop, cols]])
 
 
 def local_rows(shard: Shard, grids: list[Tensor]) -> Tensor:

@@ -154,11 +154,11 @@ def _read_values(saved: Mapping[str, Any], pruned: int, weight: SparseWeight) ->
             f"{len(values)}"
         )
     if shard is not None and weight.packed:
-        values = values[shard.rows]
+        values = values[shard.here]
     elif shard is not None:
         dense = values.new_zeros(weight.full_shape)
         put_back_all_([full], [dense], [values])
-        values = _taken(dense[shard.rows], shard.own_pattern, local_grid(shard, grid))
+        values = _taken(dense[shard.here], shard.own_pattern, local_grid(shard, grid))
     found = values.to(weight.mask.device, weight.weight.dtype, copy=True)
     if found.dtype != values.dtype and not found.isfinite().all():
         raise ValueError(

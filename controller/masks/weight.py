@@ -185,9 +185,9 @@ class SparseWeight(GroupMask):
         return self.grid if self.shard is None else self.shard.grid
 
     @property
-    def own_groups(self) -> slice:
-        """Rows of the full grid that are chosen among here; others are on other ranks."""
-        return slice(None) if self.shard is None else self.shard.groups
+    def own_groups(self) -> tuple[slice, slice]:
+        """What of the full grid is chosen among here; the rest is on other ranks."""
+        return (slice(None), slice(None)) if self.shard is None else self.shard.groups
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the weight's shape as ``Target.matrix``; of a sharded one what is
@@ -224,7 +224,7 @@ class SparseWeight(GroupMask):
         self.elements_elsewhere, self.changes = elements - own, changes
         self.note(kept, own)
         if dense is not None:
-            here = dense[self.shard.rows].contiguous()
+            here = dense[self.shard.here].contiguous()
             (self.values,) = group_mask.take_all_([self], [here], [None])
 
     def _is_here(self, weight: Tensor) -> bool:

@@ -52,7 +52,7 @@ class Evidence(NamedTuple):
         product: float32 matrix w g, of the last backward pass and the weight that it was of; None:
             the weight has not moved since.
         pattern: of a group; ``Unstructured`` under N:M too, whose groups are made of elements.
-        groups: rows of the grid that are chosen among here; others are on other ranks.
+        groups: what of the grid is chosen among here; the rest is on other ranks.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Evidence(NamedTuple):
     seed: int = 0
     product: Tensor | None = None
     pattern: Pattern = Unstructured()
-    groups: slice = slice(None)
+    groups: tuple[slice, slice] = (slice(None), slice(None))
 
 
 class Importance(NamedTuple):

@@ -13,7 +13,7 @@ from ...kernels.grid import block_counts
 from ...kernels.pattern import Pattern, Unstructured
 from ...kernels.squares import convolution_squares
 from ..config.algorithm import Pool
-from ..masks.exchange import full_groups, full_matrix, full_tensor, others_of, own_part, own_rows
+from ..masks.exchange import full_groups, full_matrix, full_tensor, others_of, own_part
 from ..masks.schema import Maybe, Schema, tensor
 from ..masks.shards import is_sharded, local_part
 from ..masks.weight import SparseWeight
@@ -357,9 +357,10 @@ class Scorer:
 
     def _norm_of(self, weight: SparseWeight) -> Tensor | None:
         norm = self._input_norms.get(weight.name)
-        if norm is None or norm.ndim == 1 or weight.shard is None:
+        if norm is None or weight.shard is None:
             return norm
-        return norm[weight.shard.rows]
+        rows, cols = weight.shard.here
+        return norm[cols] if norm.ndim == 1 else norm[rows, cols]
 
 
 def _zeros(matrix: Tensor, pattern: Pattern) -> Tensor:
@@ -420,7 +421,7 @@ def _own(weight: SparseWeight, key: str, saved: Tensor) -> Tensor:
     if weight.shard is None or key == "input_norms":
         return saved
     whole = saved.shape == weight.shard.shape
-    return own_rows(weight, saved) if whole else saved[weight.own_groups]
+    return saved[weight.shard.here if whole else weight.own_groups]
 
 
 def _gradient(weight: SparseWeight, saved: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ def _prune_each(
     kinds = [(w.kind if w.shard is None else w.pattern, count > 0) for w, count in alone]
     for (kind, prunes), places in alike(kinds).items():
         pattern = kind if isinstance(kind, Pattern) else kind.pattern
-        if isinstance(pattern, NM) and not rows:
+        if isinstance(pattern, NM) and not rows and not isinstance(kind, Pattern):
             found += [_prune([alone[place][0]], alone[place][1], scores) for place in places]
             continue
         members, counts = zip(*(alone[place] for place in places), strict=True)

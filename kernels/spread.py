@@ -1,0 +1,193 @@
+"""Exact selection among keys that lie on several ranks, many pools at a time, by counts alone.
+
+A key is an integer of a known number of bits, and is searched two bits a pass: of each pool the
+ranks add up how many keys lie below three bounds. That is 24 bytes a pool and pass, whatever the
+number of keys and of ranks; ``select`` moves a histogram a pool, which is fewer passes and pays
+where there is one pool. The same search finds where ties end: its keys are their positions.
+
+Reading order: the search -> thresholds of tensors -> ties -> masks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .prune_rows import Part, row_counts
+from .select import Reduce, Threshold
+
+_INFINITY = 0x7F800000  # its bit pattern
+_BITS, _MOST = 31, 2**31 - 1  # of a key; no number is so great
+
+
+def kth_smallest(
+    below: Callable[[Tensor], Tensor], k: Tensor, bits: int, reduce: Reduce
+) -> Tensor:
+    """Return of each pool the ``k``-th smallest key, int64 ``(pools,)``; 0 where ``k`` is 0.
+
+    Args:
+        below: from bounds, int64 ``(pools, n)``, how many keys that are here lie below each, of
+            the same shape.
+        k: int64 ``(pools,)``, no more than a pool has keys in all.
+        bits: keys are less than ``2^bits``.
+        reduce: adds up over the ranks, in place.
+    """
+    low = torch.zeros_like(k)
+    for shift in range((bits + 1) // 2 * 2 - 2, -1, -2):
+        bounds = low[:, None] + (torch.arange(1, 4, device=k.device) << shift)
+        low += (reduce(below(bounds)) < k[:, None]).sum(1) << shift
+    return low
+
+
+def keys_of(scores: Tensor, scale: Tensor | None) -> Tensor:
+    """Return int32 bit patterns that order as ``float32(|scores|) * scale``."""
+    sizes = scores.detach().abs().float()
+    return (sizes if scale is None else sizes.mul_(scale)).view(torch.int32)
+
+
+def select_spread(
+    tensors: Sequence[Tensor],
+    ks: Sequence[int],
+    scales: Tensor | None,
+    counted: Sequence[bool],
+    reduce: Reduce,
+) -> Threshold:
+    """Find the threshold of each tensor: the ``ks``-th smallest key of what all ranks have of it.
+
+    Args:
+        tensors: scores, what is here; ``scales`` a factor of each or None.
+        ks: how many of all are pruned.
+        counted: of each, whether this rank's part counts.
+        reduce: adds up over the ranks, in place.
+
+    Returns:
+        As ``select``'s, a vector each.
+    """
+    device = tensors[0].device
+    k = torch.tensor(ks, dtype=torch.int64, device=device)
+    factors = [None] * len(ks) if scales is None else scales.unbind()
+
+    def below(bounds: Tensor) -> Tensor:
+        found = torch.zeros_like(bounds)
+        for i, (tensor, factor) in enumerate(zip(tensors, factors, strict=True)):
+            if counted[i] and tensor.numel():
+                keys, own = keys_of(tensor, factor), bounds[i].clamp(max=_MOST).int()
+                found[i] = torch.stack([(keys < b).count_nonzero() for b in own])
+        return found
+
+    value = kth_smallest(below, k, _BITS, reduce)
+    ends = reduce(below(torch.stack([value + 1, torch.full_like(value, _INFINITY)], 1)))
+    sizes = torch.tensor(
+        [t.numel() * c for t, c in zip(tensors, counted, strict=True)], device=device
+    )
+    keep = torch.where(k > 0, ends[:, 0] - k, 0)
+    values = torch.where(k > 0, value.int().view(torch.float32), -torch.inf)
+    return Threshold(values, keep, reduce(sizes) - ends[:, 1])
+
+
+def ties_kept(
+    tensors: Sequence[Tensor],
+    threshold: Threshold,
+    scales: Tensor | None,
+    places: Sequence[tuple[Part, Part]],
+    counted: Sequence[bool],
+    reduce: Reduce,
+) -> Tensor:
+    """Return how many of the keys that equal a threshold are kept of what is here of each tensor.
+
+    The first are kept in the order of the tensors and, within one, of its rows, however it lies on
+    the ranks: those before one position of the whole, which every rank can count to. Only of
+    tensors of which some are kept and others are not the position is searched; of one threshold
+    for all that is one. Waits for the device.
+
+    Args:
+        tensors, scales, counted, reduce: as ``select_spread``'s.
+        threshold: of all tensors, or of each: what ``keep_ties`` counts.
+        places: of each tensor which rows and which columns of the whole are here.
+    """
+    device = tensors[0].device
+    values = threshold.value.expand(len(tensors)).contiguous().view(torch.int32)
+    factors = [None] * len(tensors) if scales is None else scales.unbind()
+    rows = []  # of each, how many keys of the first n rows are equal
+    for tensor, factor, value in zip(tensors, factors, values, strict=True):
+        equal = (keys_of(tensor, factor) == value).sum(1)
+        rows.append(torch.nn.functional.pad(equal.cumsum(0), (1, 0)))
+    here = torch.stack([own[-1] for own in rows])
+    ties = reduce(here * here.new_tensor(counted))
+    before = ties.cumsum(0) - ties if threshold.keep_ties.numel() == 1 else 0
+    keep = (threshold.keep_ties - before).clamp(min=0).minimum(ties)
+    kept = torch.where(keep < ties, 0, here)
+    parted = [i for i, (n, of) in enumerate(torch.stack([keep, ties], 1).tolist()) if 0 < n < of]
+    if not parted:
+        return kept
+
+    def equal_before(bounds: Tensor) -> Tensor:
+        """Count the ties that are here before positions of the whole, (len(parted), n)."""
+        found = torch.zeros_like(bounds)
+        for out, i, positions in zip(found, parted, bounds, strict=True):
+            if not tensors[i].numel():
+                continue
+            (first, _), (left, across) = places[i]
+            row = positions // across - first
+            inside = row.clamp(0, len(tensors[i]) - 1)
+            columns = torch.arange(left, left + tensors[i].shape[1], device=device)
+            part = columns < (positions % across)[:, None]
+            part &= (keys_of(tensors[i][inside], factors[i]) == values[i]) & (row == inside)[
+                :, None
+            ]
+            out.copy_(rows[i][row.clamp(0, len(tensors[i]))] + part.sum(1))
+        return found
+
+    spoken = torch.tensor([[counted[i]] for i in parted], device=device)
+    wholes = [places[i][0].rows * places[i][1].rows for i in parted]
+    last = kth_smallest(
+        lambda bounds: equal_before(bounds) * spoken,
+        keep[parted],
+        max(wholes).bit_length(),
+        reduce,
+    )
+    kept[parted] = equal_before(last[:, None] + 1)[:, 0]
+    return kept
+
+
+def prune_rows_spread(
+    scores: Tensor, k: int, place: tuple[Part, Part], counted: bool, reduce: Reduce
+) -> tuple[Tensor, Tensor]:
+    """Mask the lowest magnitudes of each row of a matrix whose rows lie on several ranks, as
+    ``prune_rows``: of all ranks 24 bytes a row are added up 16 times for the thresholds, and half
+    as often as a row has bits of columns for the ties.
+
+    Args:
+        scores: what is here of the matrix.
+        k: how many elements of the whole are pruned.
+        place: which rows and which columns of the whole are here.
+        counted: whether this rank's part counts.
+        reduce: adds up over the ranks, in place.
+
+    Returns:
+        The bool mask of what is here; int64, 0-d, how many scores that are here are NaN or Inf.
+    """
+    (first, rows), (left, across) = place
+    here = slice(first, first + len(scores))
+    keys, device = keys_of(scores, None), scores.device
+    pruned = torch.from_numpy(row_counts(k, rows)).to(device)
+
+    def below(bounds: Tensor, of: Tensor) -> Tensor:
+        found = torch.zeros_like(bounds)
+        if counted:
+            own = bounds[here].clamp(max=_MOST).int()
+            found[here] = torch.stack([(of < b[:, None]).sum(1) for b in own.unbind(1)], 1)
+        return found
+
+    value = kth_smallest(lambda bounds: below(bounds, keys), pruned, _BITS, reduce)
+    upto = reduce(below(value[:, None] + 1, keys))[:, 0]
+    value = torch.where(pruned > 0, value, -1)[here, None]
+    keep = torch.where(pruned > 0, upto - pruned, 0)
+    # positions of ties, and behind all of them what is none
+    columns = torch.arange(left, left + scores.shape[1], device=device, dtype=torch.int32)
+    ties = torch.where(keys == value, columns, across)
+    last = kth_smallest(lambda b: below(b, ties), keep, across.bit_length(), reduce)
+    first_ones = (ties <= last[here, None]) & (ties < across) & (keep[here, None] > 0)
+    return (keys > value) | first_ones, (keys >= _INFINITY).sum()

@@ -1,0 +1,255 @@
+"""Tensor parallelism's columns and rows are pruned as the one pool that they are."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import triton_sparsity as ts
+from triton_sparsity.controller.masks.exchange import full_grid
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_gloo_available(), reason="torch lacks gloo"
+)
+
+PATTERNS = {
+    "unstructured": ts.Unstructured(),
+    "blocks": ts.Block(8, 4),
+    "tall": ts.Block(16, 2),
+    "nm": ts.NM(2, 4),
+    "tiles": ts.NM(2, 4, transposable=True),
+}
+
+
+class Halves(nn.Linear):
+    """Multiplies as two ranks do, and adds up what they add up, so that one process agrees with
+    them to the bit.
+    """
+
+    def __init__(self, *sizes, dim, **options):
+        super().__init__(*sizes, **options)
+        self.dim = dim
+
+    def forward(self, x):
+        weights = self.weight.chunk(2, self.dim)
+        x = x.view_as(x)  # where the gradients of both halves meet, before any others
+        if self.dim == 0:
+            biases = self.bias.chunk(2)
+            found = [functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+            return torch.cat(found, -1)
+        both = zip(x.chunk(2, -1), weights, strict=True)
+        parts = [functional.linear(h, w.contiguous(), self.bias / 2) for h, w in both]
+        return parts[0] + parts[1]
+
+
+class Net(nn.Module):
+    """An embedding, and columns before rows, as in a transformer's feed-forward."""
+
+    def __init__(self, up=nn.Linear, down=nn.Linear):
+        super().__init__()
+        self.tokens = nn.Embedding(24, 32)
+        self.up = up(32, 48)
+        self.down = down(48, 32)
+        self.gate = nn.Linear(32, 32)
+        self.head = up(32, 64)
+
+    def forward(self, x):
+        x = self.tokens(x)
+        x = x + self.down(torch.tanh(self.up(x)))
+        return self.head(x * torch.tanh(self.gate(x))).clone()  # FSDP2 warns of views
+
+
+def halves(dim):
+    return lambda *sizes: Halves(*sizes, dim=dim)
+
+
+def net(dtype=torch.float32, ties=False, as_two=False):
+    numbers = torch.Generator().manual_seed(3)
+    model = Net(halves(0), halves(1)) if as_two else Net()
+    for parameter in model.parameters():
+        values = torch.randn(parameter.shape, generator=numbers)
+        parameter.data = ((values * 2).round() / 4 if ties else values / 4).to(dtype)
+    return model
+
+
+def mesh_of(group, kind):
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+    if kind == "tensor":
+        return DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tensor",))
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+
+
+def wrapped(model, group, kind="tensor"):
+    """Part a model over "tensor" ranks, or by fully_shard or copies over "data" ranks too."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = mesh_of(group, kind)
+    plan = {
+        "tokens": RowwiseParallel(input_layouts=Replicate()),
+        "up": ColwiseParallel(),
+        "down": RowwiseParallel(),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh["tensor"], plan)
+    if kind == "fsdp":
+        return fully_shard(model, mesh=mesh["data"])
+    if kind == "copies":
+        for module in (model.up, model.down, model.head, model.gate, model.tokens):
+            weight = module.weight
+            placed = getattr(weight, "placements", (Replicate(),))
+            whole = full(weight)
+            parts = distribute_tensor(whole, mesh, (Replicate(), *placed))
+            module.weight = nn.Parameter(parts)
+    return model
+
+
+def config(pattern, importance="abs", pool="global"):
+    left = {"pattern": PATTERNS[pattern], "targets": "all"}
+    left["ignored_scopes"] = ["tokens"] if pattern == "tiles" else []  # no part has whole tiles
+    if importance in ("set", "rigl"):
+        kind = {"set": ts.SETConfig, "rigl": ts.RigLConfig}[importance]
+        return kind(level=0.6, t_end=40, delta_t=2, **left)
+    return ts.MagnitudeSparsityConfig(
+        schedule=ts.PolynomialSchedule(initial_level=0.0, target_level=0.5, target_epoch=3),
+        weight_importance=importance,
+        pool=pool,
+        **left,
+    )
+
+
+def full(tensor):
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+def prune(controller):
+    found = []
+    for level in (0.3, 0.45, 0.2):
+        controller.scheduler.step()
+        controller.set_sparsity_level(level)
+        found += [
+            (full_grid(i.operand).clone(), i.operand.kept, i.operand.pruned_elements(),
+             full(i.weight), full(i.operand.binary_mask))
+            for i in controller.sparsified_module_info
+        ]  # fmt: skip
+    return found, controller.mask_level()
+
+
+def prune_parts(group, how, dtype, ties, first, kind):
+    model = net(dtype, ties)
+    if first:
+        wrapped(model, group, kind)
+    controller = ts.create_controller(model, config(*how), process_group=group)
+    if not first:
+        wrapped(model, group, kind)
+    return prune(controller)
+
+
+def check(found, wanted):
+    for got, level in found:
+        assert level == wanted[1]
+        for (grid, kept, elements, weight, mask), whole in zip(got, wanted[0], strict=True):
+            assert (kept, elements) == whole[1:3]
+            assert torch.equal(grid, whole[0])
+            assert torch.equal(mask, whole[4])
+            assert torch.equal(weight, whole[3])
+
+
+HOWS = [
+    *((name, "abs", "global") for name in PATTERNS),
+    *((name, "normed_abs", "global") for name in ("unstructured", "tall")),
+    *((name, "abs", "weight") for name in ("unstructured", "blocks", "nm")),
+    *((name, "abs", "row") for name in ("unstructured", "blocks", "nm")),
+    ("tall", "random", "global"),
+]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("how", HOWS, ids="-".join)
+def test_columns_and_rows_are_pruned_as_one_process_prunes(ranks, how, ties):
+    dtype = torch.bfloat16 if ties else torch.float32
+    wanted = prune(ts.create_controller(net(dtype, ties), config(*how)))
+    for size in (4,) if ties else (2,):
+        check(ranks.run(size, prune_parts, how, dtype, ties, size == 4, "tensor"), wanted)
+
+
+@pytest.mark.parametrize("how", [HOWS[2], HOWS[5], HOWS[-2], HOWS[-1]], ids="-".join)
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", ["fsdp", "copies"])
+def test_two_dimensions_are_pruned_as_one_process_prunes(ranks, kind, first, how):
+    if kind == "copies" and not first:
+        pytest.skip("a parameter that is put in anew is another")
+    wanted = prune(ts.create_controller(net(torch.bfloat16, True), config(*how)))
+    check(ranks.run(4, prune_parts, how, torch.bfloat16, True, first, kind), wanted)
+
+
+def train(model, controller, steps):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1, foreach=False)
+    losses = []
+    for step in range(steps):
+        if step % 3 == 0:
+            controller.scheduler.epoch_step()
+        controller.scheduler.step()
+        optimizer.zero_grad()
+        x = torch.randint(0, 24, (6, 5), generator=torch.Generator().manual_seed(step))
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    masks = [full(info.operand.binary_mask) for info in controller.sparsified_module_info]
+    return losses, {name: full(p) for name, p in model.named_parameters()}, masks
+
+
+def train_parts(group, how, steps, kind, state=None, first=True):
+    model = net()
+    if state is not None:
+        model.load_state_dict(state[0])
+    if first:
+        wrapped(model, group, kind)
+    controller = ts.create_controller(model, config(*how), process_group=group)
+    if not first:
+        wrapped(model, group, kind)
+    if state is not None:
+        controller.load_state(state[1])
+    return train(model, controller, steps), controller.get_state()
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+TRAINED = [(p, i) for i in ("abs", "normed_abs", "set", "rigl") for p in ("unstructured", "tall")]
+TRAINED += [("tall", i) for i in ("snip_momentum", "taylor")] + [("unstructured", "fisher")]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "fsdp"])
+@pytest.mark.parametrize("how", TRAINED, ids="-".join)
+def test_training_is_that_of_one_process_and_goes_on_from_its_state(ranks, how, kind):
+    model = net(as_two=True)
+    controller = ts.create_controller(model, config(*how), dispatch="dense")
+    wanted = [*train(model, controller, 8)]
+    own = controller.get_state()
+    size = 2 if kind == "tensor" else 4
+    for found, state in ranks.run(size, train_parts, how, 8, kind):
+        assert same([*found], wanted)
+        assert same(state, own)
+    assert not all(mask.all() for mask in wanted[2])
+    saved = wanted[1], own
+    model.load_state_dict(wanted[1])
+    model = net(as_two=True)
+    model.load_state_dict(wanted[1])
+    resumed = ts.create_controller(model, config(*how), dispatch="dense", state=own)
+    wanted = [*train(model, resumed, 5)]
+    for found, _ in ranks.run(size, train_parts, how, 5, kind, saved, kind == "tensor"):
+        assert same([*found], wanted)
