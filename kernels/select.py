@@ -56,6 +56,7 @@ _BINS_LOG2 = 18
 _SAMPLE, _SAMPLE_CPU = 1 << 21, 1 << 18
 _WHOLE = 1 << 24  # elements: two reads of no more are over before the launches for a sample are
 _BINS_FEW = 1 << 12
+_BINS_SHARED = 1 << 17  # where ranks add them up: a megabyte
 _CHUNK = 1 << 17  # elements that a CPU thread handles at a time: they stay in its cache
 _KEPT = 1 << 19  # keys that it keeps at most
 
@@ -411,13 +412,15 @@ class _Plan(NamedTuple):
     samples: int  # sampled passes that it takes to tell single patterns apart
 
 
-def _plan(tensors: Sequence[Tensor], scales: Tensor | None) -> _Plan:
+def _plan(tensors: Sequence[Tensor], scales: Tensor | None, reduce: Reduce | None = None) -> _Plan:
     kinds = {t.dtype for t in tensors}
     narrow = scales is None and kinds in ({torch.bfloat16}, {torch.float16})
     kind = kinds.pop() if narrow else torch.float32
     bits = 8 * kind.itemsize - 1
     samples = 1 if bits <= _BINS_LOG2 else 2
-    return _Plan(kind, _INFINITY[kind] + 1, 1 << min(bits, _BINS_LOG2), samples)
+    bins = 1 << min(bits, _BINS_LOG2)
+    bins = bins if reduce is None else min(bins, _BINS_SHARED)
+    return _Plan(kind, _INFINITY[kind] + 1, bins, samples)
 
 
 def _shift(width: int, bins: int) -> int:
@@ -517,7 +520,7 @@ def _search_triton(
 ) -> Tensor:
     """Return the final state; nothing here waits for the device."""
     device = tensors[0].device
-    plan = _plan(tensors, scales)
+    plan = _plan(tensors, scales, reduce)
     total = sum(t.numel() for t in tensors)
     # a power of two, so that a masked random number is uniform
     step = 1 << _sample_step(total, _SAMPLE).bit_length() - 1
@@ -732,7 +735,7 @@ def _search_torch(
             return np.asarray(numbers)
         return reduce(torch.tensor(numbers, device=tensors[0].device)).cpu().numpy()
 
-    plan = _plan(tensors, scales)
+    plan = _plan(tensors, scales, reduce)
     total = sum(t.numel() for t in tensors)
     if among is not None:
         (kept,) = count_kept([among.mask])

@@ -22,9 +22,7 @@ _INFINITY = 0x7F800000  # its bit pattern
 _BITS, _MOST = 31, 2**31 - 1  # of a key; no number is so great
 
 
-def kth_smallest(
-    below: Callable[[Tensor], Tensor], k: Tensor, bits: int, reduce: Reduce
-) -> Tensor:
+def kth_key(below: Callable[[Tensor], Tensor], k: Tensor, bits: int, reduce: Reduce) -> Tensor:
     """Return of each pool the ``k``-th smallest key, int64 ``(pools,)``; 0 where ``k`` is 0.
 
     Args:
@@ -77,7 +75,7 @@ def select_spread(
                 found[i] = torch.stack([(keys < b).count_nonzero() for b in own])
         return found
 
-    value = kth_smallest(below, k, _BITS, reduce)
+    value = kth_key(below, k, _BITS, reduce)
     ends = reduce(below(torch.stack([value + 1, torch.full_like(value, _INFINITY)], 1)))
     sizes = torch.tensor(
         [t.numel() * c for t, c in zip(tensors, counted, strict=True)], device=device
@@ -142,7 +140,7 @@ def ties_kept(
 
     spoken = torch.tensor([[counted[i]] for i in parted], device=device)
     wholes = [places[i][0].rows * places[i][1].rows for i in parted]
-    last = kth_smallest(
+    last = kth_key(
         lambda bounds: equal_before(bounds) * spoken,
         keep[parted],
         max(wholes).bit_length(),
@@ -181,13 +179,13 @@ def prune_rows_spread(
             found[here] = torch.stack([(of < b[:, None]).sum(1) for b in own.unbind(1)], 1)
         return found
 
-    value = kth_smallest(lambda bounds: below(bounds, keys), pruned, _BITS, reduce)
+    value = kth_key(lambda bounds: below(bounds, keys), pruned, _BITS, reduce)
     upto = reduce(below(value[:, None] + 1, keys))[:, 0]
     value = torch.where(pruned > 0, value, -1)[here, None]
     keep = torch.where(pruned > 0, upto - pruned, 0)
     # positions of ties, and behind all of them what is none
     columns = torch.arange(left, left + scores.shape[1], device=device, dtype=torch.int32)
     ties = torch.where(keys == value, columns, across)
-    last = kth_smallest(lambda b: below(b, ties), keep, across.bit_length(), reduce)
+    last = kth_key(lambda b: below(b, ties), keep, across.bit_length(), reduce)
     first_ones = (ties <= last[here, None]) & (ties < across) & (keep[here, None] > 0)
     return (keys > value) | first_ones, (keys >= _INFINITY).sum()

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...kernels.group_mask import read_counts, set_masks
 from ..config.algorithm import PooledConfig
 from ..config.declaration import Level, Positive, Share, Whole
-from ..masks.exchange import agree_counts, dropped, grown, local_masks
+from ..masks.exchange import agree_counts, dropped, grown, local_masks, pieces_here
 from ..masks.weight import SparseWeight
 from ..selection.allocation import Distribution, distribute, erdos_renyi, within
 from ..selection.criteria import ImportanceField, Reduction, random_numbers
@@ -113,6 +113,8 @@ class SETController(BaseSparsityAlgoController):
 
     def _set_up(self) -> None:
         config: RegrowthConfig = self.config
+        for weight in self._weights:
+            pieces_here(weight)  # refuses, before training, what has none when something returns
         self._scorer = self._criterion = Scorer(
             self._weights, config.weight_importance, config.seed, config.block_reduction
         )

@@ -102,11 +102,12 @@ def pieces_here(weight: SparseWeight) -> int | None:
         return None
     found = shard.pieces(weight.transposed)
     if found is None:
+        ends = shard.bounds if weight.transposed else shard.edges
         raise ValueError(
-            f"{weight.name!r} must lie on ranks by sixteenths of its columns, of which sums are "
-            f"made (weight_importance='normed_abs'; SET and RigL), got columns from "
-            f"{[*shard.edges[:-1]]} of {shard.shape[1]}; take a number of ranks that divides 16 "
-            "for tensor parallelism, or list it in ignored_scopes"
+            f"{weight.name!r} must lie on ranks by sixteenths of its inputs, whose sums are the "
+            "same on any number of ranks (weight_importance='normed_abs', SET and RigL ask for "
+            f"them), got {[b - a for a, b in pairwise(ends)]} of {ends[-1]}; list it in "
+            "ignored_scopes, or take 2, 4, 8 or 16 ranks for tensor parallelism"
         )
     return found
 

@@ -244,9 +244,10 @@ class _Axis(NamedTuple):
         own = weight.to_local().shape[dims[0]]
         if not tiled or firsts[-1] != shape[dims[0]] or known[here][1] != own:
             raise ValueError(
-                f"create_controller: each rank's part of {name!r} must be of neighbours, in shares "
-                f"as torch parts {shape[dims[0]]}, got the placements {placements} on a mesh of "
-                f"{tuple(weight.device_mesh.shape)}, and {own} here; list it in ignored_scopes"
+                f"create_controller: a rank's part of {name!r} must be of neighbours, as many as "
+                f"torch gives it of {shape[dims[0]]}, got the placements {placements} on a mesh "
+                f"of {tuple(weight.device_mesh.shape)}, {own} of them here; list it in "
+                "ignored_scopes"
             )
         per = math.prod(shape[dim] for dim in dims[1:])
         return cls(split, [place for *_, place in found], tuple(per * at for at in firsts))
@@ -282,8 +283,8 @@ def _check_placements(name: str, weight: Any, split: Sequence[int]) -> None:
     if not all(isinstance(placed, Replicate) for placed in rest):
         raise ValueError(
             f"create_controller: {name!r} must be sharded on rows or columns of its matrix, as "
-            f"fully_shard, ColwiseParallel and RowwiseParallel do, got the placements {placements} "
-            f"of a weight of shape {tuple(weight.shape)}; list it in ignored_scopes"
+            "fully_shard, ColwiseParallel and RowwiseParallel do, got the placements "
+            f"{placements} of a weight of shape {tuple(weight.shape)}; list it in ignored_scopes"
         )
 
 

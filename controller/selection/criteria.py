@@ -22,7 +22,7 @@ from ...kernels.grid import ceil_div, pad_to_blocks, side_lengths
 from ...kernels.launch import Backend
 from ...kernels.numbers import uniform_numbers
 from ...kernels.pattern import Pattern, Unstructured
-from ..masks.exchange import norms_of_all, whole_groups
+from ..masks.exchange import norms_of_all, pieces_here, whole_groups
 from ..masks.names import canonical
 from ..masks.shards import local_part
 from ..masks.weight import SparseWeight
@@ -462,6 +462,8 @@ def check_sharded(
             raise ValueError(
                 f"{what}: {field} must be {why} for sharded weights, as {name!r} is, got {got!r}"
             )
+    for weight in sharded if importance == "normed_abs" else ():
+        pieces_here(weight)
     if importance == "fisher" and cut is not None:
         raise ValueError(
             f"{what}: no block may lie on two ranks for weight_importance 'fisher', as of {cut!r} "

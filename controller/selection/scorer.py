@@ -483,7 +483,12 @@ def _measure(
 
     def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = args[0] if args else next(iter(kwargs.values()))
-        x = given.detach().float()
+        if is_sharded(given) and (convolves or any(p.is_partial() for p in given.placements)):
+            raise ValueError(
+                f"calibration: the inputs of {name!r} must be plain tensors, got a DTensor placed "
+                f"{given.placements}; list it in ignored_scopes"
+            )
+        x = local_part(given).detach().float()
         if x.numel() == 0:  # an expert that no token has gone to
             return
         if convolves:
@@ -492,6 +497,12 @@ def _measure(
         else:
             rows = real_tokens(x, real.mask)
             total, count = rows.square().sum(0, dtype=torch.float64), len(rows)
+        if weight.shard is not None and len(total) < weight.full_shape[1]:
+            # those of the columns that are here; each is counted once
+            here = total
+            total = here.new_zeros(weight.full_shape[1])
+            total[weight.shard.here[1]] = here
+            count *= weight.shard.side == 0
         if name in sums:
             total, count = sums[name][0] + total, sums[name][1] + count
         sums[name] = total, count

@@ -439,18 +439,14 @@ def own_importance(evidence):
 def refuse(group, what):
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Shard, distribute_tensor
 
     model = net()
     mesh = DeviceMesh.from_group(group, "cpu")
-    if what == "columns":
-        model[0].weight = nn.Parameter(distribute_tensor(model[0].weight, mesh, [Shard(1)]))
-    elif what != "rigl later":
+    if what != "rigl later":
         fully_shard(model, mesh=mesh)
     if what == "obs":
         ts.prune_obs(model, [torch.ones(2, 16)], ts.ConstSparsityConfig(), level=0.5)
     chosen = {
-        "columns": config("blocks"),
         "rb": ts.RBSparsityConfig(),
         "rigl": ts.RigLConfig(level=0.5, t_end=10, growth="normed_gradient", delta_t=2),
         "owl": config("unstructured", "abs", "weight", "owl"),
@@ -479,7 +475,6 @@ def refuse(group, what):
 @pytest.mark.parametrize(
     ("what", "kind", "message"),
     [
-        ("columns", "ValueError", "'0' must be sharded on its output dimension alone"),
         ("obs", "ValueError", "prune_obs: '0' must not be sharded"),
         ("rb", "ValueError", "'0' must not be sharded for rb_sparsity"),
         ("rigl", "ValueError", "growth must be 'gradient' for sharded weights, as '0' is"),

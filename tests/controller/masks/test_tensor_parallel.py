@@ -181,11 +181,8 @@ def test_columns_and_rows_are_pruned_as_one_process_prunes(ranks, how, ties):
 
 
 @pytest.mark.parametrize("how", [HOWS[2], HOWS[5], HOWS[-2], HOWS[-1]], ids="-".join)
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("kind", ["fsdp", "copies"])
+@pytest.mark.parametrize(("kind", "first"), [("fsdp", True), ("fsdp", False), ("copies", True)])
 def test_two_dimensions_are_pruned_as_one_process_prunes(ranks, kind, first, how):
-    if kind == "copies" and not first:
-        pytest.skip("a parameter that is put in anew is another")
     wanted = prune(ts.create_controller(net(torch.bfloat16, True), config(*how)))
     check(ranks.run(4, prune_parts, how, torch.bfloat16, True, first, kind), wanted)
 
@@ -253,3 +250,133 @@ def test_training_is_that_of_one_process_and_goes_on_from_its_state(ranks, how, 
     wanted = [*train(model, resumed, 5)]
     for found, _ in ranks.run(size, train_parts, how, 5, kind, saved, kind == "tensor"):
         assert same([*found], wanted)
+
+
+def calibrate(model, controller):
+    for seed in (1, 2):
+        with controller.calibration():
+            model(torch.randint(0, 24, (6, 5), generator=torch.Generator().manual_seed(seed)))
+        controller.set_sparsity_level(seed / 4)
+    return [full(i.operand.binary_mask) for i in controller.sparsified_module_info]
+
+
+def wanda(pool):
+    schedule = ts.PolynomialSchedule(initial_level=0.0, target_level=0.5, target_epoch=3)
+    return ts.MagnitudeSparsityConfig(
+        schedule=schedule, weight_importance="wanda", pool=pool, ignored_scopes=["tokens"]
+    )
+
+
+def calibrate_parts(group, pool, kind):
+    model = wrapped(net(), group, kind)
+    return calibrate(model, ts.create_controller(model, wanda(pool), process_group=group))
+
+
+@pytest.mark.parametrize("pool", ["row", "global"])
+def test_inputs_of_columns_are_measured_where_they_are(ranks, pool):
+    model = net(as_two=True)
+    wanted = calibrate(model, ts.create_controller(model, wanda(pool), dispatch="dense"))
+    for size, kind in (2, "tensor"), (4, "fsdp"):
+        for found in ranks.run(size, calibrate_parts, pool, kind):
+            assert same(found, wanted)
+
+
+class Odd(nn.Module):
+    """Weights of few columns, of which some ranks have none, and of more than two dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow = nn.Linear(5, 12)
+        self.image = nn.Conv2d(6, 8, 3)
+        self.turned = pytest.importorskip("transformers").pytorch_utils.Conv1D(24, 16)
+
+
+def odd(group, placements):
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    model = Odd()
+    if group is not None:
+        mesh = DeviceMesh.from_group(group, "cpu")
+        for name, dim in placements.items():
+            module = model.get_submodule(name)
+            module.weight = nn.Parameter(distribute_tensor(module.weight.data, mesh, [Shard(dim)]))
+    controller = ts.create_controller(
+        model,
+        ts.MagnitudeSparsityConfig(
+            schedule=ts.PolynomialSchedule(initial_level=0.0, target_level=0.5),
+            weight_importance="abs",
+            overrides=[ts.Override(scope="turned", pattern=ts.Block(8, 4))],
+        ),
+        process_group=group,
+    )
+    found = prune(controller)
+    state = controller.get_state()
+    controller.set_sparsity_level(0.7)
+    controller.load_state(state)
+    masks = [full(info.operand.binary_mask) for info in controller.sparsified_module_info]
+    return *found, state, masks
+
+
+@pytest.mark.parametrize("dims", [(1, 1, 0), (0, 0, 1)])
+def test_odd_shapes_are_pruned_as_one_process_prunes(ranks, dims):
+    pytest.importorskip("transformers")
+    *wanted, state, masks = odd(None, {})
+    placements = dict(zip(("narrow", "image", "turned"), dims, strict=True))
+    for size in (2, 4):
+        for *found, own, loaded in ranks.run(size, odd, placements):
+            check([found], wanted)
+            assert same(own, state)
+            assert same(loaded, masks)
+
+
+def flip(group):
+    model = wrapped(net(), group, "fsdp")
+    controller = ts.create_controller(model, config("unstructured"), process_group=group)
+    controller.set_sparsity_level(0.5)
+    controller.scheduler.step()
+    if torch.distributed.get_rank(group) == 1:
+        gate = next(w for w in controller._weights if w.name == "gate")
+        gate.mask[0, 0] ^= 1
+    controller.set_sparsity_level(0.6)
+
+
+def test_copies_of_parts_that_differ_are_told_of_on_every_rank(ranks):
+    for kind, message in ranks.errors(4, flip):
+        assert kind == "RuntimeError"
+        assert "the masks of 'gate' differ between ranks" in message
+
+
+def refuse(group, what):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model, chosen = net(), config("unstructured")
+    if what == "edges":
+        chosen = config("blocks")
+        chosen = chosen.model_copy(update={"pattern": ts.Block(4, 32)})
+    elif what == "dimension":
+        model.image = nn.Conv2d(6, 8, 3)
+        weight = distribute_tensor(model.image.weight.data, mesh_of(group, "tensor"), [Shard(2)])
+        model.image.weight = nn.Parameter(weight)
+    elif what == "sixteenths":
+        chosen = config("unstructured", "normed_abs")
+    elif what == "set":
+        chosen = config("unstructured", "set")
+    wrapped(model, group)
+    ts.create_controller(model, chosen, process_group=group)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("edges", "the shards of 'down' must be of whole groups of 32 columns for block 4x32"),
+        ("dimension", "'image' must be sharded on rows or columns of its matrix"),
+        ("sixteenths", "'down' must lie on ranks by sixteenths of its inputs"),
+        ("set", "'down' must lie on ranks by sixteenths of its inputs"),
+    ],
+)
+def test_what_is_not_covered_is_refused_on_every_rank(ranks, what, message):
+    for kind, text in ranks.errors(3 if what in ("sixteenths", "set") else 2, refuse, what):
+        assert kind == "ValueError"
+        assert message in text
