@@ -88,7 +88,7 @@ def cells(
 
 
 def run(cell: Cell, base: Options, work: Path) -> dict[str, Any]:
-    """Train one cell; return what its stripped model reached.
+    """Train one cell; return what its stripped model reached, or that its criterion refused.
 
     Args:
         cell: which.
@@ -107,17 +107,23 @@ def run(cell: Cell, base: Options, work: Path) -> dict[str, Any]:
     if dense.exists():
         options = replace(options, checkpoint=str(dense), dense_epochs=0)
     started = time.perf_counter()
+    done = asdict(cell) | {"commit": commit()}
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        report = finetune(options, Path(folder, "run"))
+        try:
+            report = finetune(options, Path(folder, "run"))
+        except RuntimeError as error:
+            # no gradient ranks a layer that has died, or a student that equals its teacher
+            if not str(error).startswith(f"{cell.importance}: "):
+                raise
+            return done | {"metric": None, "refused": str(error)}
         if not dense.exists():
             shutil.copy(Path(folder, "run", DENSE), dense)
     result = report["results"]["stripped"]
-    return asdict(cell) | {
+    return done | {
         "metric": result["metric"],
         "reached": result["level"],
         "before": report["results"]["dense"]["metric"],
         "seconds": time.perf_counter() - started,
-        "commit": commit(),
     }
 
 
@@ -149,28 +155,34 @@ def tables(record: Mapping[str, Any]) -> str:
             for pattern in patterns
             if (values := [one["metric"] for one in those if one["pattern"] == pattern])
         }
+        means = {key: sign * mean(v) for key, v in found.items() if None not in v}
         best = {
-            pattern: max(sign * mean(v) for (_, p), v in found.items() if p == pattern)
-            for pattern in patterns
+            p: max((m for (_, q), m in means.items() if p == q), default=None) for p in patterns
         }
         rows = []
         for method, importance in subjects(at):
             row = [method, f"`{importance}`"]
             for pattern in patterns:
-                values = found.get(((method, importance), pattern))
-                text = spelled(values) if values else ""
-                is_best = values and sign * mean(values) == best[pattern]
+                key = ((method, importance), pattern)
+                text = spelled(found[key]) if key in found else ""
+                is_best = key in means and means[key] == best[pattern]
                 row.append(f"**{text}**" if is_best else text)
             rows.append(row)
         parts += [f"{100 * level:g} %", markdown(("method:", "criterion:", *patterns), rows)]
     return "\n\n".join(parts)
 
 
-def spelled(values: Sequence[float]) -> str:
-    """Return a mean and its standard error over seeds; of one seed there is none."""
-    if len(values) == 1:
-        return f"{values[0]:.3f} (one seed)"
-    return f"{mean(values):.3f} ± {stdev(values) / len(values) ** 0.5:.3f}"
+def spelled(values: Sequence[float | None]) -> str:
+    """Return a mean and its standard error over seeds; of one seed there is none.
+
+    None is of a run that was refused: what the others reached is no figure to compare.
+    """
+    reached = [value for value in values if value is not None]
+    if len(reached) < len(values):
+        return "refused"
+    if len(reached) == 1:
+        return f"{reached[0]:.3f} (one seed)"
+    return f"{mean(reached):.3f} ± {stdev(reached) / len(reached) ** 0.5:.3f}"
 
 
 def begin(path: Path, base: Options, patterns: Sequence[str]) -> dict[str, Any]:

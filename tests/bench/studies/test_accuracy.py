@@ -89,6 +89,31 @@ def test_the_tables_have_means_errors_and_the_best_in_bold(finetune, tmp_path):
     assert "| gradual | `normed_abs` | **3.500 ± 0.500** |" in better
 
 
+def test_a_criterion_that_refuses_ends_its_cell_and_not_the_study(finetune, tmp_path, monkeypatch):
+    trained = accuracy.finetune
+
+    def run(options, folder):
+        if (options.importance, options.seed) == ("taylor", 1):
+            raise RuntimeError("taylor: |w g| is 0 throughout")
+        return trained(options, folder)
+
+    monkeypatch.setattr(accuracy, "finetune", run)
+    record = study(tmp_path)
+    refused = [one for one in record["runs"] if one["metric"] is None]
+    assert [one["refused"] for one in refused] == ["taylor: |w g| is 0 throughout"] * len(refused)
+    assert len(refused) == 4  # one-shot and gradual, at both levels
+    assert "| one-shot | `taylor` | refused |" in accuracy.tables(record)
+
+
+def test_another_error_ends_the_study(finetune, tmp_path, monkeypatch):
+    def run(options, folder):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(accuracy, "finetune", run)
+    with pytest.raises(RuntimeError, match="a bug"):
+        study(tmp_path)
+
+
 @pytest.mark.slow
 def test_a_cell_is_really_trained(tmp_path, monkeypatch):
     short = {"eval_batches": 1, "dense_epochs": 1}
