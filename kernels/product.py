@@ -14,7 +14,7 @@ from .dispatch import Dispatch, Paths, as_tensor, choose
 from .group_mask import GroupMask
 from .launch import Backend, use_triton
 from .pattern import Block, Pattern, is_skippable
-from .topology import Topology, block_topologies, block_topology
+from .topology import Topology, block_topology, empty_topology, write_topologies
 
 DENSE = Paths(False, False, False)
 
@@ -197,11 +197,11 @@ def update_products(
         own, given, counts = zip(*members, strict=True)
         triton_runs = use_triton("block_sparse_linear", backend, given[0])
         here = [
-            p.topology if p.topology is not None and p.topology.kept.device == device else None
-            for p in own
+            t
+            if (t := p.topology) is not None and t.kept.device == device
+            else empty_topology(mask, pattern)
+            for p, mask in zip(own, given, strict=True)
         ]
-        found = block_topologies(
-            given, pattern, out=here, backend="triton" if triton_runs else "torch"
-        )
-        for product, mask, topology, count in zip(own, given, found, counts, strict=True):
+        write_topologies(given, pattern, here, triton_runs)
+        for product, mask, topology, count in zip(own, given, here, counts, strict=True):
             product.take_over(mask, topology, count, triton_runs, known)

@@ -80,7 +80,7 @@ def runs(grid: Tensor) -> Iterator[list[tuple[int, int]]]:
         start = end
 
 
-def _empty(mask: Tensor, pattern: Pattern) -> Topology:
+def empty_topology(mask: Tensor, pattern: Pattern) -> Topology:
     shapes = capacities((mask.shape[0], mask.shape[1]), pattern)
     kinds = [torch.int32] * 6 + [torch.bool]
     return Topology(
@@ -113,7 +113,7 @@ def topology_reference(mask: Tensor, pattern: Pattern) -> Topology:
     by_rows, size = bundling(pattern, (mask.shape[0], mask.shape[1]))
     rows, cols = _lines_reference(mask, size), _lines_reference(mask.T, size)
     wide, narrow = (rows if by_rows else cols)[2:]
-    out = _empty(mask, pattern)
+    out = empty_topology(mask, pattern)
     for target, source in zip(out[:4], rows[:2] + cols[:2], strict=True):
         target.copy_(source)
     out.bundles.zero_()[: len(wide) + len(narrow)] = torch.cat([wide, narrow])
@@ -280,10 +280,9 @@ def _topology_list_kernel(
         )  # fmt: skip
 
 
-def _launch(
-    masks: Sequence[Tensor], by_rows: Sequence[int], row_size: int, col_size: int, *lists: Any
-) -> None:
+def _launch(masks: Sequence[Tensor], rows: int, cols: int, *lists: Any) -> None:
     own = Matrices.of(masks)
+    by_rows = own.rows * rows >= own.cols * cols  # as bundling says of one
     longest = max(16, int(own.rows.max()), int(own.cols.max()))
     chunk = min(CHUNK, 1 << (longest - 1).bit_length())
     columns = (own.rows + own.cols, *own, by_rows, *map(addresses, lists))
@@ -296,8 +295,8 @@ def _launch(
             table,
             counts,
             N=n,
-            ROW_SIZE=row_size,
-            COL_SIZE=col_size,
+            ROW_SIZE=max(BUNDLE_WIDTH // cols, 1),
+            COL_SIZE=max(BUNDLE_WIDTH // rows, 1),
             CHUNK=chunk,
             **FUSED,
         )
@@ -306,9 +305,8 @@ def _launch(
 @torch.library.custom_op("triton_sparsity::block_topology_", mutates_args={*Topology._fields})
 def _op(
     masks: list[Tensor],
-    by_rows: list[int],
-    row_size: int,
-    col_size: int,
+    rows: int,
+    cols: int,
     row_tasks: list[Tensor],
     col_index: list[Tensor],
     col_tasks: list[Tensor],
@@ -318,11 +316,11 @@ def _op(
     kept: list[Tensor],
 ) -> None:
     lists = row_tasks, col_index, col_tasks, row_index, bundles, bundle_count, kept
-    _launch(masks, by_rows, row_size, col_size, *lists)
+    _launch(masks, rows, cols, *lists)
 
 
 @_op.register_fake
-def _(masks, by_rows, row_size, col_size, *lists) -> None:
+def _(masks, rows, cols, *lists) -> None:
     return None
 
 
@@ -368,8 +366,23 @@ def block_topologies(
     kinds = range(len(given)) if traced else (_kind(*pair) for pair in given)
     for places in alike(kinds).values():
         _check(*given[places[0]], pattern, masks[0].device)
-    found = [_empty(mask, pattern) if target is None else target for mask, target in given]
+    found = [empty_topology(mask, pattern) if target is None else target for mask, target in given]
     triton_runs = bool(masks) and use_triton("block_topology", backend, masks[0])
+    write_topologies(masks, pattern, found, triton_runs)
+    return found
+
+
+def write_topologies(
+    masks: Sequence[Tensor], pattern: Pattern, found: Sequence[Topology], triton_runs: bool
+) -> None:
+    """Write the lists of masks to topologies that are known to fit: nothing is checked.
+
+    Args:
+        masks: as ``block_topologies``'s.
+        pattern: the blocks of all masks.
+        found: one a mask, of its shape and device.
+        triton_runs: whether kernels write, in two launches.
+    """
     pairs = []
     for mask, topology in zip(masks, found, strict=True):
         if triton_runs and mask.numel():
@@ -379,14 +392,12 @@ def block_topologies(
             target.copy_(source)
     if pairs:
         given, lists = zip(*pairs, strict=True)
-        by_rows = [int(bundling(pattern, m.shape)[0]) for m in given]
-        sizes = (max(BUNDLE_WIDTH // side, 1) for side in (pattern.cols, pattern.rows))
+        sides = pattern.rows, pattern.cols
         if torch.compiler.is_compiling():
-            _op([*given], by_rows, *sizes, *map(list, zip(*lists, strict=True)))
+            _op([*given], *sides, *map(list, zip(*lists, strict=True)))
         else:  # without the operator's Python, which takes longer than all else, a tensor
-            _launch(given, by_rows, *sizes, *zip(*lists, strict=True))
+            _launch(given, *sides, *zip(*lists, strict=True))
             torch.autograd.graph.increment_version([t for topology in lists for t in topology])
-    return found
 
 
 _shape = attrgetter("shape")

@@ -560,9 +560,14 @@ def drop_foreign_later(
     ``restoring``, those of blocks cover what was there; others are ORed, which -0 would spoil.
     """
     guarded = [weight for weight in weights if weight.holds_zeros and not weight.all_kept]
-    read = _leaks(guarded, [weight.follow() for weight in guarded])
-    bare = [w for w in guarded if not restoring or w.packed or w.values is None]
-    clear_(bare, [weight.weight for weight in bare])
+    parameters = [weight.follow() for weight in guarded]
+    read = _leaks(guarded, parameters)
+    bare = [
+        (weight, parameter)
+        for weight, parameter in zip(guarded, parameters, strict=True)
+        if not restoring or weight.packed or weight.values is None
+    ]
+    clear_([weight for weight, _ in bare], [parameter for _, parameter in bare])
     for weight in () if restoring else guarded:  # else once the values are out again
         _settle(weight)
 
@@ -620,8 +625,8 @@ def take_values(weights: Sequence[SparseWeight], *, keep: bool | None = None) ->
     with None, where the weight itself ``keeps_values``.
     """
     taken, cleared = [], []
-    for weight in weights:
-        parameter = weight.follow()
+    parameters = [weight.follow() for weight in weights]
+    for weight, parameter in zip(weights, parameters, strict=True):
         if not (weight.keeps_values if keep is None else keep):
             weight.values = weight._spare = None
             cleared += [weight] if weight.holds_zeros else []
@@ -630,8 +635,13 @@ def take_values(weights: Sequence[SparseWeight], *, keep: bool | None = None) ->
     _take(taken)
     clear_(cleared, [weight.weight for weight in cleared])
     # of a backward pass before the masks changed
-    found = [(w, g) for w in weights if w.holds_zeros and (g := w.weight.grad) is not None]
-    found = [(w, g) for w, g in found if g.layout == torch.strided]
+    found = [
+        (weight, gradient)
+        for weight, parameter in zip(weights, parameters, strict=True)
+        if weight.holds_zeros
+        and (gradient := parameter.grad) is not None
+        and gradient.layout == torch.strided
+    ]
     clear_([weight for weight, _ in found], [gradient for _, gradient in found])
     for weight in weights:
         _settle(weight)

@@ -83,7 +83,11 @@ class Scorer:
         if any(weight.shard for weight in weights):
             return self._of_shards(weights, pool)
         if self.importance in ("abs", "normed_abs"):
-            return scores_by_group(weights, [*map(importance_of, evidence)], self._reduction)
+            # of hundreds of weights: what they do not look at is not asked for
+            matrices = [weight.matrix(weight.weight.detach()) for weight in weights]
+            normed = self.importance == "normed_abs"
+            found = [Importance(matrix, normed) for matrix in matrices]
+            return scores_by_group(weights, found, self._reduction)
         if self.importance in BY_GRADIENT:
             self._refuse_unused(weights)
         if self.importance != "wanda":

@@ -354,13 +354,13 @@ def test_a_method_that_outlives_the_strip_goes_on():
 
 @pytest.mark.parametrize("level", [0.0, 0.9])
 def test_creation_builds_the_lists_of_blocks_once(monkeypatch, level):
-    built, build = [], product_module.block_topologies
+    built, build = [], product_module.write_topologies
 
     def count(masks, *args, **options):
         built.append(len(masks))
         return build(masks, *args, **options)
 
-    monkeypatch.setattr(product_module, "block_topologies", count)
+    monkeypatch.setattr(product_module, "write_topologies", count)
     schedule = ts.PolynomialSchedule(initial_level=level, target_level=0.9)
     config = ts.MagnitudeSparsityConfig(pattern=ts.Block(64, 64), schedule=schedule)
     ts.create_controller(nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512)), config)
