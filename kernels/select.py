@@ -56,7 +56,7 @@ _BINS_LOG2 = 18
 _SAMPLE, _SAMPLE_CPU = 1 << 21, 1 << 18
 _WHOLE = 1 << 24  # elements: two reads of no more are over before the launches for a sample are
 _BINS_FEW = 1 << 12
-_BINS_SHARED = 1 << 17  # where ranks add them up: a megabyte
+BINS_SHARED = 1 << 17  # where ranks add them up: a megabyte
 _CHUNK = 1 << 17  # elements that a CPU thread handles at a time: they stay in its cache
 _KEPT = 1 << 19  # keys that it keeps at most
 
@@ -419,7 +419,7 @@ def _plan(tensors: Sequence[Tensor], scales: Tensor | None, reduce: Reduce | Non
     bits = 8 * kind.itemsize - 1
     samples = 1 if bits <= _BINS_LOG2 else 2
     bins = 1 << min(bits, _BINS_LOG2)
-    bins = bins if reduce is None else min(bins, _BINS_SHARED)
+    bins = bins if reduce is None else min(bins, BINS_SHARED)
     return _Plan(kind, _INFINITY[kind] + 1, bins, samples)
 
 

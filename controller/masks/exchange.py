@@ -171,7 +171,8 @@ def _exchange(
     outgoing: list[list[Tensor]] = [[] for _ in range(ranks.size)]
     incoming: list[list[tuple[int, int]]] = [[] for _ in range(ranks.size)]
     for i, shard in members:
-        for place, rank in enumerate(shard.peers):
+        for place in shard.neighbours:
+            rank = shard.peers[place]
             if rows := rows_of(shard, shard.place, place):
                 part = sent[i][:rows].contiguous()
                 outgoing[rank].append(part.view(-1).view(torch.uint8))

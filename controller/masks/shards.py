@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import sys
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import accumulate, pairwise, product
 from typing import Any, NamedTuple, cast
 
@@ -136,14 +137,23 @@ class Shard:
         return self.head_of(self.place)
 
     def owner_of_head(self, place: int) -> int:
-        """Which part has the group that the head of ``place`` belongs to."""
-        row = self.bounds[place] // self.pattern.rows
-        return next(p for p in range(place) if row in range(*self._span(p)))
-
-    def _span(self, place: int) -> tuple[int, int]:
-        return self.groups_of(place).start, self.groups_of(place).stop
+        """Return which part has the group that the head of ``place`` belongs to."""
+        first = self.bounds[place] // self.pattern.rows * self.pattern.rows
+        return bisect_right(self.bounds, first) - 1
 
     @property
+    def neighbours(self) -> list[int]:
+        """The other parts that have rows of the groups that are here, in order."""
+        own, end = self.place, self.groups_of(self.place).stop * self.pattern.rows
+        found = [self.owner_of_head(own)] if self.head else []
+        for place in range(own + 1, len(self.peers)):
+            if self.bounds[place] >= end:
+                break
+            if self.head_of(place) and self.owner_of_head(place) == own:
+                found.append(place)
+        return found
+
+    @cached_property
     def straddles(self) -> bool:
         """True where a group lies in several parts."""
         return any(self.head_of(place) for place in range(len(self.peers)))

@@ -252,6 +252,109 @@ def test_training_is_that_of_one_process_and_goes_on_from_its_state(ranks, how, 
         assert same([*found], wanted)
 
 
+class Transformer(nn.Module):
+    """A layer of attention and feed-forward, by heads of 8 features."""
+
+    def __init__(self, up, down):
+        super().__init__()
+        self.tokens = nn.Embedding(24, 32)
+        self.norms = nn.ModuleList([nn.LayerNorm(32) for _ in range(3)])
+        self.q, self.k, self.v, self.o = up(32, 32), up(32, 32), up(32, 32), down(32, 32)
+        self.up, self.down = up(32, 48), down(48, 32)
+        self.head = nn.Linear(32, 24)
+
+    def forward(self, x):
+        x = self.tokens(x)
+        y = self.norms[0](x)
+        q, k, v = (m(y).unflatten(-1, (-1, 8)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        y = torch.softmax(q @ k.mT / 8**0.5, -1) @ v
+        x = x + self.o(y.transpose(1, 2).flatten(2))
+        x = x + self.down(functional.gelu(self.up(self.norms[1](x))))
+        return self.head(self.norms[2](x)).clone()
+
+
+def learn(wrap, how, group=None):
+    """Train for 30 steps; return the losses, and three times weights and masks."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    torch.manual_seed(0)
+    tensor = wrap == "tensor"
+    model = Transformer(*((nn.Linear, nn.Linear) if tensor else (halves(0), halves(1))))
+    with torch.no_grad():
+        for weight in (model.q.weight, model.o.weight, model.down.weight):
+            weight[4:, 10:31] = 0 if how[1] == "const" else weight[4:, 10:31]
+    mesh = None if group is None else DeviceMesh.from_group(group, "cpu")
+    if tensor:
+        plan = {name: ColwiseParallel() for name in ("q", "k", "v", "up")}
+        plan |= {name: RowwiseParallel() for name in ("o", "down")}
+        parallelize_module(model, mesh, plan)
+    elif wrap == "fsdp":
+        fully_shard(model, mesh=mesh)
+    pattern, algorithm = PATTERNS[how[0]], how[1]
+    some = {"pattern": pattern, "ignored_scopes": ["tokens", "head"]}
+    if algorithm == "const":
+        chosen = ts.ConstSparsityConfig(**some)
+    elif algorithm in ("set", "rigl"):
+        kind = {"set": ts.SETConfig, "rigl": ts.RigLConfig}[algorithm]
+        chosen = kind(level=0.6, t_end=28, delta_t=4, **some)
+    else:
+        schedule = ts.PolynomialSchedule(
+            initial_level=0.1, target_level=0.5, target_epoch=4, update_per_optimizer_step=True,
+            steps_per_epoch=6,
+        )  # fmt: skip
+        chosen = ts.MagnitudeSparsityConfig(
+            schedule=schedule, weight_importance=algorithm, pool="global", **some
+        )
+    controller = ts.create_controller(model, chosen, dispatch="dense", process_group=group)
+    trained = model
+    if wrap == "ddp":
+        trained = nn.parallel.DistributedDataParallel(model, process_group=group)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
+    losses, found = [], []
+    for step in range(30):
+        if step % 6 == 0:
+            controller.scheduler.epoch_step()
+        controller.scheduler.step()
+        optimizer.zero_grad()
+        numbers = torch.Generator().manual_seed(step)
+        x = torch.randint(0, 24, (4, 6), generator=numbers)
+        loss = functional.cross_entropy(trained(x).flatten(0, 1), (x + 1).flatten() % 24)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 10 == 9:
+            infos = controller.sparsified_module_info
+            found += [(full(i.weight), full(i.operand.binary_mask)) for i in infos]
+    return losses, [t for pair in found for t in pair]
+
+
+def learn_parts(group, wrap, how):
+    return learn(wrap, how, group)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *(("tall", "normed_abs"), ("nm", "abs"), ("blocks", "const")),
+        *(("unstructured", "set"), ("tall", "rigl")),
+    ],
+    ids="-".join,
+)
+def test_a_transformer_learns_the_same_under_every_wrapper(ranks, how):
+    wanted = learn(None, how)
+    assert not all(mask.all() for mask in wanted[1][1::2])
+    assert wanted[0][-1] < wanted[0][0] / 2
+    for wrap in ("ddp", "fsdp", "tensor"):
+        for found in ranks.run(2, learn_parts, wrap, how):
+            assert same([*found], [*wanted]), wrap
+
+
 def calibrate(model, controller):
     for seed in (1, 2):
         with controller.calibration():

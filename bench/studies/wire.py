@@ -1,0 +1,175 @@
+"""What an update of masks sends over the wire, by a formula, for ``docs/scaling.md``.
+
+``python -m triton_sparsity.bench.studies.wire`` prints the table for Llama's shapes on many ranks.
+A step sends nothing. The formula is held to what gloo is given (``tests/bench/studies``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from ...controller.masks.shards import Shard
+from ...kernels.grid import ceil_div
+from ...kernels.pattern import Block, Pattern, Unstructured, grid_shape
+from ...kernels.select import BINS_SHARED
+from ..measure.tables import markdown
+
+HEADER = 4  # counts before the bins of a histogram
+NUMBER = 8  # bytes of what is added up
+FLAGS = 2 * NUMBER  # whether a rank has raised, before and after
+REDUCTIONS = 5  # of histograms, where one is sampled first
+SEARCH = 3 * 16 * NUMBER  # for a pool's threshold, two bits of 32 at a time
+BFLOAT16 = 2
+MB = 1e6
+
+# layers, hidden features, those of the feed-forward, those of keys and values
+LLAMA = {
+    "8B": (32, 4096, 14336, 1024),
+    "70B": (80, 8192, 28672, 1024),
+    "400B": (126, 16384, 53248, 1024),
+}
+RANKS = (8, 64, 1024)
+TENSOR = 8  # ranks of tensor parallelism, inside a node
+
+
+class Parted(NamedTuple):
+    """A weight and the first row of each part of it, and behind them how many rows there are."""
+
+    shape: tuple[int, int]
+    bounds: tuple[int, ...]
+
+
+def bounds(rows: int, *shares: int) -> tuple[int, ...]:
+    """Return first rows as torch parts them: by each number of ranks in turn, rounded up."""
+    lengths = [rows]
+    for n in shares:
+        lengths = [
+            min(max(length - i * ceil_div(length, n), 0), ceil_div(length, n))
+            for length in lengths
+            for i in range(n)
+        ]
+    return tuple(accumulate(lengths, initial=0))
+
+
+def numbers_sent(
+    shapes: Sequence[tuple[int, int]],
+    pattern: Pattern,
+    *,
+    moves: bool = False,
+    each: bool = False,
+    normed: bool = False,
+    tied: int | None = None,
+    histograms: int = REDUCTIONS * (HEADER + BINS_SHARED) * NUMBER,
+) -> int:
+    """Return how many bytes of numbers a rank gives to reductions at an update, at most.
+
+    Args:
+        shapes: of all weights, which have one pattern.
+        pattern: of the groups.
+        moves: SET or RigL, which choose twice: what goes and what comes.
+        each: each weight is a pool by itself (``pool="weight"``).
+        normed: by ``"normed_abs"``.
+        tied: of how many weights some ties are kept and others are not; None: as many as can be.
+        histograms: what those of a common pool take.
+    """
+    count = len(shapes)
+    alone = moves or each
+    most = count if alone else 1
+    groups = [rows * cols for rows, cols in (grid_shape(pattern, shape) for shape in shapes)]
+    position = 3 * NUMBER * ceil_div(max(groups).bit_length(), 2)
+    # of each pool: its threshold, what lies up to it and is not finite, its size
+    threshold = count * (SEARCH + 3 * NUMBER) if alone else 2 * NUMBER + histograms
+    ties = count * NUMBER + (most if tied is None else tied) * position
+    choice = threshold + ties + (count * NUMBER if moves else 0)
+    norms, kept = 2 * count * NUMBER * normed, 2 * count * NUMBER
+    return FLAGS + norms + (2 if moves else 1) * choice + kept
+
+
+def rows_sent(
+    weights: Sequence[Parted], pattern: Pattern, itemsize: int, *, of: int = 1
+) -> list[int]:
+    """Return how many bytes each place of a column of ranks sends to others at an update: rows of
+    blocks that begin elsewhere, and masks of its own blocks that end elsewhere.
+
+    Args:
+        weights: of one pattern.
+        pattern: of the groups.
+        itemsize: bytes of an element.
+        of: how many matrices: weights, and under RigL gradients.
+    """
+    places = len(weights[0].bounds) - 1
+    sent = [0] * places
+    for ((rows, cols), ends), times in Counter(weights).items():
+        shard = Shard((rows, cols), ends, (0, cols), 0, 0, ((0,) * places,), True, 1, pattern)
+        for place in range(places if isinstance(pattern, Block) else 0):
+            if head := shard.head_of(place):
+                sent[place] += times * of * head * cols * itemsize
+                sent[shard.owner_of_head(place)] += times * shard.grid[1]
+    return sent
+
+
+def llama(name: str) -> list[tuple[tuple[int, int], bool]]:
+    """Return the shape of each linear weight, and whether tensor parallelism parts its columns."""
+    layers, hidden, wide, keys = LLAMA[name]
+    layer = [
+        *(((hidden, hidden), False), ((keys, hidden), False), ((keys, hidden), False)),
+        *(((hidden, hidden), True), ((wide, hidden), False), ((wide, hidden), False)),
+        ((hidden, wide), True),
+    ]
+    return layers * layer
+
+
+def table() -> str:
+    """Return the table, as Markdown: blocks of 32 x 32 of bfloat16 weights, in MB."""
+    pattern, lines = Block(32, 32), []
+    for name in LLAMA:
+        weights = llama(name)
+        shapes = [shape for shape, _ in weights]
+        kept = numbers_sent(shapes, pattern, normed=True)
+        each = numbers_sent(shapes, pattern, normed=True, each=True)
+        moved = max(numbers_sent(shapes, p, moves=True) for p in (pattern, Unstructured()))
+        for ranks in RANKS:
+            own = sum(rows * cols for rows, cols in shapes) * BFLOAT16 / ranks
+            alone = [Parted(shape, bounds(shape[0], ranks)) for shape in shapes]
+            data = ranks // TENSOR
+            beside = [
+                Parted((rows, cols // TENSOR), bounds(rows, data))
+                if by_columns
+                else Parted((rows, cols), bounds(rows, TENSOR, data))
+                for (rows, cols), by_columns in weights
+            ]
+            rows = max(rows_sent(alone, pattern, BFLOAT16))
+            # of those by columns a rank has a place on fewer ranks
+            mixed = [
+                max(rows_sent(found, pattern, BFLOAT16))
+                for found in (
+                    [w for w in beside if len(w.bounds) == data + 1],
+                    [w for w in beside if len(w.bounds) == ranks + 1],
+                )
+                if found
+            ]
+            sizes = (kept, each, moved, rows, sum(mixed), own)
+            lines.append(
+                [name, f"{len(shapes)}", f"{ranks:,}", *(f"{n / MB:,.1f}" for n in sizes)]
+            )
+    return markdown(
+        [
+            "model:",
+            "M",
+            "ranks",
+            "numbers",
+            "one pool each",
+            "of SET, RigL",
+            "rows",
+            "rows, TP 8",
+            "its weights",
+        ],
+        lines,
+    )
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,114 @@
+"""The formula of what an update sends is what gloo is given."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import triton_sparsity as ts
+from triton_sparsity.bench.studies import wire
+
+BINS = (3 + 4096) * 8  # of few elements on a CPU
+CONFIGS = {
+    "magnitude": {"weight_importance": "normed_abs", "pool": "global"},
+    "weight": {"weight_importance": "abs", "pool": "weight"},
+    "set": {},
+    "rigl": {},
+}
+BLOCK = ts.Block(16, 2)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 35), nn.Linear(35, 16), nn.Linear(16, 56))
+
+
+def update(group, name):
+    """Return what this rank gives to collectives in an update, by collective."""
+    from torch import distributed
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(net(), mesh=DeviceMesh.from_group(group, "cpu"))
+    moves = {"set": ts.SETConfig, "rigl": ts.RigLConfig}.get(name)
+    config = (
+        moves(level=0.6, t_end=20, delta_t=2, pattern=BLOCK)
+        if moves
+        else ts.MagnitudeSparsityConfig(
+            schedule=ts.PolynomialSchedule(initial_level=0.1, target_level=0.5),
+            pattern=BLOCK,
+            **CONFIGS[name],
+        )
+    )
+    controller = ts.create_controller(model, config, process_group=group)
+    optimizer = torch.optim.AdamW(model.parameters())
+    found = {"all_reduce": [], "all_to_all_single": []}
+    plain = {key: getattr(distributed, key) for key in found}
+
+    def counting(key, at):
+        def call(*args, **kwargs):
+            found[key].append(args[at].nbytes)
+            return plain[key](*args, **kwargs)
+
+        return call
+
+    for _ in range(2):
+        controller.scheduler.step()
+        model(torch.randn(4, 16)).square().sum().backward()
+        optimizer.step()
+    distributed.all_reduce = counting("all_reduce", 0)
+    distributed.all_to_all_single = counting("all_to_all_single", 1)
+    try:
+        controller.scheduler.step() if moves else controller.set_sparsity_level(0.5)
+    finally:
+        distributed.all_reduce = plain["all_reduce"]
+        distributed.all_to_all_single = plain["all_to_all_single"]
+    return found
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch lacks gloo")
+@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_formula_is_what_gloo_is_given(ranks, name, size):
+    shapes = [tuple(layer.weight.shape) for layer in net()]
+    weights = [wire.Parted(shape, wire.bounds(shape[0], size)) for shape in shapes]
+    rows = wire.rows_sent(weights, BLOCK, 4, of=2 if name == "rigl" else 1)
+    for place, sent in enumerate(ranks.run(size, update, name)):
+        reduced = [n for n in sent["all_reduce"] if n != BINS]
+        histograms = len(sent["all_reduce"]) - len(reduced)
+        assert histograms <= wire.REDUCTIONS
+        assert bool(histograms) == (name == "magnitude")
+        numbers = wire.numbers_sent(
+            shapes,
+            BLOCK,
+            moves=name in ("set", "rigl"),
+            each=name == "weight",
+            normed=name == "magnitude",
+            tied=0,
+            histograms=0,
+        )
+        # RigL asks whether some rank has gradients, and whether they overflowed
+        assert sum(reduced) == numbers + (2 * wire.NUMBER if name == "rigl" else 0)
+        assert sum(sent["all_to_all_single"]) == rows[place]
+    assert any(rows)
+
+
+def test_parts_are_as_torch_makes_them():
+    assert wire.bounds(35, 4) == (0, 9, 18, 27, 35)
+    assert wire.bounds(5, 4) == (0, 2, 4, 5, 5)
+    assert wire.bounds(12, 2, 3) == (0, 2, 4, 6, 8, 10, 12)
+
+
+def test_an_update_sends_less_than_10_megabytes_of_numbers_however_many_ranks_there_are():
+    for name in wire.LLAMA:
+        shapes = [shape for shape, _ in wire.llama(name)]
+        for pattern in (ts.Unstructured(), ts.Block(32, 32)):
+            assert wire.numbers_sent(shapes, pattern, normed=True) < 10e6
+            assert wire.numbers_sent(shapes, pattern, moves=True) < 10e6
+            assert wire.numbers_sent(shapes, pattern, each=True) < 10e6
+
+
+def test_the_page_has_the_table():
+    page = Path(wire.__file__).parents[2] / "docs" / "scaling.md"
+    assert wire.table() in page.read_text()
