@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .bits import chunk_of, chunks
 from .prune_rows import Part, row_counts
 from .select import Reduce, Threshold
 
@@ -70,9 +71,10 @@ def select_spread(
     def below(bounds: Tensor) -> Tensor:
         found = torch.zeros_like(bounds)
         for i, (tensor, factor) in enumerate(zip(tensors, factors, strict=True)):
-            if counted[i] and tensor.numel():
-                keys, own = keys_of(tensor, factor), bounds[i].clamp(max=_MOST).int()
-                found[i] = torch.stack([(keys < b).count_nonzero() for b in own])
+            own = bounds[i].clamp(max=_MOST).int()
+            for at in chunks(tensor.shape, chunk_of(device)) if counted[i] else ():
+                keys = keys_of(tensor[at], factor)
+                found[i] += torch.stack([(keys < b).count_nonzero() for b in own])
         return found
 
     value = kth_key(below, k, _BITS, reduce)

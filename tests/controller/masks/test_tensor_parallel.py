@@ -171,13 +171,16 @@ HOWS = [
 ]
 
 
-@pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("how", HOWS, ids="-".join)
-def test_columns_and_rows_are_pruned_as_one_process_prunes(ranks, how, ties):
-    dtype = torch.bfloat16 if ties else torch.float32
-    wanted = prune(ts.create_controller(net(dtype, ties), config(*how)))
-    for size in (4,) if ties else (2,):
-        check(ranks.run(size, prune_parts, how, dtype, ties, size == 4, "tensor"), wanted)
+def test_columns_and_rows_are_pruned_as_one_process_prunes(ranks, how):
+    wanted = prune(ts.create_controller(net(torch.bfloat16, True), config(*how)))
+    check(ranks.run(4, prune_parts, how, torch.bfloat16, True, True, "tensor"), wanted)
+
+
+@pytest.mark.parametrize("how", HOWS[1::3], ids="-".join)
+def test_a_model_may_be_parted_when_it_is_pruned_already(ranks, how):
+    wanted = prune(ts.create_controller(net(), config(*how)))
+    check(ranks.run(2, prune_parts, how, torch.float32, False, False, "tensor"), wanted)
 
 
 @pytest.mark.parametrize("how", [HOWS[2], HOWS[5], HOWS[-2], HOWS[-1]], ids="-".join)
@@ -226,12 +229,16 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-TRAINED = [(p, i) for i in ("abs", "normed_abs", "set", "rigl") for p in ("unstructured", "tall")]
-TRAINED += [("tall", i) for i in ("snip_momentum", "taylor")] + [("unstructured", "fisher")]
+TRAINED = [
+    *(("tall", i) for i in ("normed_abs", "rigl", "snip_momentum", "taylor")),
+    *(("unstructured", i) for i in ("set", "fisher")),
+]
 
 
-@pytest.mark.parametrize("kind", ["tensor", "fsdp"])
-@pytest.mark.parametrize("how", TRAINED, ids="-".join)
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [*((how, "tensor") for how in TRAINED), *((how, "fsdp") for how in TRAINED[::2])],
+)
 def test_training_is_that_of_one_process_and_goes_on_from_its_state(ranks, how, kind):
     model = net(as_two=True)
     controller = ts.create_controller(model, config(*how), dispatch="dense")
