@@ -44,6 +44,10 @@ def test_an_example_runs(name, tmp_path):
         assert any(line.startswith("73728 weights are exactly zero") for line in again)
         whole = torch.load(tmp_path / "model.pt").values()
         assert sum(int((tensor == 0).sum()) for tensor in whole) == 73728
+    if name == "tensor_parallel.py":  # on two ranks of tensors by two of data
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+        for found in (lines, run(name, tmp_path, *launcher)):
+            assert found[-1].startswith("52224 weights are exactly zero")
     if name == "accelerate_loop.py":  # it has left a checkpoint, from which it goes on
         again = run(name, tmp_path)
         assert again[0] == "resumed in epoch 1 after 8 micro-batches"
