@@ -46,6 +46,7 @@ CRITERIA = {
     "gradual": ("normed_abs", "wanda", "snip", "taylor", "fisher"),
     "RigL": ("abs",),
 }
+NAMES = (*dict.fromkeys(name for names in CRITERIA.values() for name in names),)
 TASKS: dict[str, dict[str, Any]] = {
     "minilm": {"epochs": 10, "steps_per_epoch": 10, "eval_batches": 4},
     "stdlib-lm": {"epochs": 12, "steps_per_epoch": 25},
@@ -64,7 +65,10 @@ class Cell:
 
 
 def cells(
-    seeds: Sequence[int], levels: Sequence[float], patterns: Sequence[str]
+    seeds: Sequence[int],
+    levels: Sequence[float],
+    patterns: Sequence[str],
+    criteria: Sequence[str] = NAMES,
 ) -> Iterator[Cell]:
     """Yield what is to be run. Of N:M there is one level, the pattern's own, and no RigL.
 
@@ -83,7 +87,8 @@ def cells(
                     if is_nm and method == "RigL":
                         continue
                     for importance in importances:
-                        if importance != "taylor" or pattern.startswith("block:"):
+                        is_new = importance != "taylor" or pattern.startswith("block:")
+                        if importance in criteria and is_new:
                             yield Cell(seed, at, pattern, method, importance)
 
 
@@ -217,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     parser.add_argument("--levels", default=",".join(map(str, LEVELS)))
     parser.add_argument("--patterns", default=",".join(PATTERNS))
+    parser.add_argument("--criteria", default=",".join(NAMES))
     parser.add_argument("--minutes", type=float, help="begin no run after that; default: no limit")
     parser.add_argument("--output", type=Path, help="record; default: in bench/results")
     parser.add_argument("--work", type=Path, default=Path("runs", "accuracy"))
@@ -229,6 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     base = Options(task=asked.task, threads=1, save_every=10**6, **budget)
     path = asked.output or results_folder(find_device(base.device)) / f"accuracy-{base.task}.json"
     patterns, levels = asked.patterns.split(","), [*map(float, asked.levels.split(","))]
+    criteria = asked.criteria.split(",")
+    if unknown := set(criteria).difference(NAMES):
+        parser.error(f"--criteria must be of {', '.join(NAMES)}, got {', '.join(unknown)}")
     try:
         for pattern in patterns:
             parse_pattern(pattern)
@@ -239,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     there = {Cell(**{f: one[f] for f in Cell.__dataclass_fields__}) for one in record["runs"]}
     console, began = Console(highlight=False), time.monotonic()
-    for cell in cells(range(asked.seeds), levels, patterns):
+    for cell in cells(range(asked.seeds), levels, patterns, criteria):
         if cell in there:
             continue
         if asked.minutes is not None and time.monotonic() - began > 60 * asked.minutes:

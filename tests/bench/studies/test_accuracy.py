@@ -74,6 +74,15 @@ def test_a_study_goes_on_from_its_record(finetune, tmp_path):
     assert caught.value.code == 2
 
 
+def test_some_criteria_can_be_studied_before_others(finetune, tmp_path, capsys):
+    record = study(tmp_path, "--criteria=obs,fisher")
+    subjects = {(one["method"], one["importance"]) for one in record["runs"]}
+    assert subjects == {("dense", "normed_abs"), ("one-shot", "obs"), ("gradual", "fisher")}
+    with pytest.raises(SystemExit):
+        study(tmp_path, "--criteria=obs,hessian")
+    assert "--criteria must be of normed_abs, wanda, snip" in capsys.readouterr().err
+
+
 def test_the_tables_have_means_errors_and_the_best_in_bold(finetune, tmp_path):
     record = study(tmp_path)
     text = accuracy.tables(record)
