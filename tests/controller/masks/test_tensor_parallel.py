@@ -441,6 +441,35 @@ def test_odd_shapes_are_pruned_as_one_process_prunes(ranks, dims):
             assert same(loaded, masks)
 
 
+def uneven(group, kind):
+    """Prune 35 rows, 35 columns and 9 rows, on two ranks by two that copy or part them."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 35), nn.Linear(35, 16), nn.Linear(16, 9))
+    if kind:
+        mesh = mesh_of(group, "fsdp")
+        plan = {"0": ColwiseParallel(), "1": RowwiseParallel(), "2": ColwiseParallel()}
+        parallelize_module(model, mesh["tensor"], plan)
+    if kind == "parts":
+        fully_shard(model, mesh=mesh["data"])
+    schedule = ts.PolynomialSchedule(initial_level=0.0, target_level=0.5)
+    chosen = ts.MagnitudeSparsityConfig(
+        pattern=ts.Block(8, 1), schedule=schedule, weight_importance="abs", pool="global"
+    )
+    return prune(ts.create_controller(model, chosen, process_group=group))
+
+
+@pytest.mark.parametrize("kind", ["copies", "parts"])
+def test_uneven_parts_on_a_mesh_that_is_a_part_of_another(ranks, kind):
+    check(ranks.run(4, uneven, kind), uneven(None, None))
+
+
 def flip(group):
     model = wrapped(net(), group, "fsdp")
     controller = ts.create_controller(model, config("unstructured"), process_group=group)
