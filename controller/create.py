@@ -15,11 +15,11 @@ from .algorithms.composite import CompositeController
 from .algorithms.table import algorithm_of
 from .config.algorithm import AlgorithmConfig
 from .masks.guard import guards_of
-from .masks.learned import read_plain
+from .masks.learned import check_shards, read_plain
 from .masks.linear import restore_class
 from .masks.names import canonical, match
 from .masks.ranks import Ranks, known_group
-from .masks.shards import is_sharded
+from .masks.shards import forget_gone, is_sharded
 from .masks.state import names_in
 from .masks.targets import weights_of
 from .masks.weight import SparseModuleInfo, Target, restore_
@@ -118,6 +118,7 @@ def create_controller(
                 guard.release()
             restore_class(module)
             read_plain(module)
+        forget_gone(model)
         raise
     return whole
 
@@ -136,13 +137,8 @@ def _check_covered(
 ) -> None:
     """Refuse what wrappers and shards do not go with."""
     for config, found in zip(configs, targets, strict=True):
-        sharded = [target.name for target in found if is_sharded(target.weight)]
-        what = algorithm_of(config).name
-        if sharded and algorithm_of(config).controller.learns:
-            raise ValueError(
-                f"create_controller: {sharded[0]!r} must not be sharded for {what}, got a "
-                "DTensor; magnitude, const, SET and RigL take sharded weights"
-            )
+        if algorithm_of(config).controller.learns:
+            check_shards(model, [target for target in found if is_sharded(target.weight)])
     if isinstance(model, nn.parallel.DistributedDataParallel):
         for found in map(algorithm_of, configs):
             if found.controller.learns:

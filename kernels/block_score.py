@@ -66,9 +66,7 @@ def row_norms(matrix: Tensor, pieces: int | None = None) -> Tensor:
         pieces: of a row, all as long; None: ``pieces_of`` it.
     """
     matrix = matrix.T if matrix.stride(0) < matrix.stride(1) else matrix
-    pieces = pieces_of(matrix.shape[1]) if pieces is None else pieces
-    if pieces != 1:
-        matrix = matrix.reshape(len(matrix) * pieces, matrix.shape[1] // max(pieces, 1))
+    matrix = _in_pieces(matrix, pieces)
     norms = _row_norms(matrix, torch.promote_types(matrix.dtype, torch.float32)).double()
     far = ~((norms > NORM["LEAST"] ** 0.5) & (norms < NORM["MOST"] ** 0.5))
     if far.any():
@@ -78,10 +76,25 @@ def row_norms(matrix: Tensor, pieces: int | None = None) -> Tensor:
     return norms
 
 
-def _row_norms(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+def row_sums(matrix: Tensor, pieces: int | None = None) -> Tensor:
+    """Return the sum of magnitudes of each piece of each row, as ``row_norms`` its norm; added up
+    in float64.
+    """
+    matrix = matrix.T if matrix.stride(0) < matrix.stride(1) else matrix
+    return _row_norms(_in_pieces(matrix, pieces), torch.float64, 1)
+
+
+def _in_pieces(matrix: Tensor, pieces: int | None) -> Tensor:
+    pieces = pieces_of(matrix.shape[1]) if pieces is None else pieces
+    if pieces == 1:
+        return matrix
+    return matrix.reshape(len(matrix) * pieces, matrix.shape[1] // max(pieces, 1))
+
+
+def _row_norms(matrix: Tensor, dtype: torch.dtype, order: int = 2) -> Tensor:
     if len(matrix) == 1:  # a single sum would be parted among threads
-        return torch.linalg.vector_norm(matrix.expand(2, -1), dim=1, dtype=dtype)[:1]
-    return torch.linalg.vector_norm(matrix, dim=1, dtype=dtype)
+        return torch.linalg.vector_norm(matrix.expand(2, -1), order, dim=1, dtype=dtype)[:1]
+    return torch.linalg.vector_norm(matrix, order, dim=1, dtype=dtype)
 
 
 def inverse_norms(

@@ -132,7 +132,7 @@ def draw(logits: Tensor, random: Tensor, stream: int, out: Tensor | None = None)
     else:
         torch.autograd.graph.increment_version(out)
     numbers = random.tolist()
-    s, slopes = _flat(logits.detach().contiguous()), _flat(out)
+    s, slopes = _read(logits.contiguous()), _flat(out)
     words_out = slopes.view(np.int32)
 
     def work(run: int, part: slice, u: np.ndarray, v: np.ndarray, other: np.ndarray) -> None:
@@ -160,7 +160,7 @@ def draw(logits: Tensor, random: Tensor, stream: int, out: Tensor | None = None)
 def select_drawn(weight: Tensor, signed: Tensor) -> Tensor:
     """Return a weight, whose elements are the groups, masked by what ``draw`` returned."""
     out = torch.empty_like(weight)
-    w, slopes, masked = (_flat(t).view(np.int32) for t in (weight, signed, out))
+    w, slopes, masked = (a.view(np.int32) for a in (_read(weight), _flat(signed), _flat(out)))
 
     def work(_: int, part: slice, buffer: np.ndarray) -> None:
         words = buffer.view(np.int32)
@@ -174,9 +174,8 @@ def select_drawn(weight: Tensor, signed: Tensor) -> Tensor:
 def gradients(grad: Tensor, weight: Tensor, signed: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``select_drawn``'s weight and of the logits, given its result's."""
     grad_weight, grad_scores = torch.empty_like(grad), torch.empty_like(signed)
-    g, w, slopes, to_weight, scores = (
-        _flat(t) for t in (grad, weight, signed, grad_weight, grad_scores)
-    )
+    g, w = _read(grad), _read(weight)
+    slopes, to_weight, scores = (_flat(t) for t in (signed, grad_weight, grad_scores))
     g_words, slope_words, out_words = (a.view(np.int32) for a in (g, slopes, to_weight))
 
     def work(_: int, part: slice, buffer: np.ndarray) -> None:
@@ -198,6 +197,13 @@ def in_runs(*tensors: Tensor) -> bool:
 
 def _flat(t: Tensor) -> np.ndarray:
     return t.detach().view(-1).numpy()
+
+
+def _read(t: Tensor) -> np.ndarray:
+    """Return what may belong to others, to be read: ``numpy()`` forbids for ever that a storage is
+    resized, as FSDP2 does to let go of what it has gathered.
+    """
+    return np.from_dlpack(t.detach().view(-1))
 
 
 def _in_runs(work: Callable[..., None], length: int, buffers: int) -> None:

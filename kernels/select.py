@@ -883,7 +883,11 @@ def select_among(scores: Tensor, k: int, among: Among) -> Threshold:
 
 
 def kth_smallest(
-    tensors: Sequence[Tensor], k: int, backend: Backend, shares: Sequence[int] | None = None
+    tensors: Sequence[Tensor],
+    k: int,
+    backend: Backend,
+    shares: Sequence[int] | None = None,
+    reduce: Reduce | None = None,
 ) -> Tensor:
     """Return the k-th smallest of signed values.
 
@@ -892,18 +896,21 @@ def kth_smallest(
         k: from 1.
         backend: as ``select``'s.
         shares: how often each value of a tensor counts; None: once.
+        reduce: as ``select``'s.
     """
     shares = [1] * len(tensors) if shares is None else shares
     unit = math.gcd(*shares)
     times = [share // unit for share in shares]
     k = ceil_div(k, unit)
     size = sum(tensor.numel() * n for tensor, n in zip(tensors, times, strict=True))
+    if reduce is not None:
+        size = int(reduce(torch.tensor([size], device=tensors[0].device)))
 
     def counted(limits: dict[str, int]) -> list[Tensor]:
         clamped = [tensor.clamp(**limits).flatten() for tensor in tensors]
         return [t.expand(n, -1) for t, n in zip(clamped, times, strict=True)]
 
     # one of the two magnitudes is 0, or both are
-    above = select(counted({"min": 0}), k, backend=backend)
-    below = select(counted({"max": 0}), size - k + 1, backend=backend)
+    above = select(counted({"min": 0}), k, reduce=reduce, backend=backend)
+    below = select(counted({"max": 0}), size - k + 1, reduce=reduce, backend=backend)
     return above.value - below.value

@@ -367,7 +367,7 @@ class BaseSparsityAlgoController:
 
     def _check_ranks(self, what: str) -> None:
         """Raise on every rank where masks, or the scores that they are learned from, differ."""
-        own = [w.mask if w.scores is None else w.scores for w in self._weights]
+        own = [w.mask if w.scores is None else w.part() for w in self._weights]
         self._check_masks(what, self._weights, own)
 
     def _find_masks(self, weights: list[Any], level: float) -> Change:

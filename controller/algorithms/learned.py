@@ -23,7 +23,7 @@ from ..masks.guard import Guard
 from ..masks.learned import LearnedWeight, ScoredWeight, read_masked
 from ..masks.module import MaskedModule
 from ..masks.schema import Schema, tensor
-from ..masks.shards import is_sharded
+from ..masks.shards import is_sharded, reshard
 from .base import BaseSparsityAlgoController, Change
 from .loss import CompressionLoss
 from .scheduler import StubScheduler
@@ -93,6 +93,7 @@ class LearnedController(BaseSparsityAlgoController):
 
     def _take_frozen(self) -> None:
         self._loss.disabled = self.frozen
+        reshard(self._model)
         for weight in self._weights:
             weight.freeze(self.frozen)
         self._steps = 0  # an epoch that was frozen in part shows nothing
@@ -121,7 +122,8 @@ class LearnedController(BaseSparsityAlgoController):
 
     def begin_step(self) -> None:
         for weight in self._weights:
-            if is_sharded(weight.weight) and not weight.frozen:
+            scored = isinstance(weight, ScoredWeight)
+            if is_sharded(weight.weight) and not weight.frozen and not scored:
                 raise RuntimeError(
                     f"{self.name}: the weight of {weight.name!r} must not be sharded while its "
                     "mask is learned, got a DTensor; use magnitude, SET or RigL there, or "
@@ -161,7 +163,12 @@ class ScoredController(LearnedController):
         self._versions: list[int] = []
         self._samples: list[Tensor] = []
         self._idle = 0
-        return super()._guarded(model)
+        guards = super()._guarded(model)
+        reshard(model)
+        for weight in self._weights:
+            if weight.shard is not None:
+                weight.join(model)
+        return guards
 
     def parameters(self) -> list[nn.Parameter]:
         return [weight.scores for weight in self._weights]
@@ -176,7 +183,7 @@ class ScoredController(LearnedController):
     def _take_beside_scores(self, state: Mapping[str, Any]) -> None: ...
 
     def _own_state(self) -> dict[str, Any]:
-        scores = {w.name: w.scores.detach().to("cpu", copy=True) for w in self._weights}
+        scores = {w.name: w.full_scores() for w in self._weights}
         return self._state_beside_scores() | {self.scores_name: scores}
 
     def _own_schema(self) -> dict[str, Schema]:
@@ -186,7 +193,7 @@ class ScoredController(LearnedController):
     @torch.no_grad()
     def _take_own(self, state: Mapping[str, Any]) -> None:
         for weight in self._weights:
-            weight.scores.copy_(state[self.scores_name][weight.name])
+            weight.take_scores(state[self.scores_name][weight.name])
         self._take_beside_scores(state)
 
     def begin_step(self) -> None:
@@ -234,8 +241,11 @@ class ScoredController(LearnedController):
             self._versions, self._samples, self._idle = versions, self._sample(), 0
             return False
         self._idle += 1
+        if self._idle != PATIENCE:
+            return False
         # fused optimisers leave no trace in the versions
-        return self._idle == PATIENCE and all(map(torch.equal, self._samples, self._sample()))
+        changed = not all(map(torch.equal, self._samples, self._sample()))
+        return not self.ranks.any(changed, self._device)
 
     def _sample(self) -> list[Tensor]:
-        return [weight.scores.detach().flatten()[:SAMPLE].clone() for weight in self._weights]
+        return [weight.part().flatten()[:SAMPLE].clone() for weight in self._weights]

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.bits import pack
 from ...kernels.draw import draw, keeps_draws
 from ...kernels.learned_mask import kept_groups, sample_mask
+from ...kernels.masked_weight import apply_mask
 from ...kernels.pattern import Block
+from ..masks.exchange import full_grids, sums_of_parts
 from ..masks.learned import ScoredWeight
 from ..masks.schema import Schema, list_of, number
 from ..masks.weight import SparseWeight, Target
@@ -54,7 +57,7 @@ class LogitWeight(ScoredWeight):
     @property
     def scores_shape(self) -> tuple[int, int]:
         # as the weight is stored, so that both are read along their rows
-        down, across = self.grid
+        down, across = self.full_grid
         return (across, down) if self.transposed else (down, across)
 
     def _move(self, weight: Tensor) -> None:
@@ -66,21 +69,29 @@ class LogitWeight(ScoredWeight):
         pattern = self.pattern
         if self.transposed and isinstance(pattern, Block):
             pattern = Block(pattern.cols, pattern.rows)
-        stored = self.matrix(weight)
+        stored, scores = self.matrix(weight), self.trained_scores()
         masked = sample_mask(
             stored.T if self.transposed else stored,
-            self.trained_scores(),
+            scores,
             self.draws.random,
             pattern,
             stream=self.stream,
-            drawn=self._draw(),
+            drawn=self._draw(scores.detach()),
             backend=self.backend,
         )
         return masked.reshape(weight.shape)
 
-    def _draw(self) -> Tensor | None:
+    def evaluated(self, weight: Tensor) -> Tensor:
+        if self.shard is None:
+            return super().evaluated(weight)
+        kept = self.trained_scores().detach() > 0
+        matrix = self.target.matrix(weight)
+        mask = pack(kept) if self.packed else kept
+        return apply_mask(matrix, mask, self.pattern, backend=self.backend).reshape(weight.shape)
+
+    def _draw(self, scores: Tensor) -> Tensor | None:
         """Return this step's draw where it is kept, drawn by the step's first forward pass."""
-        if torch.compiler.is_compiling() or not keeps_draws(self.scores):
+        if torch.compiler.is_compiling() or not keeps_draws(scores):
             return None
         number, key = self.draws.random.tolist(), self.mask_state()
         if self._drawn_at != (number, key):
@@ -88,9 +99,8 @@ class LogitWeight(ScoredWeight):
             new_step = self._drawn_at is not None and self._drawn_at[0] != number
             # a tensor made in inference mode could not be saved for a backward pass later
             with torch.inference_mode(False):
-                self._drawn = draw(
-                    self.scores, self.draws.random, self.stream, self._drawn if new_step else None
-                )
+                out = self._drawn if new_step else None
+                self._drawn = draw(scores, self.draws.random, self.stream, out)
             self._drawn_at = number, key
         return self._drawn
 
@@ -107,9 +117,18 @@ class LogitWeight(ScoredWeight):
             return
         key = self.mask_state()
         if self._read_at != key:
-            kept = self.scores.detach() > 0
-            self.set_grid((kept.T if self.transposed else kept).contiguous())
+            self.follow()  # the weight may be a shard by now
+            kept = self.part() > 0
+            if self.shard is None:
+                self.set_grid((kept.T if self.transposed else kept).contiguous())
+            else:
+                self._take_full(*full_grids([self], [kept]))
             self._read_at = key
+
+    def _become_sharded(self, weight: Any) -> None:
+        self._read_at = self.mask_state()  # logits are shards already, and the mask whole
+        super()._become_sharded(weight)
+        self._read_at = None
 
     def _assign(self, grid: Tensor) -> None:
         """Turn the signs of logits too, where they say otherwise."""
@@ -185,7 +204,8 @@ class SparseLoss(LearnedLoss):
                 f"loss: the mask of {frozen[0]!r} is frozen, so that no loss can move it; freeze "
                 "all masks by controller.freeze(), or none"
             )
-        kept = kept_groups([weight.trained_scores() for weight in self._weights])
+        kept = kept_groups([weight.trained_part() for weight in self._weights])
+        kept = kept + (sums_of_parts(self._weights, kept.detach()) - kept.detach())
         sizes = [weight.groups for weight in self._weights]
         if self.local:
             rates = kept / torch.tensor(sizes, device=kept.device)

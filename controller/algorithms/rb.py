@@ -20,6 +20,7 @@ from ..api import CompressionStage
 from ..config.algorithm import ScheduledConfig, ScheduleField, default_schedule
 from ..config.declaration import NotNegative, Whole
 from ..config.schedule import ExponentialSchedule
+from ..masks.exchange import sums_of_parts
 from ..masks.schema import Schema, integer
 from ..masks.statistics import SparsifiedModelStatistics, SparsityStatistics
 from ..masks.weight import SparseWeight, Target
@@ -116,8 +117,9 @@ class RBSparsityController(ScoredController):
     def _statistics(
         self, model: SparsifiedModelStatistics, level: float | None
     ) -> SparsityStatistics:
-        kept = sum(weight.scores.sigmoid().sum(dtype=torch.float64) for weight in self._weights)
-        mean = 1 - float(kept) / sum(weight.groups for weight in self._weights)
+        kept = [weight.part().sigmoid().sum(dtype=torch.float64) for weight in self._weights]
+        share = sums_of_parts(self._weights, torch.stack(kept)).sum()
+        mean = 1 - float(share) / sum(weight.groups for weight in self._weights)
         return RBSparsityStatistics(model, level, mean)
 
     def _state_beside_scores(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed
@@ -39,6 +40,9 @@ def others_of(weights: Sequence[SparseWeight]) -> Others | None:
 
 def _place_of(weight: SparseWeight) -> tuple[Part, Part]:
     pattern, shard = weight.pattern, weight.shard
+    if shard is not None and weight.scores is not None:
+        first: int = cast(Any, weight).group_rows[shard.place]
+        return Part(first, shard.grid[0]), Part(0, shard.grid[1])
     firsts = (0, 0) if shard is None else (shard.here[0].start, shard.here[1].start)
     sides = pattern.group if isinstance(pattern, NM) else (pattern.rows, pattern.cols)
     rows, cols = (
@@ -46,6 +50,17 @@ def _place_of(weight: SparseWeight) -> tuple[Part, Part]:
         for first, length, side in zip(firsts, weight.full_shape, sides, strict=True)
     )
     return rows, cols
+
+
+def sums_of_parts(weights: Sequence[SparseWeight], numbers: Tensor) -> Tensor:
+    """Return numbers of full weights, one each, from those of what is here: 8 bytes a weight, and
+    nothing where none is sharded.
+    """
+    if not any(weight.shard for weight in weights):
+        return numbers
+    ranks = weights[0].ranks
+    counted = [ranks.rank == 0 if w.shard is None else w.shard.counted for w in weights]
+    return ranks.sum(numbers * numbers.new_tensor(counted))
 
 
 def whole_groups(
@@ -112,6 +127,15 @@ def pieces_here(weight: SparseWeight) -> int | None:
     return found
 
 
+def sums_of_each(weights: Sequence[SparseWeight], vectors: Sequence[Tensor]) -> Tensor:
+    """Return ``exact_sums`` of full weights from vectors of what is here of them."""
+    others, ranks = others_of(weights), weights[0].ranks
+    if others is None:
+        return exact_sums(vectors)
+    own = [v if counts else v[:0] for v, counts in zip(vectors, others.counted, strict=True)]
+    return exact_sums(own, ranks.most, ranks.sum)
+
+
 def sums_of_all(weight: SparseWeight, rows: Sequence[Tensor]) -> Tensor:
     """Return the sums of vectors that have a number for each piece of a weight's lines; float64,
     the same on any number of ranks. Of a sharded weight they are of what is here.
@@ -126,6 +150,15 @@ def local_masks(weights: Sequence[SparseWeight], masks: Sequence[Tensor]) -> lis
     """Return compact masks of what is here from those of the groups that belong here."""
     if not any(weight.shard for weight in weights) or weights[0].packed:
         return list(masks)
+    if weights[0].scores is not None:  # they are sharded by their own number of rows
+        moved = [(w, mask) for w, mask in zip(weights, masks, strict=True) if w.shard]
+        grids = dict(
+            zip((w for w, _ in moved), full_grids(*zip(*moved, strict=True)), strict=True)
+        )
+        return [
+            mask if w.shard is None else w.local_grid(grids[w])
+            for w, mask in zip(weights, masks, strict=True)
+        ]
     last = [mask[-1:] for mask in masks]
 
     def rows_of(shard: Shard, source: int, to: int) -> int:
@@ -326,7 +359,32 @@ def full_grid(weight: SparseWeight) -> Tensor:
     widths = [cut.stop - cut.start for cut in across]
     packed = [slice(0, ceil_div(width, 8)) for width in widths]
     found = _gathered(weight, pack(own_groups(weight, grid)), rows, packed)
-    return _joined([[unpack(p, n) for p in below] for below, n in zip(found, widths, strict=True)])
+    parts = [[unpack(p, n) for p in below] for below, n in zip(found, widths, strict=True)]
+    return weight.whole_grid(_joined(parts))
+
+
+def full_grids(weights: Sequence[Any], grids: Sequence[Tensor]) -> list[Tensor]:
+    """Return bool grids of full ``ScoredWeight``s, which are sharded, from the rows of them that
+    have their scores here: one bit a group is gathered, of all weights in one exchange.
+    """
+    ranks, device, rows = weights[0].ranks, grids[0].device, [w.group_rows for w in weights]
+    wide = [ceil_div(grid.shape[1], 8) for grid in grids]
+    slots = [max(b - a for a, b in pairwise(own)) * n for own, n in zip(rows, wide, strict=True)]
+    ends = [0, *accumulate(slots)]
+    sent = torch.zeros(ends[-1], dtype=torch.uint8, device=device)
+    for start, grid in zip(ends, grids, strict=False):
+        sent[start : start + len(grid) * ceil_div(grid.shape[1], 8)] = pack(grid).view(-1)
+    every = [torch.empty_like(sent) for _ in range(ranks.size)] if ranks.size > 1 else [sent]
+    if ranks.size > 1:
+        distributed.all_gather(every, sent, ranks.group)
+    found = []
+    for weight, grid, own, start, n in zip(weights, grids, rows, ends, wide, strict=False):
+        parts = [
+            every[rank][start : start + (b - a) * n].view(b - a, n)
+            for rank, (a, b) in zip(weight.shard.peers, pairwise(own), strict=True)
+        ]
+        found.append(weight.whole_grid(unpack(torch.cat(parts), grid.shape[1])))
+    return found
 
 
 def _groups(shard: Shard) -> tuple[list[slice], list[slice]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
@@ -18,9 +18,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...kernels.grid import side_lengths
 from ...kernels.learned_mask import scale_gradient
+from ...kernels.pattern import Block, Pattern
 from .linear import restore_class, skip_blocks
-from .module import MaskedModule, become
+from .module import MaskedModule, become, unsharded_class
+from .shards import equal_parts, gathered, is_sharded, local_part, shard_beside
 from .weight import SparseWeight, Target, take_values
 
 _WEIGHTS = "_learned_weights"
@@ -60,9 +63,14 @@ class LearnedWeight(SparseWeight):
         return torch.where(self.binary_mask, weight, 0)
 
     def read(self) -> Tensor:
-        """Return what the module's attribute is: the masked weight, or once frozen the weight."""
-        weight = self.weight
-        if self.frozen:
+        """Return what the module's attribute is: the masked weight, or once frozen the weight. Of
+        a sharded module it is the masked weight while FSDP2 has it gathered, for a forward pass.
+        """
+        weight = (
+            self.weight if self.shard is None else self.module._parameters[self.parameter_name]
+        )
+        assert weight is not None
+        if self.frozen or is_sharded(weight):
             return weight
         if not self._is_here(weight):
             self.follow()
@@ -73,6 +81,18 @@ class LearnedWeight(SparseWeight):
             return super().masked(tensor)
         self.follow()
         return self.learned(tensor) if self.learning else self.evaluated(tensor)
+
+    def check_fits(self, weight: Tensor) -> None:
+        super().check_fits(weight)
+        # as parallelize_module registers it; fully_shard puts its shards in without a word
+        held = self.module._parameters.get(self.parameter_name)
+        if is_sharded(weight) and held is not None and not is_sharded(held):
+            placements = weight.placements  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError(
+                f"the weight of {self.name!r} must not be parted by tensor parallelism under a "
+                f"mask that is learned, got {placements}; strip the model before, or take "
+                "fully_shard"
+            )
 
     def freeze(self, frozen: bool) -> None:
         """Let the stored mask stay, and the weight be zero where it prunes; or go on."""
@@ -104,26 +124,46 @@ class LearnedWeight(SparseWeight):
 class ScoredWeight(LearnedWeight):
     """A weight whose mask follows from trained scores.
 
+    FSDP2 shards the scores as it does the weight, by rows, and gathers both for a forward pass:
+    the mask that is learned is made of gathered scores. What ranks tell one another beside is
+    which groups are kept, one bit each, where the mask of what is here is asked for.
+
     Args:
         target: which parameter, and the shape of its groups.
         multiplier: ``compression_lr_multiplier``, a factor of the scores' gradients; None: 1.
         options: as ``SparseWeight``'s.
     """
 
-    scores: nn.Parameter
     initial_score: ClassVar[float] = 0.0  # what all scores start from
 
     def __init__(self, target: Target, *, multiplier: float | None = None, **options: Any) -> None:
         super().__init__(target, **options)
         self.multiplier = multiplier
-        options = {"dtype": torch.float32, "device": self.weight.device}
-        scores = torch.full(self.scores_shape, self.initial_score, **options)
-        self.scores = nn.Parameter(scores)  # pyright: ignore[reportIncompatibleVariableOverride]
+        # of a shard they have memory once FSDP2 has parted them
+        device = self.weight.device if self.shard is None else "meta"
+        self._scores = nn.Parameter(self._new_scores(device))
         # fused optimisers rewrite a parameter without a trace in its version
         self.optimizer_steps = 0
         # since these were last set to False: whether the weight was read in training, whether a
         # backward pass has reached what was read, and whether one has reached the scores
         self.was_read = self.has_learned = self.has_gradient = False
+        self._watch_scores()
+
+    @property
+    def scores(self) -> nn.Parameter:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The trained scores, as the module has them now. Of sharded ones what it has gathered for
+        a while is not it.
+        """
+        found = self.module._parameters.get(_scores_name(self.parameter_name))
+        if found is not None and (is_sharded(found) or not is_sharded(self._scores)):
+            self._scores = found
+        return self._scores
+
+    def _new_scores(self, device: torch.device | str) -> Tensor:
+        size, start = self.scores_shape, self.initial_score
+        return torch.full(size, start, dtype=torch.float32, device=device)
+
+    def _watch_scores(self) -> None:
         # weakly: torch holds a tensor's hooks where the garbage collector cannot see the circle
         note = weakref.WeakMethod(self._note_gradient)
         self.scores.register_post_accumulate_grad_hook(lambda _: (note() or bool)())
@@ -141,7 +181,7 @@ class ScoredWeight(LearnedWeight):
 
     def read(self) -> Tensor:
         masked = super().read()
-        noted = self.learning and masked.requires_grad
+        noted = self.learning and masked.requires_grad and not is_sharded(masked)
         if noted and not torch.compiler.is_compiling():
             self.was_read = True
             masked.register_hook(self._note_learning)
@@ -149,7 +189,9 @@ class ScoredWeight(LearnedWeight):
 
     def _move(self, weight: Tensor) -> None:
         super()._move(weight)
-        scores: nn.Parameter | None = self.scores  # still None while the base class is made
+        scores: nn.Parameter | None = getattr(
+            self, "_scores", None
+        )  # the base class is made first
         if scores is None or scores.device == weight.device:
             return
         scores.data = scores.data.to(weight.device)
@@ -163,13 +205,121 @@ class ScoredWeight(LearnedWeight):
         super().freeze(frozen)
 
     def trained_scores(self) -> Tensor:
-        """Return the scores as the forward pass and the loss read them."""
-        if self.multiplier is None:
-            return self.scores
-        return scale_gradient(self.scores, self.multiplier)
+        """Return the scores as the forward pass reads them: gathered, where the weight is."""
+        found = self.module._parameters[_scores_name(self.parameter_name)]
+        assert found is not None
+        return self._trained(found)
+
+    def trained_part(self) -> Tensor:
+        """Return the scores that are here, as the loss reads them."""
+        scores: Any = self.scores
+        if not is_sharded(scores):
+            return self._trained(scores)
+        self.follow()
+        return self._trained(scores.to_local())
+
+    def _trained(self, scores: Tensor) -> Tensor:
+        scores = scores.float()  # of less bits where a mixed-precision policy gathers them
+        return scores if self.multiplier is None else scale_gradient(scores, self.multiplier)
+
+    def part(self) -> Tensor:
+        """Return the scores that are here, without a gradient."""
+        if is_sharded(self.scores):
+            self.follow()
+        return local_part(self.scores).detach()
+
+    def full_scores(self) -> Tensor:
+        """Return all scores, on the CPU: gathered, to be saved."""
+        scores: Any = self.scores.detach()
+        return (scores.full_tensor() if is_sharded(scores) else scores).to("cpu", copy=True)
+
+    def take_scores(self, scores: Tensor) -> None:
+        """Take over what ``full_scores`` returned, in place."""
+        here: Any = local_part(self.scores)
+        if self.shard is not None:
+            rows = equal_parts(len(scores), len(self.shard.peers))
+            scores = scores[slice(*rows[self.shard.place : self.shard.place + 2])]
+        here.copy_(scores)
+        torch.autograd.graph.increment_version(self.scores)
 
     def mask_state(self) -> tuple[Any, ...]:
-        return self.scores.data_ptr(), self.scores._version, self.optimizer_steps
+        scores = self.scores
+        # as every rank must be of one mind that they have changed: no address
+        place = 0 if is_sharded(scores) else scores.data_ptr()
+        return place, scores._version, self.optimizer_steps
+
+    # shards
+
+    def join(self, model: nn.Module) -> None:
+        """Let FSDP2, which has the weight already, shard and gather the scores with it."""
+        users = [(module, name, _scores_name(name)) for module, name in self.target.users]
+        shard_beside(model, users, nn.Parameter(self._new_scores(self.weight.device)))
+        self._watch_scores()
+
+    def _become_sharded(self, weight: Any) -> None:
+        scores: Any = self.scores
+        places = [(t.device_mesh, t.placements) for t in (weight, scores) if is_sharded(t)]
+        if len(places) < 2 or places[0] != places[1]:
+            raise ValueError(
+                f"the scores of {self.name!r} must be sharded as their weight is, got "
+                f"{scores.placements if is_sharded(scores) else type(scores).__name__} for "
+                f"{weight.placements}; let fully_shard have both"
+            )
+        _check_shard(self.target, weight)
+        super()._become_sharded(weight)
+        self._watch_scores()
+
+    @property
+    def group_rows(self) -> tuple[int, ...]:
+        """Of a sharded weight the first row of the full grid that each part has scores of, and
+        behind them the number of rows.
+        """
+        assert self.shard is not None
+        parts = len(self.shard.peers)
+        tall = self.shard.grid[0] // self.scores_shape[0]
+        return tuple(tall * row for row in equal_parts(self.scores_shape[0], parts))
+
+    def _take_full(self, grid: Tensor) -> None:
+        """Take over the bool grid of the full weight, in place."""
+        own = self.local_grid(grid)
+        here = _elements(own, self.kind.pattern, self.shape)
+        self.elements_elsewhere = _elements(grid, self.pattern, self.full_shape) - here
+        self.mask.copy_(self._compact(own))
+        self.note(int(grid.count_nonzero()), here)
+
+
+def check_shards(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Refuse weights that are sharded, where FSDP2 cannot shard and gather scores with them."""
+    known = gathered(model) if targets else set()
+    for target in targets:
+        module, name = target.users[0]
+        _check_shard(target, target.weight)
+        if (id(module), name) not in known:
+            raise ValueError(
+                f"create_controller: the weight of {target.name!r} must be sharded by fully_shard "
+                "alone under a mask that is learned, got "
+                f"{target.weight.placements}; list it in ignored_scopes"  # pyright: ignore[reportAttributeAccessIssue]
+            )
+
+
+def _check_shard(target: Target, weight: Any) -> None:
+    rows = all(getattr(placed, "dim", 0) == 0 for placed in weight.placements)
+    if target.transposed or not rows or weight.dtype != torch.float32:
+        stored = "(in, out)" if target.transposed else "(out, in)"
+        raise ValueError(
+            f"the weight of {target.name!r} must be float32, stored (out, in), and sharded by "
+            "rows under a mask that is learned, with scores that FSDP2 gathers beside it, got "
+            f"{weight.dtype}, {stored} and {weight.placements}; MixedPrecisionPolicy computes in "
+            "fewer bits, ignored_scopes leaves it dense"
+        )
+
+
+def _elements(grid: Tensor, pattern: Pattern, shape: tuple[int, int]) -> int:
+    """Count the elements of the groups that are True: those at the edges have fewer."""
+    if not isinstance(pattern, Block):
+        return int(grid.count_nonzero())
+    tall, wide = side_lengths(shape, pattern.rows, pattern.cols, device=grid.device)
+    return int((grid * tall * wide).sum())
 
 
 class LearnedModule(MaskedModule):
@@ -184,7 +334,8 @@ class LearnedModule(MaskedModule):
         with self._without_scores():
             super()._apply(fn, recurse)
         for weight in self._learned_weights.values():
-            if weight.follow().is_shared() and weight.scores is not None:
+            found = weight.follow()
+            if weight.scores is not None and not is_sharded(found) and found.is_shared():
                 weight.scores.share_memory_()
         return self
 
@@ -243,7 +394,7 @@ class _LearnedRNN(LearnedModule):
 def read_masked(module: nn.Module, weights: Mapping[str, LearnedWeight]) -> None:
     """Let attributes of ``module`` read masked, in place; scores become its parameters."""
     module.__dict__[_WEIGHTS] = dict(weights)
-    become(module, _class_of(type(module), tuple(weights)))
+    become(module, _class_of(unsharded_class(type(module)), tuple(weights)))
     for name, weight in weights.items():
         if weight.scores is not None:
             module.register_parameter(_scores_name(name), weight.scores)

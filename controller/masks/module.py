@@ -32,6 +32,13 @@ def original_class(kind: type[nn.Module]) -> type[nn.Module]:
     return kind
 
 
+def unsharded_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that ``fully_shard`` has made another one of."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharding = fsdp is not None and fsdp.FSDPModule in kind.__bases__
+    return kind.__bases__[1] if sharding else kind
+
+
 def become(module: nn.Module, kind: type[nn.Module]) -> None:
     """Give a module another class, in place."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate, pairwise, product
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -189,7 +189,7 @@ def shard_of(
         return None
     mesh, shape, here = weight.device_mesh, weight.shape, weight.device_mesh.get_coordinate()
     assert here is not None
-    lines = 0 if len(shape) == 1 else 2 if experts else 1  # dimensions of one line in memory each
+    lines = 2 if experts else 1  # dimensions of one line in memory each
     axes = [range(lines), range(lines, len(shape))]
     if transposed:
         axes.reverse()
@@ -309,15 +309,82 @@ def _check_edges(name: str, pattern: Pattern, bounds: Sequence[int], edges: Sequ
             )
 
 
-def reshard(model: nn.Module) -> None:
-    """Let no module hold weights that it has gathered: what is written would not reach them."""
+def equal_parts(count: int, parts: int) -> tuple[int, ...]:
+    """Return the first row of each part as torch shards rows, and behind them their ``count``."""
+    step = ceil_div(count, parts)
+    return tuple(min(i * step, count) for i in range(parts + 1))
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
     module: Any = sys.modules.get("torch.distributed.fsdp")
     # each class that is sharded gets a subclass of it: without any there is nothing to look for
     if module is None or not module.FSDPModule.__subclasses__():
-        return
-    for part in model.modules():
-        if isinstance(part, module.FSDPModule):
-            cast(Any, part).reshard()
+        return []
+    return [part for part in model.modules() if isinstance(part, module.FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Let no module hold weights that it has gathered: what is written would not reach them."""
+    for part in _sharded_modules(model):
+        part.reshard()
+
+
+def _fsdp_groups(model: nn.Module) -> list[Any]:
+    """Return FSDP2's groups of parameters, each of which is gathered together."""
+    found = []
+    for state in (part._get_fsdp_state() for part in _sharded_modules(model)):
+        several = getattr(state, "_fsdp_param_groups", None)  # earlier torch has one at most
+        found += [state._fsdp_param_group] if several is None else several
+    return [group for group in found if group is not None]
+
+
+def gathered(model: nn.Module) -> set[tuple[int, str]]:
+    """Name the parameters, by the identities of their modules, that FSDP2 alone has parted, by
+    rows, and gathers as a whole.
+    """
+    held = (held for group in _fsdp_groups(model) for held in group.fsdp_params)
+    rows = [h for h in held if not h.is_dtensor and h.fsdp_placement.dim == 0]
+    return {(id(module), name) for own in rows for module, name in _users(own)}
+
+
+def _users(held: Any) -> list[tuple[nn.Module, str]]:
+    place = held._module_info
+    shared = zip(place.shared_modules, place.shared_param_names, strict=True)
+    return [(place.module, place.param_name), *shared]
+
+
+def shard_beside(
+    model: nn.Module, users: Sequence[tuple[nn.Module, str, str]], parameter: nn.Parameter
+) -> None:
+    """Let FSDP2 shard a new parameter, and gather it with another one.
+
+    Args:
+        model: of which parts are sharded.
+        users: modules, with the names in them of the other and the new one.
+        parameter: the new one, whole.
+    """
+    module, name, _ = users[0]
+    owners, names = [owner for owner, *_ in users], [new for *_, new in users]
+    for group in _fsdp_groups(model):
+        for held in group.fsdp_params:
+            if (module, name) in _users(held):
+                # as the group itself makes them: torch has no other way to add one
+                place = type(held._module_info)(owners[0], names[0], owners[1:], names[1:])
+                policies = group.mp_policy, group.offload_policy
+                mesh = held.mesh_info, group.post_forward_mesh_info
+                new = type(held)(parameter, place, *mesh, held.device, None, *policies)
+                group.fsdp_params.append(new)
+                group._init_mp_dtypes()
+                return
+
+
+def forget_gone(model: nn.Module) -> None:
+    """Let FSDP2 gather no parameter that its module has no more, and hand none back to it."""
+    for group in _fsdp_groups(model):
+        for held in list(group.fsdp_params):
+            if held._module_info.param_name not in held._module_info.module._parameters:
+                group.fsdp_params.remove(held)
+                held._post_load_hook_handle.remove()
 
 
 def local_grid(shard: Shard, grid: Tensor) -> Tensor:

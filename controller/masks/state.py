@@ -125,7 +125,7 @@ def read_masks(
     for places in alike(weight.follow().device for weight in weights).values():
         own = [weights[place] for place in places]
         here = [
-            b if w.shard is None else pack(local_grid(w.shard, unpack(b, w.full_grid[1])))
+            b if w.shard is None else pack(w.local_grid(unpack(b, w.full_grid[1])))
             for w, b in ((weights[place], bits[place]) for place in places)
         ]
         masks, counts, fit = read_bits(own, here)

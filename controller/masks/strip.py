@@ -18,7 +18,7 @@ from .guard import Guard, drop_remains
 from .learned import drop_scores, read_plain
 from .linear import restore_class
 from .names import canonical, match
-from .shards import local_part, reshard
+from .shards import forget_gone, local_part, reshard
 from .weight import SparseWeight, drop_foreign
 
 User = tuple[nn.Module, str, SparseWeight]
@@ -62,6 +62,7 @@ def strip_masks(
         for module in dict.fromkeys(module for module, _, _ in users):
             restore_class(module)
             read_plain(module)
+        forget_gone(model)
         for weight in weights:
             weight.values = None
     drop_remains(model)

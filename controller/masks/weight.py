@@ -31,7 +31,7 @@ from ...kernels.dispatch import Dispatch
 from ...kernels.group_mask import GroupMask
 from ...kernels.launch import Backend, is_plain, read_later, refuse_capture
 from ...kernels.masked_weight import and_words, apply_mask
-from ...kernels.pattern import NM, Pattern
+from ...kernels.pattern import NM, Block, Pattern
 from ...kernels.product import BlockProduct, make_product, update_products
 from .ranks import ALONE, Ranks
 from .shards import Shard, is_sharded, local_grid, local_part, shard_of
@@ -143,17 +143,20 @@ class SparseWeight(GroupMask):
         """Keep everything of what is here of a parameter."""
         target = self.target
         layout = {"transposed": target.transposed, "experts": target.experts}
-        shard = shard_of(self.name, weight, target.pattern, self.ranks, **layout)
+        pattern = target.pattern
+        if weight.ndim == 1 and isinstance(pattern, Block):  # what is parted are rows
+            pattern = Block(pattern.cols, pattern.rows)
+        shard = shard_of(self.name, weight, pattern, self.ranks, **layout)
         self.shard = shard
         self._sharded = None if shard is None else weakref.ref(weight)
         local = self.matrix(weight.detach())
-        pattern = self.target.pattern if shard is None else shard.own_pattern
+        pattern = target.pattern if shard is None else shard.own_pattern
         rows, cols = local.shape
         super().__init__(pattern, (rows, cols), weight.dtype, weight.device, backend)
         self._local_shape = local_part(weight).shape
         if shard is not None:
             # what is chosen among, and counted, is of the full weight
-            self.pattern = shard.pattern
+            self.pattern = target.pattern
             self.groups = self.choices = self.kept = math.prod(shard.grid)
             if isinstance(self.pattern, NM):
                 self.choices //= math.prod(self.pattern.group)
@@ -177,12 +180,28 @@ class SparseWeight(GroupMask):
     @property
     def full_shape(self) -> tuple[int, int]:
         """Of the full weight's matrix; ``shape`` is of what is here."""
-        return self.shape if self.shard is None else self.shard.shape
+        down, across = self.shape if self.shard is None else self.shard.shape
+        return (across, down) if self._upright else (down, across)
 
     @property
     def full_grid(self) -> tuple[int, int]:
         """Groups down and across of the full weight."""
-        return self.grid if self.shard is None else self.shard.grid
+        down, across = self.grid if self.shard is None else self.shard.grid
+        return (across, down) if self._upright else (down, across)
+
+    @property
+    def _upright(self) -> bool:
+        """True for a vector that is sharded: it is a column here, and a row as a whole."""
+        return self.shard is not None and len(self.weight_shape) == 1
+
+    def local_grid(self, grid: Tensor) -> Tensor:
+        """Return the bool grid of what is here from that of the full weight."""
+        assert self.shard is not None
+        return local_grid(self.shard, grid.T if self._upright else grid).contiguous()
+
+    def whole_grid(self, grid: Tensor) -> Tensor:
+        """Return the bool grid of the full weight from one whose parts lie below one another."""
+        return grid.T.contiguous() if self._upright else grid
 
     @property
     def own_groups(self) -> tuple[slice, slice]:
@@ -193,7 +212,8 @@ class SparseWeight(GroupMask):
         """Return a tensor of the weight's shape as ``Target.matrix``; of a sharded one what is
         here.
         """
-        return self.target.matrix(local_part(tensor))
+        local = local_part(tensor)
+        return local[:, None] if self._upright else self.target.matrix(local)
 
     def follow(self) -> nn.Parameter:
         """Return the parameter; the mask follows device and dtype. Refuses as ``check_fits``."""
@@ -219,7 +239,7 @@ class SparseWeight(GroupMask):
         changes = self.changes
         self._begin(weight, self.backend)
         assert self.shard is not None
-        self.mask.copy_(self._compact(local_grid(self.shard, grid)))
+        self.mask.copy_(self._compact(self.local_grid(grid)))
         own = int(self.kept_elements().count_nonzero())
         self.elements_elsewhere, self.changes = elements - own, changes
         self.note(kept, own)
@@ -352,6 +372,7 @@ class SparseWeight(GroupMask):
     def pruned_elements(self) -> int:
         if self.shard is None:
             return super().pruned_elements()
+        self.settle()
         return self.pruned_here() + self._pruned_elsewhere()
 
     def _pruned_elsewhere(self) -> int:

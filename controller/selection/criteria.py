@@ -446,10 +446,10 @@ def check_sharded(
     sharded = [weight for weight in weights if weight.shard]
     if not sharded:
         return
+    columns = [weight.name for weight in sharded if weight.shard and weight.shard.split]
     name, own = sharded[0].name, importance is not None and not isinstance(importance, str)
     cut = next((w.name for w in sharded if w.shard and w.shard.straddles and not w.packed), None)
     for field, refused, why in (
-        ("distribution", chosen.get("distribution") == "owl", "'uniform' or 'erk'"),
         ("growth", chosen.get("growth") == "normed_gradient", "'gradient'"),
         (
             "weight_importance",
@@ -462,6 +462,11 @@ def check_sharded(
             raise ValueError(
                 f"{what}: {field} must be {why} for sharded weights, as {name!r} is, got {got!r}"
             )
+    if chosen.get("distribution") == "owl" and columns:
+        raise ValueError(
+            f"{what}: distribution must be 'uniform' or 'erk' for weights whose columns lie on "
+            f"several ranks, as those of {columns[0]!r} do, got 'owl'"
+        )
     for weight in sharded if importance == "normed_abs" else ():
         pieces_here(weight)
     if importance == "fisher" and cut is not None:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...kernels.block_score import row_sums
 from ...kernels.grid import block_counts
 from ...kernels.pattern import Pattern, Unstructured
 from ...kernels.squares import convolution_squares
 from ..config.algorithm import Pool
-from ..masks.exchange import full_groups, full_matrix, full_tensor, others_of, own_part
+from ..masks.exchange import (
+    full_groups,
+    full_matrix,
+    full_tensor,
+    others_of,
+    own_part,
+    sums_of_each,
+    sums_of_parts,
+)
 from ..masks.schema import Maybe, Schema, tensor
 from ..masks.shards import is_sharded, local_part
 from ..masks.weight import SparseWeight
@@ -119,16 +129,24 @@ class Scorer:
         """Return which share of each weight's elements has more than ``OUTLIER`` times the mean
         importance of all: OWL's ratio. Waits for the device once.
         """
-        check_sharded("set_sparsity_level", weights, distribution="owl")
-        importance_of, shares = criterion(self.importance), []
-        for weight in weights:
-            values = importance_of(self._evidence(weight)).values
-            parts = [values[at] for at in rows_at_a_time(values)]
-            total = torch.stack([part.abs().sum(dtype=torch.float32) for part in parts]).sum()
-            bound = OUTLIER * total / values.numel()
-            above = torch.stack([(part.abs() > bound).count_nonzero() for part in parts])
-            shares.append(above.sum() / values.numel())
-        return torch.stack(shares).tolist()
+        held = self._found_of_shards(weights) if any(weight.shard for weight in weights) else None
+
+        def found() -> Iterable[Importance]:
+            # else one by one: no more than one weight's copy is there at a time
+            return held or map(criterion(self.importance), map(self._evidence, weights))
+
+        sums, sizes = [], []
+        for weight, (values, _, per_group) in zip(weights, found(), strict=True):
+            none = values.new_empty(0, dtype=torch.float64)
+            sums.append(
+                torch.cat([none, *(row_sums(values[at]) for at in rows_at_a_time(values))])
+            )
+            sizes.append(math.prod(weight.full_grid if per_group else weight.weight_shape))
+        totals = sums_of_each(weights, sums)
+        size = totals.new_tensor(sizes)
+        bounds = OUTLIER * totals / size
+        above = [_beyond(one.values, bound) for one, bound in zip(found(), bounds, strict=True)]
+        return (sums_of_parts(weights, torch.stack(above)) / size).tolist()
 
     def _refuse_unused(self, weights: Sequence[SparseWeight]) -> None:
         """Refuse a weight without a gradient, where others have one: nothing has used it."""
@@ -143,9 +161,9 @@ class Scorer:
                 "ignored_scopes, or run a pass that uses them"
             )
 
-    def _of_shards(self, weights: Sequence[SparseWeight], pool: Pool) -> Scores:
+    def _found_of_shards(self, weights: Sequence[SparseWeight]) -> list[Importance]:
+        """Return the importances of what belongs here. What one rank lacks is told to all."""
         importance, ranks = self.importance, weights[0].ranks
-        # before ranks wait for one another, what one of them lacks is told to all
         with ranks.together(weights[0].mask.device):
             check_sharded("set_sparsity_level", weights, importance)
             if importance in BY_GRADIENT:
@@ -158,6 +176,11 @@ class Scorer:
         if lone != importance:
             sums = by_group(weights, [one.values for one in found], _sums_of_parts)
             found = [Importance(values, per_group=True) for values in sums]
+        return found
+
+    def _of_shards(self, weights: Sequence[SparseWeight], pool: Pool) -> Scores:
+        importance, ranks = self.importance, weights[0].ranks
+        found = self._found_of_shards(weights)
         if importance in BY_GRADIENT:
             others = others_of(weights)
             assert others is not None
@@ -365,6 +388,12 @@ class Scorer:
             return norm
         rows, cols = weight.shard.here
         return norm[cols] if norm.ndim == 1 else norm[rows, cols]
+
+
+def _beyond(values: Tensor, bound: Tensor) -> Tensor:
+    """Count the values whose magnitude is above a bound, 0-d."""
+    counts = [(values[at].abs() > bound).count_nonzero() for at in rows_at_a_time(values)]
+    return torch.stack([torch.zeros_like(bound, dtype=torch.int64), *counts]).sum()
 
 
 def _zeros(matrix: Tensor, pattern: Pattern) -> Tensor:

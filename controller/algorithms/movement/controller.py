@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ....kernels.bits import count_kept
 from ....kernels.pattern import Unstructured
-from ....kernels.select import kth_smallest
 from ...api import CompressionStage
 from ...config.algorithm import AlgorithmConfig
+from ...masks.exchange import sums_of_parts
 from ...masks.schema import END, NAMES, Entry, Schema, number
 from ...masks.statistics import SparsifiedModelStatistics, SparsityStatistics
 from ...masks.weight import SparseWeight, Target
@@ -36,9 +36,11 @@ from .config import MovementSparsityConfig
 from .importance import (
     ImportanceLoss,
     MovementWeight,
+    kth_importance,
     movement_targets,
     movement_weights,
     structure_groups,
+    take_kept,
 )
 from .scheduler import MovementScheduler
 from .structures import StructureGroup, resolve
@@ -95,7 +97,7 @@ class MovementSparsityController(ScoredController):
     def _set_up(self) -> None:
         config: MovementSparsityConfig = self.config
         self.threshold = -math.inf
-        self._least = self._weights[0].scores.new_zeros(())
+        self._least = torch.zeros((), device=self._device)
         self._groups: list[StructureGroup] = []
         if config.schedule is None and config.enable_structured_masking is not False:
             named = {weight.target.users[0]: weight.name for weight in self._weights}
@@ -112,13 +114,12 @@ class MovementSparsityController(ScoredController):
 
     def group_scores(self, weights: Sequence[Any]) -> Scores:
         """Importances above the least of all: ``set_sparsity_level`` prunes the lowest."""
-        return Scores([w.spread(w.scores.detach()) - self._least for w in weights], None)
+        return Scores([w.spread_part(w.part()) - self._least for w in weights], None)
 
     def _find_masks(self, weights: list[MovementWeight], level: float) -> Change:
         """As any, but that thresholds are of importances as they are."""
-        self._least = torch.stack([weight.scores.detach().min() for weight in weights]).min()
+        self._least, greatest = self._range_of(weights)
         if self.config.schedule is not None and level > 0 and not self._trained:
-            greatest = torch.stack([weight.scores.detach().max() for weight in weights]).max()
             self._trained = bool(greatest > self._least)
             if not self._trained:
                 raise ValueError(
@@ -135,12 +136,23 @@ class MovementSparsityController(ScoredController):
 
         return write_all
 
+    def _range_of(self, weights: Sequence[MovementWeight]) -> tuple[Tensor, Tensor]:
+        """Return the least and the greatest importance, of all ranks."""
+        parts = [weight.part() for weight in weights]
+        ends = [end for part in parts if part.numel() for end in part.aminmax()]
+        nothing = self._least.new_full((2,), -torch.inf)
+        found = (
+            torch.stack([-torch.stack(ends).min(), torch.stack(ends).max()]) if ends else nothing
+        )
+        if any(weight.shard for weight in weights):
+            self.ranks.most(found)
+        return -found[0], found[1]
+
     def initial_threshold(self) -> float:
         """Return the k-th smallest importance, k = int(n * 0.001) + 1 of the n elements."""
         shares = [math.prod(weight.factors) for weight in self._weights]
         k = int(sum(weight.weight_shape.numel() for weight in self._weights) * INITIAL_PERCENTAGE)
-        tensors = [weight.scores.detach() for weight in self._weights]
-        return float(kth_smallest(tensors, k + 1, self._weights[0].backend, shares))
+        return float(kth_importance(self._weights, k + 1, shares))
 
     @torch.no_grad()
     def update_masks(self, threshold: float, factor: float) -> None:
@@ -153,21 +165,25 @@ class MovementSparsityController(ScoredController):
         if self.frozen or threshold == self.threshold == -math.inf:
             return
         self.threshold = threshold
-        kept = [weight.scores > threshold for weight in self._weights]
-        for weight, mask, count in zip(self._weights, kept, count_kept(kept), strict=True):
-            if mask.numel() - count > weight.most:
-                mask = weight.scores > weight.cap()
-                count = int(mask.count_nonzero())
-            weight.take(mask, count)
+        kept = [weight.part() > threshold for weight in self._weights]
+        counts = count_kept(kept)
+        if any(weight.shard for weight in self._weights):
+            own = torch.tensor(counts, device=self._device)
+            counts = sums_of_parts(self._weights, own).tolist()
+        for i, weight in enumerate(self._weights):
+            if math.prod(weight.scores_shape) - counts[i] > weight.most:
+                kept[i] = weight.part() > weight.cap()
+                counts[i] = int(kept[i].count_nonzero())
+        take_kept(self._weights, kept, counts)
 
     @torch.no_grad()
     def resolve_structures(self) -> None:
         """Make the masks of heads and channels keep or prune them whole."""
         weights = {weight.target.users[0]: weight for weight in self._weights}
-        masks = {place: weight.binary_mask for place, weight in weights.items()}
+        masks = {place: weight.kept_everywhere for place, weight in weights.items()}
         resolved, kept = resolve(self._groups, masks)
         for place, mask in resolved.items():
-            weights[place].binary_mask = mask
+            weights[place].keep_everywhere(mask)
         self._kept_units = {
             f"{group.name or 'model'} {group.kind}": (int(units.sum()), group.count)
             for group, units in zip(self._groups, kept, strict=True)

@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ....kernels.bits import expand_mask
 from ....kernels.learned_mask import straight_through
+from ....kernels.masked_weight import apply_mask
 from ....kernels.pattern import MAX_BLOCK_SIDE, Block, Unstructured
 from ....kernels.select import kth_smallest
 from ...config.scope import check_scopes, matches
+from ...masks.exchange import full_grid, full_grids, others_of, sums_of_parts
 from ...masks.learned import ScoredWeight
 from ...masks.targets import weights_of
 from ...masks.weight import SparseWeight, Target
@@ -45,11 +48,15 @@ class MovementWeight(ScoredWeight):
         self.factors = factors
         pattern = target.pattern
         self._repeats = factors[0] // pattern.rows, factors[1] // pattern.cols
+        self._whole: Tensor | None = None
         super().__init__(target, **options)
+        if self.shard is not None:
+            everything = torch.ones(self.full_grid, dtype=torch.bool, device=self.mask.device)
+            self._whole = self._compact(everything)
 
     @property
     def scores_shape(self) -> tuple[int, ...]:
-        grid = tuple(n // times for n, times in zip(self.grid, self._repeats, strict=True))
+        grid = tuple(n // times for n, times in zip(self.full_grid, self._repeats, strict=True))
         return grid[1:] if len(self.weight_shape) == 1 else grid
 
     def learns(self) -> bool:
@@ -57,11 +64,36 @@ class MovementWeight(ScoredWeight):
 
     def learned(self, weight: Tensor) -> Tensor:
         scores = self.spread(self.trained_scores())
-        matrix = self.matrix(weight)
-        masked = straight_through(
-            matrix, scores, self.mask_for(matrix), self.pattern, backend=self.backend
-        )
+        matrix = self.target.matrix(weight)
+        mask = self.mask_for(matrix) if self._whole is None else self._whole
+        masked = straight_through(matrix, scores, mask, self.pattern, backend=self.backend)
         return masked.reshape(weight.shape)
+
+    def evaluated(self, weight: Tensor) -> Tensor:
+        if self._whole is None:
+            return super().evaluated(weight)
+        matrix = self.target.matrix(weight)
+        masked = apply_mask(matrix, self._whole, self.pattern, backend=self.backend)
+        return masked.reshape(weight.shape)
+
+    @staticmethod
+    def masks_changed(owners: Sequence[Any]) -> None:
+        """Gather the masks of shards, which forward passes need of the full weights."""
+        SparseWeight.masks_changed(owners)
+        for weight in owners:
+            if weight.shard is not None and not weight.frozen:
+                weight._whole = weight._compact(full_grid(weight))
+
+    def _become_sharded(self, weight: Any) -> None:
+        whole = self._compact(self.kept_grid()).clone()
+        super()._become_sharded(weight)
+        self._whole = None if self.frozen else whole
+
+    def freeze(self, frozen: bool) -> None:
+        super().freeze(frozen)
+        self._whole = None
+        if self.shard is not None:
+            self.masks_changed([self])
 
     def spread(self, scores: Tensor) -> Tensor:
         """Repeat one value an importance for the groups of the mask."""
@@ -70,6 +102,31 @@ class MovementWeight(ScoredWeight):
             if times > 1:
                 grid = grid.repeat_interleave(times, dim)
         return grid
+
+    def spread_part(self, part: Tensor) -> Tensor:
+        """Return ``spread``'s of scores that are here, as the mask of what is here lies."""
+        grid = self.spread(part)
+        return grid.T.contiguous() if self.shard is not None and part.ndim == 1 else grid
+
+    @property
+    def kept_everywhere(self) -> Tensor:
+        """Bool tensor of the full weight's shape, True = kept; a copy."""
+        if self._whole is None:
+            return self.binary_mask
+        return expand_mask(self._whole, self.pattern, self.full_shape).view(self.weight_shape)
+
+    def keep_everywhere(self, kept: Tensor) -> None:
+        """Take over such a tensor, which is constant within every group."""
+        if self.shard is None:
+            self.binary_mask = kept
+        else:
+            matrix = self.target.matrix(kept)
+            self.take_whole(matrix[:: self.pattern.rows, :: self.pattern.cols].contiguous())
+
+    def take_whole(self, grid: Tensor) -> None:
+        """Take over the bool grid of the full weight, of which a part is here."""
+        self._take_full(grid)
+        self._whole = self._compact(grid)
 
     def take(self, kept: Tensor, count: int) -> None:
         """Take over which importances are kept: bool, of the scores' shape, ``count`` True."""
@@ -90,7 +147,34 @@ class MovementWeight(ScoredWeight):
         """
         share = math.prod(self.factors)
         place = QUANTILE * (self.weight_shape.numel() - 1) // 100 // share
-        return kth_smallest([self.scores.detach()], place + 1, self.backend)
+        return kth_importance([self], place + 1)
+
+
+def take_kept(
+    weights: Sequence[MovementWeight], kept: Sequence[Tensor], counts: Sequence[int]
+) -> None:
+    """Take over which importances that are here are kept, ``counts`` of those of whole weights; of
+    all shards one bit a group is gathered.
+    """
+    shards = [(weight, own) for weight, own in zip(weights, kept, strict=True) if weight.shard]
+    for weight, own, count in zip(weights, kept, counts, strict=True):
+        if weight.shard is None:
+            weight.take(own, count)
+    if shards:
+        grids = full_grids([w for w, _ in shards], [w.spread_part(own) for w, own in shards])
+        for (weight, _), grid in zip(shards, grids, strict=True):
+            weight.take_whole(grid)
+
+
+def kth_importance(
+    weights: Sequence[MovementWeight], k: int, shares: Sequence[int] | None = None
+) -> Tensor:
+    """Return the k-th smallest importance of weights, as ``kth_smallest``; of all ranks."""
+    others, parts = others_of(weights), [weight.part() for weight in weights]
+    if others is None:
+        return kth_smallest(parts, k, weights[0].backend, shares)
+    own = [part if n else part[:0] for part, n in zip(parts, others.counted, strict=True)]
+    return kth_smallest(own, k, weights[0].backend, shares, others.reduce)
 
 
 def movement_targets(targets: Sequence[Target], *, biases: bool) -> list[Target]:
@@ -259,9 +343,11 @@ class ImportanceLoss(LearnedLoss):
         """Return the loss; None before the warm-up and once masks are frozen."""
         if self.disabled or self.factor == 0:
             return None
+        sums = torch.stack([weight.trained_part().sigmoid().sum() for weight in self._weights])
+        sums = sums + (sums_of_parts(self._weights, sums.detach()) - sums.detach())
         means = [
-            torch.sigmoid(weight.trained_scores()).mean() * math.prod(weight.factors)
-            for weight in self._weights
+            own / math.prod(weight.scores_shape) * math.prod(weight.factors)
+            for own, weight in zip(sums, self._weights, strict=True)
         ]
         # a bias is of its weight's layer
         layers = len({weight.module for weight in self._weights})

@@ -235,7 +235,8 @@ def shard_first(group, what):
     model = net()
     mesh = DeviceMesh.from_group(group, "cpu")
     if what == "learned":
-        controller = ts.create_controller(model, CONFIGS["rb"](), process_group=group)
+        config = ts.SRSTEConfig(ignored_scopes=["2"])
+        controller = ts.create_controller(model, config, process_group=group)
         fully_shard(model, mesh=mesh)
         controller.scheduler.step()
     elif what == "wrapped":

@@ -1,0 +1,510 @@
+"""rb and movement on FSDP2's shards: scores are sharded, gathered and trained with their weights.
+
+A step's gradients are one rank's, so that their sum is exact on any number of ranks.
+"""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import triton_sparsity as ts
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_gloo_available(), reason="torch lacks gloo"
+)
+
+PATTERNS = {
+    "unstructured": ts.Unstructured(),
+    "blocks": ts.Block(4, 2),
+    "tall": ts.Block(8, 2),
+    "wide": ts.Block(1, 4),
+}
+RISING = ts.PolynomialSchedule(initial_level=0.0, target_level=0.4, target_epoch=3)
+WARM_UP = {
+    "warmup_start_epoch": 1,
+    "warmup_end_epoch": 3,
+    "importance_regularization_factor": 0.05,
+    "steps_per_epoch": 3,
+}
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.num_heads = heads
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width, bias=False)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        parts = [
+            p(x).unflatten(-1, (self.num_heads, -1))
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        ]
+        q, k, v = (part.transpose(-2, -3) for part in parts)
+        mixed = nn.functional.softmax(q @ k.transpose(-1, -2), -1) @ v
+        return x + self.out_proj(mixed.transpose(-2, -3).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return x + self.linear2(self.linear1(x).tanh())
+
+
+def net():
+    """Heights that no number of ranks divides, and one of which some ranks get nothing."""
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Linear(8, 12),
+        Attention(12, 3),
+        FeedForward(12, 22),
+        nn.Linear(12, 9),
+        nn.Linear(9, 8),
+        nn.Tanh(),
+    )
+
+
+def config(how, pattern):
+    masked = {"pattern": PATTERNS[pattern], "ignored_scopes": ["4"]}
+    if how == "rb":
+        schedule = ts.ExponentialSchedule(target_level=0.4, target_epoch=2)
+        return ts.RBSparsityConfig(schedule=schedule, seed=5, **masked)
+    if how == "rb local":
+        local = {"sparsity_level_setting_mode": "local", "compression_lr_multiplier": 0.5}
+        return ts.RBSparsityConfig(schedule=None, sparsity_init=0.5, seed=5, **local, **masked)
+    if how in ("global", "weight"):
+        return ts.MovementSparsityConfig(schedule=RISING, pool=how, **masked)
+    if how == "mixed":
+        other = {"target_scopes": ["4"], "weight_importance": "normed_abs", "schedule": RISING}
+        rest = ts.RBSparsityConfig(
+            pattern=PATTERNS[pattern], seed=5, target_scopes=["0", "3"],
+            schedule=ts.ExponentialSchedule(target_level=0.4, target_epoch=2),
+        )  # fmt: skip
+        hard = {"target_scopes": ["{re}^1"], "schedule": RISING}
+        return [
+            rest,
+            ts.MovementSparsityConfig(pattern=PATTERNS[pattern], **hard),
+            ts.MagnitudeSparsityConfig(pattern=PATTERNS[pattern], **other),
+        ]
+    # soft: blocks of one importance that divide every height, heads and channels at the end
+    factors = {"unstructured": (1, 1), "blocks": (2, 2), "tall": (2, 1), "wide": (1, 2)}[pattern]
+    scopes = {"mode": "block", "sparse_factors": list(factors), "target_scopes": ("*",)}
+    return ts.MovementSparsityConfig(
+        **WARM_UP, sparse_structure_by_scopes=(scopes,), ignored_scopes=["3", "4"]
+    )
+
+
+def sharded(model, group, hybrid=False, **options):
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = (
+        init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        if hybrid
+        else DeviceMesh.from_group(group, "cpu")
+    )
+    for layer in (model[1], model[2]):
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    for layer in (model, model[1], model[2]):
+        layer.set_gradient_divide_factor(1.0)
+        layer.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    return model
+
+
+def full(tensor):
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+def optimizer_of(model, controller):
+    scores = controller.parameters()
+    own = [p for p in model.parameters() if not any(p is score for score in scores)]
+    groups = [{"params": own}, {"params": scores, "lr": 1.0, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.03, weight_decay=0.1, foreach=False)
+
+
+def train(model, controller, steps, speaks=True, optimizer=None):
+    """Train; return of each step the loss, and what evaluation gives, then masks and weights."""
+    optimizer = optimizer or optimizer_of(model, controller)
+    losses, outputs = [], []
+    for step in range(steps):
+        if step % 3 == 0:
+            controller.scheduler.epoch_step()
+        controller.scheduler.step()
+        model.train()
+        optimizer.zero_grad()
+        for part in range(2):  # accumulated
+            x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(2 * step + part))
+            task, extra = model(x).square().mean(), controller.loss() / 2
+            losses.append((task.detach(), extra.detach()))
+            (task * float(speaks) + extra).backward()
+        optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            outputs.append(model(x))
+    infos = controller.sparsified_module_info
+    return {
+        "losses": losses,
+        "outputs": outputs,
+        "masks": [full(info.operand.binary_mask) for info in infos],
+        "weights": [full(info.weight) for info in infos],
+        "counts": [
+            (info.operand.pruned_groups(), info.operand.pruned_elements()) for info in infos
+        ],
+        "level": controller.mask_level(),
+    }
+
+
+def check(found, wanted):
+    assert found["level"] == wanted["level"]
+    assert found["counts"] == wanted["counts"]
+    for name in ("masks", "weights", "outputs"):
+        assert all(map(torch.equal, found[name], wanted[name])), name
+    for (task, extra), (own, more) in zip(found["losses"], wanted["losses"], strict=True):
+        assert torch.equal(task, own)
+        torch.testing.assert_close(extra, more, rtol=2e-5, atol=1e-7)
+
+
+def near(a, b):
+    """Compare states. Of torch's sigmoid, in the losses of rb and soft movement, the last bit
+    depends on where a tensor ends on a CPU.
+    """
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(near(a[key], b[key]) for key in a)
+    if isinstance(a, torch.Tensor) and a.dtype == torch.float32:
+        return torch.allclose(a, b, 1e-4, 1e-5)
+    if isinstance(a, float):
+        return a == pytest.approx(b, rel=1e-5)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def train_shards(group, how, steps, state=None, hybrid=False, wrap_first=False):
+    model = net()
+    if state is not None:
+        model.load_state_dict(state[0])
+    if wrap_first:
+        sharded(model, group, hybrid)
+        model(torch.ones(1, 1, 8)).sum().backward()  # FSDP2 has set itself up
+        model.zero_grad()
+    controller = ts.create_controller(model, config(*how), process_group=group)
+    if not wrap_first:
+        sharded(model, group, hybrid)
+    if state is not None:
+        controller.load_state(state[1])
+    speaks = torch.distributed.get_rank(group) == 0
+    found = train(model, controller, steps, speaks)
+    return found, ({n: full(t) for n, t in model.state_dict().items()}, controller.get_state())
+
+
+HOWS = [
+    *(
+        (how, p)
+        for how in ("rb", "global", "soft")
+        for p in PATTERNS
+        if (how, p) != ("global", "tall")
+    ),
+    ("weight", "tall"),
+    ("rb local", "tall"),
+    ("mixed", "tall"),
+]
+
+
+@pytest.mark.parametrize("how", HOWS, ids="-".join)
+def test_learned_masks_on_shards_are_those_of_one_process(ranks, how):
+    model = net()
+    controller = ts.create_controller(model, config(*how))
+    wanted = train(model, controller, 10)
+    assert wanted["level"] > 0.02
+    sizes = {("rb", "tall"): (1, 4), ("soft", "tall"): (4,)}.get(how, (3,))
+    for size in sizes if how[1] == "tall" else (2,):
+        wrap_first = size in (2, 4)
+        for found, (_, state) in ranks.run(size, train_shards, how, 10, None, False, wrap_first):
+            check(found, wanted)
+            assert near(state, controller.get_state())
+
+
+@pytest.mark.parametrize("how", [("rb", "tall"), ("weight", "blocks"), ("soft", "blocks")])
+def test_a_state_goes_on_at_another_number_of_ranks_and_copies_count_once(ranks, how):
+    saved = ranks.run(2, train_shards, how, 6)[0][1]
+    model = net()
+    model.load_state_dict(saved[0])
+    controller = ts.create_controller(model, config(*how), state=saved[1])
+    wanted = train(model, controller, 6)
+    hybrid = how[0] != "rb"
+    for found, _ in ranks.run(4 if hybrid else 3, train_shards, how, 6, saved, hybrid):
+        check(found, wanted)
+
+
+def save_and_load(group, folder, resumes):
+    """Train, save all by DCP; or load it, and go on."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    with torch.device("meta" if resumes else "cpu"):
+        model = net()
+    if resumes:
+        sharded(model, group).to_empty(device="cpu")
+        for parameter in model.parameters():
+            nn.init.ones_(parameter)
+    controller = ts.create_controller(model, config("rb", "tall"), process_group=group)
+    if not resumes:
+        sharded(model, group)
+    speaks = torch.distributed.get_rank(group) == 0
+    optimizer = optimizer_of(model, controller)
+    if not resumes:
+        train(model, controller, 3, speaks, optimizer)
+    weights, moments = get_state_dict(model, optimizer)
+    assert not any("scores" in name for name in weights)
+    saved = {"model": weights, "optimizer": moments, "sparsity": b""}
+    if resumes:
+        checkpoint.load(saved, checkpoint_id=folder, process_group=group)
+        set_state_dict(
+            model, optimizer, model_state_dict=weights, optim_state_dict=saved["optimizer"]
+        )
+        controller.load_state(torch.load(io.BytesIO(saved["sparsity"])))
+    else:
+        state = io.BytesIO()
+        torch.save(controller.get_state(), state)
+        saved["sparsity"] = state.getvalue()
+        checkpoint.save(saved, checkpoint_id=folder, process_group=group)
+    return train(model, controller, 3, speaks, optimizer)
+
+
+def test_a_distributed_checkpoint_has_the_moments_of_scores_and_loads_at_another_size(
+    ranks, tmp_path
+):
+    wanted = ranks.run(2, save_and_load, str(tmp_path), False)[0]
+    for found in ranks.run(4, save_and_load, str(tmp_path), True):
+        check(found, wanted)
+
+
+def strip_shards(group, how, wrap_first):
+    model = net()
+    kinds = [type(module) for module in model.modules()]
+    if wrap_first:
+        sharded(model, group)
+        names = [name for name, _ in model.named_parameters()]
+        wrong = ts.create_controller(net(), config(*how), process_group=group).get_state()
+        wrong[next(iter(wrong))]["frozen"] = 3
+        with pytest.raises(ValueError, match=r"\['frozen'\]"):
+            ts.create_controller(model, config(*how), process_group=group, state=wrong)
+        assert names == [name for name, _ in model.named_parameters()]
+        model(torch.ones(1, 1, 8)).sum().backward()
+        assert names == [name for name, _ in model.named_parameters()]
+    controller = ts.create_controller(model, config(*how), process_group=group)
+    if not wrap_first:
+        sharded(model, group)
+    train(model, controller, 9, torch.distributed.get_rank(group) == 0)
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(9))
+    before, masks = (
+        model(x),
+        [full(i.operand.binary_mask) for i in controller.sparsified_module_info],
+    )
+    names = [info.module_node_name for info in controller.sparsified_module_info]
+    stripped = controller.strip(do_copy=False)
+    assert torch.equal(stripped(x), before)
+    assert all(kind in type(m).__mro__ for kind, m in zip(kinds, model.modules(), strict=True))
+    for _ in range(2):  # nothing that FSDP2 gathers brings the scores back
+        stripped.train()(x).sum().backward()
+        assert not any("scores" in name for name, _ in stripped.named_parameters())
+    stripped.load_state_dict(stripped.state_dict())
+    found = {name.removesuffix(".weight"): full(p) for name, p in stripped.state_dict().items()}
+    assert all((found[name][~mask] == 0).all() for name, mask in zip(names, masks, strict=True))
+    return sum(int((~mask).sum()) for mask in masks)
+
+
+@pytest.mark.parametrize(
+    ("how", "wrap_first"), [(("rb", "tall"), True), (("soft", "blocks"), False)]
+)
+def test_a_sharded_model_under_learned_masks_is_stripped_in_place(ranks, how, wrap_first):
+    pruned = ranks.run(3, strip_shards, how, wrap_first)
+    assert pruned[0] > 0
+    assert len({*pruned}) == 1
+
+
+def evaluate_first(group, how):
+    model = net()
+    controller = ts.create_controller(model, config(*how), process_group=group)
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        controller.parameters()[0].view(-1)[::2] = -1
+        masked = model.eval()(x)
+    level = controller.mask_level()
+    sharded(model, group)
+    with torch.no_grad():
+        assert torch.equal(model(x), masked)
+    model.train()
+    (model(x).sum() + controller.loss()).backward()  # before any step of the scheduler
+    assert all(type(p.grad) is type(p.data) for p in controller.parameters())
+    assert controller.mask_level() == level
+    return level
+
+
+@pytest.mark.parametrize("how", [("rb", "tall"), ("global", "blocks")])
+def test_a_model_that_has_just_been_sharded_is_masked_as_before(ranks, how):
+    levels = ranks.run(3, evaluate_first, how)
+    assert len({*levels}) == 1
+    assert (levels[0] > 0) == (how[0] == "rb")
+
+
+def train_in_16_bits(group, how):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = net()
+    controller = ts.create_controller(model, config(*how), process_group=group)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    sharded(model, group, mp_policy=policy)
+    found = train(model, controller, 6, torch.distributed.get_rank(group) == 0)
+    assert all(p.dtype == torch.float32 for p in controller.parameters())
+    return found
+
+
+@pytest.mark.parametrize("how", [("rb", "tall"), ("weight", "wide")])
+def test_a_policy_of_mixed_precision_draws_alike_on_any_number_of_ranks(ranks, how):
+    (wanted,) = ranks.run(1, train_in_16_bits, how)
+    assert wanted["level"] > 0.02
+    for found in ranks.run(3, train_in_16_bits, how):
+        check(found, wanted)
+
+
+MOVES = ("all_reduce", "all_to_all_single", "broadcast", "all_gather", "all_gather_object")
+
+
+def count_moves(group, how):
+    """Return what is sent beside what FSDP2 sends: by the loss, a step and an update."""
+    from torch import distributed
+
+    model = net()
+    controller = ts.create_controller(model, config(*how), process_group=group)
+    sharded(model, group)
+    train(model, controller, 4, torch.distributed.get_rank(group) == 0)
+    model.train()
+    found = {}
+    plain = {name: getattr(distributed, name) for name in MOVES}
+
+    def counting(name):
+        def call(*args, **kwargs):
+            sent = [a for a in args if isinstance(a, torch.Tensor)][-1:]
+            found[name] = found.get(name, 0) + sum(tensor.nbytes for tensor in sent)
+            return plain[name](*args, **kwargs)
+
+        return call
+
+    def since():
+        now = dict(found)
+        found.clear()
+        return now
+
+    try:
+        for name in plain:
+            setattr(distributed, name, counting(name))
+        loss = controller.loss()
+        moved = [since()]
+        task = model(torch.ones(2, 3, 8)).sum()
+        task = task + loss
+        found.clear()  # FSDP2's
+        task.backward()
+        optimizer_of(model, controller).step()
+        found.clear()
+        controller.scheduler.step()
+        moved.append(since())
+        controller.set_sparsity_level(0.3)
+        moved.append(since())
+        controller.mask_level()
+        moved.append(since())
+    finally:
+        for name, function in plain.items():
+            setattr(distributed, name, function)
+    return moved, [(w.shard.grid, len(controller._weights)) for w in controller._weights]
+
+
+def test_a_step_moves_counts_and_an_update_one_bit_a_group(ranks):
+    for moved, weights in ranks.run(3, count_moves, ("rb", "tall")):
+        count, bits = (
+            len(weights),
+            sum(-(-rows // 3) * -(-cols // 8) for (rows, cols), _ in weights),
+        )
+        assert moved == [{"all_reduce": 8 * count}, {}, {}, {"all_gather": bits}]
+    for (loss, step, update, level), weights in ranks.run(3, count_moves, ("weight", "tall")):
+        assert (loss, step, level) == ({}, {}, {})
+        bits = sum(-(-rows // 3) * -(-cols // 8) for (rows, cols), _ in weights)
+        assert update["all_gather"] <= 3 * bits
+        assert "all_to_all_single" not in update
+
+
+def refuse(group, what):
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = net()
+    mesh = DeviceMesh.from_group(group, "cpu")
+    if what in ("bits", "columns"):
+        model.to(torch.bfloat16 if what == "bits" else torch.float32)
+        fully_shard(
+            model[3],
+            mesh=mesh,
+            shard_placement_fn=lambda p: Shard(int(what == "columns" and p.ndim == 2)),
+        )
+    if what == "alone":
+        model[3].weight = nn.Parameter(distribute_tensor(model[3].weight, mesh, [Shard(0)]))
+    controller = ts.create_controller(model, config("rb", "tall"), process_group=group)
+    if what == "ignored":
+        fully_shard(model, mesh=mesh, ignored_params={*controller.parameters()})
+        controller.scheduler.step()
+    sharded(model, group)
+    for _ in range(25):
+        controller.scheduler.step()
+        optimizer = optimizer_of(model, controller)
+        loss = model(torch.ones(2, 3, 8)).sum()
+        loss.backward()
+        optimizer.step()
+    controller.scheduler.epoch_step()
+    controller.scheduler.epoch_step()
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "message"),
+    [
+        (
+            "ignored",
+            "ValueError",
+            "the scores of '0' must be sharded as their weight is, got Param",
+        ),
+        (
+            "bits",
+            "ValueError",
+            "the weight of '3' must be float32, stored (out, in), and sharded by",
+        ),
+        ("columns", "ValueError", "got torch.float32, (out, in) and (Shard(dim=1),)"),
+        ("alone", "ValueError", "the weight of '3' must be sharded by fully_shard alone"),
+        ("loss", "RuntimeError", "controller.loss() was not part of the loss in 25 steps"),
+    ],
+)
+def test_what_learned_shards_refuse_is_named_on_every_rank(ranks, what, kind, message):
+    for raised, text in ranks.errors(3, refuse, what):
+        assert raised == kind
+        assert message in text
+
+
+def part(group):
+    """Write the scores of one copy of a shard."""
+    model = net()
+    controller = ts.create_controller(model, config("rb", "tall"), process_group=group)
+    sharded(model, group, hybrid=True)
+    controller.scheduler.step()
+    if torch.distributed.get_rank(group) == 2:
+        controller.parameters()[1].detach().to_local()[0, 0] = -1
+    controller.scheduler.epoch_step()
+
+
+def test_copies_of_scores_that_part_are_told_of_on_every_rank(ranks):
+    for kind, text in ranks.errors(4, part):
+        assert kind == "RuntimeError"
+        assert "epoch_step: the masks of '1.q_proj' differ between ranks" in text
