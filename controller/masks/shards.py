@@ -370,11 +370,11 @@ def shard_beside(
             if (module, name) in _users(held):
                 # as the group itself makes them: torch has no other way to add one
                 place = type(held._module_info)(owners[0], names[0], owners[1:], names[1:])
-                policies = group.mp_policy, group.offload_policy
+                policies = held.mp_policy, group.offload_policy
                 mesh = held.mesh_info, group.post_forward_mesh_info
                 new = type(held)(parameter, place, *mesh, held.device, None, *policies)
                 group.fsdp_params.append(new)
-                group._init_mp_dtypes()
+                _look_anew(group)
                 return
 
 
@@ -385,6 +385,14 @@ def forget_gone(model: nn.Module) -> None:
             if held._module_info.param_name not in held._module_info.module._parameters:
                 group.fsdp_params.remove(held)
                 held._post_load_hook_handle.remove()
+                _look_anew(group)
+
+
+def _look_anew(group: Any) -> None:
+    """Let a group read from its parameters what it keeps of them all."""
+    group._init_mp_dtypes()
+    if hasattr(group, "_init_reduce_scatter_param_order"):  # of later torch
+        group._init_reduce_scatter_param_order()
 
 
 def local_grid(shard: Shard, grid: Tensor) -> Tensor:
