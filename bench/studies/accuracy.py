@@ -186,7 +186,7 @@ def spelled(values: Sequence[float | None]) -> str:
     if len(reached) < len(values):
         return "refused"
     if len(reached) == 1:
-        return f"{reached[0]:.3f} (one seed)"
+        return f"{reached[0]:.3f}"
     return f"{mean(reached):.3f} ± {stdev(reached) / len(reached) ** 0.5:.3f}"
 
 

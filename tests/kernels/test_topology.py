@@ -137,8 +137,8 @@ def test_opcheck():
     mask, pattern = make((5, 7), "some"), Block(32, 32)
     lists = block_topology(mask, pattern)
     op = torch.ops.triton_sparsity.block_topology_.default
-    by_rows, size = bundling(pattern, (5, 7))
-    torch.library.opcheck(op, ([mask], [int(by_rows)], size, size, *([t] for t in lists)))
+    op_arguments = [mask], pattern.rows, pattern.cols, *([t] for t in lists)
+    torch.library.opcheck(op, op_arguments)
 
 
 def masks_of(kind):

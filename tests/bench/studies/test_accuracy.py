@@ -93,7 +93,7 @@ def test_the_tables_have_means_errors_and_the_best_in_bold(finetune, tmp_path):
     assert "| RigL | `abs` | **2.800 ± 0.500** |" in lines
     assert "| gradual | `wanda` | 3.000 ± 0.500 |" in lines
     assert accuracy.dense(record) == "Dense, trained alike: 3.500 ± 0.500."
-    assert accuracy.spelled([2.0]) == "2.000 (one seed)"
+    assert accuracy.spelled([2.0]) == "2.000"
     better = accuracy.tables(record | {"higher_is_better": True})
     assert "| gradual | `normed_abs` | **3.500 ± 0.500** |" in better
 
