@@ -12,6 +12,7 @@ from ..kernels.dispatch import Dispatch, check_dispatch
 from ..kernels.launch import Backend
 from .algorithms.base import BaseSparsityAlgoController
 from .algorithms.composite import CompositeController
+from .algorithms.learned import ScoredController
 from .algorithms.table import algorithm_of
 from .config.algorithm import AlgorithmConfig
 from .masks.guard import guards_of
@@ -137,8 +138,15 @@ def _check_covered(
 ) -> None:
     """Refuse what wrappers and shards do not go with."""
     for config, found in zip(configs, targets, strict=True):
-        if algorithm_of(config).controller.learns:
-            check_shards(model, [target for target in found if is_sharded(target.weight)])
+        algorithm = algorithm_of(config)
+        sharded = [target for target in found if is_sharded(target.weight)]
+        if issubclass(algorithm.controller, ScoredController):
+            check_shards(model, sharded)
+        elif algorithm.controller.learns and sharded:
+            raise ValueError(
+                f"create_controller: {sharded[0].name!r} must not be sharded for "
+                f"{algorithm.name}, got a DTensor; all other algorithms take sharded weights"
+            )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         for found in map(algorithm_of, configs):
             if found.controller.learns:

@@ -189,9 +189,8 @@ class ScoredWeight(LearnedWeight):
 
     def _move(self, weight: Tensor) -> None:
         super()._move(weight)
-        scores: nn.Parameter | None = getattr(
-            self, "_scores", None
-        )  # the base class is made first
+        # none while the base class is made
+        scores: nn.Parameter | None = getattr(self, "_scores", None)
         if scores is None or scores.device == weight.device:
             return
         scores.data = scores.data.to(weight.device)

@@ -489,6 +489,7 @@ def refuse(group, what):
         ts.prune_obs(model, [torch.ones(2, 16)], ts.ConstSparsityConfig(), level=0.5)
     chosen = {
         "split": ts.RBSparsityConfig(),
+        "sr_ste": ts.SRSTEConfig(target_scopes=["0"]),
         "rigl": ts.RigLConfig(level=0.5, t_end=10, growth="normed_gradient", delta_t=2),
         "fisher": config("tall", "fisher"),
         "function": config("blocks", own_importance),
@@ -521,6 +522,7 @@ def refuse(group, what):
     [
         ("obs", "ValueError", "prune_obs: '0' must not be sharded"),
         ("split", "ValueError", "'0' must not be parted by tensor parallelism under a mask that"),
+        ("sr_ste", "ValueError", "'0' must not be sharded for sr_ste, got a DTensor"),
         ("rigl", "ValueError", "growth must be 'gradient' for sharded weights, as '0' is"),
         ("fisher", "ValueError", "no block may lie on two ranks for weight_importance 'fisher'"),
         (
