@@ -12,7 +12,7 @@ from ..kernels.dispatch import Dispatch, check_dispatch
 from ..kernels.launch import Backend
 from .algorithms.base import BaseSparsityAlgoController
 from .algorithms.composite import CompositeController
-from .algorithms.learned import ScoredController
+from .algorithms.learned import LearnedController
 from .algorithms.table import algorithm_of
 from .config.algorithm import AlgorithmConfig
 from .masks.guard import guards_of
@@ -140,9 +140,9 @@ def _check_covered(
     for config, found in zip(configs, targets, strict=True):
         algorithm = algorithm_of(config)
         sharded = [target for target in found if is_sharded(target.weight)]
-        if issubclass(algorithm.controller, ScoredController):
+        if algorithm.controller.learns:
             check_shards(model, sharded)
-        elif algorithm.controller.learns and sharded:
+        elif issubclass(algorithm.controller, LearnedController) and sharded:
             raise ValueError(
                 f"create_controller: {sharded[0].name!r} must not be sharded for "
                 f"{algorithm.name}, got a DTensor; all other algorithms take sharded weights"
