@@ -219,12 +219,12 @@ HOWS = [
 def test_learned_masks_on_shards_are_those_of_one_process(ranks, how):
     model = net()
     controller = ts.create_controller(model, config(*how))
-    wanted = train(model, controller, 10)
+    wanted = train(model, controller, 6)
     assert wanted["level"] > 0.02
     sizes = {("rb", "tall"): (1, 4), ("soft", "tall"): (4,)}.get(how, (3,))
     for size in sizes if how[1] == "tall" else (2,):
         wrap_first = size in (2, 4)
-        for found, (_, state) in ranks.run(size, train_shards, how, 10, None, False, wrap_first):
+        for found, (_, state) in ranks.run(size, train_shards, how, 6, None, False, wrap_first):
             check(found, wanted)
             assert near(state, controller.get_state())
 
