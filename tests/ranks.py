@@ -5,6 +5,8 @@ failed in the middle of a collective are started anew.
 """
 
 import datetime
+import gc
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -16,10 +18,18 @@ import torch
 from torch import distributed
 
 SIZE = 4
+# what cases import, each of which takes a rank a second
+IMPORTED = (
+    *("torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"),
+    "torch.distributed.tensor.parallel",
+)
 PATIENCE = 20  # seconds that a collective waits, and a third of what a case may take
 
 
 def _serve(rank, folder, pipe):
+    if hasattr(os, "SCHED_BATCH"):
+        # gloo's threads wake one another: to let each run on halves what a collective takes
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     torch.set_num_threads(1)
     store = distributed.FileStore(f"{folder}/store", SIZE)
     options = {"timeout": datetime.timedelta(seconds=PATIENCE)}
@@ -46,6 +56,10 @@ class Ranks:
     def _start(self):
         # no process of another kind has what the test modules define
         context = multiprocessing.get_context("fork")
+        for name in IMPORTED:
+            importlib.import_module(name)
+        gc.collect()
+        gc.freeze()  # nor do ranks look at what was imported, and copy it
         self._folder = tempfile.mkdtemp()
         for rank in range(SIZE):
             ours, theirs = context.Pipe()
