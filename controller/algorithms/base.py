@@ -704,12 +704,12 @@ def _modules_of(model: nn.Module) -> set[int]:
 
 def _told_by(
     controller: weakref.ref[BaseSparsityAlgoController],
-) -> Callable[[list[SparseWeight]], None]:
+) -> Callable[[list[SparseWeight], Tensor | None], None]:
     """Return what a guard tells of an optimiser's step."""
 
-    def before_step(weights: list[SparseWeight]) -> None:
+    def before_step(weights: list[SparseWeight], overflowed: Tensor | None) -> None:
         found = controller()
         if found is not None and found._scorer is not None and not found.frozen:
-            found._scorer.before_step(weights)
+            found._scorer.before_step(weights, overflowed)
 
     return before_step

@@ -55,8 +55,9 @@ class Guard:
         self.released = False
         self.began = False  # until training begins a state may be loaded, whose masks are others
         self.optimizer_steps = 0  # of any optimiser, of any parameters; who counts sets it to 0
-        # told which weights an optimiser is about to step, with their gradients
-        self.before_step: Callable[[list[SparseWeight]], None] | None = None
+        # told which weights an optimiser is about to step, with their gradients, and what a
+        # gradient scaler has told the optimiser
+        self.before_step: Callable[[list[SparseWeight], Tensor | None], None] | None = None
         # where the weights' modules are in the model
         self.paths = {id(module): path for path, module in model.named_modules()}
         self._weight_at = {(id(module), name): weight for module, name, weight in self.users}
@@ -242,7 +243,7 @@ class Guard:
         self._clear_assigned_gradients(members)
         self._clear_moments(optimizer, members)
         if self.before_step is not None:
-            self.before_step(members)
+            self.before_step(members, getattr(optimizer, "found_inf", None))
         self._start_returned(optimizer, members)
         self._stepping.update(members)
 

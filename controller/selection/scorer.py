@@ -198,12 +198,18 @@ class Scorer:
         sums = [size(values[at]).sum(dtype=torch.float32) for at in rows_at_a_time(values)]
         return torch.stack([torch.zeros((), device=values.device), *sums]).sum()
 
-    def before_step(self, weights: Sequence[SparseWeight]) -> None:
+    def before_step(
+        self, weights: Sequence[SparseWeight], overflowed: Tensor | None = None
+    ) -> None:
         """Take in the gradients by which an optimiser is about to step ``weights``, and the
         weights that they are of.
+
+        Args:
+            overflowed: above 0 where a gradient scaler lets the optimiser skip the step itself;
+                torch has it for all ranks.
         """
         if self.importance in SUMMED:
-            self._add(weights)
+            self._add(weights, overflowed)
             self._taken |= {weight.name for weight in weights}
             return
         for weight in weights:
@@ -225,10 +231,17 @@ class Scorer:
         optimiser that torch knows has stepped by them; frozen masks need none.
         """
         if self.importance in SUMMED and not frozen:
-            self._add([weight for weight in self._weights if weight.name not in self._taken])
+            left = [weight for weight in self._weights if weight.name not in self._taken]
+            self._add(left, None, by_optimizer=False)
         self._taken.clear()
 
-    def _add(self, weights: Sequence[SparseWeight]) -> None:
+    def _add(
+        self,
+        weights: Sequence[SparseWeight],
+        overflowed: Tensor | None,
+        *,
+        by_optimizer: bool = True,
+    ) -> None:
         """Sum gradients of one step, but for one whose gradients overflowed, as with AMP: the
         optimiser skips it too.
         """
@@ -241,8 +254,10 @@ class Scorer:
         here = [*map(local_part, both)]
         ends = [end for tensor in here if tensor.numel() for end in tensor.aminmax()]
         finite = torch.stack([here[0].new_zeros(()), *ends]).isfinite().all()
-        if any(is_sharded(gradient) for _, gradient in used):
-            # where a shard overflows, no rank may count the step
+        if overflowed is not None:
+            finite &= (overflowed == 0).all()
+        if not by_optimizer and any(is_sharded(gradient) for _, gradient in used):
+            # a scaler may have kept the optimiser from the step, as a shard elsewhere overflowed
             finite = self._weights[0].ranks.sum((~finite).long()) == 0
         decay = torch.full((), MOMENTUM_DECAY, dtype=torch.float32, device=finite.device)
         decay.masked_fill_(~finite, 1)

@@ -50,12 +50,6 @@ def sharded(model, group, hybrid=False):
 
 
 def config(pattern, importance="abs", pool="global", distribution="uniform", reduction="mean"):
-    if importance == "rb":
-        schedule = ts.ExponentialSchedule(target_level=0.6, target_epoch=2)
-        return ts.RBSparsityConfig(pattern=PATTERNS[pattern], schedule=schedule, seed=5)
-    if importance == "movement":
-        schedule = ts.PolynomialSchedule(initial_level=0.0, target_level=0.5, target_epoch=3)
-        return ts.MovementSparsityConfig(pattern=PATTERNS[pattern], schedule=schedule, pool=pool)
     if importance == "set":
         return ts.SETConfig(level=0.6, t_end=20, delta_t=2, pattern=PATTERNS[pattern])
     if importance == "rigl":
@@ -90,11 +84,14 @@ def prune(model, controller, rank=0, size=1):
             model(x).square().mean().backward()
         controller.scheduler.step()
         controller.set_sparsity_level(level)
-        found += [(full_grid(i.operand).clone(), i.operand.kept, i.operand.pruned_elements(),
-                   full(i.weight), full(i.operand.binary_mask))
-                  for i in controller.sparsified_module_info]  # fmt: skip
+        infos = controller.sparsified_module_info
+        found += [
+            (full_grid(i.operand).clone(), i.operand.kept, i.operand.pruned_elements())
+            for i in infos
+        ]
+        last = [(full(i.weight), full(i.operand.binary_mask)) for i in infos if step == 2]
         optimizer.step()
-    return found, controller.mask_level()
+    return found, last, controller.mask_level()
 
 
 def full(tensor):
@@ -122,14 +119,15 @@ def prune_shards(group, how, dtype, ties, wrap_first, hybrid=False):
 
 
 def check(found, wanted):
-    for (got, level), (want, wanted_level) in zip(found, [wanted] * len(found), strict=True):
-        assert level == wanted_level
-        for (grid, kept, elements, weight, mask), (*whole,) in zip(got, want, strict=True):
-            assert (kept, elements) == (whole[1], whole[2])
-            assert torch.equal(grid, whole[0])
-            assert torch.equal(mask, whole[4])
+    for got, last, level in found:
+        assert level == wanted[2]
+        for (grid, *counts), (whole, *own) in zip(got, wanted[0], strict=True):
+            assert counts == own
+            assert torch.equal(grid, whole)
+        for (weight, mask), whole in zip(last, wanted[1], strict=True):
             assert (weight[~mask] == 0).all()
-            assert torch.equal(weight, whole[3])
+            assert torch.equal(weight, whole[0])
+            assert torch.equal(mask, whole[1])
 
 
 HOWS = [
@@ -147,8 +145,9 @@ HOWS = [
 ]
 
 
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("how", HOWS, ids="-".join)
+@pytest.mark.parametrize(
+    ("how", "ties"), [*((how, True) for how in HOWS), *((how, False) for how in HOWS[1::2])]
+)
 def test_shards_are_pruned_as_one_process_prunes(ranks, how, ties):
     dtype = torch.bfloat16 if ties else torch.float32
     model = net(dtype, ties)
@@ -240,17 +239,14 @@ def test_zeros_are_found_across_the_edges_of_shards(ranks, pattern):
 
 def train(model, controller, steps):
     """Train on one batch on every rank, whose mean over two or four is exact."""
-    scores = controller.parameters()
-    own = [p for p in model.parameters() if not any(p is score for score in scores)]
-    groups = [{"params": own}, *([{"params": scores, "lr": 2.0}] if scores else [])]
-    optimizer = torch.optim.AdamW(groups, lr=0.05, weight_decay=0.1, foreach=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1, foreach=False)
     for step in range(steps):
         if step % 3 == 0:
             controller.scheduler.epoch_step()
         controller.scheduler.step()
         optimizer.zero_grad()
         x = torch.randn(6, 16, generator=torch.Generator().manual_seed(step))
-        (model(x).square().mean() + controller.loss()).backward()
+        model(x).square().mean().backward()
         optimizer.step()
     weights = [full(info.weight) for info in controller.sparsified_module_info]
     return weights, [full(i.operand.binary_mask) for i in controller.sparsified_module_info]
@@ -272,15 +268,14 @@ def train_shards(group, how, steps, state=None, wrap_first=True):
     return found, (weights, controller.get_state())
 
 
-LEARNED = ("rb", "movement")
-TRAINED = [(p, i) for i in ("abs", "set", "rigl", *LEARNED) for p in ("unstructured", "tall")]
+TRAINED = [(p, i) for i in ("abs", "set", "rigl") for p in ("unstructured", "tall")]
 
 
 @pytest.mark.parametrize("how", TRAINED, ids="-".join)
 def test_training_on_shards_is_that_of_one_process(ranks, how):
     model = net()
-    wanted = train(model, ts.create_controller(model, config(*how)), 8)
-    for (weights, masks), _ in ranks.run(4, train_shards, how, 8, None, False):
+    wanted = train(model, ts.create_controller(model, config(*how)), 6)
+    for (weights, masks), _ in ranks.run(4, train_shards, how, 6, None, False):
         assert all(map(torch.equal, masks, wanted[1]))
         assert all(map(torch.equal, weights, wanted[0]))
     assert not all(mask.all() for mask in wanted[1])
@@ -294,32 +289,25 @@ def test_training_on_shards_is_that_of_one_process(ranks, how):
 def test_a_state_is_that_of_one_process_and_goes_on_at_another_number_of_ranks(ranks, how):
     model = net()
     controller = ts.create_controller(model, config(*how))
-    train(model, controller, 5)
+    train(model, controller, 4)
     own = controller.get_state()
-    found = ranks.run(2, train_shards, how, 5)
+    found = ranks.run(2, train_shards, how, 4)
     for _, (_, state) in found:
         assert same(state, own)
     saved = found[0][1]
     more = net()
     more.load_state_dict(saved[0])
     resumed = ts.create_controller(more, config(*how), state=saved[1])
-    wanted = train(more, resumed, 6)
-    for (weights, masks), _ in ranks.run(4, train_shards, how, 6, saved):
+    wanted = train(more, resumed, 4)
+    for (weights, masks), _ in ranks.run(4, train_shards, how, 4, saved):
         assert all(map(torch.equal, masks, wanted[1]))
         assert all(map(torch.equal, weights, wanted[0]))
 
 
 def same(a, b):
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(
-            near(a[key], b[key]) if key == "logits" else same(a[key], b[key]) for key in a
-        )
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def near(a, b):
-    """The last bit of torch's sigmoid, in rb's loss, depends on where a tensor ends on a CPU."""
-    return a.keys() == b.keys() and all(torch.allclose(a[key], b[key], 1e-4, 1e-5) for key in a)
 
 
 def save_shards(group, folder, how):
@@ -366,25 +354,31 @@ def test_a_distributed_checkpoint_has_exact_zeros_and_loads_at_another_number_of
                 assert ((tensor == 0) | mask).all()
 
 
-def overflow(group, importance):
+def overflow(group, importance, stepped):
     model = sharded(net(), group)
     controller = ts.create_controller(
         model, config("unstructured", importance), process_group=group
     )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=stepped == "fused")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     sums = []
-    for bad in (False, True):  # a scaler keeps the optimiser from either step
+    for bad in (False, True):
         model.zero_grad()
-        model(torch.ones(2, 16)).sum().backward()
+        scaler.scale(model(torch.ones(2, 16)).sum()).backward()
         if bad and torch.distributed.get_rank(group) == 1:
             model[4].weight.grad.to_local()[0, 0] = torch.inf
+        if stepped != "by nobody":
+            scaler.step(optimizer)
+            scaler.update()
         controller.scheduler.step()
         sums.append(controller.get_state()["magnitude_sparsity"]["algorithm_state"]["momenta"])
     return sums
 
 
+@pytest.mark.parametrize("stepped", ["by nobody", "by a loop", "fused"])
 @pytest.mark.parametrize("importance", ["snip_momentum", "fisher"])
-def test_no_rank_sums_a_step_that_overflowed_on_one(ranks, importance):
-    for once, twice in ranks.run(2, overflow, importance):
+def test_no_rank_sums_a_step_that_overflowed_on_one(ranks, importance, stepped):
+    for once, twice in ranks.run(2, overflow, importance, stepped):
         assert same(once, twice)
         assert all(sums.any() for sums in once.values())
 
@@ -393,15 +387,14 @@ MOVES = ("all_reduce", "all_to_all_single", "broadcast", "all_gather", "all_gath
 MOVES += ("all_gather_into_tensor", "reduce_scatter_tensor", "all_gather_single", "reduce_scatter")
 
 
-def count_moves(group):
+def count_moves(group, how):
     """Return what a step and an update send, beside what FSDP2 does."""
     from torch import distributed
 
     model = sharded(net(), group)
-    controller = ts.create_controller(model, config("tall"), process_group=group)
+    controller = ts.create_controller(model, config(*how), process_group=group)
     optimizer = torch.optim.AdamW(model.parameters())
     controller.scheduler.step()
-    controller.set_sparsity_level(0.5)
     found = {}
     plain = {name: getattr(distributed, name) for name in MOVES if hasattr(distributed, name)}
 
@@ -431,8 +424,16 @@ def count_moves(group):
     return theirs, step, found, edges
 
 
+@pytest.mark.parametrize("how", [("unstructured", "snip_momentum"), ("wide", "fisher")])
+def test_a_step_moves_nothing_where_gradients_are_summed_either(ranks, how):
+    for theirs, step, update, _ in ranks.run(2, count_moves, how):
+        assert theirs
+        assert step == {}
+        assert update["all_reduce"]
+
+
 def test_a_step_moves_nothing_and_an_update_counts_and_rows_at_edges(ranks):
-    found = ranks.run(3, count_moves)
+    found = ranks.run(3, count_moves, ("tall",))
     for _, step, update, edges in found:
         assert step == {}
         assert set(update) == {"all_reduce", "all_to_all_single"}
