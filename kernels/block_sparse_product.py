@@ -29,15 +29,19 @@ tile ahead. One ``wgmma`` group stays in flight across steps.
 
 **Balance, L2.** ``schedule.py``: tiles are dealt out so that programs have equally much to do
 whatever the mask, panel by panel, so that a panel's activations stay in L2 while the kept part of
-W streams by, each tile of it read by neighbours at the same time.
+W streams by, each tile of it read by neighbours at the same time. Of few tokens programs have
+equal shares of all steps, and whoever began a tile waits for the sums of the programs behind it,
+which compute theirs first.
 
 Past 90 % sparsity the floor is device memory, not arithmetic: 8192 tokens of 4096 -> 14336 read
 and write 0.3 GB, 0.07 ms, as long as 6 % of the blocks' arithmetic at the full rate.
 
-Reading order: parts of a step -> places in a row of steps -> kernel -> sums -> launcher.
+Reading order: parts of a step -> places in a row of steps -> parts of tiles -> kernel -> launcher.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -220,6 +224,69 @@ def _tile_at(
     return band * num_m + within, steps, offset, done
 
 
+@triton.jit
+def _wait(flag_ptr):
+    """Wait until a part is there, and take its flag down."""
+    while tl.atomic_cas(flag_ptr, 1, 0, sem="acquire") == 0:
+        pass
+
+
+@triton.jit
+def _store_sum(
+    y_ptr,
+    bias_ptr,
+    scratch_ptr,
+    flag_ptr,
+    acc,
+    program,
+    programs,
+    row,
+    end,
+    m,
+    n,
+    M,
+    N,
+    stride_ym,
+    stride_yn,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OUT: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Store the tile of which this program has the first part, and others what comes up to
+    ``end`` of the row. All are added up in order: the sum does not depend on who is done when.
+    """
+    first = program + 1
+    last = first
+    while _share(last, programs, row) < end:
+        if _share(last + 1, programs, row) > _share(last, programs, row):
+            _wait(flag_ptr + last)
+        last += 1
+
+    QUARTER: tl.constexpr = BLOCK_N // 4
+    rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, QUARTER)
+    halves = _halves(acc, BLOCK_M, BLOCK_N)
+    for i in tl.static_range(2):
+        quarters = _halves(halves[i], BLOCK_M, BLOCK_N // 2)
+        for j in tl.static_range(2):
+            offs_n = (2 * i + j) * QUARTER + cols
+            at = rows[:, None] * BLOCK_N + offs_n[None, :]
+            sums = quarters[j]
+            part = first
+            while part < last:
+                if _share(part + 1, programs, row) > _share(part, programs, row):
+                    sums += tl.load(scratch_ptr + part.to(tl.int64) * (BLOCK_M * BLOCK_N) + at)
+                part += 1
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + n + offs_n, mask=n + offs_n < N, other=0.0)
+                sums += bias.to(tl.float32)[None, :]
+            places = (m + rows).to(INDEX)[:, None] * stride_ym
+            places += (n + offs_n).to(INDEX)[None, :] * stride_yn
+            inside = (m + rows < M)[:, None] & (n + offs_n < N)[None, :]
+            tl.store(y_ptr + places, sums.to(OUT), mask=inside)
+
+
 @triton.jit(do_not_specialize=["M", "TASKS", "absent", "group", "shift"])
 def _block_sparse_linear_kernel(
     x,  # BULK: descriptors of x, w and y; else their pointers
@@ -235,7 +302,9 @@ def _block_sparse_linear_kernel(
     absent,  # a block index past the last column
     group,  # as the plan's, and
     shift,
-    scratch_ptr,
+    y_ptr,  # SPLIT: also,
+    scratch_ptr,  # float32 [programs, BLOCK_M, BLOCK_N], and
+    flag_ptr,  # int32 [programs], zeros before and after: whether a part is there
     stride_xm,
     stride_xk,
     stride_wn,
@@ -264,13 +333,18 @@ def _block_sparse_linear_kernel(
 
     program, programs = tl.program_id(0), tl.num_programs(0)
     if SPLIT:
+        # who waits for a part has been launched after whom it waits for
+        program = programs - 1 - program
         row = _row(task_ptr, num_m, bands, PER_TASK, PARTS, END_STEPS)
         begin, stop = _share(program, programs, row), _share(program + 1, programs, row)
         tile, steps, offset, before = _tile_at(
             begin, task_ptr, num_m, bands, PER_TASK, PARTS, END_STEPS
         )
-        _, _, _, after = _tile_at(stop, task_ptr, num_m, bands, PER_TASK, PARTS, END_STEPS)
+        _, last_steps, last_offset, after = _tile_at(
+            stop, task_ptr, num_m, bands, PER_TASK, PARTS, END_STEPS
+        )
         total = after - before
+        own_part_ptr = scratch_ptr + program.to(tl.int64) * (BLOCK_M * BLOCK_N)
         if offset >= steps:  # the tile's steps are another's
             tile, offset = tl.minimum(tile + 1, tiles - 1), 0
     else:
@@ -310,12 +384,11 @@ def _block_sparse_linear_kernel(
         out_m, out_n = m, n
         left -= 1
         ended = left == 0
-        done = ended | (step == total - 1) if SPLIT else ended
         part += 1
         if part == PARTS:
             part = 0
             entry += 1
-        if done:
+        if ended:
             m, n = tile_m * BLOCK_M, next_line * SIDE_N + band % PER_TASK * BLOCK_N
             entry, end = next_entry, next_entry + next_entries
             left, part = _steps(next_entries, PARTS), 0
@@ -324,21 +397,19 @@ def _block_sparse_linear_kernel(
             tile_m, band = _place(tile, num_m, bands, group)
             task = task_ptr + band // PER_TASK * 3
         # outside of the branch, because its end would wait for them
-        next_line = tl.load(task, mask=done, other=next_line)
-        next_entry = tl.load(task + 1, mask=done, other=next_entry)
-        next_entries = tl.load(task + 2, mask=done, other=next_entries)
+        next_line = tl.load(task, mask=ended, other=next_line)
+        next_entry = tl.load(task + 1, mask=ended, other=next_entry)
+        next_entries = tl.load(task + 2, mask=ended, other=next_entries)
         block = tl.load(index_ptr + entry, mask=entry < end, other=absent)
-        if done:
+        if ended:
             if SPLIT:
-                if is_whole & ended:
+                if is_whole:
                     _store(
                         y, bias_ptr, acc, out_m, out_n, M, N, stride_ym, stride_yn,
                         HAS_BIAS, BLOCK_M, BLOCK_N, STORES, OUT, BULK, INDEX,
                     )  # fmt: skip
                 else:
-                    # the last part of a tile lies apart from one that others go on with
-                    slot = (2 * program + 1 - ended.to(tl.int32)).to(tl.int64)
-                    _store_part(scratch_ptr + slot * (BLOCK_M * BLOCK_N), acc, BLOCK_M, BLOCK_N)
+                    _store_part(own_part_ptr, acc, BLOCK_M, BLOCK_N)
                 is_whole = ended
             else:
                 _store(
@@ -347,73 +418,41 @@ def _block_sparse_linear_kernel(
                 )  # fmt: skip
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
-
-@triton.jit(do_not_specialize=["M", "TASKS", "programs"])
-def _block_sparse_linear_sum_kernel(
-    y_ptr,
-    bias_ptr,
-    task_ptr,
-    scratch_ptr,
-    M,
-    N,
-    TASKS,
-    programs,  # of the launch that wrote the parts
-    stride_ym,
-    stride_yn,
-    HAS_BIAS: tl.constexpr,
-    PER_TASK: tl.constexpr,
-    PARTS: tl.constexpr,
-    END_STEPS: tl.constexpr,
-    SIDE_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SUM_ROWS: tl.constexpr,
-    OUT: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """Add up the parts of the tiles that were cut, in order; SUM_ROWS rows at a time.
-
-    A tile is added up where the first share begins that begins within its steps.
-    """
-    PIECES: tl.constexpr = BLOCK_M // SUM_ROWS
-    num_m, bands = tl.cdiv(M, BLOCK_M), TASKS * PER_TASK
-    row = _row(task_ptr, num_m, bands, PER_TASK, PARTS, END_STEPS)
-    for piece in range(tl.program_id(0), programs * PIECES, tl.num_programs(0)):
-        part = piece // PIECES
-        begin = _share(part, programs, row)
-        tile, steps, offset, _ = _tile_at(
-            begin, task_ptr, num_m, bands, PER_TASK, PARTS, END_STEPS
-        )
-        start = begin - offset
-        earlier = _share(tl.maximum(part - 1, 0), programs, row)
-        if (begin < row) & (offset > 0) & (offset < steps) & (earlier <= start):
-            rows = piece % PIECES * SUM_ROWS + tl.arange(0, SUM_ROWS)
-            cols = tl.arange(0, BLOCK_N)
-            within = rows[:, None] * BLOCK_N + cols[None, :]
-            total = tl.zeros((SUM_ROWS, BLOCK_N), tl.float32)
-            part -= 1
-            while _share(part, programs, row) < start + steps:
-                after = _share(part + 1, programs, row)
-                slot = (2 * part + (after < start + steps).to(tl.int32)).to(tl.int64)
-                if after > _share(part, programs, row):
-                    total += tl.load(scratch_ptr + slot * (BLOCK_M * BLOCK_N) + within)
-                part += 1
-
-            tile_m, band = tile % num_m, tile // num_m
-            line = tl.load(task_ptr + band // PER_TASK * 3)
-            offs_m = tile_m * BLOCK_M + rows
-            offs_n = line * SIDE_N + band % PER_TASK * BLOCK_N + cols
-            if HAS_BIAS:
-                bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)  # [BLOCK_N]
-                total += bias.to(tl.float32)[None, :]
-            at = offs_m.to(INDEX)[:, None] * stride_ym + offs_n.to(INDEX)[None, :] * stride_yn
-            inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-            tl.store(y_ptr + at, total.to(OUT), mask=inside)
+    if SPLIT:
+        goes_on = (total > 0) & (0 < last_offset) & (last_offset < last_steps)
+        if goes_on & (is_whole == 0):
+            _store_part(own_part_ptr, acc, BLOCK_M, BLOCK_N)
+        if (total > 0) & (0 < offset):
+            # here, because a loop with a barrier is not pipelined
+            tl.debug_barrier()
+            tl.atomic_xchg(flag_ptr + program, 1, sem="release")
+        if goes_on & is_whole:
+            _store_sum(
+                y_ptr, bias_ptr, scratch_ptr, flag_ptr, acc, program, programs, row,
+                stop - last_offset + last_steps, m, n, M, N, stride_ym, stride_yn,
+                HAS_BIAS, BLOCK_M, BLOCK_N, OUT, INDEX,
+            )  # fmt: skip
 
 
 def rows_of(matrix: Tensor) -> Tensor:
     """Return ``matrix`` with unit stride along its rows: an activation may be copied."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _flags(device: torch.device, programs: int) -> Tensor:
+    """Return zeros for the flags of a launch, which leaves them zeros for the next one of its
+    stream. What is being captured may be replayed beside others: it brings zeros of its own.
+    """
+    if device.type != "cuda":
+        return _lasting_flags(device, 0, programs)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(programs, dtype=torch.int32, device=device)
+    return _lasting_flags(device, torch.cuda.current_stream(device).cuda_stream, programs)
+
+
+@cache
+def _lasting_flags(device: torch.device, stream: int, programs: int) -> Tensor:
+    return torch.zeros(programs, dtype=torch.int32, device=device)
 
 
 def launch_product(
@@ -453,8 +492,11 @@ def launch_product(
 
         launch_specialised(x, stored, bias, y, tasks, index, side_n, side_k, by_k, plan)
         return y
-    parts = 2 * programs * tile.m * tile.n if plan.split else 0
-    scratch = x.new_empty(parts, dtype=torch.float32)
+    # later parts of tiles; who has no split has no use for either
+    scratch = flags = x
+    if plan.split:
+        scratch = x.new_empty(programs * tile.m * tile.n, dtype=torch.float32)
+        flags = _flags(x.device, programs)
     kind = getattr(tl, str(x.dtype).removeprefix("torch."))
     if bulk:
         ops = (
@@ -467,7 +509,7 @@ def launch_product(
     with on_device(x):
         _block_sparse_linear_kernel[(programs,)](
             *ops, x if bias is None else bias, tasks, index, M, N, K, len(tasks),
-            ceil_div(K, side_k), plan.group, plan.shift, scratch,
+            ceil_div(K, side_k), plan.group, plan.shift, y, scratch, flags,
             *x.stride(), *weight.stride(), *y.stride(),
             HAS_BIAS=bias is not None,
             W_BY_K=by_k,
@@ -486,21 +528,4 @@ def launch_product(
             num_stages=tile.stages,
             **FUSED,
         )  # fmt: skip
-        if plan.split:
-            _block_sparse_linear_sum_kernel[(device.processors * 8,)](
-                y, x if bias is None else bias, tasks, scratch, M, N, len(tasks), programs,
-                *y.stride(),
-                HAS_BIAS=bias is not None,
-                PER_TASK=side_n // tile.n,
-                PARTS=side_k // tile.k,
-                END_STEPS=plan.end_steps,
-                SIDE_N=side_n,
-                BLOCK_M=tile.m,
-                BLOCK_N=tile.n,
-                SUM_ROWS=16,
-                OUT=kind,
-                INDEX=index_type(y),
-                num_warps=4,
-                **FUSED,
-            )  # fmt: skip
     return y

@@ -27,7 +27,6 @@ from ...kernels.schedule import (
     gradient_loads,
     plan_product,
     program_loads,
-    split_time,
     tile_times,
 )
 from ...kernels.tiles import Device, Tile, linear_tiles, wgrad_tile
@@ -147,8 +146,8 @@ def sparse_time(
             (mask, (block.rows, block.cols)) if by_rows else (mask.T, block_turned(block))
         )
         kept = np.sort(lines.sum(1))[::-1]
-        found = _product(shape.tokens, kept, lines.shape[1], sides, device, rates)
-        steps, ends, after = found
+        steps, ends = _product(shape.tokens, kept, lines.shape[1], sides, device, rates)
+        after = 0.0
     load = steps + ends
     kept_elements = int(mask.sum()) * block.rows * block.cols
     memory = product_bytes(operation, shape, kept_elements, BFLOAT16) / device.copy
@@ -204,10 +203,8 @@ def _product(
     sides: tuple[int, int],
     device: ModelledDevice,
     rates: Rates,
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return the nanoseconds of each multiprocessor's steps, and of its tiles' ends; the seconds
-    that adding up parts takes.
-    """
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the nanoseconds of each multiprocessor's steps, and of its tiles' ends."""
     (side_n, side_k), processors = sides, device.processors
     options = {"precision": "tf32", "bulk": True}
     tiles = linear_tiles(side_n, side_k, torch.bfloat16, _facts(device), **options)
@@ -221,14 +218,13 @@ def _product(
     return (
         np.bincount(place, load.steps * times.step, processors),
         np.bincount(place, load.tiles * times.end + load.parts * times.part, processors),
-        split_time(plan, int(load.parts.sum()), processors, rates) * 1e-9,
     )
 
 
 def _gradient(
     shape: Shape, block: Block, mask: np.ndarray, device: ModelledDevice, rates: Rates
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return the same of a weight gradient."""
+    """Return the same of a weight gradient, and the seconds that adding up its parts takes."""
     processors = device.processors
     by_rows, size = bundling(block, (mask.shape[0], mask.shape[1]))
     kept = mask.sum(1 if by_rows else 0)

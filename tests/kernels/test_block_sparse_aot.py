@@ -9,7 +9,6 @@ from aot import SHARED_LIMIT, assert_lean, compile_for
 from triton_sparsity.kernels import block_sparse_wgrad as wgrad
 from triton_sparsity.kernels.block_sparse_product import (
     _block_sparse_linear_kernel,
-    _block_sparse_linear_sum_kernel,
 )
 from triton_sparsity.kernels.launch import INTERPRET, tl
 from triton_sparsity.kernels.tiles import Device, Tile, linear_tiles, stores, wgrad_tile
@@ -71,7 +70,7 @@ def compile_linear(
     sizes = ["M", "N", "K", "TASKS", "absent", "group", "shift"]
     types |= dict.fromkeys([*sizes, *strides], "i32")
     types |= {"bias_ptr": f"*{dtype}", "task_ptr": "*i32", "index_ptr": "*i32"}
-    types |= {"scratch_ptr": "*fp32"}
+    types |= {"y_ptr": f"*{dtype}", "scratch_ptr": "*fp32", "flag_ptr": "*i32"}
     compiled = compile_for(
         arch,
         _block_sparse_linear_kernel,
@@ -165,12 +164,12 @@ def assert_resident(tile, compiled, arch):
     assert tile.programs * (compiled.shared + reserved) <= SHARED_LIMIT[arch] + reserved
 
 
-def assert_operands_arrive_in_bulk(compiled):
+def assert_operands_arrive_in_bulk(compiled, widest=4):
     """Operands come by the copy engine; what threads load are lists, flags and the bias."""
     assert count(compiled, "UTMALDG") >= 2
     assert not compiled.has("LDGSTS")
     assert count(compiled, r"\bLDG\b") <= 64
-    assert max(widths(compiled, "LDG")) <= 4
+    assert max(widths(compiled, "LDG")) <= widest
 
 
 def assert_operands_arrive_async(compiled, narrow=()):
@@ -242,31 +241,23 @@ def test_hopper_linear_of_few_tokens_keeps_many_copies_in_flight(side, smaller):
 def test_hopper_linear_in_equal_shares_costs_no_spill(side, smaller):
     tile, compiled = compile_linear(90, "bf16", side, side, smaller=smaller, end_steps=2)
     assert_resident(tile, compiled, 90)
-    assert_operands_arrive_in_bulk(compiled)
+    assert_operands_arrive_in_bulk(compiled, widest=16)
     assert_wgmma_runs_async(compiled)
     assert count(compiled, "UTMALDG") == 2 * tile.stages
-    assert min(compiled.global_stores()) >= 8  # of parts
+    # of parts
+    assert min(compiled.global_stores()) >= 8
+    assert {width for width in widths(compiled, "LDG") if width > 4} == {16}
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_sum_of_a_products_parts_is_lean(arch):
-    strides = ["stride_ym", "stride_yn"]
-    types = dict.fromkeys(["M", "N", "TASKS", "programs", *strides], "i32")
-    types |= {"y_ptr": "*bf16", "bias_ptr": "*bf16", "task_ptr": "*i32", "scratch_ptr": "*fp32"}
-    constants = {
-        "HAS_BIAS": True, "PER_TASK": 1, "PARTS": 2, "END_STEPS": 2, "SIDE_N": 128,
-        "BLOCK_M": 256, "BLOCK_N": 128, "SUM_ROWS": 16, "OUT": tl.bfloat16, "INDEX": tl.int32,
-    }  # fmt: skip
-    compiled = compile_for(
-        arch,
-        _block_sparse_linear_sum_kernel,
-        types,
-        constants,
-        strides_of_one=["stride_yn"],
-        unspecialized=["M", "TASKS", "programs"],
-    )
-    assert_lean(compiled, arch)
-    assert set(compiled.global_stores()) <= {8, 16}
+@pytest.mark.parametrize(("arch", "side"), [(80, 128), (90, 128), (90, 32), (100, 128)])
+def test_a_part_is_there_before_its_flag_is_up(arch, side):
+    tile, compiled = compile_linear(arch, "bf16", side, side, end_steps=1)
+    assert_resident(tile, compiled, arch)
+    up = re.search(r"atom\.global\.(?:release\.gpu|gpu\.release)\.exch", compiled.ptx)
+    assert re.search(r"atom\.global\.(?:acquire\.gpu|gpu\.acquire)\.cas", compiled.ptx)
+    # no thread stores between the barrier of all and the flag
+    before = compiled.ptx[: up.start()]
+    assert "st.global" not in before[before.rindex("bar.sync") :]
 
 
 @pytest.mark.parametrize("by_k", [False, True], ids=["forward", "dgrad"])

@@ -22,7 +22,6 @@ from triton_sparsity.kernels.schedule import (
     gradient_loads,
     plan_product,
     program_loads,
-    split_time,
     tile_order,
     tile_times,
 )
@@ -102,18 +101,24 @@ def test_the_kernel_does_as_planned(group, programs, shift, end_steps, monkeypat
     plan = Plan(TILE, group, programs, shift, end_steps)
     monkeypatch.setattr(product_module, "plan_product", lambda *_: plan)
     load, steps = product_module._load, defaultdict(list)
-    store, stored = product_module._store, Counter()
+    stored, left, waited = Counter(), Counter(), Counter()
 
     def spy(source, row, col, *more, **options):
         steps[interpreter_builder.grid_idx[0]].append(number(row))
         return load(source, row, col, *more, **options)
 
-    def spy_on_store(*arguments):
-        stored[interpreter_builder.grid_idx[0]] += 1
-        return store(*arguments)
+    def counted(function, counter):
+        def spy(*arguments):
+            counter[interpreter_builder.grid_idx[0]] += 1
+            return function(*arguments)
+
+        return spy
 
     monkeypatch.setattr(product_module, "_load", spy)
-    monkeypatch.setattr(product_module, "_store", spy_on_store)
+    for name, counter in (("_store", stored), ("_store_sum", stored)):
+        monkeypatch.setattr(product_module, name, counted(getattr(product_module, name), counter))
+    monkeypatch.setattr(product_module, "_store_part", counted(product_module._store_part, left))
+    monkeypatch.setattr(product_module, "_wait", counted(product_module._wait, waited))
     y = block_sparse_linear(x, weight, topology, pattern=pattern)
     expected = 32 * mask.sum(1).repeat_interleave(32)
     torch.testing.assert_close(y, expected.half().expand(tokens, -1))
@@ -131,25 +136,27 @@ def test_the_kernel_does_as_planned(group, programs, shift, end_steps, monkeypat
             first, last = (len(timed) * p // programs for p in (program, program + 1))
             mine = timed[first:last]
             mine = mine[mine >= 0]
-            assert tiles[program] + parts[program] == len(set(mine))
         else:
             mine = dealt(np.arange(100), np.full(100, program), programs, shift)
             mine = np.concatenate([row[row == tile] for tile in mine[mine < 28]] or [mine[:0]])
         wanted = [(token_tile[tile] * TILE.m, lines[band[tile]] * 32) for tile in mine]
-        assert steps[program] == [place for both in wanted for place in both]
+        # of a split the last program has the first share
+        place = programs - 1 - program if end_steps else program
+        assert steps[place] == [place for both in wanted for place in both]
         assert own[program] == len(wanted)
-        assert tiles[program] == stored[program]
+        assert tiles[program] == stored[place]
+        assert parts[program] == left[place] + waited[place]
 
 
-def modelled_time(plan, shape, side, tokens, level):
+def modelled_time(plan, shape, side, tokens, level, skewed):
     N, K = SHAPES[shape]
-    kept = np.repeat(kept_blocks(N // side, K // side, level, False), side // plan.tile.n)
+    kept = np.repeat(kept_blocks(N // side, K // side, level, skewed), side // plan.tile.n)
     steps = np.maximum(kept * (side // plan.tile.k), 1)
     load = program_loads(plan, steps, -(-tokens // plan.tile.m))
     step, end, part = tile_times(plan.tile, 2)
     busy = load.steps * step + load.tiles * end + load.parts * part
     busy = np.bincount(np.arange(plan.programs) % HOPPER.processors, busy)
-    return busy.max() + split_time(plan, load.parts.sum(), HOPPER.processors)
+    return busy.max()
 
 
 @pytest.mark.parametrize("tokens", [512, 1024])
@@ -165,7 +172,11 @@ def test_few_tokens_gain_by_smaller_tiles_or_equal_shares(shape, side, tokens, m
     usual = plan_product.__wrapped__(*sizes, tiles[:1])
     assert not usual.split
     times = [
-        sum(modelled_time(one, shape, side, tokens, level) for level in (0.8, 0.9))
+        sum(
+            modelled_time(one, shape, side, tokens, level, skewed)
+            for level in (0.8, 0.9)
+            for skewed in (False, True)
+        )
         for one in (plan, usual)
     ]
     # plans are made on model masks, which are others
@@ -173,15 +184,15 @@ def test_few_tokens_gain_by_smaller_tiles_or_equal_shares(shape, side, tokens, m
 
 
 @pytest.mark.parametrize("tokens", [512, 1024])
-@pytest.mark.parametrize("side", [256, 128])
-def test_equal_shares_are_equal_under_uneven_masks_too(side, tokens):
-    """Where half of the lines keep next to nothing, the ends of tiles take most of the time."""
+@pytest.mark.parametrize("side", [256, 128, 64])
+@pytest.mark.parametrize("shape", ["up", "down"])
+@pytest.mark.parametrize("skewed", [False, True], ids=["random", "skewed"])
+def test_few_tokens_are_balanced(shape, side, tokens, skewed):
+    """A weight of 4096 x 4096 has so few steps that its plan is the fastest, not the most even."""
     for level in LEVELS:
-        for skewed in (False, True):
-            plan, steps = plan_and_steps(tokens, SHAPES["down"], side, level, skewed)
-            assert plan.split
-            num_m = -(-tokens // plan.tile.m)
-            assert balance(plan, steps, num_m, HOPPER.processors) >= 0.85
+        plan, steps = plan_and_steps(tokens, SHAPES[shape], side, level, skewed)
+        num_m = -(-tokens // plan.tile.m)
+        assert balance(plan, steps, num_m, HOPPER.processors) >= 0.8
 
 
 @pytest.mark.parametrize(
