@@ -372,7 +372,7 @@ def _block_sparse_linear_kernel(
     next_line, next_entry, next_entries = tl.load(task), tl.load(task + 1), tl.load(task + 2)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(total):
+    for _ in range(total):
         k = block * SIDE_K + part * BLOCK_K
         xs = _load(x, m, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, BULK, INDEX)
         if W_BY_K:
@@ -419,10 +419,10 @@ def _block_sparse_linear_kernel(
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     if SPLIT:
-        goes_on = (total > 0) & (0 < last_offset) & (last_offset < last_steps)
+        goes_on = (total > 0) & (last_offset > 0) & (last_offset < last_steps)
         if goes_on & (is_whole == 0):
             _store_part(own_part_ptr, acc, BLOCK_M, BLOCK_N)
-        if (total > 0) & (0 < offset):
+        if (total > 0) & (offset > 0):
             # here, because a loop with a barrier is not pipelined
             tl.debug_barrier()
             tl.atomic_xchg(flag_ptr + program, 1, sem="release")

@@ -11,9 +11,9 @@ tiles before it starts: so the schedule is fixed by shape, and has to balance wh
   where a round is a whole panel no program has the same band in each.
 - **Split.** Where tokens are few and tiles fewer than a round or two, all steps are one row, tile
   after tile, each followed by the steps that its end takes as long as. Programs take equal shares
-  of the row, however that cuts tiles ("stream-K", Osama et al., arXiv 2301.03598). The float32 sums
-  of a tile's later parts go to a scratch; who began the tile adds them up in order and stores it.
-  A later part is the first that its program computes: nobody waits for long.
+  of the row, however that cuts tiles ("stream-K", arXiv 2301.03598). The float32 sums of a tile's
+  later parts go to a scratch; who began the tile adds them up in order and stores it. A later part
+  is the first that its program computes: nobody waits for long.
 
 ``plan_product`` tries panels, numbers of programs, shifts and tiles on model masks. The functions
 above it are the kernel's arithmetic in numpy, and a test holds the two together.
@@ -23,7 +23,6 @@ Reading order: the plan -> the kernel's arithmetic -> the cost of a plan -> the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
