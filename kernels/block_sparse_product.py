@@ -332,6 +332,7 @@ def _block_sparse_linear_kernel(
     tiles = num_m * bands
 
     program, programs = tl.program_id(0), tl.num_programs(0)
+    row, stop, last_steps, last_offset, own_part_ptr = 0, 0, 0, 0, scratch_ptr
     if SPLIT:
         # who waits for a part has been launched after whom it waits for
         program = programs - 1 - program
@@ -344,7 +345,7 @@ def _block_sparse_linear_kernel(
             stop, task_ptr, num_m, bands, PER_TASK, PARTS, END_STEPS
         )
         total = after - before
-        own_part_ptr = scratch_ptr + program.to(tl.int64) * (BLOCK_M * BLOCK_N)
+        own_part_ptr += program.to(tl.int64) * (BLOCK_M * BLOCK_N)
         if offset >= steps:  # the tile's steps are another's
             tile, offset = tl.minimum(tile + 1, tiles - 1), 0
     else:
