@@ -25,12 +25,12 @@ from ...kernels.grid import ceil_div
 from ...kernels.pattern import NM, Block, Pattern, grid_shape
 from .ranks import Ranks
 
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Tell whether it is one of torch's, whose import takes a second: who has one has paid."""
-    if type(tensor) in _PLAIN:  # as nearly all that are asked of
+    if type(tensor) in PLAIN:  # as nearly all that are asked of
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -38,7 +38,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local_part(tensor: Any) -> Tensor:
     """Return what is here of a tensor, without a gradient if it is sharded."""
-    if type(tensor) in _PLAIN or not is_sharded(tensor):
+    if type(tensor) in PLAIN or not is_sharded(tensor):
         return tensor
     return tensor.detach().to_local()
 

@@ -34,7 +34,7 @@ from ...kernels.masked_weight import and_words, apply_mask
 from ...kernels.pattern import NM, Block, Pattern
 from ...kernels.product import BlockProduct, make_product, update_products
 from .ranks import ALONE, Ranks
-from .shards import Shard, is_sharded, local_grid, local_part, shard_of
+from .shards import PLAIN, Shard, is_sharded, local_grid, local_part, shard_of
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ class SparseWeight(GroupMask):
         shard = shard_of(self.name, weight, pattern, self.ranks, **layout)
         self.shard = shard
         self._sharded = None if shard is None else weakref.ref(weight)
+        self._is_matrix = shard is None and weight.ndim == 2 and not target.transposed
         local = self.matrix(weight.detach())
         pattern = target.pattern if shard is None else shard.own_pattern
         rows, cols = local.shape
@@ -212,6 +213,8 @@ class SparseWeight(GroupMask):
         """Return a tensor of the weight's shape as ``Target.matrix``; of a sharded one what is
         here.
         """
+        if self._is_matrix and type(tensor) in PLAIN:  # as most are, some times in each update
+            return tensor
         local = local_part(tensor)
         return local[:, None] if self._upright else self.target.matrix(local)
 

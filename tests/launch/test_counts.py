@@ -237,7 +237,7 @@ def test_an_update_is_a_few_hundred_calls_of_python_a_weight(kind, stub):
         return found
 
     each = (calls(24) - calls(8)) / 16
-    assert each <= 162, each
+    assert each <= 142, each
 
 
 def test_a_wait_is_found_and_what_the_host_owns_is_read_without(stub, waits):
