@@ -454,4 +454,5 @@ def block_sparse_linear(
         y = _Linear.apply(flat, weight, bias, paths, options, *topology)
     else:
         y = _op(flat, weight, bias, list(topology), paths, *options)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    # as torch's own product no view, of which FSDP2 warns: a write in place would lose its hooks
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +10,8 @@ from torch.nn import functional
 
 from .block_sparse_linear import block_sparse_linear
 from .dispatch import Dispatch, Paths, as_tensor, choose
-from .group_mask import GroupMask
 from .launch import Backend, use_triton
+from .masked_weight import count_leaks
 from .pattern import Block, Pattern, is_skippable
 from .topology import Topology, block_topology, empty_topology, write_topologies
 
@@ -76,7 +75,8 @@ class BlockProduct:
         known: dict[object, list[float]],
     ) -> None:
         """Take over a mask of ``kept`` blocks, and its lists; ``known`` as ``choose``'s."""
-        self._mask, self._triton_runs, self.topology = mask, triton_runs, topology
+        self.mask, self.kept, self.topology = mask, kept, topology
+        self._triton_runs = triton_runs
         if self.unsafe:
             self._list_blocks()
         for dtype in self._dtypes:
@@ -94,13 +94,13 @@ class BlockProduct:
 
     def _list_blocks(self) -> None:
         # while pruned blocks are written, all of them: a captured graph asks for no paths
-        mask = torch.ones_like(self._mask) if self.unsafe else self._mask
+        mask = torch.ones_like(self.mask) if self.unsafe else self.mask
         backend: Backend = "triton" if self._triton_runs else "torch"
         block_topology(mask, self.pattern, out=self.topology, backend=backend)
 
     @property
     def _dtypes(self) -> tuple[torch.dtype, ...]:
-        # autocast may multiply float32 weights in either of the others
+        # autocast and FSDP2 may multiply float32 weights in either of the others
         casts = self.dtype == torch.float32
         return (self.dtype, *((torch.bfloat16, torch.float16) if casts else ()))
 
@@ -128,6 +128,13 @@ class BlockProduct:
             self.dense_weight_grad = wanted
             self.flag()
 
+    def written(self, weight: Tensor) -> int:
+        """Count the elements in pruned blocks of the weight, a matrix (out, in), that are not
+        zero. Waits for the device.
+        """
+        masks, backend = [self.mask], self.backend
+        return int(count_leaks([weight.detach()], masks, self.pattern, backend=backend))
+
     def _in_force(self, dtype: torch.dtype) -> Paths:
         if self.unsafe:
             return DENSE
@@ -139,22 +146,19 @@ class BlockProduct:
         """Which products skip pruned blocks, in the dtype of the last one."""
         return self._in_force(self._last_dtype)
 
-    def skips(self, device_type: str) -> bool:
-        """Tell whether the coming product skips blocks, forward or backward."""
-        self._last_dtype = self._product_dtype(device_type)
-        paths = self.paths
+    def skips(self, weight: Tensor) -> bool:
+        """Tell whether the coming product with a weight skips blocks, forward or backward."""
+        dtype = _product_dtype(weight)
+        if dtype not in self._paths:
+            return False
+        self._last_dtype, paths = dtype, self._in_force(dtype)
         return any(paths) if torch.is_grad_enabled() else paths.forward
-
-    def _product_dtype(self, device_type: str) -> torch.dtype:
-        if self.dtype == torch.float32 and torch.is_autocast_enabled(device_type):
-            return torch.get_autocast_dtype(device_type)
-        return self.dtype
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x W^T + b``; ``weight`` is a matrix (out, in) of any strides."""
         assert self.topology is not None
-        dtype = self._product_dtype(weight.device.type)
-        if dtype not in self._flags:  # another cast than autocast knows
+        dtype = _product_dtype(weight)
+        if dtype not in self._flags:  # another cast than autocast or FSDP2 was expected to make
             return functional.linear(x, weight, bias)
         return block_sparse_linear(
             x,
@@ -167,13 +171,11 @@ class BlockProduct:
         )
 
 
-def make_product(mask: GroupMask, weight: Tensor, dispatch: Dispatch) -> BlockProduct | None:
-    """Return the product of a weight under a mask, yet without lists; None: there is none."""
-    if not has_blocks_to_skip(mask.pattern, weight, dispatch):
-        return None
-    assert isinstance(mask.pattern, Block)
-    choice: Any = {"backend": mask.backend, "dispatch": dispatch}
-    return BlockProduct(mask.pattern, mask.shape, weight.dtype, **choice)
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    device_type = weight.device.type
+    if weight.dtype == torch.float32 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
 
 
 def update_products(

@@ -28,7 +28,7 @@ from ..config.schedule import Schedule
 from ..masks.exchange import agree_counts
 from ..masks.export import export_onnx
 from ..masks.guard import Guard
-from ..masks.linear import skip_blocks
+from ..masks.linear import list_blocks_of_shards, skip_blocks
 from ..masks.optimizers import unwrapped
 from ..masks.schema import FLAG, MAPPING, Schema, check, exactly, integer
 from ..masks.shards import reshard
@@ -321,6 +321,7 @@ class BaseSparsityAlgoController:
         if not self._guard.began:
             whole = [w for w in weights if w.shard is None and w.values is not None]
             self.ranks.take_first([w.values for w in whole])
+        list_blocks_of_shards(self._model, weights)
         self._guard.masks_changed()
 
     def _agreed(

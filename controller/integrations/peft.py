@@ -251,9 +251,7 @@ class MaskedLora:
 
     def _linear(self, x: Tensor, delta: Tensor, bias: Tensor | None = None) -> Tensor:
         matrix, product = self.weight.matrix(delta), self.weight.product
-        if product is not None and (
-            torch.compiler.is_compiling() or product.skips(delta.device.type)
-        ):
+        if product is not None and (torch.compiler.is_compiling() or product.skips(delta)):
             return product(x, matrix, bias)
         return functional.linear(x, matrix, bias)
 

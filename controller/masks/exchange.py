@@ -363,6 +363,24 @@ def full_grid(weight: SparseWeight) -> Tensor:
     return weight.whole_grid(_joined(parts))
 
 
+def whole_grids(weights: Sequence[SparseWeight]) -> list[Tensor]:
+    """Return the bool grids of full weights, which are sharded, of blocks: one bit a block is
+    added up, of all weights in one reduction.
+    """
+    grids = []
+    for weight in weights:
+        assert weight.shard is not None
+        grid = weight.mask.new_zeros(weight.shard.grid)
+        if weight.shard.counted:
+            grid[weight.shard.groups] = own_groups(weight, weight.mask)
+        grids.append(grid)
+    parts = [pack(grid) for grid in grids]
+    # no two ranks count one bit, so that a sum carries none
+    summed = weights[0].ranks.sum(torch.cat([part.view(-1) for part in parts]))
+    found = zip(summed.split([part.numel() for part in parts]), parts, grids, strict=True)
+    return [unpack(own.view(part.shape), grid.shape[1]) for own, part, grid in found]
+
+
 def full_grids(weights: Sequence[Any], grids: Sequence[Tensor]) -> list[Tensor]:
     """Return bool grids of full ``ScoredWeight``s, which are sharded, from the rows of them that
     have their scores here: one bit a group is gathered, of all weights in one exchange.

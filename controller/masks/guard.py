@@ -40,7 +40,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...kernels.launch import takes_kernels
 from .exchange import pieces_here, sums_of_all
-from .linear import note_adapter
+from .linear import list_blocks_of_shards, note_adapter
 from .optimizers import keeps_zeros, moments, parameters_of, start_returned
 from .shards import is_sharded
 from .weight import SparseWeight, clear_, drop_foreign, leaks, take_values
@@ -136,6 +136,12 @@ class Guard:
     # what torch tells
 
     def before_forward(self, model: nn.Module, _: Any) -> None:
+        for weight in self.weights:
+            if weight.skips_blocks and weight.shard is None and is_sharded(weight.weight):
+                weight.follow()  # the model was parted when it was pruned already
+        late = [(w, grid) for w in self.weights if (grid := w.unlisted) is not None]
+        if late:
+            list_blocks_of_shards(model, *zip(*late, strict=True))
         if not (model.training and torch.is_grad_enabled()):
             return
         changed = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ...kernels.product import has_blocks_to_skip
-from .module import MaskedModule, become
+from .exchange import whole_grids
+from .module import MaskedModule, become, unsharded_class
+from .shards import gathered_over, local_grid
 from .weight import SparseWeight
 
 _OWN = ("_sparse_weight", "_sparse_adapter")
@@ -71,7 +74,7 @@ def skip_blocks(weight: SparseWeight, module: nn.Module, parameter_name: str) ->
     whose forward was wrapped before. Attention reads its output projection's weight, and never
     calls it.
     """
-    dense = type(module)
+    dense = unsharded_class(type(module))
     kind = conv1d_of(dense) or nn.Linear
     multiplies = issubclass(dense, kind) and dense.forward is kind.forward
     if (
@@ -79,16 +82,57 @@ def skip_blocks(weight: SparseWeight, module: nn.Module, parameter_name: str) ->
         or isinstance(module, NonDynamicallyQuantizableLinear)
         or "forward" in module.__dict__
         or parameter_name != "weight"
-        or weight.shard is not None  # its product is of what FSDP2 has gathered
+        or (weight.shard is not None and weight.scores is not None)
     ):
         return
     if has_blocks_to_skip(weight.pattern, weight.weight, weight.dispatch):
         weight.skips_blocks = True
         # a controller's creation ends with a mask, which brings the lists
-        if weight.product is None and not weight.all_kept:
+        if weight.product is None and not weight.all_kept and weight.shard is None:
             weight.serve_product()
         module.__dict__["_sparse_weight"] = weight
         become(module, _class_of(dense))
+
+
+@torch.no_grad()
+def list_blocks_of_shards(
+    model: nn.Module, weights: Sequence[SparseWeight], grids: Sequence[Tensor] | None = None
+) -> None:
+    """Bring the lists of blocks of sharded weights in line with their masks, where modules skip
+    them: lists of the part that a forward pass has.
+
+    Every rank must call this. One bit a block is added up over the ranks, of the weights that
+    FSDP2 gathers.
+
+    Args:
+        model: what ``fully_shard`` has been called on, or holds that.
+        weights: any.
+        grids: bool, one a weight: the grids of the full weights, if they are known.
+    """
+    served = [w for w in weights if w.skips_blocks and w.shard is not None]
+    if not served:
+        return
+    over = gathered_over(model)
+    known = {} if grids is None else dict(zip(weights, grids, strict=True))
+    for weight in served:
+        dims = over.get((id(weight.module), weight.parameter_name), ())
+        part = weight.shard_of(weight.weight, dims) if dims else weight.shard
+        if part != weight.multiplied:
+            weight.product = None
+        weight.multiplied, weight.unlisted = part, None
+    gathered = [w for w in served if w.multiplied is not w.shard and w not in known]
+    if gathered:
+        known |= dict(zip(gathered, whole_grids(gathered), strict=True))
+    masks = []
+    for weight in served:
+        if weight.multiplied is weight.shard:
+            masks.append(weight.mask)
+        elif weight.multiplied is None:
+            masks.append(known[weight])
+        else:
+            masks.append(local_grid(weight.multiplied, known[weight]).contiguous())
+    kept = torch.stack([mask.count_nonzero() for mask in masks]).tolist()
+    SparseWeight.list_blocks(served, masks, kept)
 
 
 def restore_class(module: nn.Module) -> None:

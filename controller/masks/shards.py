@@ -36,6 +36,13 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def same_layout(tensor: Any, other: Any) -> bool:
+    """Tell whether it is sharded as another one is, which is a DTensor."""
+    if not is_sharded(tensor):
+        return False
+    return (tensor.device_mesh, tensor.placements) == (other.device_mesh, other.placements)
+
+
 def local_part(tensor: Any) -> Tensor:
     """Return what is here of a tensor, without a gradient if it is sharded."""
     if type(tensor) in PLAIN or not is_sharded(tensor):
@@ -94,6 +101,12 @@ class Shard:
     def here(self) -> tuple[slice, slice]:
         """What is here of the full matrix."""
         return self.rows, slice(*self.edges[self.side : self.side + 2])
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The shape of what is here."""
+        rows, cols = self.here
+        return rows.stop - rows.start, cols.stop - cols.start
 
     @property
     def own_pattern(self) -> Pattern:
@@ -171,7 +184,14 @@ class Shard:
 
 
 def shard_of(
-    name: str, weight: Any, pattern: Pattern, ranks: Ranks, *, transposed: bool, experts: bool
+    name: str,
+    weight: Any,
+    pattern: Pattern,
+    ranks: Ranks,
+    *,
+    transposed: bool,
+    experts: bool,
+    gathered: Sequence[int] = (),
 ) -> Shard | None:
     """Return which part of a weight is here; None if it is not sharded.
 
@@ -181,6 +201,8 @@ def shard_of(
         pattern: of the groups.
         ranks: those that train the model.
         transposed, experts: as ``Target``'s.
+        gathered: dimensions of the mesh. Over these what is here is put together first: the part
+            is then the one that a forward pass has, None if that is the whole.
 
     Raises:
         ValueError: it is sharded in a way that masks do not cover.
@@ -193,8 +215,10 @@ def shard_of(
     axes = [range(lines), range(lines, len(shape))]
     if transposed:
         axes.reverse()
-    below, beside = (_Axis.of(name, weight, axis) for axis in axes)
-    _check_placements(name, weight, [i for axis in (below, beside) for i in axis.split])
+    below, beside = (_Axis.of(name, weight, axis, gathered) for axis in axes)
+    if gathered and not (below.split or beside.split):
+        return None
+    _check_placements(name, weight, [*gathered, *below.split, *beside.split])
     _check_edges(name, pattern, below.bounds, beside.bounds)
     known = distributed.get_process_group_ranks(ranks.group) if ranks.group else [0]
     members, index = mesh.mesh.numpy(), {rank: i for i, rank in enumerate(known)}
@@ -239,11 +263,18 @@ class _Axis(NamedTuple):
     bounds: tuple[int, ...]
 
     @classmethod
-    def of(cls, name: str, weight: Any, dims: Sequence[int]) -> _Axis:
-        """Return how a weight is parted along dimensions of its own, of which the first may be."""
+    def of(
+        cls, name: str, weight: Any, dims: Sequence[int], gathered: Sequence[int] = ()
+    ) -> _Axis:
+        """Return how a weight is parted along dimensions of its own, of which the first may be,
+        once it is gathered over dimensions of its mesh.
+        """
+        from torch.distributed.tensor import Replicate
+
         if not dims:
             return cls((), [()], (0, 1))
-        shape, placements = tuple(weight.shape), tuple(weight.placements)
+        shape, placed = tuple(weight.shape), enumerate(weight.placements)
+        placements = tuple(Replicate() if i in gathered else p for i, p in placed)
         split = tuple(i for i, p in enumerate(placements) if getattr(p, "dim", None) == dims[0])
         found = _places(shape, tuple(weight.device_mesh.shape), placements, split, dims[0])
         lengths = [length for _, length, _ in found]
@@ -252,7 +283,8 @@ class _Axis(NamedTuple):
         known = {place: (first, length) for first, length, place in found}
         tiled = all(first == at for (first, n, _), at in zip(found, firsts, strict=False) if n)
         own = weight.to_local().shape[dims[0]]
-        if not tiled or firsts[-1] != shape[dims[0]] or known[here][1] != own:
+        wrong = not gathered and known[here][1] != own
+        if not tiled or firsts[-1] != shape[dims[0]] or wrong:
             raise ValueError(
                 f"create_controller: a rank's part of {name!r} must be of neighbours, as many as "
                 f"torch gives it of {shape[dims[0]]}, got the placements {placements} on a mesh "
@@ -344,7 +376,22 @@ def gathered(model: nn.Module) -> set[tuple[int, str]]:
     """
     held = (held for group in _fsdp_groups(model) for held in group.fsdp_params)
     rows = [h for h in held if not h.is_dtensor and h.fsdp_placement.dim == 0]
-    return {(id(module), name) for own in rows for module, name in _users(own)}
+    return {user for own in rows for user in _named(own)}
+
+
+def gathered_over(model: nn.Module) -> dict[tuple[int, str], range]:
+    """Return over which dimensions of its mesh FSDP2 gathers each parameter for a forward pass, by
+    the identities of modules, and names in them.
+    """
+    held = (held for group in _fsdp_groups(model) for held in group.fsdp_params)
+    # its mesh comes before that of tensor parallelism; but where later torch is given the mesh
+    # of both
+    before = [own for own in held if not getattr(own.mesh_info, "is_spmd_mesh", False)]
+    return {user: range(own.mesh_info.mesh.ndim) for own in before for user in _named(own)}
+
+
+def _named(held: Any) -> list[tuple[int, str]]:
+    return [(id(module), name) for module, name in _users(held)]
 
 
 def _users(held: Any) -> list[tuple[nn.Module, str]]:

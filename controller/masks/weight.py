@@ -32,9 +32,18 @@ from ...kernels.group_mask import GroupMask
 from ...kernels.launch import Backend, is_plain, read_later, refuse_capture
 from ...kernels.masked_weight import and_words, apply_mask
 from ...kernels.pattern import NM, Block, Pattern
-from ...kernels.product import BlockProduct, make_product, update_products
+from ...kernels.product import BlockProduct, has_blocks_to_skip, update_products
+from .parallel_linear import parallel_linear
 from .ranks import ALONE, Ranks
-from .shards import PLAIN, Shard, is_sharded, local_grid, local_part, shard_of
+from .shards import (
+    PLAIN,
+    Shard,
+    is_sharded,
+    local_grid,
+    local_part,
+    same_layout,
+    shard_of,
+)
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,11 @@ class SparseWeight(GroupMask):
         self.shard: Shard | None = None
         self._sharded: weakref.ref[nn.Parameter] | None = None  # while its module has it gathered
         self.elements_elsewhere = 0  # kept, on other ranks
+        # of a sharded weight what its module multiplies: FSDP2 gathers it; None: the whole
+        self.multiplied: Shard | None = None
+        # the grid of the full weight, from when it is sharded until its product has lists again
+        self.unlisted: Tensor | None = None
+        self._looked_at: weakref.ref[Tensor] | None = None  # the gathered weight, last multiplied
         weight = self.weight
         self.weight_shape = weight.shape
         self._begin(weight, backend)
@@ -139,14 +153,19 @@ class SparseWeight(GroupMask):
         self.dense_gradient_taker: Callable[[Tensor], None] | None = None
         self._as_left: tuple[Any, ...] = ()
 
-    def _begin(self, weight: nn.Parameter, backend: Backend) -> None:
-        """Keep everything of what is here of a parameter."""
+    def shard_of(self, weight: Tensor, gathered: Sequence[int] = ()) -> Shard | None:
+        """Return what is here of a parameter, as ``shards.shard_of``."""
         target = self.target
         layout = {"transposed": target.transposed, "experts": target.experts}
         pattern = target.pattern
         if weight.ndim == 1 and isinstance(pattern, Block):  # what is parted are rows
             pattern = Block(pattern.cols, pattern.rows)
-        shard = shard_of(self.name, weight, pattern, self.ranks, **layout)
+        return shard_of(self.name, weight, pattern, self.ranks, gathered=gathered, **layout)
+
+    def _begin(self, weight: nn.Parameter, backend: Backend) -> None:
+        """Keep everything of what is here of a parameter."""
+        target = self.target
+        shard = self.shard_of(weight)
         self.shard = shard
         self._sharded = None if shard is None else weakref.ref(weight)
         self._is_matrix = shard is None and weight.ndim == 2 and not target.transposed
@@ -173,10 +192,13 @@ class SparseWeight(GroupMask):
         found = self.module._parameters.get(self.parameter_name)
         if found is None:
             found = self.target.weight
-        if self._sharded is not None and not is_sharded(found):
-            held = self._sharded()
-            return found if held is None else held
-        return found
+        held = None if self._sharded is None else self._sharded()
+        if held is None or found is held:
+            return found
+        if same_layout(found, held):  # a load has put it in
+            self._sharded = weakref.ref(found)
+            return found
+        return held
 
     @property
     def full_shape(self) -> tuple[int, int]:
@@ -238,7 +260,8 @@ class SparseWeight(GroupMask):
         if values is not None:
             dense = torch.zeros(self.shape, dtype=values.dtype, device=values.device)
             group_mask.put_back_all_([self], [dense], [values])
-        self.product, self.skips_blocks, self.values, self._spare = None, False, None, None
+        self.unlisted = grid if self.skips_blocks else None
+        self.product, self.values, self._spare = None, None, None
         changes = self.changes
         self._begin(weight, self.backend)
         assert self.shard is not None
@@ -288,8 +311,12 @@ class SparseWeight(GroupMask):
             self.values = self.values.to(weight.device, weight.dtype)
         self._spare = None
         self.move_mask(weight.device, weight.dtype)
-        if self.product is not None:
+        if self.product is not None and self.shard is None:
             self.serve_product()
+        elif self.product is not None:
+            grid, kept = self.product.mask.to(weight.device), self.product.kept
+            self.product = None
+            self.list_blocks([self], [grid], [kept])
 
     # the mask
 
@@ -350,12 +377,35 @@ class SparseWeight(GroupMask):
     @staticmethod
     def masks_changed(owners: Sequence[Any]) -> None:
         """Bring the lists of blocks in line with the masks, where modules skip them."""
+        # of sharded ones once all masks are set: a rank may need what others have
+        own = [weight for weight in owners if weight.skips_blocks and weight.shard is None]
+        SparseWeight.list_blocks(own, [w.mask for w in own], [w.kept for w in own])
+
+    @staticmethod
+    def list_blocks(owners: Sequence[Any], masks: Sequence[Tensor], kept: Sequence[int]) -> None:
+        """Bring the lists of blocks in line with masks of what modules multiply."""
         for weight in owners:
-            if weight.skips_blocks and weight.product is None and weight.shard is None:
-                weight.product = make_product(weight, weight.weight, weight.dispatch)
-        serving = [(p, weight.mask, weight.kept) for weight in owners if (p := weight.product)]
+            if weight.product is None:
+                weight.product = weight._new_product()
+        pairs = zip(owners, masks, kept, strict=True)
+        serving = [(p, mask, count) for weight, mask, count in pairs if (p := weight.product)]
         if serving:
             update_products(*zip(*serving, strict=True))
+
+    def _new_product(self) -> BlockProduct | None:
+        """Return the product of what the module multiplies, without lists; None: there is none."""
+        weight, part = self.weight, self.multiplied if self.shard else None
+        pattern = self.pattern if part is None else part.own_pattern
+        if part is not None and self.transposed:  # torch parts no such layer by itself
+            return None
+        shape = self.full_shape if part is None else part.sides
+        if not has_blocks_to_skip(pattern, weight, self.dispatch) or 0 in shape:
+            return None
+        assert isinstance(pattern, Block)
+        choice: Any = {"backend": self.backend, "dispatch": self.dispatch}
+        product = BlockProduct(pattern, shape, weight.dtype, **choice)
+        product.want_dense_grad(self.dense_gradient_taker is not None)
+        return product
 
     def masked(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the weight's shape under the mask as a forward pass has it, with a
@@ -407,8 +457,10 @@ class SparseWeight(GroupMask):
         """
         matrix = weight.T if self.transposed else weight
         product = self.product
-        if product is None:
+        if product is None or (self.shard is None and is_sharded(weight)):
             return functional.linear(x, matrix, bias)
+        if self.shard is not None:
+            return self._linear_of_shard(product, x, weight, bias)
         # tracing must not look at the paths: it would guard their values
         if torch.compiler.is_compiling():
             return product(x, matrix, bias)
@@ -421,24 +473,52 @@ class SparseWeight(GroupMask):
             return self.linear(x, weight, bias)
         if product.unsafe and not self.is_as_left(weight):
             self.check_blocks()
-        skips = product.skips(weight.device.type)
+        skips = product.skips(weight)
         if skips and not self.is_as_left(weight):
             self.check_blocks()
         if skips and not product.unsafe:
             return product(x, matrix, bias)
         return functional.linear(x, matrix, bias)
 
+    def _linear_of_shard(
+        self, product: BlockProduct, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Return ``linear``'s of a sharded weight. Where FSDP2 has not gathered it, or somebody
+        else has, it is not what there are lists of, and multiplied as it is.
+        """
+        whole, matrix = self.multiplied is None, weight.T if self.transposed else weight
+        local = weight if whole else local_part(weight)
+        known = is_sharded(weight) != whole and local.device == product.mask.device
+        if not known or self.matrix(local).shape != product.shape:
+            return functional.linear(x, matrix, bias)
+        if not torch.compiler.is_compiling():
+            if is_functorch_wrapped_tensor(x) or not isinstance(weight, nn.Parameter):
+                return functional.linear(x, matrix, bias)
+            skips = product.skips(local)
+            looked_at = self._looked_at is not None and self._looked_at() is weight
+            if (skips or product.unsafe) and not (looked_at and self.is_as_left(self.weight)):
+                self._note_written(product, product.written(self.matrix(local)))
+                self._looked_at = weakref.ref(weight)
+            if product.unsafe or not skips:
+                return functional.linear(x, matrix, bias)
+        if whole:
+            return product(x, matrix, bias)
+        return parallel_linear(product, x, weight, bias)
+
     def check_blocks(self) -> None:
         """Look once whether pruned blocks are zero; while they are not, products are dense."""
-        product = self.product
-        if product is None or self.all_kept:
+        if self.product is None or self.all_kept:
             return
-        written = leaks([self])()[0]
+        self._note_written(self.product, leaks([self])()[0])
+        if self.shard is not None:
+            self.forget()  # of what is elsewhere the next forward pass will tell
+
+    def _note_written(self, product: BlockProduct, written: int) -> None:
         if written and not product.unsafe:
             warnings.warn(
                 f"{written} pruned elements of {self.name!r} have been written (an adapter "
                 "merged, an average), so its products are dense until they are zero again",
-                stacklevel=2,
+                stacklevel=3,
             )
         product.trust(not written)
         self.leave()
