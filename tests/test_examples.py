@@ -37,6 +37,8 @@ def test_an_example_runs(name, tmp_path):
             pytest.skip(f"needs {module}")
     lines = run(name, tmp_path)
     assert lines
+    if name in ("fsdp2.py", "tensor_parallel.py"):
+        assert all(line.endswith("products block-sparse") for line in lines if "loss" in line)
     if name == "fsdp2.py":  # what one process has saved two go on from
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         again = run(name, tmp_path, *launcher)

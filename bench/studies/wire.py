@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ...controller.masks.shards import Shard
 from ...kernels.grid import ceil_div
-from ...kernels.pattern import Block, Pattern, Unstructured, grid_shape
+from ...kernels.pattern import Block, Pattern, Unstructured, grid_shape, is_skippable
 from ...kernels.select import BINS_SHARED
 from ..measure.tables import markdown
 
@@ -111,6 +111,20 @@ def rows_sent(
     return sent
 
 
+def grids_sent(shapes: Sequence[tuple[int, int]], pattern: Pattern) -> int:
+    """Return how many bytes a rank gives to a reduction at an update, so that products skip blocks
+    of what FSDP2 gathers: a bit a block, each row of blocks in whole bytes.
+
+    Args:
+        shapes: of the weights of linear layers.
+        pattern: of the groups.
+    """
+    if not is_skippable(pattern):
+        return 0
+    grids = (grid_shape(pattern, shape) for shape in shapes)
+    return sum(down * ceil_div(across, 8) for down, across in grids)
+
+
 def llama(name: str) -> list[tuple[tuple[int, int], bool]]:
     """Return the shape of each linear weight, and whether tensor parallelism parts its columns."""
     layers, hidden, wide, keys = LLAMA[name]
@@ -130,6 +144,7 @@ def table() -> str:
         shapes = [shape for shape, _ in weights]
         kept = numbers_sent(shapes, pattern, normed=True)
         each = numbers_sent(shapes, pattern, normed=True, each=True)
+        grids = grids_sent(shapes, pattern)
         moved = max(numbers_sent(shapes, p, moves=True) for p in (pattern, Unstructured()))
         for ranks in RANKS:
             own = sum(rows * cols for rows, cols in shapes) * BFLOAT16 / ranks
@@ -151,7 +166,7 @@ def table() -> str:
                 )
                 if found
             ]
-            sizes = (kept, each, moved, rows, sum(mixed), own)
+            sizes = (kept, each, moved, grids, rows, sum(mixed), own)
             lines.append(
                 [name, f"{len(shapes)}", f"{ranks:,}", *(f"{n / MB:,.1f}" for n in sizes)]
             )
@@ -163,6 +178,7 @@ def table() -> str:
             "numbers",
             "one pool each",
             "of SET, RigL",
+            "grids",
             "rows",
             "rows, TP 8",
             "its weights",

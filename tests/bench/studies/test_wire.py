@@ -13,10 +13,12 @@ BINS = (3 + 4096) * 8  # of few elements on a CPU
 CONFIGS = {
     "magnitude": {"weight_importance": "normed_abs", "pool": "global"},
     "weight": {"weight_importance": "abs", "pool": "weight"},
+    "skips": {"weight_importance": "abs", "pool": "weight"},
     "set": {},
     "rigl": {},
 }
 BLOCK = ts.Block(16, 2)
+SKIPPED = ts.Block(16, 16)
 
 
 def net():
@@ -32,12 +34,13 @@ def update(group, name):
 
     model = fully_shard(net(), mesh=DeviceMesh.from_group(group, "cpu"))
     moves = {"set": ts.SETConfig, "rigl": ts.RigLConfig}.get(name)
+    pattern = SKIPPED if name == "skips" else BLOCK
     config = (
-        moves(level=0.6, t_end=20, delta_t=2, pattern=BLOCK)
+        moves(level=0.6, t_end=20, delta_t=2, pattern=pattern)
         if moves
         else ts.MagnitudeSparsityConfig(
             schedule=ts.PolynomialSchedule(initial_level=0.1, target_level=0.5),
-            pattern=BLOCK,
+            pattern=pattern,
             **CONFIGS[name],
         )
     )
@@ -73,7 +76,10 @@ def update(group, name):
 def test_the_formula_is_what_gloo_is_given(ranks, name, size):
     shapes = [tuple(layer.weight.shape) for layer in net()]
     weights = [wire.Parted(shape, wire.bounds(shape[0], size)) for shape in shapes]
-    rows = wire.rows_sent(weights, BLOCK, 4, of=2 if name == "rigl" else 1)
+    pattern = SKIPPED if name == "skips" else BLOCK
+    rows = wire.rows_sent(weights, pattern, 4, of=2 if name == "rigl" else 1)
+    grids = wire.grids_sent(shapes, pattern)
+    assert grids == (3 + 1 + 4 if name == "skips" else 0)
     for place, sent in enumerate(ranks.run(size, update, name)):
         reduced = [n for n in sent["all_reduce"] if n != BINS]
         histograms = len(sent["all_reduce"]) - len(reduced)
@@ -81,15 +87,16 @@ def test_the_formula_is_what_gloo_is_given(ranks, name, size):
         assert bool(histograms) == (name == "magnitude")
         numbers = wire.numbers_sent(
             shapes,
-            BLOCK,
+            pattern,
             moves=name in ("set", "rigl"),
-            each=name == "weight",
+            each=name in ("weight", "skips"),
             normed=name == "magnitude",
             tied=0,
             histograms=0,
         )
         # RigL asks whether some rank has gradients, and whether they overflowed
-        assert sum(reduced) == numbers + (2 * wire.NUMBER if name == "rigl" else 0)
+        asked = 2 * wire.NUMBER if name == "rigl" else 0
+        assert sum(reduced) == numbers + grids + asked
         assert sum(sent["all_to_all_single"]) == rows[place]
     assert any(rows)
 
