@@ -8,6 +8,7 @@ from torch import nn
 
 import triton_sparsity as ts
 from triton_sparsity.kernels import product as product_file
+from triton_sparsity.kernels.block_sparse_linear import block_sparse_linear
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason="torch lacks gloo"
@@ -43,9 +44,11 @@ def sharded(model, group, how="each", **options):
 def config(algorithm):
     if algorithm == "const":
         return ts.ConstSparsityConfig(pattern=BLOCK)
-    if algorithm in ("set", "rigl"):
-        kind = {"set": ts.SETConfig, "rigl": ts.RigLConfig}[algorithm]
-        return kind(level=0.5, t_end=20, delta_t=2, pattern=BLOCK)
+    if algorithm == "set":
+        return ts.SETConfig(level=0.5, t_end=20, delta_t=2, pattern=BLOCK)
+    if algorithm in ("rigl", "rigl at each step"):
+        delta_t = 2 if algorithm == "rigl" else 1
+        return ts.RigLConfig(level=0.5, t_end=20, delta_t=delta_t, pattern=BLOCK)
     schedule = ts.PolynomialSchedule(
         initial_level=0.1, target_level=0.6, target_epoch=2, update_per_optimizer_step=True,
         steps_per_epoch=3,
@@ -129,11 +132,8 @@ CASES = [
     *(("magnitude", size, size % 2 == 0, "each", {}) for size in (1, 2, 4)),
     ("magnitude", 4, True, "copies", {}),
     ("magnitude", 2, True, "root", {"reshard_after_forward": False}),
-    *(
-        (name, 4, first, "each", {})
-        for name in ("const", "set", "rigl")
-        for first in (True, False)
-    ),
+    *((name, 4, False, "each", {}) for name in ("const", "set", "rigl at each step")),
+    *((name, 4, True, "each", {}) for name in ("const", "rigl")),
 ]
 
 
@@ -262,6 +262,67 @@ def test_parts_of_weights_skip_blocks_and_agree_with_the_dense_product(
         wide = 96 if kind == "columns" else 48
         multiplied = [shape for shape, _ in shapes]
         assert multiplied == [(tall, 64)] * bool(tall) + [(64, wide)]
+
+
+class Halves(nn.Linear):
+    """Multiplies as two ranks do, and adds up what they add up, so that one process agrees with
+    them to the bit.
+    """
+
+    operand = None  # of the mask
+
+    def forward(self, x):
+        dim = 0 if self.out_features > self.in_features else 1
+        masks, weights = self.operand.mask.chunk(2, dim), self.weight.chunk(2, dim)
+        sparse = torch.tensor([True, True, self.operand.dense_gradient_taker is None])
+        options = {"pattern": BLOCK, "paths": sparse}
+        x = x.view_as(x)  # where the gradients of both halves meet, before any others
+        if dim == 0:
+            each = zip(weights, masks, self.bias.chunk(2), strict=True)
+            return torch.cat([block_sparse_linear(x, w, m, b, **options) for w, m, b in each], -1)
+        each = zip(x.chunk(2, -1), weights, masks, strict=True)
+        one, other = (
+            block_sparse_linear(h, w.contiguous(), m, self.bias / 2, **options) for h, w, m in each
+        )
+        return one + other
+
+
+def trained(model, algorithm, **options):
+    controller = ts.create_controller(model, config(algorithm), dispatch="sparse", **options)
+    for info in controller.sparsified_module_info:
+        info.module.operand = info.operand
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1, foreach=False)
+    losses, numbers = [], torch.Generator().manual_seed(1)
+    for step in range(6):
+        if step % 3 == 0:
+            controller.scheduler.epoch_step()
+        controller.scheduler.step()
+        optimizer.zero_grad()
+        loss = model(torch.randn(5, 64, generator=numbers)).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    infos = controller.sparsified_module_info
+    masks = [full(info.operand.binary_mask) for info in infos]
+    return losses, [full(p) for p in model.parameters()], masks
+
+
+def trained_parts(group, kind, algorithm):
+    with Counted() as shapes:
+        found = trained(parallel(FeedForward(), group, kind), algorithm, process_group=group)
+    assert len(shapes) == 12
+    return found
+
+
+@pytest.mark.parametrize(("kind", "size"), [("tensor", 2), ("fsdp", 4)])
+@pytest.mark.parametrize("algorithm", ["magnitude", "set", "rigl"])
+def test_training_by_parts_is_that_of_one_process_which_multiplies_by_parts(
+    ranks, kind, size, algorithm
+):
+    wanted = trained(FeedForward(Halves, Halves), algorithm)
+    assert not all(mask.all() for mask in wanted[2])
+    for found in ranks.run(size, trained_parts, kind, algorithm):
+        assert same(found, wanted)
 
 
 def gather(model, group):
