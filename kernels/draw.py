@@ -44,25 +44,33 @@ _LOW = 0xFFFFFFFF
 RUN = 2**18  # few enough groups for a cache, enough that threads seldom wait for Python's lock
 
 
-def uniform(random: Tensor, stream: int, shape: tuple[int, int] | torch.Size) -> Tensor:
+def uniform(
+    random: Tensor,
+    stream: int,
+    shape: tuple[int, int] | torch.Size,
+    part: tuple[slice, slice] | None = None,
+) -> Tensor:
     """Return the numbers that a draw compares with: float32 of ``shape``, in (0, 1).
 
     Args:
         random: int64 ``(2,)``: the seed, and the number of the draw; on the weight's device.
         stream: which weight.
         shape: of the grid of groups.
+        part: rows and columns of it that are asked for; None: all.
     """
+    rows, cols = (slice(0, shape[0]), slice(0, shape[1])) if part is None else part
     if random.is_cpu and not takes_kernels(random.device):
-        return _uniform_on_cpu(random, stream, shape)
-    return _philox(random, stream, shape)
+        return _uniform_on_cpu(random, stream, shape[1], rows)[:, cols]
+    return _philox(random, stream, shape[1], rows, cols)
 
 
-def _philox(random: Tensor, stream: int, shape: tuple[int, int] | torch.Size) -> Tensor:
-    R, C = shape
-    quads = ceil_div(R, LANES)
+def _philox(random: Tensor, stream: int, across: int, rows: slice, cols: slice) -> Tensor:
+    first, C = rows.start // LANES, cols.stop - cols.start
+    quads = ceil_div(rows.stop, LANES) - first
     seed, number = random.tolist()
     k0, k1 = seed & _LOW, seed >> 32 & _LOW
-    c0 = torch.arange(quads * C, device=random.device)
+    quad = torch.arange(first, first + quads, device=random.device)[:, None]
+    c0 = (quad * across + torch.arange(cols.start, cols.stop, device=random.device)).flatten()
     c1, c2, c3 = (torch.full_like(c0, word & _LOW) for word in (0, number, stream))
     for _ in range(10):
         a, b = c0 * _A, c2 * _B
@@ -71,16 +79,21 @@ def _philox(random: Tensor, stream: int, shape: tuple[int, int] | torch.Size) ->
         c2, c3 = (a >> 32 ^ c3 ^ k1) & _LOW, a & _LOW
         k0, k1 = k0 + _KEY_A & _LOW, k1 + _KEY_B & _LOW
     lanes = torch.stack([c.view(quads, C) for c in (c0, c1, c2, c3)], 1)
-    whole = (lanes >> 8).clamp_(_LEAST, _MOST).view(quads * LANES, C)[:R]
-    return whole.float() * 2.0**-24
+    whole = (lanes >> 8).clamp_(_LEAST, _MOST).view(quads * LANES, C)
+    skipped = rows.start - first * LANES
+    return whole[skipped : skipped + rows.stop - rows.start].float() * 2.0**-24
 
 
-def _uniform_on_cpu(random: Tensor, stream: int, shape: tuple[int, int] | torch.Size) -> Tensor:
-    out = torch.empty(shape, dtype=torch.float32, device="cpu")
-    flat = out.view(-1).numpy()
-    for run, first in enumerate(range(0, len(flat), RUN)):
-        _fill(flat[first : first + RUN], random.tolist(), stream, run)
-    return out
+def _uniform_on_cpu(random: Tensor, stream: int, across: int, rows: slice) -> Tensor:
+    # whole runs, of which the rows are a part
+    first, last = rows.start * across, rows.stop * across
+    runs = range(first // RUN, ceil_div(last, RUN))
+    start = runs.start * RUN
+    flat = np.empty(last - start if runs else 0, np.float32)
+    for place, run in enumerate(runs):
+        _fill(flat[place * RUN : (place + 1) * RUN], random.tolist(), stream, run)
+    found = torch.from_numpy(flat[first - start :])
+    return found.view(rows.stop - rows.start, across)
 
 
 def _fill(out: np.ndarray, random: Sequence[int], stream: int, run: int) -> None:
@@ -155,6 +168,25 @@ def draw(logits: Tensor, random: Tensor, stream: int, out: Tensor | None = None)
 
     _in_runs(work, len(s), 3)
     return out
+
+
+def draw_part(
+    logits: Tensor,
+    random: Tensor,
+    stream: int,
+    shape: tuple[int, int],
+    part: tuple[slice, slice],
+) -> Tensor:
+    """Return what ``draw`` would of a part of a grid, on any device, in plain torch.
+
+    Args:
+        logits: of the part.
+        random, stream, shape, part: as ``uniform``'s.
+    """
+    u = uniform(random, stream, shape, part)
+    v = exp_minus(logits).mul_(1 - u)
+    kept, total = u > v, u + v
+    return torch.copysign(v.mul_(u).div_(total.mul_(total)), torch.where(kept, -1.0, 1.0))
 
 
 def select_drawn(weight: Tensor, signed: Tensor) -> Tensor:

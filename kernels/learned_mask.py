@@ -30,8 +30,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bits import WORDS, expand_mask, word_mask
-from .draw import LANES, draw, exp_minus, gradients, in_runs, keeps_draws, select_drawn, uniform
+from .bits import WORDS, expand_mask, pack, word_mask
+from .draw import (
+    LANES,
+    draw,
+    draw_part,
+    exp_minus,
+    gradients,
+    in_runs,
+    keeps_draws,
+    select_drawn,
+    uniform,
+)
 from .grid import block_counts, ceil_div, expand_blocks, pad_to_blocks
 from .launch import Backend, index_type, on_device, takes_kernels, tl, triton, use_triton
 from .masked_weight import apply_mask
@@ -525,6 +535,21 @@ def _sample_grad(
     return _select(grad, signed.signbit(), rows, cols), sums.mul_(signed.abs())
 
 
+def _draw_part(
+    logits: Tensor,
+    random: Tensor,
+    stream: int,
+    down: int,
+    across: int,
+    top: int,
+    bottom: int,
+    left: int,
+    right: int,
+) -> Tensor:
+    part = slice(top, bottom), slice(left, right)
+    return draw_part(logits, random, stream, (down, across), part)
+
+
 def _straight(weight: Tensor, scores: Tensor, mask: Tensor, rows: int, cols: int) -> Tensor:
     return apply_mask(weight, mask, _pattern(mask, rows, cols))
 
@@ -548,6 +573,7 @@ def _operator(name: str, run: Any) -> Any:
 
 _sample_op = _operator("sample_mask", _sample)
 _sample_grad_op = _operator("sample_mask_backward", _sample_grad)
+_draw_part_op = _operator("draw_part", _draw_part)
 _straight_op = _operator("straight_through", _straight)
 _straight_grad_op = _operator("straight_through_backward", _straight_grad)
 
@@ -557,6 +583,11 @@ def _(weight: Tensor, logits: Tensor, random: Tensor, drawn: Tensor | None, *_: 
     if drawn is not None or use_triton("sample_mask", "auto", weight):
         return torch.empty_like(weight), logits.new_empty(0)
     return torch.empty_like(weight), logits.new_empty(logits.shape)
+
+
+@_draw_part_op.register_fake
+def _(logits: Tensor, *_: Any):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @_straight_op.register_fake
@@ -661,6 +692,38 @@ def sample_mask(
     if takes_operator:
         return _sample_op(weight, logits, random, drawn, stream, pattern.rows, pattern.cols)[0]
     return sample_mask_reference(weight, logits, random, pattern, stream)
+
+
+def sample_part(
+    weight: Tensor,
+    logits: Tensor,
+    random: Tensor,
+    pattern: Pattern,
+    shape: tuple[int, int],
+    part: tuple[slice, slice],
+    *,
+    stream: int = 0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Return a part of ``sample_mask``'s, whose other parts lie on other ranks.
+
+    Numbers are drawn by plain torch, on a GPU too.
+
+    Args:
+        weight, logits: of whole groups that are here.
+        random, pattern, stream, backend: as for ``sample_mask``.
+        shape: of the grid of all groups.
+        part: rows and columns of it that are here.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as ``straight_through``.
+    """
+    ends = part[0].start, part[0].stop, part[1].start, part[1].stop
+    signed = _draw_part_op(logits.detach(), random, stream, *shape, *ends)
+    kept = signed.signbit()
+    mask = pack(kept) if isinstance(pattern, Unstructured) else kept
+    # the values of scores are not read: this is their slope
+    return straight_through(weight, logits * signed.abs(), mask, pattern, backend=backend)
 
 
 def straight_through(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...kernels.bits import pack
 from ...kernels.draw import draw, keeps_draws
-from ...kernels.learned_mask import kept_groups, sample_mask
+from ...kernels.learned_mask import kept_groups, sample_mask, sample_part
 from ...kernels.masked_weight import apply_mask
 from ...kernels.pattern import Block
 from ..masks.exchange import full_grids, sums_of_parts
@@ -60,6 +60,10 @@ class LogitWeight(ScoredWeight):
         down, across = self.full_grid
         return (across, down) if self.transposed else (down, across)
 
+    @property
+    def score_sides(self) -> tuple[int, int]:
+        return self.pattern.rows, self.pattern.cols
+
     def _move(self, weight: Tensor) -> None:
         super()._move(weight)
         if self.draws.random.device != weight.device:
@@ -70,6 +74,12 @@ class LogitWeight(ScoredWeight):
         if self.transposed and isinstance(pattern, Block):
             pattern = Block(pattern.cols, pattern.rows)
         stored, scores = self.matrix(weight), self.trained_scores()
+        if self.parted:
+            grids, stream = (self.scores_shape, self.own_scores), self.stream
+            random, backend = self.draws.random, self.backend
+            return sample_part(
+                stored, scores, random, pattern, *grids, stream=stream, backend=backend
+            )
         masked = sample_mask(
             stored.T if self.transposed else stored,
             scores,
@@ -119,7 +129,9 @@ class LogitWeight(ScoredWeight):
         if self._read_at != key:
             self.follow()  # the weight may be a shard by now
             kept = self.part() > 0
-            if self.shard is None:
+            if self.parted:
+                self.take_part(kept)
+            elif self.shard is None:
                 self.set_grid((kept.T if self.transposed else kept).contiguous())
             else:
                 self._take_full(*full_grids([self], [kept]))

@@ -40,7 +40,7 @@ def others_of(weights: Sequence[SparseWeight]) -> Others | None:
 
 def _place_of(weight: SparseWeight) -> tuple[Part, Part]:
     pattern, shard = weight.pattern, weight.shard
-    if shard is not None and weight.scores is not None:
+    if shard is not None and weight.gathers_scores:
         first: int = cast(Any, weight).group_rows[shard.place]
         return Part(first, shard.grid[0]), Part(0, shard.grid[1])
     firsts = (0, 0) if shard is None else (shard.here[0].start, shard.here[1].start)
@@ -150,13 +150,12 @@ def local_masks(weights: Sequence[SparseWeight], masks: Sequence[Tensor]) -> lis
     """Return compact masks of what is here from those of the groups that belong here."""
     if not any(weight.shard for weight in weights) or weights[0].packed:
         return list(masks)
-    if weights[0].scores is not None:  # they are sharded by their own number of rows
-        moved = [(w, mask) for w, mask in zip(weights, masks, strict=True) if w.shard]
-        grids = dict(
-            zip((w for w, _ in moved), full_grids(*zip(*moved, strict=True)), strict=True)
-        )
+    if weights[0].scores is not None:
+        moved = [(w, mask) for w, mask in zip(weights, masks, strict=True) if w.gathers_scores]
+        found = full_grids(*zip(*moved, strict=True)) if moved else []
+        grids = dict(zip((w for w, _ in moved), found, strict=True))
         return [
-            mask if w.shard is None else w.local_grid(grids[w])
+            w.local_grid(grids[w]) if w in grids else mask
             for w, mask in zip(weights, masks, strict=True)
         ]
     last = [mask[-1:] for mask in masks]

@@ -13,17 +13,26 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ...kernels.grid import side_lengths
+from ...kernels.grid import ceil_div, side_lengths
 from ...kernels.learned_mask import scale_gradient
 from ...kernels.pattern import Block, Pattern
+from .exchange import sums_of_parts
 from .linear import restore_class, skip_blocks
 from .module import MaskedModule, become, unsharded_class
-from .shards import equal_parts, gathered, is_sharded, local_part, shard_beside
+from .shards import (
+    equal_parts,
+    gathered,
+    is_sharded,
+    like_shard,
+    local_part,
+    shard_beside,
+)
 from .weight import SparseWeight, Target, take_values
 
 _WEIGHTS = "_learned_weights"
@@ -31,6 +40,8 @@ _WEIGHTS = "_learned_weights"
 
 class LearnedWeight(SparseWeight):
     """A weight that is dense and reads masked, until it is frozen."""
+
+    parted = False  # on ranks by tensor parallelism: forward passes read what is here
 
     def __init__(self, target: Target, **options: Any) -> None:
         self.frozen = False
@@ -66,15 +77,16 @@ class LearnedWeight(SparseWeight):
         """Return what the module's attribute is: the masked weight, or once frozen the weight. Of
         a sharded module it is the masked weight while FSDP2 has it gathered, for a forward pass.
         """
-        weight = (
+        weight: Any = (
             self.weight if self.shard is None else self.module._parameters[self.parameter_name]
         )
-        assert weight is not None
-        if self.frozen or is_sharded(weight):
+        if self.frozen or (is_sharded(weight) and not self.parted):
             return weight
-        if not self._is_here(weight):
+        if self.parted or not self._is_here(weight):
             self.follow()
-        return self.learned(weight) if self.learning else self.evaluated(weight)
+        here = weight.to_local() if self.parted else weight
+        masked = self.learned(here) if self.learning else self.evaluated(here)
+        return like_shard(weight, masked, weight.shape) if self.parted else masked
 
     def masked(self, tensor: Tensor) -> Tensor:
         if self.frozen:
@@ -90,8 +102,8 @@ class LearnedWeight(SparseWeight):
             placements = weight.placements  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError(
                 f"the weight of {self.name!r} must not be parted by tensor parallelism under a "
-                f"mask that is learned, got {placements}; strip the model before, or take "
-                "fully_shard"
+                f"mask that is learned, got {placements}; call parallelize_module before "
+                "create_controller"
             )
 
     def freeze(self, frozen: bool) -> None:
@@ -127,6 +139,9 @@ class ScoredWeight(LearnedWeight):
     FSDP2 shards the scores as it does the weight, by rows, and gathers both for a forward pass:
     the mask that is learned is made of gathered scores. What ranks tell one another beside is
     which groups are kept, one bit each, where the mask of what is here is asked for.
+
+    Of a weight that tensor parallelism has parted each rank has the scores of the groups that it
+    has, and masks by them.
 
     Args:
         target: which parameter, and the shape of its groups.
@@ -181,7 +196,7 @@ class ScoredWeight(LearnedWeight):
 
     def read(self) -> Tensor:
         masked = super().read()
-        noted = self.learning and masked.requires_grad and not is_sharded(masked)
+        noted = self.learning and masked.requires_grad and (self.parted or not is_sharded(masked))
         if noted and not torch.compiler.is_compiling():
             self.was_read = True
             masked.register_hook(self._note_learning)
@@ -205,6 +220,8 @@ class ScoredWeight(LearnedWeight):
 
     def trained_scores(self) -> Tensor:
         """Return the scores as the forward pass reads them: gathered, where the weight is."""
+        if self.parted:
+            return self.trained_part()
         found = self.module._parameters[_scores_name(self.parameter_name)]
         assert found is not None
         return self._trained(found)
@@ -235,7 +252,9 @@ class ScoredWeight(LearnedWeight):
     def take_scores(self, scores: Tensor) -> None:
         """Take over what ``full_scores`` returned, in place."""
         here: Any = local_part(self.scores)
-        if self.shard is not None:
+        if self.parted:
+            scores = scores[self.own_scores[: scores.ndim]]
+        elif self.shard is not None:
             rows = equal_parts(len(scores), len(self.shard.peers))
             scores = scores[slice(*rows[self.shard.place : self.shard.place + 2])]
         here.copy_(scores)
@@ -249,13 +268,70 @@ class ScoredWeight(LearnedWeight):
 
     # shards
 
+    @property
+    @abstractmethod
+    def score_sides(self) -> tuple[int, int]:
+        """How many rows and columns of the matrix that is here have one score."""
+
+    @property
+    def own_scores(self) -> tuple[slice, slice]:
+        """Which rows and columns of the scores are here, where tensor parallelism parts them."""
+        assert self.shard is not None
+        rows, cols = (
+            slice(ceil_div(here.start, side), ceil_div(here.stop, side))
+            for here, side in zip(self.shard.here, self.score_sides, strict=True)
+        )
+        return rows, cols
+
     def join(self, model: nn.Module) -> None:
-        """Let FSDP2, which has the weight already, shard and gather the scores with it."""
+        """Shard the scores as the weight is already: let FSDP2 do it, and gather them with it; or
+        keep those of the groups that tensor parallelism has left here.
+        """
         users = [(module, name, _scores_name(name)) for module, name in self.target.users]
-        shard_beside(model, users, nn.Parameter(self._new_scores(self.weight.device)))
+        module, name, _ = users[0]
+        if gathered(model).get((id(module), name)):
+            shard_beside(model, users, nn.Parameter(self._new_scores(self.weight.device)))
+        else:
+            self.parted = True
+            self._check_sides()
+            weight: Any = self.weight
+            whole = self._new_scores("meta")
+            here = whole[self.own_scores[: whole.ndim]].shape
+            local = torch.full(here, self.initial_score, device=weight.device)
+            scores = nn.Parameter(like_shard(weight, local, whole.shape))
+            for owner, _, own in users:
+                owner.register_parameter(own, scores)
         self._watch_scores()
 
+    @property
+    def gathers_scores(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.shard is not None and not self.parted
+
+    def _check_sides(self) -> None:
+        assert self.shard is not None
+        if len(self.scores_shape) != len(self.weight_shape):
+            raise ValueError(
+                f"create_controller: the weight of {self.name!r} must be a matrix to lie on ranks "
+                f"by tensor parallelism under a mask that is learned, got the shape "
+                f"{tuple(self.weight_shape)}; list it in ignored_scopes"
+            )
+        ends = self.shard.bounds, self.shard.edges
+        for what, found, side in zip(("rows", "columns"), ends, self.score_sides, strict=True):
+            if any(end % side for end in found[:-1]):
+                raise ValueError(
+                    f"create_controller: tensor parallelism must part {self.name!r} by whole "
+                    f"groups of {side} {what} under a mask that is learned, got "
+                    f"{[b - a for a, b in pairwise(found)]} {what}; list it in ignored_scopes or "
+                    "give it a pattern in overrides"
+                )
+
     def _become_sharded(self, weight: Any) -> None:
+        if self.parted:
+            raise ValueError(
+                f"the weight of {self.name!r}, which tensor parallelism has parted, must not be "
+                f"sharded by fully_shard too under a mask that is learned, got "
+                f"{weight.placements}; strip the model before"
+            )
         scores: Any = self.scores
         places = [(t.device_mesh, t.placements) for t in (weight, scores) if is_sharded(t)]
         if len(places) < 2 or places[0] != places[1]:
@@ -278,6 +354,16 @@ class ScoredWeight(LearnedWeight):
         tall = self.shard.grid[0] // self.scores_shape[0]
         return tuple(tall * row for row in equal_parts(self.scores_shape[0], parts))
 
+    def take_part(self, grid: Tensor) -> None:
+        """Take over the bool grid of what tensor parallelism has left here, in place."""
+        assert self.shard is not None
+        here = _elements(grid, self.kind.pattern, self.shape)
+        own = torch.tensor([int(grid.count_nonzero()), here], device=grid.device)
+        kept, elements = sums_of_parts([self], own).tolist()
+        self.elements_elsewhere = elements - here
+        self.mask.copy_(self._compact(grid))
+        self.note(kept, here)
+
     def _take_full(self, grid: Tensor) -> None:
         """Take over the bool grid of the full weight, in place."""
         own = self.local_grid(grid)
@@ -288,28 +374,33 @@ class ScoredWeight(LearnedWeight):
 
 
 def check_shards(model: nn.Module, targets: Sequence[Target]) -> None:
-    """Refuse weights that are sharded, where FSDP2 cannot shard and gather scores with them."""
-    known = gathered(model) if targets else set()
+    """Refuse weights that are sharded, where scores cannot be sharded with them."""
+    known = gathered(model) if targets else {}
     for target in targets:
         module, name = target.users[0]
-        _check_shard(target, target.weight)
-        if (id(module), name) not in known:
+        alone = known.get((id(module), name))
+        _check_shard(target, target.weight, rows=alone is not None)
+        if alone is False:
             raise ValueError(
                 f"create_controller: the weight of {target.name!r} must be sharded by fully_shard "
-                "alone under a mask that is learned, got "
+                "or by tensor parallelism, not by both, under a mask that is learned, got "
                 f"{target.weight.placements}; list it in ignored_scopes"  # pyright: ignore[reportAttributeAccessIssue]
             )
 
 
-def _check_shard(target: Target, weight: Any) -> None:
-    rows = all(getattr(placed, "dim", 0) == 0 for placed in weight.placements)
-    if target.transposed or not rows or weight.dtype != torch.float32:
+def _check_shard(target: Target, weight: Any, *, rows: bool = True) -> None:
+    """Refuse what scores cannot be sharded beside, by ``rows`` with FSDP2."""
+    fits = all(getattr(placed, "dim", 0) == 0 for placed in weight.placements)
+    if not rows:
+        fits = weight.ndim <= 2
+    if target.transposed or not fits or weight.dtype != torch.float32:
         stored = "(in, out)" if target.transposed else "(out, in)"
         raise ValueError(
             f"the weight of {target.name!r} must be float32, stored (out, in), and sharded by "
-            "rows under a mask that is learned, with scores that FSDP2 gathers beside it, got "
-            f"{weight.dtype}, {stored} and {weight.placements}; MixedPrecisionPolicy computes in "
-            "fewer bits, ignored_scopes leaves it dense"
+            "rows under a mask that is learned, with scores that FSDP2 gathers beside it, or be a "
+            f"matrix that tensor parallelism has parted, got {weight.dtype}, {stored} and "
+            f"{weight.placements}; MixedPrecisionPolicy computes in fewer bits, ignored_scopes "
+            "leaves it dense"
         )
 
 

@@ -9,6 +9,7 @@ and sends back what becomes of them (``exchange.py``).
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -41,6 +42,11 @@ def same_layout(tensor: Any, other: Any) -> bool:
     if not is_sharded(tensor):
         return False
     return (tensor.device_mesh, tensor.placements) == (other.device_mesh, other.placements)
+
+
+def dimensions_of(tensor: Any) -> int:
+    """Return on how many dimensions of a mesh a sharded tensor lies."""
+    return tensor.device_mesh.ndim
 
 
 def local_part(tensor: Any) -> Tensor:
@@ -370,13 +376,16 @@ def _fsdp_groups(model: nn.Module) -> list[Any]:
     return [group for group in found if group is not None]
 
 
-def gathered(model: nn.Module) -> set[tuple[int, str]]:
-    """Name the parameters, by the identities of their modules, that FSDP2 alone has parted, by
-    rows, and gathers as a whole.
+def gathered(model: nn.Module) -> dict[tuple[int, str], bool]:
+    """Name the parameters, by the identities of their modules, that FSDP2 gathers. True: it alone
+    has parted them, by rows, and gathers them as a whole.
     """
     held = (held for group in _fsdp_groups(model) for held in group.fsdp_params)
-    rows = [h for h in held if not h.is_dtensor and h.fsdp_placement.dim == 0]
-    return {user for own in rows for user in _named(own)}
+    return {
+        user: not own.is_dtensor and own.fsdp_placement.dim == 0
+        for own in held
+        for user in _named(own)
+    }
 
 
 def gathered_over(model: nn.Module) -> dict[tuple[int, str], range]:
@@ -398,6 +407,20 @@ def _users(held: Any) -> list[tuple[nn.Module, str]]:
     place = held._module_info
     shared = zip(place.shared_modules, place.shared_param_names, strict=True)
     return [(place.module, place.param_name), *shared]
+
+
+def like_shard(weight: Any, local: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a DTensor that is parted as a weight is.
+
+    Args:
+        weight: a DTensor.
+        local: what is here of it.
+        shape: of the whole.
+    """
+    stride = [*accumulate(reversed(shape[1:]), operator.mul, initial=1)][::-1]
+    options = {"run_check": False, "shape": torch.Size(shape), "stride": tuple(stride)}
+    kind = type(weight.data)
+    return kind.from_local(local, weight.device_mesh, weight.placements, **options)
 
 
 def shard_beside(

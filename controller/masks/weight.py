@@ -38,7 +38,9 @@ from .ranks import ALONE, Ranks
 from .shards import (
     PLAIN,
     Shard,
+    dimensions_of,
     is_sharded,
+    like_shard,
     local_grid,
     local_part,
     same_layout,
@@ -114,6 +116,7 @@ class SparseWeight(GroupMask):
     """
 
     scores: nn.Parameter | None = None  # trained with the weight, where the mask follows from such
+    gathers_scores = False  # a rank has scores of other rows than it has of the weight
 
     def __init__(
         self,
@@ -169,6 +172,7 @@ class SparseWeight(GroupMask):
         self.shard = shard
         self._sharded = None if shard is None else weakref.ref(weight)
         self._is_matrix = shard is None and weight.ndim == 2 and not target.transposed
+        self._dimensions = 0 if shard is None else dimensions_of(weight)
         local = self.matrix(weight.detach())
         pattern = target.pattern if shard is None else shard.own_pattern
         rows, cols = local.shape
@@ -243,7 +247,8 @@ class SparseWeight(GroupMask):
     def follow(self) -> nn.Parameter:
         """Return the parameter; the mask follows device and dtype. Refuses as ``check_fits``."""
         weight = self.weight
-        if self.shard is None and is_sharded(weight):
+        # what FSDP2 has gathered for a while lies on fewer dimensions of a mesh
+        if is_sharded(weight) and dimensions_of(weight) > self._dimensions:
             self.check_fits(weight)
             self._become_sharded(weight)
         if weight.shape != self.weight_shape or not self._is_here(weight):
@@ -253,25 +258,38 @@ class SparseWeight(GroupMask):
 
     @torch.no_grad()
     def _become_sharded(self, weight: nn.Parameter) -> None:
-        """Go on with the mask and the values of what is left here of the weight."""
-        kept, elements, grid = self.kept, self.shape[0] * self.shape[1], self.kept_grid()
-        elements -= self.pruned_elements()
+        """Go on with the mask and the values of what is left here of the weight, or of a part."""
+        before, kept = self.shard, self.kept
+        elements = self.weight_shape.numel() - self.pruned_elements()
+        grid = self.kept_grid() if before is None else self.kept_elements()
         values, dense = self.values, None
         if values is not None:
             dense = torch.zeros(self.shape, dtype=values.dtype, device=values.device)
             group_mask.put_back_all_([self], [dense], [values])
-        self.unlisted = grid if self.skips_blocks else None
+        # of a part products are dense until the next update lists blocks
+        self.unlisted = grid if self.skips_blocks and before is None else None
         self.product, self.values, self._spare = None, None, None
         changes = self.changes
         self._begin(weight, self.backend)
         assert self.shard is not None
-        self.mask.copy_(self._compact(self.local_grid(grid)))
+        here = self.shard.here
+        if before is None:
+            self.mask.copy_(self._compact(self.local_grid(grid)))
+        else:
+            firsts = [
+                (a.start - b.start, a.stop - b.start)
+                for a, b in zip(here, before.here, strict=True)
+            ]
+            here = slice(*firsts[0]), slice(*firsts[1])
+            rows, cols = self.kind.pattern.rows, self.kind.pattern.cols
+            part = grid[here] if self.packed else grid[here][::rows, ::cols]
+            self.mask.copy_(self._compact(part.contiguous()))
         own = int(self.kept_elements().count_nonzero())
         self.elements_elsewhere, self.changes = elements - own, changes
         self.note(kept, own)
         if dense is not None:
-            here = dense[self.shard.here].contiguous()
-            (self.values,) = group_mask.take_all_([self], [here], [None])
+            part = dense[here].contiguous()
+            (self.values,) = group_mask.take_all_([self], [part], [None])
 
     def _is_here(self, weight: Tensor) -> bool:
         """Tell whether the mask is on the device of a weight, and made for its dtype."""
@@ -337,11 +355,7 @@ class SparseWeight(GroupMask):
         kept = self.like_weight(self.kept_elements())
         if self.shard is None:
             return kept
-        weight: Any = self.weight
-        layout = {"shape": weight.shape, "stride": weight.stride()}
-        return type(weight.data).from_local(
-            kept, weight.device_mesh, weight.placements, run_check=False, **layout
-        )
+        return like_shard(self.weight, kept, self.weight_shape)
 
     @binary_mask.setter
     def binary_mask(self, mask: Tensor) -> None:

@@ -25,7 +25,7 @@ from ..masks.exchange import (
     sums_of_parts,
 )
 from ..masks.schema import Maybe, Schema, tensor
-from ..masks.shards import is_sharded, local_part
+from ..masks.shards import is_sharded, like_shard, local_part
 from ..masks.weight import SparseWeight
 from .criteria import (
     Evidence,
@@ -473,13 +473,8 @@ def _own(weight: SparseWeight, key: str, saved: Tensor) -> Tensor:
 
 
 def _gradient(weight: SparseWeight, saved: Tensor) -> Tensor:
-    parameter: Any = weight.weight
-    own = own_part(weight, saved)
-    if not is_sharded(parameter):
-        return own
-    layout = {"shape": parameter.shape, "stride": parameter.stride()}
-    placed = parameter.device_mesh, parameter.placements
-    return type(parameter.data).from_local(own, *placed, run_check=False, **layout)
+    own, parameter = own_part(weight, saved), weight.weight
+    return like_shard(parameter, own, parameter.shape) if is_sharded(parameter) else own
 
 
 def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:

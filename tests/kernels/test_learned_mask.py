@@ -13,6 +13,7 @@ from triton_sparsity.kernels.launch import INTERPRET, tl
 from triton_sparsity.kernels.learned_mask import (
     sample_mask,
     sample_mask_reference,
+    sample_part,
     straight_through,
     straight_through_reference,
 )
@@ -367,6 +368,9 @@ def test_opcheck(pattern):
     sides = pattern.rows, pattern.cols
     torch.library.opcheck(module._sample_op, (weight, logits, random_state(), None, 5, *sides))
     torch.library.opcheck(module._straight_op, (weight, logits, mask, *sides))
+    part = 1, logits.shape[0], 0, logits.shape[1]
+    whole = logits.detach(), random_state(), 5, *logits.shape
+    torch.library.opcheck(module._draw_part_op, (whole[0][1:], *whole[1:], *part))
     grad, plain = weight.detach() + 1, weight.detach()
     _, drawn = module._sample_op(plain, logits.detach(), random_state(), None, 5, *sides)
     if drawing.keeps_draws(logits):
@@ -375,6 +379,33 @@ def test_opcheck(pattern):
     rest = (plain, logits.detach(), random_state(), drawn, 5, *sides)
     torch.library.opcheck(module._sample_grad_op, (grad, *rest))
     torch.library.opcheck(module._straight_grad_op, (grad, plain, mask, *sides))
+
+
+@pytest.mark.parametrize("cut", [(0, 0), (3, 0), (0, 2), (5, 1)])
+@pytest.mark.parametrize("pattern", [Unstructured(), Block(2, 4)], ids=str)
+def test_parts_are_those_of_the_whole(monkeypatch, pattern, cut):
+    monkeypatch.setattr(drawing, "RUN", 64)
+    weight, logits, grad = make((33, 70), pattern)
+    down, across = logits.shape
+    masked = sample_mask(weight, logits, random_state(), pattern, stream=5)
+    slopes = torch.autograd.grad(masked, (weight, logits), grad)
+    for rows in (slice(0, cut[0]), slice(cut[0], down)):
+        for cols in (slice(0, cut[1]), slice(cut[1], across)):
+            here = tuple(
+                slice(s.start * side, min(s.stop * side, size))
+                for s, side, size in zip(
+                    (rows, cols), (pattern.rows, pattern.cols), weight.shape, strict=True
+                )
+            )
+            own, s = weight[here].contiguous(), logits[rows, cols]
+            args = random_state(), pattern, (down, across), (rows, cols)
+            found = sample_part(own, s, *args, stream=5)
+            assert torch.equal(found, masked[here])
+            to_weight, to_logits = torch.autograd.grad(found, (own, s), grad[here])
+            assert torch.equal(to_weight, slopes[0][here])
+            # a kernel's division is not torch's
+            near = 0 if drawing.keeps_draws(logits) else 1e-5
+            torch.testing.assert_close(to_logits, slopes[1][rows, cols], rtol=near, atol=near)
 
 
 @pytest.mark.skipif(not drawing.keeps_draws(torch.empty(0, device=DEVICE)), reason="CPU only")

@@ -62,7 +62,20 @@ class MovementWeight(ScoredWeight):
     def learns(self) -> bool:
         return super().learns() and torch.is_grad_enabled()
 
+    @property
+    def score_sides(self) -> tuple[int, int]:
+        down, across = self.factors
+        return (across, down) if self._upright else (down, across)
+
+    def join(self, model: nn.Module) -> None:
+        super().join(model)
+        self._whole = None if self.parted else self._whole
+
     def learned(self, weight: Tensor) -> Tensor:
+        if self.parted:
+            scores = self.spread_part(self.trained_part())
+            options = {"mask": self.mask, "pattern": self.kind.pattern, "backend": self.backend}
+            return straight_through(self.matrix(weight), scores, **options).reshape(weight.shape)
         scores = self.spread(self.trained_scores())
         matrix = self.target.matrix(weight)
         mask = self.mask_for(matrix) if self._whole is None else self._whole
@@ -70,18 +83,20 @@ class MovementWeight(ScoredWeight):
         return masked.reshape(weight.shape)
 
     def evaluated(self, weight: Tensor) -> Tensor:
-        if self._whole is None:
+        if self.parted:
+            mask, matrix, pattern = self.mask, self.matrix(weight), self.kind.pattern
+        elif self._whole is not None:
+            mask, matrix, pattern = self._whole, self.target.matrix(weight), self.pattern
+        else:
             return super().evaluated(weight)
-        matrix = self.target.matrix(weight)
-        masked = apply_mask(matrix, self._whole, self.pattern, backend=self.backend)
-        return masked.reshape(weight.shape)
+        return apply_mask(matrix, mask, pattern, backend=self.backend).reshape(weight.shape)
 
     @staticmethod
     def masks_changed(owners: Sequence[Any]) -> None:
-        """Gather the masks of shards, which forward passes need of the full weights."""
+        """Gather the masks of shards, where forward passes need those of the full weights."""
         SparseWeight.masks_changed(owners)
         for weight in owners:
-            if weight.shard is not None and not weight.frozen:
+            if weight.gathers_scores and not weight.frozen:
                 weight._whole = weight._compact(full_grid(weight))
 
     def _become_sharded(self, weight: Any) -> None:
@@ -111,9 +126,10 @@ class MovementWeight(ScoredWeight):
     @property
     def kept_everywhere(self) -> Tensor:
         """Bool tensor of the full weight's shape, True = kept; a copy."""
-        if self._whole is None:
+        whole = self._compact(full_grid(self)) if self.parted else self._whole
+        if whole is None:
             return self.binary_mask
-        return expand_mask(self._whole, self.pattern, self.full_shape).view(self.weight_shape)
+        return expand_mask(whole, self.pattern, self.full_shape).view(self.weight_shape)
 
     def keep_everywhere(self, kept: Tensor) -> None:
         """Take over such a tensor, which is constant within every group."""
@@ -126,7 +142,7 @@ class MovementWeight(ScoredWeight):
     def take_whole(self, grid: Tensor) -> None:
         """Take over the bool grid of the full weight, of which a part is here."""
         self._take_full(grid)
-        self._whole = self._compact(grid)
+        self._whole = None if self.parted else self._compact(grid)
 
     def take(self, kept: Tensor, count: int) -> None:
         """Take over which importances are kept: bool, of the scores' shape, ``count`` True."""
@@ -156,9 +172,12 @@ def take_kept(
     """Take over which importances that are here are kept, ``counts`` of those of whole weights; of
     all shards one bit a group is gathered.
     """
-    shards = [(weight, own) for weight, own in zip(weights, kept, strict=True) if weight.shard]
+    each = zip(weights, kept, strict=True)
+    shards = [(weight, own) for weight, own in each if weight.gathers_scores]
     for weight, own, count in zip(weights, kept, counts, strict=True):
-        if weight.shard is None:
+        if weight.parted:
+            weight.take_part(weight.spread_part(own).contiguous())
+        elif weight.shard is None:
             weight.take(own, count)
     if shards:
         grids = full_grids([w for w, _ in shards], [w.spread_part(own) for w, own in shards])

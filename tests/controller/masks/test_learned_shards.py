@@ -480,7 +480,7 @@ def refuse(group, what):
             "the weight of '3' must be float32, stored (out, in), and sharded by",
         ),
         ("columns", "ValueError", "got torch.float32, (out, in) and (Shard(dim=1),)"),
-        ("alone", "ValueError", "the weight of '3' must be sharded by fully_shard alone"),
+        ("alone", "ValueError", "must part '3' by whole groups of 8 rows"),
         ("loss", "RuntimeError", "controller.loss() was not part of the loss in 25 steps"),
     ],
 )

@@ -80,24 +80,30 @@ def mesh_of(group, kind):
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
 
 
-def wrapped(model, group, kind="tensor"):
-    """Part a model over "tensor" ranks, or by fully_shard or copies over "data" ranks too."""
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import Replicate, distribute_tensor
+def part(model, mesh):
+    from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,
         parallelize_module,
     )
 
-    mesh = mesh_of(group, kind)
     plan = {
         "tokens": RowwiseParallel(input_layouts=Replicate()),
         "up": ColwiseParallel(),
         "down": RowwiseParallel(),
         "head": ColwiseParallel(output_layouts=Replicate()),
     }
-    parallelize_module(model, mesh["tensor"], plan)
+    return parallelize_module(model, mesh["tensor"], plan)
+
+
+def wrapped(model, group, kind="tensor"):
+    """Part a model over "tensor" ranks, or by fully_shard or copies over "data" ranks too."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = mesh_of(group, kind)
+    part(model, mesh)
     if kind == "fsdp":
         return fully_shard(model, mesh=mesh["data"])
     if kind == "copies":
@@ -198,6 +204,32 @@ def test_two_dimensions_are_pruned_as_one_process_prunes(ranks, kind, first, how
     check(ranks.run(4, prune_parts, how, torch.bfloat16, True, first, kind), wanted)
 
 
+def shard_parts(group, how):
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = net(torch.bfloat16, True), mesh_of(group, "fsdp")
+    part(model, mesh)
+    controller = ts.create_controller(model, config(*how), process_group=group)
+    controller.set_sparsity_level(0.4)
+    fully_shard(model, mesh=mesh["data"])
+    masks = []
+    for info in controller.sparsified_module_info:
+        info.operand.follow()
+        masks.append(full(info.operand.binary_mask))
+    return *prune(controller), masks
+
+
+@pytest.mark.parametrize("how", [HOWS[0], HOWS[2], HOWS[3]], ids="-".join)
+def test_parts_may_be_sharded_when_they_are_pruned_already(ranks, how):
+    controller = ts.create_controller(net(torch.bfloat16, True), config(*how))
+    controller.set_sparsity_level(0.4)
+    before = [info.operand.binary_mask for info in controller.sparsified_module_info]
+    wanted = prune(controller)
+    for *found, masks in ranks.run(4, shard_parts, how):
+        assert same(masks, before)
+        check([found], wanted)
+
+
 def train(model, controller, steps):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1, foreach=False)
     losses = []
@@ -232,7 +264,7 @@ def train_parts(group, how, steps, kind, state=None, first=True):
 def same(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
+    if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
@@ -265,6 +297,104 @@ def test_training_is_that_of_one_process_and_goes_on_from_its_state(ranks, how, 
     wanted = [*train(model, resumed, 4)]
     for found, _ in ranks.run(size, train_parts, how, 4, kind, saved, kind == "tensor"):
         assert same([*found], wanted)
+
+
+LEARNED = [
+    *(("rb", p) for p in ("unstructured", "blocks")),
+    *(("hard", p) for p in ("unstructured", "blocks")),
+    ("soft", "unstructured"),
+]
+
+
+def learned_config(how, pattern):
+    masked = {"pattern": PATTERNS[pattern], "ignored_scopes": ["tokens"]}
+    if how == "rb":
+        if pattern == "unstructured":
+            masked |= {"targets": "all", "ignored_scopes": []}
+        schedule = ts.ExponentialSchedule(target_level=0.4, target_epoch=2)
+        return ts.RBSparsityConfig(schedule=schedule, seed=5, **masked)
+    if how == "hard":
+        schedule = ts.PolynomialSchedule(initial_level=0.0, target_level=0.5, target_epoch=3)
+        return ts.MovementSparsityConfig(schedule=schedule, pool="global", **masked)
+    scopes = {"mode": "block", "sparse_factors": [4, 2], "target_scopes": ("up", "down")}
+    return ts.MovementSparsityConfig(
+        warmup_start_epoch=1,
+        warmup_end_epoch=3,
+        importance_regularization_factor=0.05,
+        steps_per_epoch=3,
+        enable_structured_masking=False,
+        sparse_structure_by_scopes=(scopes,),
+        ignored_scopes=["tokens"],
+    )
+
+
+def learn_masks(model, controller, steps):
+    scores = controller.parameters()
+    own = [p for p in model.parameters() if not any(p is score for score in scores)]
+    groups = [{"params": own}, {"params": scores, "lr": 1.0, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.02, weight_decay=0.1, foreach=False)
+    outputs = []
+    for step in range(steps):
+        if step % 3 == 0:
+            controller.scheduler.epoch_step()
+        controller.scheduler.step()
+        optimizer.zero_grad()
+        x = torch.randint(0, 24, (6, 5), generator=torch.Generator().manual_seed(step))
+        task = model.train()(x).square().mean()
+        (task + controller.loss()).backward()
+        optimizer.step()
+        outputs.append(task.detach())
+    with torch.no_grad():
+        outputs.append(model.eval()(x))
+    infos = controller.sparsified_module_info
+    counts = [(info.operand.pruned_groups(), info.operand.pruned_elements()) for info in infos]
+    masks = [full(info.operand.binary_mask) for info in infos]
+    weights = {n: full(p) for n, p in model.state_dict().items()}
+    return outputs, counts, masks, weights, controller.mask_level()
+
+
+def learn_parts_of_masks(group, how, steps, state=None):
+    model = net()
+    if state is not None:
+        model.load_state_dict(state[0])
+    wrapped(model, group)
+    controller = ts.create_controller(model, learned_config(*how), process_group=group)
+    if state is not None:
+        controller.load_state(state[1])
+    found, state = learn_masks(model, controller, steps), controller.get_state()
+    x = torch.arange(24)[None]
+    with torch.no_grad():
+        masked = model(x)
+        assert torch.equal(controller.fold(model)(x), masked)
+    assert not any("scores" in name for name, _ in model.named_parameters())
+    return found, state
+
+
+def near(a, b):
+    """As the last bit of a sum of sigmoids depends on where the tensors end."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(near(a[key], b[key]) for key in a)
+    if isinstance(a, torch.Tensor) and a.dtype == torch.float32:
+        return torch.allclose(a, b, 1e-4, 1e-5)
+    return a == pytest.approx(b, rel=1e-5) if isinstance(a, float) else same(a, b)
+
+
+@pytest.mark.parametrize("how", LEARNED, ids="-".join)
+def test_masks_are_learned_on_parts_as_on_one_process(ranks, how):
+    model = net(as_two=True)
+    controller = ts.create_controller(model, learned_config(*how))
+    wanted, own = learn_masks(model, controller, 6), controller.get_state()
+    assert wanted[-1] > 0.02
+    for found, state in ranks.run(2, learn_parts_of_masks, how, 6):
+        assert same([*found], [*wanted])
+        assert near(state, own)
+    saved = wanted[3], own
+    model = net(as_two=True)
+    model.load_state_dict(wanted[3])
+    controller = ts.create_controller(model, learned_config(*how), state=own)
+    wanted = learn_masks(model, controller, 3)
+    for found, _ in ranks.run(2, learn_parts_of_masks, how, 3, saved):
+        assert same([*found], [*wanted])
 
 
 class Transformer(nn.Module):
@@ -318,6 +448,12 @@ def learn(wrap, how, group=None):
     elif algorithm in ("set", "rigl"):
         kind = {"set": ts.SETConfig, "rigl": ts.RigLConfig}[algorithm]
         chosen = kind(level=0.6, t_end=28, delta_t=4, **some)
+    elif algorithm == "rb":
+        schedule = ts.ExponentialSchedule(target_level=0.4, target_epoch=3)
+        chosen = ts.RBSparsityConfig(schedule=schedule, seed=5, **some)
+    elif algorithm == "movement":
+        schedule = ts.PolynomialSchedule(initial_level=0.0, target_level=0.5, target_epoch=5)
+        chosen = ts.MovementSparsityConfig(schedule=schedule, pool="global", **some)
     else:
         schedule = ts.PolynomialSchedule(initial_level=0.1, target_level=0.5, target_epoch=5)
         chosen = ts.MagnitudeSparsityConfig(
@@ -326,8 +462,12 @@ def learn(wrap, how, group=None):
     controller = ts.create_controller(model, chosen, dispatch="dense", process_group=group)
     trained = model
     if wrap == "ddp":
-        trained = nn.parallel.DistributedDataParallel(model, process_group=group)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
+        options = {"process_group": group, "find_unused_parameters": algorithm == "rb"}
+        trained = nn.parallel.DistributedDataParallel(model, **options)
+    scores = {*controller.parameters()}
+    own = [p for p in model.parameters() if p not in scores]
+    groups = [{"params": own}, {"params": [*scores], "lr": 0.5, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, foreach=False)
     losses, found = [], []
     for step in range(30):
         if step % 4 == 0:
@@ -337,7 +477,7 @@ def learn(wrap, how, group=None):
         numbers = torch.Generator().manual_seed(step)
         x = torch.randint(0, 24, (4, 6), generator=numbers)
         loss = functional.cross_entropy(trained(x).flatten(0, 1), (x + 1).flatten() % 24)
-        loss.backward()
+        (loss + controller.loss()).backward()
         optimizer.step()
         losses.append(loss.item())
         if step % 10 == 9:
@@ -354,7 +494,12 @@ def learn_parts(group, wrap, how):
     "how",
     [
         *(("tall", "normed_abs"), ("nm", "abs"), ("blocks", "const")),
-        *(("unstructured", "set"), ("tall", "rigl")),
+        *(
+            ("unstructured", "set"),
+            ("tall", "rigl"),
+            ("blocks", "rb"),
+            ("unstructured", "movement"),
+        ),
     ],
     ids="-".join,
 )
@@ -492,6 +637,7 @@ def test_copies_of_parts_that_differ_are_told_of_on_every_rank(ranks):
 
 
 def refuse(group, what):
+    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard, distribute_tensor
 
     model, chosen = net(), config("unstructured")
@@ -506,8 +652,17 @@ def refuse(group, what):
         chosen = config("unstructured", "normed_abs")
     elif what == "set":
         chosen = config("unstructured", "set")
-    wrapped(model, group)
-    ts.create_controller(model, chosen, process_group=group)
+    elif what in ("both", "heights", "later"):
+        chosen = learned_config("rb", "tall" if what == "heights" else "unstructured")
+    mesh = mesh_of(group, "fsdp") if what == "later" else None
+    if mesh is None:
+        wrapped(model, group, "fsdp" if what == "both" else "tensor")
+    else:
+        part(model, mesh)
+    controller = ts.create_controller(model, chosen, process_group=group)
+    if mesh is not None:
+        fully_shard(model, mesh=mesh["data"])
+        controller.scheduler.step()
 
 
 @pytest.mark.parametrize(
@@ -517,9 +672,13 @@ def refuse(group, what):
         ("dimension", "'image' must be sharded on rows or columns of its matrix"),
         ("sixteenths", "'down' must lie on ranks by sixteenths of its inputs"),
         ("set", "'down' must lie on ranks by sixteenths of its inputs"),
+        ("heights", "tensor parallelism must part 'up' by whole groups of 16 rows"),
+        ("both", "'tokens' must be sharded by fully_shard or by tensor parallelism, not by both"),
+        ("later", "'tokens', which tensor parallelism has parted, must not be sharded by fully_"),
     ],
 )
 def test_what_is_not_covered_is_refused_on_every_rank(ranks, what, message):
-    for kind, text in ranks.errors(3 if what in ("sixteenths", "set") else 2, refuse, what):
+    size = {"sixteenths": 3, "set": 3, "both": 4, "later": 4}.get(what, 2)
+    for kind, text in ranks.errors(size, refuse, what):
         assert kind == "ValueError"
         assert message in text
