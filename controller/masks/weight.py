@@ -523,7 +523,9 @@ class SparseWeight(GroupMask):
         """Look once whether pruned blocks are zero; while they are not, products are dense."""
         if self.product is None or self.all_kept:
             return
-        self._note_written(self.product, leaks([self])()[0])
+        written = leaks([self])()[0]
+        if self.shard is None or written:
+            self._note_written(self.product, written)
         if self.shard is not None:
             self.forget()  # of what is elsewhere the next forward pass will tell
 
