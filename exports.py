@@ -45,7 +45,8 @@ from .kernels.mask import make_mask, pack, unpack
 from .kernels.masked_weight import apply_mask, apply_mask_, count_leaks
 from .kernels.pattern import NM, Block, Unstructured
 from .kernels.retained import put_back_, take_pruned
-from .kernels.select import Threshold, select
+from .kernels.search import Threshold
+from .kernels.select import select
 from .kernels.semi_structured import NMMask, nm_mask, nm_score
 from .kernels.topology import Topology, block_topology
 

@@ -29,7 +29,8 @@ from ..kernels.masked_weight import apply_mask, apply_mask_, apply_mask_referenc
 from ..kernels.pattern import NM, Block, Pattern, Unstructured, grid_shape
 from ..kernels.prune_rows import prune_rows, prune_rows_reference
 from ..kernels.retained import put_all_back_, take_all_pruned
-from ..kernels.select import Threshold, select, select_reference
+from ..kernels.search import Threshold
+from ..kernels.select import select, select_reference
 from ..kernels.select_each import select_each, select_each_reference
 from ..kernels.semi_structured import nm_mask, nm_score
 from ..kernels.topology import Topology, block_topology, topology_reference

@@ -19,7 +19,7 @@ from torch import Tensor
 from .grid import block_counts, ceil_div, expand_blocks, pad_to_blocks, side_lengths
 from .launch import FUSED, Backend, on_device, takes_kernels, tl, triton, use_triton
 from .pattern import MAX_BLOCK_SIDE, Pattern, Unstructured
-from .select import Reduce
+from .search import Reduce
 from .table import Matrices, alike, device_table, find_tensor, first_of, list_index_type, swap
 
 # no block is wider than the tile; four or eight 16-byte loads of a thread are in flight at once

@@ -16,7 +16,8 @@ from .launch import Backend
 from .mask import make_mask
 from .pattern import NM, Pattern, Unstructured
 from .prune_rows import Part, prune_rows
-from .select import Reduce, Threshold, select
+from .search import Reduce, Threshold
+from .select import select
 from .select_each import select_each
 from .semi_structured import nm_mask, nm_score
 from .spread import prune_rows_spread, select_spread, ties_kept

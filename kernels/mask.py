@@ -39,7 +39,7 @@ from .semi_structured import nm_complete
 from .table import Column, Matrices, alike, device_table, find_tensor, first_of, list_index_type
 
 if TYPE_CHECKING:
-    from .select import Threshold
+    from .search import Threshold
 
 __all__ = [
     "WORDS",

@@ -24,7 +24,8 @@ from .grid import ceil_div
 from .launch import FUSED, Backend, on_device, tl, triton, use_triton
 from .mask import make_mask
 from .pattern import Block, Pattern
-from .select import Among, select_among
+from .search_torch import Among
+from .select import select_among
 from .select_each import MOST, select_each
 from .table import Matrices, addresses, alike, device_table, find_tensor, list_index_type
 

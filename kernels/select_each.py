@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .launch import FUSED, Backend, is_plain, on_device, tl, triton, use_triton
-from .select import Threshold, select
+from .search import Threshold
+from .select import select
 from .table import addresses, alike, device_table
 
 MOST = 2**18  # elements: sixteen passes over them take one multiprocessor a quarter millisecond

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .bits import chunk_of, chunks
 from .prune_rows import Part, row_counts
-from .select import Reduce, Threshold
+from .search import Reduce, Threshold
 
 _INFINITY = 0x7F800000  # its bit pattern
 _BITS, _MOST = 31, 2**31 - 1  # of a key; no number is so great

@@ -19,7 +19,8 @@ from ...kernels.block_sparse_linear import block_sparse_linear
 from ...kernels.mask import make_mask, make_mask_reference, pack
 from ...kernels.masked_weight import apply_mask, apply_mask_
 from ...kernels.pattern import NM, Block, Unstructured, grid_shape, is_skippable
-from ...kernels.select import Threshold, select, select_reference
+from ...kernels.search import Threshold
+from ...kernels.select import select, select_reference
 from ...kernels.semi_structured import nm_mask, nm_score
 from ...kernels.topology import (
     Topology,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ...controller.masks.shards import Shard
 from ...kernels.grid import ceil_div
 from ...kernels.pattern import Block, Pattern, Unstructured, grid_shape, is_skippable
-from ...kernels.select import BINS_SHARED
+from ...kernels.search import BINS_SHARED
 from ..measure.tables import markdown
 
 HEADER = 4  # counts before the bins of a histogram

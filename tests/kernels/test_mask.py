@@ -15,7 +15,8 @@ from triton_sparsity.kernels import bits
 from triton_sparsity.kernels import mask as module
 from triton_sparsity.kernels.launch import HAS_TRITON, INTERPRET, tl
 from triton_sparsity.kernels.mask import make_mask, pack, unpack
-from triton_sparsity.kernels.select import Threshold, select
+from triton_sparsity.kernels.search import Threshold
+from triton_sparsity.kernels.select import select
 from triton_sparsity.kernels.table import Matrices, addresses
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

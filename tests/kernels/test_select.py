@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import aot
 import oracle
-from triton_sparsity.kernels import select as module
+from triton_sparsity.kernels import search, search_torch, search_triton
 from triton_sparsity.kernels.block_score import block_scores
 from triton_sparsity.kernels.launch import INTERPRET, tl
 from triton_sparsity.kernels.pattern import Block, Unstructured
@@ -32,20 +32,20 @@ def backend(request):
 def _watch_reads():
     """Note in ``READS`` how many full reads each selection took."""
     with pytest.MonkeyPatch.context() as patch:
-        search_torch, search_triton = module._search_torch, module._search_triton
+        by_torch, by_triton = search_torch._search, search_triton._search
 
         def watched_torch(*args):
-            result = search_torch(*args)
+            result = by_torch(*args)
             READS.append(result[3])
             return result
 
         def watched_triton(*args):
-            state = search_triton(*args)
-            READS.append(state[module._READS].item())
+            state = by_triton(*args)
+            READS.append(state[search_triton._READS].item())
             return state
 
-        patch.setattr(module, "_search_torch", watched_torch)
-        patch.setattr(module, "_search_triton", watched_triton)
+        patch.setattr(search_torch, "_search", watched_torch)
+        patch.setattr(search_triton, "_search", watched_triton)
         yield
 
 
@@ -69,9 +69,10 @@ def other_default(what):
 @pytest.fixture
 def small_samples(monkeypatch):
     """Sample lists of a few thousand elements as if they were large."""
-    monkeypatch.setattr(module, "_SAMPLE", 1 << 10)
-    monkeypatch.setattr(module, "_SAMPLE_CPU", 1 << 10)
-    monkeypatch.setattr(module, "_WHOLE", 0)
+    monkeypatch.setattr(search, "MOST_SAMPLED", 1 << 11)
+    monkeypatch.setattr(search_torch, "_SAMPLE", 1 << 10)
+    monkeypatch.setattr(search_triton, "_SAMPLE", 1 << 10)
+    monkeypatch.setattr(search_triton, "_WHOLE", 0)
 
 
 def randn(*shape, seed=0):
@@ -159,11 +160,12 @@ def test_any_list(backend, data):
         scales = torch.tensor([0.25 * (i + 1) for i in range(len(tensors))], device=DEVICE)
     least = draw(st.sampled_from([64, 1024, 1 << 21]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_SAMPLE", least)
-        patch.setattr(module, "_SAMPLE_CPU", least)
-        patch.setattr(module, "_WHOLE", draw(st.sampled_from([0, 1 << 24])))
-        patch.setattr(module, "_CHUNK", 1000)
-        patch.setattr(module, "_KEPT", 3000)
+        patch.setattr(search, "MOST_SAMPLED", 2 * least)
+        patch.setattr(search_triton, "_SAMPLE", least)
+        patch.setattr(search_torch, "_SAMPLE", least)
+        patch.setattr(search_triton, "_WHOLE", draw(st.sampled_from([0, 1 << 24])))
+        patch.setattr(search_torch, "_CHUNK", 1000)
+        patch.setattr(search_torch, "_KEPT", 3000)
         assert_selects(tensors, k, scales, backend=backend)
 
 
@@ -255,8 +257,8 @@ def test_data_that_hides_from_the_sample_is_found(dtype, backend):
     if backend == "triton":
         pytest.skip("what the kernel draws is not known outside it")
     x = randn(30_000).to(dtype)
-    step = module._sample_step(x.numel(), module._SAMPLE_CPU) | 1
-    for piece in module._pieces([x], None, step):
+    step = search.sample_step(x.numel(), search_torch._SAMPLE) | 1
+    for piece in search_torch._pieces([x], None, step):
         piece.values[piece.skip :: step] = 1e-4
     assert step > 1
     assert (x == 1e-4).any()
@@ -309,17 +311,17 @@ def test_strides_are_respected(view, dtype, backend):
 def test_dense_views_are_not_copied():
     x = randn(4, 6, 8)
     for view in (x, x.permute(2, 0, 1), x.mT, x[1:], x[:0], x[0, 0, 0]):
-        flat = module._flat(view)
+        flat = search.flat_view(view)
         assert flat.numel() == view.numel()
         assert flat.data_ptr() == view.data_ptr()
     for view in (x[..., 1:], x[:, ::2], x[:1].expand(3, 6, 8), x.as_strided((3, 3), (1, 1))):
-        assert module._flat(view) is None
+        assert search.flat_view(view) is None
 
 
 @pytest.mark.usefixtures("small_samples")
 def test_many_tensors_and_types_make_one_list(backend, monkeypatch):
     # more than a program looks at together, some of them not aligned
-    monkeypatch.setattr(module, "_SEARCH", 16)
+    monkeypatch.setattr(search_triton, "_SEARCH", 16)
     tensors = [randn(8 + i % 5, seed=i).to(DTYPES[i % len(DTYPES)])[i % 3 :] for i in range(50)]
     tensors[20] = randn(3000)
     total = sum(t.numel() for t in tensors)
@@ -533,21 +535,21 @@ def test_offsets_beyond_2_to_the_31_are_64_bit(aligned, backend):
     memory[-8192:-4096] = 1.0
     memory[-4096:] = NAN
     x = torch.from_numpy(memory).to(DEVICE)
-    (launch,) = module._launches([x], 1)
+    (launch,) = search_triton._launches([x], 1)
     if not aligned:
-        (launch,) = module._launches([x[1:]], 1)
+        (launch,) = search_triton._launches([x[1:]], 1)
     assert launch.aligned is aligned
     # begin near the end: as if the first tiles were behind
     address, covered, position, _, tiles = launch.table.tolist()
     skipped = tiles - 6
     table = torch.tensor([address, covered, position, -skipped, 6], device=DEVICE)
-    plan = module._plan([x], None)
+    plan = search.plan_of([x], None)
     state = torch.tensor([0, 0, plan.top, 0, plan.top, 0, 0, 0, 0], device=DEVICE)
-    counts = torch.zeros(1, module._HEADER + plan.bins, dtype=torch.int64, device=DEVICE)
-    module._launch_count(
+    counts = torch.zeros(1, search_triton._HEADER + plan.bins, dtype=torch.int64, device=DEVICE)
+    search_triton._launch_count(
         launch._replace(table=table, tiles=6), plan, None, state, counts, exactly=True
     )
-    bins = counts[0, module._HEADER :]
+    bins = counts[0, search_triton._HEADER :]
     span = launch.rows * launch.vec
     assert counts[0, 3] == 4096
     assert bins[0x3C00] == 4096
@@ -558,12 +560,12 @@ def test_offsets_beyond_2_to_the_31_are_64_bit(aligned, backend):
 @pytest.mark.skipif(not ON_TRITON, reason="it is about the kernel")
 def test_a_finished_search_reads_nothing():
     x = randn(5000)
-    plan = module._plan([x], None)
-    counts = torch.zeros(1, module._HEADER + plan.bins, dtype=torch.int64, device=DEVICE)
-    (launch,) = module._launches([x], 1)
+    plan = search.plan_of([x], None)
+    counts = torch.zeros(1, search_triton._HEADER + plan.bins, dtype=torch.int64, device=DEVICE)
+    (launch,) = search_triton._launches([x], 1)
     for done in (1, 0):
         state = torch.tensor([done, 0, plan.top, 0, plan.top, 13, 0, 0, 0], device=DEVICE)
-        module._launch_count(launch, plan, None, state, counts, exactly=True)
+        search_triton._launch_count(launch, plan, None, state, counts, exactly=True)
         assert counts.any() == (not done)
 
 
@@ -630,12 +632,12 @@ def test_elements_are_read_16_bytes_at_a_time(arch, elements, variant):
         "DTYPE": getattr(tl, loaded), "PATTERN": pattern, "INFINITY": pattern - 0x7F,
         "ALIGNED": aligned, "SCALED": scaled, "SAMPLED": read == "sample",
         "COUNT_NONFINITE": read != "full", "BINS": bins, "COPIES": (1 << 20) // bins,
-        "ROWS": rows, "VEC": vec, "RUN": 32 // (vec * size), "SEARCH": module._SEARCH,
+        "ROWS": rows, "VEC": vec, "RUN": 32 // (vec * size), "SEARCH": search_triton._SEARCH,
         "PAIRS": arch == 90 and pattern == 0x7FFF,
     }  # fmt: skip
     if not scaled:
         constants["scales_ptr"] = None
-    compiled = aot.compile_for(arch, module._count_kernel, types, constants)
+    compiled = aot.compile_for(arch, search_triton._count_kernel, types, constants)
     aot.assert_lean(compiled, arch)
     assert ".ftz" not in compiled.ptx  # subnormal keys count
     loads = compiled.global_loads()
@@ -658,11 +660,13 @@ def test_pairs_of_16_bit_patterns_take_eight_instructions_an_element():
     constants = {
         "DTYPE": tl.int16, "PATTERN": 0x7FFF, "INFINITY": 0x7F80, "ALIGNED": True,
         "SCALED": False, "SAMPLED": False, "COUNT_NONFINITE": False, "BINS": 1 << 15,
-        "COPIES": 32, "ROWS": 512, "VEC": 8, "RUN": 2, "SEARCH": module._SEARCH,
+        "COPIES": 32, "ROWS": 512, "VEC": 8, "RUN": 2, "SEARCH": search_triton._SEARCH,
         "PAIRS": True, "scales_ptr": None,
     }  # fmt: skip
     numbers = ("tensors", "stride")
-    compiled = aot.compile_for(90, module._count_kernel, types, constants, unspecialized=numbers)
+    compiled = aot.compile_for(
+        90, search_triton._count_kernel, types, constants, unspecialized=numbers
+    )
     loads = 512 * 8 // 128 * 2 // 16
     bodies = [body for body in aot.loops(compiled.sass) if sum("LDG" in i for i in body) == loads]
     pairs = [body for body in bodies if not any("RED" in i or "ATOM" in i for i in body)]
@@ -678,8 +682,8 @@ def test_pairs_of_16_bit_patterns_take_eight_instructions_an_element():
 def test_pairs_are_counted_as_bins_are(dtype):
     tensors = [torch.randint(-9, 9, (n,)).to(DEVICE).to(dtype) for n in (64, 4104, 9000)]
     tensors[1][7] = -0.0
-    plan = module._plan(tensors, None)
-    (launch,) = module._launches(tensors, 1)
+    plan = search.plan_of(tensors, None)
+    (launch,) = search_triton._launches(tensors, 1)
     keys = torch.cat(tensors).cpu().view(torch.int16).int() & 0x7FFF
     found = keys.unique().tolist()
     some = found[1 :: 6 if INTERPRET else 3]
@@ -688,8 +692,10 @@ def test_pairs_are_counted_as_bins_are(dtype):
             hi = lo + width
             start, last = (lo + 1, max(hi - 1, lo + 1)) if tied else (lo, hi)
             state = torch.tensor([0, lo, hi, start, last, 0, 0, 0, 0], device=DEVICE)
-            counts = torch.zeros(1, module._HEADER + plan.bins, dtype=torch.int64, device=DEVICE)
-            module._launch_count(launch, plan, None, state, counts, exactly=False)
+            counts = torch.zeros(
+                1, search_triton._HEADER + plan.bins, dtype=torch.int64, device=DEVICE
+            )
+            search_triton._launch_count(launch, plan, None, state, counts, exactly=False)
             header, bins = counts[0, :4].tolist(), counts[0, 4:]
             assert header[0] == (keys < start).sum()
             assert header[1] == ((keys == lo).sum() if start > lo else 0)
@@ -700,7 +706,7 @@ def test_pairs_are_counted_as_bins_are(dtype):
             assert not bins[last - start :].any()
             assert not header[3]
     tensors[2][5] = INF
-    module._launch_count(launch, plan, None, state, counts, exactly=False)
+    search_triton._launch_count(launch, plan, None, state, counts, exactly=False)
     assert counts[0, 3] > 0
 
 
@@ -713,11 +719,11 @@ def test_the_narrowing_kernel_is_lean(arch, bins, sampled):
     names = ["state_ptr", "counts_ptr", "coarse_ptr", "pool_ptr", "out_ptr"]
     constants = {
         "SAMPLED": sampled, "COUNT_NONFINITE": sampled, "TOP": 0x7F81, "BINS": bins,
-        "COARSE": module._COARSE,
+        "COARSE": search_triton._COARSE,
     }  # fmt: skip
     types = dict.fromkeys(names, "*i64") | {"k": "i64"}
     compiled = aot.compile_for(
-        arch, module._narrow_kernel, types, constants, num_warps=module.NARROW_WARPS
+        arch, search_triton._narrow_kernel, types, constants, num_warps=search_triton.NARROW_WARPS
     )
     aot.assert_lean(compiled, arch)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from triton_sparsity.kernels.prune_rows import Part, prune_rows
-from triton_sparsity.kernels.select import Threshold, select
+from triton_sparsity.kernels.search import Threshold
+from triton_sparsity.kernels.select import select
 from triton_sparsity.kernels.spread import (
     kth_key,
     prune_rows_spread,
