@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
+from math import prod
 from typing import NamedTuple
 
 from ...controller.masks.shards import Shard
 from ...kernels.grid import ceil_div
 from ...kernels.pattern import Block, Pattern, Unstructured, grid_shape, is_skippable
 from ...kernels.search import BINS_SHARED
+from ...kernels.topology import capacities
 from ..measure.tables import markdown
 
 HEADER = 4  # counts before the bins of a histogram
@@ -23,6 +25,7 @@ FLAGS = 2 * NUMBER  # whether a rank has raised, before and after
 REDUCTIONS = 5  # of histograms, where one is sampled first
 SEARCH = 3 * 16 * NUMBER  # for a pool's threshold, two bits of 32 at a time
 BFLOAT16 = 2
+INT32 = 4
 MB = 1e6
 
 # layers, hidden features, those of the feed-forward, those of keys and values
@@ -125,6 +128,22 @@ def grids_sent(shapes: Sequence[tuple[int, int]], pattern: Pattern) -> int:
     return sum(down * ceil_div(across, 8) for down, across in grids)
 
 
+def lists_held(shapes: Sequence[tuple[int, int]], pattern: Pattern) -> int:
+    """Return how many bytes a rank holds so that products skip blocks of what FSDP2 gathers: the
+    grid, and the lists, which have another one.
+
+    Args:
+        shapes, pattern: as ``grids_sent``'s.
+    """
+    if not is_skippable(pattern):
+        return 0
+    held = 0
+    for shape in shapes:
+        *lists, grid = capacities(grid_shape(pattern, shape), pattern)
+        held += INT32 * sum(map(prod, lists)) + 2 * prod(grid)
+    return held
+
+
 def llama(name: str) -> list[tuple[tuple[int, int], bool]]:
     """Return the shape of each linear weight, and whether tensor parallelism parts its columns."""
     layers, hidden, wide, keys = LLAMA[name]
@@ -144,7 +163,7 @@ def table() -> str:
         shapes = [shape for shape, _ in weights]
         kept = numbers_sent(shapes, pattern, normed=True)
         each = numbers_sent(shapes, pattern, normed=True, each=True)
-        grids = grids_sent(shapes, pattern)
+        grids, lists = grids_sent(shapes, pattern), lists_held(shapes, pattern)
         moved = max(numbers_sent(shapes, p, moves=True) for p in (pattern, Unstructured()))
         for ranks in RANKS:
             own = sum(rows * cols for rows, cols in shapes) * BFLOAT16 / ranks
@@ -166,7 +185,7 @@ def table() -> str:
                 )
                 if found
             ]
-            sizes = (kept, each, moved, grids, rows, sum(mixed), own)
+            sizes = (kept, each, moved, grids, rows, sum(mixed), lists, own)
             lines.append(
                 [name, f"{len(shapes)}", f"{ranks:,}", *(f"{n / MB:,.1f}" for n in sizes)]
             )
@@ -181,6 +200,7 @@ def table() -> str:
             "grids",
             "rows",
             "rows, TP 8",
+            "lists",
             "its weights",
         ],
         lines,

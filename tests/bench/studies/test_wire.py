@@ -27,7 +27,7 @@ def net():
 
 
 def update(group, name):
-    """Return what this rank gives to collectives in an update, by collective."""
+    """Return what this rank gives to collectives in an update, by collective; bytes of lists."""
     from torch import distributed
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
@@ -67,7 +67,8 @@ def update(group, name):
     finally:
         distributed.all_reduce = plain["all_reduce"]
         distributed.all_to_all_single = plain["all_to_all_single"]
-    return found
+    products = [info.operand.product for info in controller.sparsified_module_info]
+    return found, sum(t.nbytes for p in products if p for t in (p.mask, *p.topology))
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch lacks gloo")
@@ -80,7 +81,9 @@ def test_the_formula_is_what_gloo_is_given(ranks, name, size):
     rows = wire.rows_sent(weights, pattern, 4, of=2 if name == "rigl" else 1)
     grids = wire.grids_sent(shapes, pattern)
     assert grids == (3 + 1 + 4 if name == "skips" else 0)
-    for place, sent in enumerate(ranks.run(size, update, name)):
+    for place, (sent, held) in enumerate(ranks.run(size, update, name)):
+        assert held == wire.lists_held(shapes, pattern)
+        assert bool(held) == (name == "skips")
         reduced = [n for n in sent["all_reduce"] if n != BINS]
         histograms = len(sent["all_reduce"]) - len(reduced)
         assert histograms <= wire.REDUCTIONS

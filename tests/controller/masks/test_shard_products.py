@@ -264,6 +264,50 @@ def test_parts_of_weights_skip_blocks_and_agree_with_the_dense_product(
         assert multiplied == [(tall, 64)] * bool(tall) + [(64, wide)]
 
 
+def multiply(group, bias):
+    """Return the product of each placement of weight and inputs, and what it has multiplied."""
+    from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor
+
+    mesh, found = DeviceMesh.from_group(group, "cpu"), {}
+    for weight in (Replicate(), Shard(0), Shard(1)):
+        layer = FeedForward().up
+        own = {"weight": weight, "bias": weight if weight == Shard(0) else Replicate()}
+        for name, placement in own.items():
+            tensor = distribute_tensor(getattr(layer, name).data, mesh, [placement])
+            setattr(layer, name, nn.Parameter(tensor) if bias or name == "weight" else None)
+        controller = ts.create_controller(
+            layer, half(BLOCK), dispatch="sparse", process_group=group
+        )
+        controller.set_sparsity_level(0.5)
+        for inputs in (Replicate(), Shard(0), Shard(1), Shard(2)):
+            x = distribute_tensor(numbers(), mesh, [inputs]).requires_grad_()
+            layer.zero_grad()
+            with Counted() as shapes:
+                y = layer(x)
+                y.square().sum().backward()
+            gradients = [full(p.grad) for p in (x, *layer.parameters())]
+            key = getattr(inputs, "dim", None), getattr(weight, "dim", None)
+            found[key] = [full(y), *gradients], [shape for shape, _ in shapes]
+    return found
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_parts_that_do_not_go_together_are_multiplied_dense(ranks, bias):
+    layer = FeedForward().up
+    layer.bias = layer.bias if bias else None
+    ts.create_controller(layer, half(BLOCK), dispatch="dense").set_sparsity_level(0.5)
+    x = numbers().requires_grad_()
+    y = layer(x)
+    y.square().sum().backward()
+    wanted = [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
+    parts = {(None, 0): (48, 64), (2, 1): (96, 32)}
+    parts |= dict.fromkeys([(None, None), (0, None), (1, None)], (96, 64))
+    for found in ranks.run(2, multiply, bias):
+        for key, (own, shapes) in found.items():
+            assert same(own, wanted), key
+            assert shapes == ([parts[key]] if key in parts else []), key
+
+
 class Halves(nn.Linear):
     """Multiplies as two ranks do, and adds up what they add up, so that one process agrees with
     them to the bit.
