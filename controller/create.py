@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from .masks.linear import restore_class
 from .masks.names import canonical, match
 from .masks.ranks import Ranks, known_group
 from .masks.shards import forget_gone, is_sharded
+from .masks.stages import on_stages
 from .masks.state import names_in
-from .masks.targets import weights_of
+from .masks.targets import Whereabouts, weights_of
 from .masks.weight import SparseModuleInfo, Target, restore_
 from .nncf import ConfigLike, parse_config
 from .selection.criteria import check_sharded
@@ -37,6 +39,7 @@ def create_controller(
     batchnorm_data: Iterable[Any] | None = None,
     state: Mapping[str, Any] | None = None,
     process_group: Any = None,
+    stages: bool = False,
 ) -> BaseSparsityAlgoController:
     """Put ``model`` under sparse masks, in place, and return what controls them.
 
@@ -62,6 +65,11 @@ def create_controller(
         process_group: the ranks that train this model; None: torch.distributed's default group,
             where it is initialised. All of them must call this, and every method that changes
             masks, alike; their first masks are those of the group's first rank.
+        stages: the ranks have stages of a pipeline, each its own weights, under the names that
+            they have in the whole model: these are one pool, by rank and then in module order. A
+            weight that several ranks have is one. ``sparsified_module_info`` has those of other
+            stages too, of no rows here. For magnitude by ``"abs"``, ``"normed_abs"``,
+            ``"random"`` or ``"wanda"``, const and SET.
 
     Raises:
         ValueError, TypeError: the configuration, a weight or the state does not fit, see the
@@ -83,14 +91,27 @@ def create_controller(
             raise ValueError(
                 "create_controller: batchnorm_adaptation needs batchnorm_data, got None"
             )
-    told = _told(model, configs) if ranks.size > 1 else {}
+    stages = stages and ranks.size > 1
+    told = _told(model, configs, stages=stages) if ranks.size > 1 else {}
     ranks.check_alike("create_controller", told)
+    elsewhere = None
+    if stages:
+        every = ranks.gather(Whereabouts.of(model))
+        elsewhere = Whereabouts(*([*chain(*lists)] for lists in zip(*every, strict=True)))
     with ranks.together(device):
         classes: list[Any] = [algorithm_of(one).controller for one in configs]
-        searched = configs if state is None else _of_state(model, configs, state)
-        targets = [c.find_targets(model, one) for c, one in zip(classes, searched, strict=True)]
+        searched = configs if state is None or stages else _of_state(model, configs, state)
+        targets = [
+            cls.find_targets(model, one, elsewhere)
+            for cls, one in zip(classes, searched, strict=True)
+        ]
         _check_disjoint(targets, configs)
         _check_covered(model, configs, targets)
+        if stages:
+            _check_stages(configs)
+    if stages:
+        targets = [on_stages(found, ranks, device) for found in targets]
+    with ranks.together(device):
         options = {"backend": backend, "dispatch": dispatch, "ranks": ranks}
         weights = [
             cls.make_weights(model, found, one, **options)
@@ -127,10 +148,29 @@ def create_controller(
 _CPU = torch.device("cpu")
 
 
-def _told(model: nn.Module, configs: Sequence[AlgorithmConfig]) -> dict[str, Any]:
+def _told(model: nn.Module, configs: Sequence[AlgorithmConfig], *, stages: bool) -> dict[str, Any]:
     """Return what must be the same on every rank."""
     shapes = [f"{canonical(name)} {tuple(p.shape)}" for name, p in model.named_parameters()]
-    return {"config": [repr(one) for one in configs], "the model's parameters": shapes}
+    told: dict[str, Any] = {"stages": stages, "config": [repr(one) for one in configs]}
+    return told if stages else told | {"the model's parameters": shapes}
+
+
+def _check_stages(configs: Sequence[AlgorithmConfig]) -> None:
+    """Refuse what stages of a pipeline do not go with as one pool."""
+    for config in configs:
+        algorithm = algorithm_of(config)
+        if algorithm.name not in ("magnitude_sparsity", "const_sparsity", "set"):
+            raise ValueError(
+                "create_controller: stages=True must be of magnitude, const or SET, got "
+                f"{algorithm.name}; give each stage a process_group, for pools of their own"
+            )
+        importance = getattr(config, "weight_importance", "abs")
+        if importance not in ("abs", "normed_abs", "random", "wanda"):
+            raise ValueError(
+                "create_controller: weight_importance must be 'abs', 'normed_abs', 'random' or "
+                f"'wanda' with stages=True, got {importance!r}; give each stage a process_group, "
+                "for pools of their own"
+            )
 
 
 def _check_covered(

@@ -35,7 +35,7 @@ from ..masks.shards import reshard
 from ..masks.state import masks_schema, masks_state, read_masks, with_names_of
 from ..masks.statistics import SparsifiedModelStatistics, SparsityStatistics, Statistics, summarise
 from ..masks.strip import strip_masks
-from ..masks.targets import find_targets
+from ..masks.targets import Whereabouts, find_targets
 from ..masks.weight import SparseModuleInfo, SparseWeight, Target, dense_weights
 from ..selection.allocation import Distribution
 from ..selection.scorer import Scorer
@@ -109,9 +109,13 @@ class BaseSparsityAlgoController:
         self.set_sparsity_level(schedule.initial_level)
 
     @classmethod
-    def find_targets(cls, model: nn.Module, config: AlgorithmConfig) -> list[Target]:
-        """List the weights of ``model`` that a configuration of this algorithm selects."""
-        return find_targets(model, config)
+    def find_targets(
+        cls, model: nn.Module, config: AlgorithmConfig, elsewhere: Whereabouts | None = None
+    ) -> list[Target]:
+        """List the weights of ``model`` that a configuration of this algorithm selects; arguments
+        as ``find_targets``'s.
+        """
+        return find_targets(model, config, elsewhere)
 
     @classmethod
     def make_weights(
@@ -123,10 +127,11 @@ class BaseSparsityAlgoController:
         return [SparseWeight(target, **options) for target in targets]
 
     def _guarded(self, model: nn.Module) -> list[Guard]:
-        for weight in self._weights:
+        here = [weight for weight in self._weights if not weight.absent]
+        for weight in here:
             for module, name in weight.target.users:
                 skip_blocks(weight, module, name)
-        return [Guard(model, self._weights)]
+        return [Guard(model, here)]
 
     @property
     def _guard(self) -> Guard:
@@ -421,7 +426,8 @@ class BaseSparsityAlgoController:
         gone = [
             weight.name
             for weight in self._weights
-            if id(weight.module) not in inside
+            if not weight.absent
+            and id(weight.module) not in inside
             and not any(id(module) in inside for module, _ in weight.target.users)
         ]
         if gone:

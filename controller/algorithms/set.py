@@ -227,7 +227,7 @@ class SETController(BaseSparsityAlgoController):
         groups = [weight.groups for weight in pool]
         densities = [1.0] * len(pool)
         if self.config.distribution == "erk":
-            densities = [erdos_renyi(weight.weight.shape) for weight in pool]
+            densities = [erdos_renyi(weight.weight_shape) for weight in pool]
         least, most = [0] * len(pool), groups
         if len(pool) > 1:
             most, least = (

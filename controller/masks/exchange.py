@@ -138,9 +138,10 @@ def sums_of_each(weights: Sequence[SparseWeight], vectors: Sequence[Tensor]) -> 
 
 def sums_of_all(weight: SparseWeight, rows: Sequence[Tensor]) -> Tensor:
     """Return the sums of vectors that have a number for each piece of a weight's lines; float64,
-    the same on any number of ranks. Of a sharded weight they are of what is here.
+    the same on any number of ranks. Of a sharded weight they are of what is here; one on a stage
+    of a pipeline is whole.
     """
-    if weight.shard is None:
+    if weight.shard is None or weight.shard.on_stages:
         return exact_sums(rows)
     own = [row if weight.shard.counted else row[:0] for row in rows]
     return exact_sums(own, weight.ranks.most, weight.ranks.sum)
@@ -332,6 +333,11 @@ def _gathered(
     shard = weight.shard
     assert shard is not None
     heights, widths = ([cut.stop - cut.start for cut in cuts] for cuts in (bounds, sides))
+    if shard.on_stages:
+        whole = part.new_empty(heights[0], widths[0]) if weight.absent else part.contiguous()
+        source = distributed.get_global_rank(weight.ranks.group, shard.ranks[0][0])
+        distributed.broadcast(whole, source, group=weight.ranks.group)
+        return [[whole]]
     padded = part.new_zeros(max(heights), max(widths))
     padded[: part.shape[0], : part.shape[1]] = part
     every = [torch.empty_like(padded) for _ in range(weight.ranks.size)]

@@ -109,7 +109,8 @@ def list_blocks_of_shards(
         weights: any.
         grids: bool, one a weight: the grids of the full weights, if they are known.
     """
-    served = [w for w in weights if w.skips_blocks and w.shard is not None]
+    sharded = [w for w in weights if w.shard is not None and not w.shard.on_stages]
+    served = [weight for weight in sharded if weight.skips_blocks]
     if not served:
         return
     over = gathered_over(model)

@@ -143,7 +143,8 @@ class Ranks:
                     raise ValueError(
                         f"{what}: {key} must be the same on every rank, got "
                         f"{_difference(wanted, theirs.get(key), rank)}; ranks that train models "
-                        "of their own, or stages of a pipeline, each need a process_group"
+                        "of their own each need a process_group, stages of a pipeline that, or "
+                        "create_controller(stages=True) for one pool"
                     )
 
 
@@ -176,5 +177,5 @@ def fingerprint(tensor: Tensor) -> Tensor:
     """Return int64, 0-d, of the bytes of a tensor: a change within 8 bytes always shows."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
-    factors = torch.arange(1, 2 * len(words), 2, device=tensor.device) * _ODD
+    factors = (torch.arange(len(words), device=tensor.device) * 2 + 1) * _ODD
     return (words * factors).sum()

@@ -81,6 +81,7 @@ class Shard:
         counted: this rank speaks for the part; others may hold copies.
         copies: how often the group holds the weight.
         pattern: of the full matrix.
+        on_stages: of a pipeline: the weight is whole wherever it is.
     """
 
     shape: tuple[int, int]
@@ -92,6 +93,7 @@ class Shard:
     counted: bool
     copies: int
     pattern: Pattern
+    on_stages: bool = False
 
     @property
     def peers(self) -> tuple[int, ...]:
@@ -252,6 +254,32 @@ def shard_of(
         counted=not any(copied) and known[0] in members,
         copies=len(known) // parts,
         pattern=pattern,
+    )
+
+
+def stage_of(
+    holders: Sequence[int], shape: tuple[int, int], pattern: Pattern, ranks: Ranks
+) -> Shard:
+    """Return what is here of a weight that is whole on some stages of a pipeline: all or nothing.
+
+    Args:
+        holders: the ranks that have it.
+        shape: of its matrix.
+        pattern: of the groups.
+        ranks: those of all stages.
+    """
+    rows, cols = shape
+    return Shard(
+        shape=shape,
+        bounds=(0, rows, rows),
+        edges=(0, cols),
+        place=0 if ranks.rank in holders else 1,
+        side=0,
+        ranks=((holders[0], holders[0]),),
+        counted=ranks.rank == holders[0],
+        copies=len(holders),
+        pattern=pattern,
+        on_stages=True,
     )
 
 

@@ -10,6 +10,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from .learned import score_parameters
+from .stages import parameters_of_all
 from .weight import SparseWeight
 
 
@@ -110,7 +111,7 @@ def summarise(
     model: nn.Module, weights: Sequence[SparseWeight], thresholds: Mapping[str, Tensor | None]
 ) -> SparsifiedModelStatistics:
     """Put figures together; ``thresholds`` are scalars, by name. Synchronises with the device."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = parameters_of_all(model, weights)
     parameters -= sum(scores.numel() for scores in score_parameters(model))
     layers = tuple(
         SparsifiedLayerSummary(

@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,29 @@ class Candidate:
         return any(matches(scope, name) for scope in scopes or () for name in self.names)
 
 
-def find_targets(model: nn.Module, config: AlgorithmConfig) -> list[Target]:
+class Whereabouts(NamedTuple):
+    """What a rule or a scope may ask of a model, of which other ranks may have other stages.
+
+    Attributes:
+        names: of what may be weights.
+        paths: of modules.
+        blocks: those of transformer blocks.
+    """
+
+    names: list[str]
+    paths: list[str]
+    blocks: list[str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Whereabouts:
+        names = [name for candidate in weights_of(model) for name in candidate.names]
+        paths = [path for path, _ in model.named_modules()]
+        return cls(names, paths, kinds.transformer_blocks(model))
+
+
+def find_targets(
+    model: nn.Module, config: AlgorithmConfig, elsewhere: Whereabouts | None = None
+) -> list[Target]:
     """List the weights that rule and scopes of ``config`` select, in module order, each once.
 
     A weight is a floating-point parameter of at least two dimensions of a linear, convolution,
@@ -59,6 +81,12 @@ def find_targets(model: nn.Module, config: AlgorithmConfig) -> list[Target]:
     names itself. A tied parameter is left dense when any of its names is ignored.
 
     Logs one line: how many weights, which share of the parameters, what is left dense and why.
+
+    Args:
+        model: any.
+        config: what selects.
+        elsewhere: of all stages of a pipeline, of which ``model`` is one and may have none of the
+            weights; None: it is all that there is.
 
     Warns:
         UserWarning: parameters that look like weights but cannot be covered; frozen ones that are.
@@ -71,16 +99,17 @@ def find_targets(model: nn.Module, config: AlgorithmConfig) -> list[Target]:
     """
     candidates = weights_of(model)
     if config.validate_scopes:
-        names = [name for candidate in candidates for name in candidate.names]
-        known = [*names, *(path for path, _ in model.named_modules())]
+        names, paths, _ = elsewhere or Whereabouts.of(model)
+        known = [*names, *paths]
         check_scopes(config.target_scopes or (), known, "target_scopes")
         check_scopes(config.ignored_scopes, known, "ignored_scopes")
         check_scopes([o.scope for o in config.overrides], names, "overrides")
-    found, left = _select(model, candidates, config)
+    blocks = kinds.transformer_blocks(model) if elsewhere is None else elsewhere.blocks
+    found, left = _select(model, candidates, config, blocks)
     chosen = [_target(candidate, config) for candidate in found]
     for target in chosen:
         _check_weight(target)
-    if not chosen:
+    if not chosen and elsewhere is None:
         raise ValueError(
             f"create_controller: no weight to sparsify is left, of {len(candidates)} in the "
             f"model; targets={config.targets!r}, target_scopes={config.target_scopes!r}, "
@@ -91,7 +120,8 @@ def find_targets(model: nn.Module, config: AlgorithmConfig) -> list[Target]:
         raise ValueError(
             f"create_controller: the weights must be on one device, got {sorted(devices)}"
         )
-    _tell(model, chosen, left)
+    if chosen or elsewhere is None:
+        _tell(model, chosen, left)
     return chosen
 
 
@@ -113,10 +143,12 @@ _UNKNOWN = "of modules that are not known to read weights"
 
 
 def _select(
-    model: nn.Module, candidates: Sequence[Candidate], config: AlgorithmConfig
+    model: nn.Module,
+    candidates: Sequence[Candidate],
+    config: AlgorithmConfig,
+    blocks: Sequence[str],
 ) -> tuple[list[Candidate], dict[str, list[str]]]:
     """Return what is masked, and by reason the names of what is left dense without being asked."""
-    blocks = kinds.transformer_blocks(model)
     beside = kinds.adapters(model)
     scopes = config.target_scopes or ()
     only_linear = config.targets == "linear" or (not (config.targets or scopes) and bool(blocks))

@@ -45,6 +45,7 @@ from .shards import (
     local_part,
     same_layout,
     shard_of,
+    stage_of,
 )
 
 
@@ -62,6 +63,8 @@ class Target:
             ``(experts, in_features, out_features)``.
         experts: it is one matrix an expert.
         minimum_level, maximum_level: limits of its level; None: the default of all.
+        holders: the ranks that have it, of those that have stages of a pipeline; none: all.
+        absent_shape: its shape, where it is on other stages alone, and here of no rows.
     """
 
     name: str
@@ -71,6 +74,8 @@ class Target:
     experts: bool = False
     minimum_level: float = 0.0
     maximum_level: float | None = None
+    holders: tuple[int, ...] = ()
+    absent_shape: tuple[int, ...] | None = None
 
     @property
     def weight(self) -> nn.Parameter:
@@ -141,7 +146,9 @@ class SparseWeight(GroupMask):
         self.unlisted: Tensor | None = None
         self._looked_at: weakref.ref[Tensor] | None = None  # the gathered weight, last multiplied
         weight = self.weight
-        self.weight_shape = weight.shape
+        # on another stage of a pipeline, and here of no rows
+        self.absent = target.absent_shape is not None
+        self.weight_shape = torch.Size(target.absent_shape or weight.shape)
         self._begin(weight, backend)
         # whether pruned values are kept until the masks freeze, and those that are
         self.keeps_values = False
@@ -163,6 +170,10 @@ class SparseWeight(GroupMask):
         pattern = target.pattern
         if weight.ndim == 1 and isinstance(pattern, Block):  # what is parted are rows
             pattern = Block(pattern.cols, pattern.rows)
+        if target.holders:
+            matrix = target.matrix(torch.empty(self.weight_shape, device="meta"))
+            rows, cols = matrix.T.shape if weight.ndim == 1 else matrix.shape
+            return stage_of(target.holders, (rows, cols), pattern, self.ranks)
         return shard_of(self.name, weight, pattern, self.ranks, gathered=gathered, **layout)
 
     def _begin(self, weight: nn.Parameter, backend: Backend) -> None:
@@ -170,9 +181,9 @@ class SparseWeight(GroupMask):
         target = self.target
         shard = self.shard_of(weight)
         self.shard = shard
-        self._sharded = None if shard is None else weakref.ref(weight)
+        self._sharded = weakref.ref(weight) if is_sharded(weight) else None
         self._is_matrix = shard is None and weight.ndim == 2 and not target.transposed
-        self._dimensions = 0 if shard is None else dimensions_of(weight)
+        self._dimensions = dimensions_of(weight) if is_sharded(weight) else 0
         local = self.matrix(weight.detach())
         pattern = target.pattern if shard is None else shard.own_pattern
         rows, cols = local.shape
@@ -199,6 +210,8 @@ class SparseWeight(GroupMask):
         held = None if self._sharded is None else self._sharded()
         if held is None or found is held:
             return found
+        if is_sharded(found) and dimensions_of(found) > self._dimensions:
+            return found  # of which ``follow`` will take note
         if same_layout(found, held):  # a load has put it in
             self._sharded = weakref.ref(found)
             return found
@@ -251,7 +264,8 @@ class SparseWeight(GroupMask):
         if is_sharded(weight) and dimensions_of(weight) > self._dimensions:
             self.check_fits(weight)
             self._become_sharded(weight)
-        if weight.shape != self.weight_shape or not self._is_here(weight):
+        fits = self.absent or weight.shape == self.weight_shape
+        if not fits or not self._is_here(weight):
             self.check_fits(weight)
             self._move(weight)
         return weight
@@ -353,7 +367,7 @@ class SparseWeight(GroupMask):
                 many of one.
         """
         kept = self.like_weight(self.kept_elements())
-        if self.shard is None:
+        if self.shard is None or self.shard.on_stages:
             return kept
         return like_shard(self.weight, kept, self.weight_shape)
 
@@ -392,7 +406,8 @@ class SparseWeight(GroupMask):
     def masks_changed(owners: Sequence[Any]) -> None:
         """Bring the lists of blocks in line with the masks, where modules skip them."""
         # of sharded ones once all masks are set: a rank may need what others have
-        own = [weight for weight in owners if weight.skips_blocks and weight.shard is None]
+        served = [weight for weight in owners if weight.skips_blocks]
+        own = [w for w in served if w.shard is None or w.shard.on_stages]
         SparseWeight.list_blocks(own, [w.mask for w in own], [w.kept for w in own])
 
     @staticmethod

@@ -302,7 +302,7 @@ class Scorer:
         if attention_mask is not None:
             handles.append(model.register_forward_pre_hook(real, with_kwargs=True))
         try:
-            for weight in self._weights:
+            for weight in (weight for weight in self._weights if not weight.absent):
                 hook = _measure(weight, sums, real)
                 handles.append(weight.module.register_forward_hook(hook, with_kwargs=True))
             yield

@@ -28,6 +28,7 @@ from ...config.algorithm import AlgorithmConfig
 from ...masks.exchange import sums_of_parts
 from ...masks.schema import END, NAMES, Entry, Schema, number
 from ...masks.statistics import SparsifiedModelStatistics, SparsityStatistics
+from ...masks.targets import Whereabouts
 from ...masks.weight import SparseWeight, Target
 from ...selection.thresholds import Scores
 from ..base import Change
@@ -81,11 +82,13 @@ class MovementSparsityController(ScoredController):
     _weights: list[MovementWeight]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @classmethod
-    def find_targets(cls, model: nn.Module, config: AlgorithmConfig) -> list[Target]:
+    def find_targets(
+        cls, model: nn.Module, config: AlgorithmConfig, elsewhere: Whereabouts | None = None
+    ) -> list[Target]:
         hard = getattr(config, "schedule", None) is not None
         # structures have any size, and are checked when the weights are made
         searched = config if hard else config.model_copy(update={"pattern": Unstructured()})
-        return movement_targets(super().find_targets(model, searched), biases=not hard)
+        return movement_targets(super().find_targets(model, searched, elsewhere), biases=not hard)
 
     @classmethod
     def make_weights(

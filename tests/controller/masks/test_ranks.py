@@ -273,6 +273,7 @@ def test_a_fingerprint_shows_each_change_and_the_place_of_equal_bytes():
         changed.view(-1)[place] = 1
         seen.add(int(fingerprint(changed)))
     assert len(seen) == 1 + mask.numel()
+    assert int(fingerprint(mask[:0])) == 0  # of a shard of no rows
 
 
 def test_one_process_agrees_with_itself():

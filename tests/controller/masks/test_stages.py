@@ -1,0 +1,241 @@
+"""Stages of a pipeline are pruned as the one pool that they are, bit for bit as in one process."""
+
+import pytest
+import torch
+from torch import nn
+
+import triton_sparsity as ts
+from triton_sparsity.controller.masks.exchange import full_grid
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_gloo_available(), reason="torch lacks gloo"
+)
+
+PATTERNS = {
+    "unstructured": ts.Unstructured(),
+    "blocks": ts.Block(8, 4),
+    "large": ts.Block(16, 16),
+    "nm": ts.NM(2, 4),
+}
+# layers of each stage; of three one has no weights, and one weight is on two
+STAGES = {2: (("0", "1", "2"), ("3", "4")), 3: (("0", "1"), ("5",), ("1", "2", "3", "4"))}
+
+
+def net(dtype=torch.float32, ties=False):
+    numbers = torch.Generator().manual_seed(3)
+    model = nn.Sequential(
+        *(nn.Linear(16, 36), nn.Linear(36, 16, bias=False), nn.Conv2d(8, 24, 2)),
+        *(nn.Linear(64, 48), nn.Linear(16, 32), nn.Tanh()),
+    )
+    for parameter in model.parameters():
+        values = torch.randn(parameter.shape, generator=numbers)
+        parameter.data = ((values * 2).round() / 4 if ties else values / 4).to(dtype)
+    return model
+
+
+def stage(model, group):
+    """Return the layers that a rank has, under the names that they have in the model."""
+    here = STAGES[group.size()][torch.distributed.get_rank(group)]
+    part = nn.Sequential()
+    for name in here:
+        part.add_module(name, model.get_submodule(name))
+    return part
+
+
+def config(pattern, importance="abs", pool="global", distribution="uniform"):
+    some = {"pattern": PATTERNS[pattern], "ignored_scopes": ["4"]}
+    if importance == "const":
+        return ts.ConstSparsityConfig(**some)
+    if importance == "set":
+        return ts.SETConfig(level=0.6, t_end=20, delta_t=2, **some)
+    schedule = ts.PolynomialSchedule(initial_level=0.0, target_level=0.5, target_epoch=3)
+    chosen = {"weight_importance": importance, "pool": pool, "distribution": distribution}
+    return ts.MagnitudeSparsityConfig(schedule=schedule, **chosen, **some)
+
+
+def inputs(name):
+    numbers = torch.Generator().manual_seed(int(name))
+    shape = {"0": (6, 16), "1": (6, 36), "2": (2, 8, 5, 5), "3": (6, 64), "4": (6, 16)}[name]
+    return torch.randn(shape, generator=numbers)
+
+
+def run(model, dtype=torch.float32):
+    """Run each layer by itself, so that a stage does what the whole model does there."""
+    layers = [(n, m) for n, m in model.named_children() if n != "5"]
+    return [layer(inputs(name).to(dtype)).square().mean() for name, layer in layers]
+
+
+def outcome(controller):
+    infos = controller.sparsified_module_info
+    here = {
+        info.module_node_name: (info.weight.detach().clone(), info.operand.binary_mask)
+        for info in infos
+        if not info.operand.absent
+    }
+    counts = [(i.operand.kept, i.operand.pruned_elements(), i.operand.groups) for i in infos]
+    grids = [full_grid(info.operand).clone() for info in infos]
+    return here, counts, grids, controller.mask_level(), controller.statistics().to_str()
+
+
+def prune(model, controller):
+    found, states = [], []
+    for level in (0.3, 0.45, 0.2):
+        if controller.needs_calibration:
+            with controller.calibration():
+                run(model)
+        controller.scheduler.step()
+        controller.set_sparsity_level(level)
+        found.append(outcome(controller))
+        states.append(controller.get_state())
+    controller.load_state(states[1])
+    return [*found, outcome(controller)], states
+
+
+def prune_stages(group, how, dtype, ties):
+    model = stage(net(dtype, ties), group)
+    return prune(
+        model, ts.create_controller(model, config(*how), process_group=group, stages=True)
+    )
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def check(found, wanted):
+    """Compare with one process: of weights and masks what a stage has."""
+    seen = set()
+    for outcomes in found:
+        for (here, *rest), (whole, *others) in zip(outcomes, wanted, strict=True):
+            assert here.keys() <= whole.keys()
+            assert all(same(own, whole[name]) for name, own in here.items())
+            assert same(rest, others)
+            seen |= here.keys()
+    assert seen == wanted[0][0].keys()
+
+
+HOWS = [
+    *((name, "abs") for name in ("unstructured", "blocks", "nm")),
+    *((name, "normed_abs") for name in ("unstructured", "blocks")),
+    ("blocks", "abs", "weight", "erk"),
+    ("unstructured", "abs", "weight", "owl"),
+    ("blocks", "abs", "row"),
+    ("unstructured", "random"),
+    ("blocks", "wanda", "global"),
+]
+
+
+@pytest.mark.parametrize("how", HOWS, ids="-".join)
+def test_stages_are_pruned_as_one_process_prunes(ranks, how):
+    ties = how[1] == "abs"
+    dtype = torch.bfloat16 if ties else torch.float32
+    model = net(dtype, ties)
+    wanted, states = prune(model, ts.create_controller(model, config(*how)))
+    size = 2 if how in HOWS[3:6] else 3
+    found = ranks.run(size, prune_stages, how, dtype, ties)
+    check([outcomes for outcomes, _ in found], wanted)
+    assert all(same(own, states) for _, own in found)
+
+
+def holed():
+    model = net()
+    with torch.no_grad():
+        model[0].weight[8:24, 4:12] = 0
+        model[3].weight[:, 8:40] = 0
+    return model
+
+
+def keep_zeros(group):
+    model = stage(holed(), group)
+    chosen = config("blocks", "const")
+    return outcome(ts.create_controller(model, chosen, process_group=group, stages=True))
+
+
+def test_zeros_of_each_stage_stay(ranks):
+    wanted = outcome(ts.create_controller(holed(), config("blocks", "const")))
+    check([[found] for found in ranks.run(2, keep_zeros)], [wanted])
+
+
+def train(model, controller, steps):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, foreach=False)
+    for _ in range(steps):
+        controller.scheduler.step()
+        optimizer.zero_grad()
+        sum(run(model)).backward()
+        optimizer.step()
+    paths = [i.operand.path for i in controller.sparsified_module_info if not i.operand.absent]
+    here, counts, *_ = outcome(controller)
+    x, layer = inputs("0"), dict(model.named_children()).get("0")
+    stripped = controller.strip(do_copy=False)
+    assert layer is None or torch.equal(stripped.get_submodule("0")(x), layer(x))
+    return (here, counts), paths, controller
+
+
+def train_stages(group, how):
+    model = stage(net(), group)
+    options = {"dispatch": "sparse", "process_group": group, "stages": True}
+    return train(model, ts.create_controller(model, config(*how), **options), 7)[:2]
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "large"])
+def test_stages_regrow_as_one_process_does_and_skip_blocks(ranks, pattern):
+    model, how = net(), (pattern, "set")
+    controller = ts.create_controller(model, config(*how), dispatch="sparse")
+    (wanted, counts), paths, _ = train(model, controller, 7)
+    found = ranks.run(2, train_stages, how)
+    assert any(not mask.all() for _, mask in wanted.values())
+    for (here, own), *_ in found:
+        assert own == counts
+        assert all(same(mine, wanted[name]) for name, mine in here.items())
+    assert [path for _, own in found for path in own] == paths
+    assert any("sparse" in path for path in paths) == (pattern == "large")
+
+
+def refuse(group, what):
+    rank, model = torch.distributed.get_rank(group), stage(net(), group)
+    chosen = config("unstructured", "snip" if what == "importance" else "abs")
+    if what == "rb":
+        chosen = ts.RBSparsityConfig()
+    if what == "scope":
+        chosen = chosen.model_copy(update={"ignored_scopes": ["44"]})
+    if what == "nothing":
+        chosen = chosen.model_copy(update={"ignored_scopes": ["{re}."]})
+    if what == "differ":
+        model.add_module("1", nn.Linear(8 * (rank + 1), 8))
+    stages = what != "mixed" or rank == 0
+    if what == "not said":
+        stages = False
+    controller = ts.create_controller(model, chosen, process_group=group, stages=stages)
+    if what == "nan" and rank == 1:
+        model.get_submodule("3").weight.data[3, 4] = torch.nan
+    if what == "copies":
+        controller.scheduler.step()
+        controller.set_sparsity_level(0.5)
+        if rank == 2:
+            info = next(i for i in controller.sparsified_module_info if i.module_node_name == "1")
+            info.operand.mask[0, 0] ^= 1
+    controller.set_sparsity_level(0.6)
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "message"),
+    [
+        ("importance", "ValueError", "weight_importance must be 'abs', 'normed_abs', 'random' or"),
+        ("rb", "ValueError", "stages=True must be of magnitude, const or SET, got rb_sparsity"),
+        ("scope", "ValueError", "ignored_scopes must match a module each, got '44'"),
+        ("nothing", "ValueError", "no weight to sparsify is left on any stage"),
+        ("differ", "ValueError", "'1' must be the same weight on every stage that has it"),
+        ("mixed", "ValueError", "stages must be the same on every rank"),
+        ("not said", "ValueError", "the model's parameters must be the same on every rank"),
+        ("nan", "ValueError", "the weight of '3' holds NaN or Inf"),
+        ("copies", "RuntimeError", "the masks of '1' differ between ranks"),
+    ],
+)
+def test_what_stages_refuse_is_named_on_every_rank(ranks, what, kind, message):
+    for raised, text in ranks.errors(3 if what == "copies" else 2, refuse, what):
+        assert raised == kind
+        assert message in text
