@@ -22,6 +22,7 @@ from .block_score import TILE, block_scores
 from .grid import ceil_div
 from .launch import FUSED, Backend, on_device, tl, triton, use_triton
 from .pattern import Pattern
+from .select import Reduce
 from .table import Matrices, alike, device_table, find_tensor, first_of, list_index_type
 
 # of a program that adds up rows, or columns
@@ -31,13 +32,90 @@ COLS_TILE = {"TILE_R": 32, "TILE_C": 64}
 
 def norm_(gradient: Tensor) -> None:
     """Divide a matrix by the root mean square of each row, then of each column, in place."""
-    size = chunk_of(gradient.device)
-    for dim in (1, 0):
-        # a few lines at a time: what is divided by a double becomes one on the way
-        for lines in gradient.split(max(1, size // max(1, gradient.shape[dim])), 1 - dim):
-            norm = torch.linalg.vector_norm(lines, dim=dim, keepdim=True, dtype=torch.float64)
-            norm *= gradient.shape[dim] ** -0.5
-            lines.div_(norm.masked_fill_(norm == 0, 1))
+    norm_all_([gradient], [gradient.shape[0]])
+
+
+def norm_all_(
+    gradients: Sequence[Tensor],
+    rows: Sequence[int],
+    counted: Sequence[bool] | None = None,
+    most: Reduce | None = None,
+    add: Reduce | None = None,
+) -> None:
+    """``norm_`` matrices, of which other ranks may have further rows: 16 bytes a column.
+
+    Args:
+        gradients: of whole rows.
+        rows: how many each has on all ranks.
+        counted: whether these rows are of the first copy.
+        most, add: the greatest, and the sum, of float64 or int64 vectors of all ranks; None: all
+            rows are here.
+    """
+    for gradient in gradients:
+        for lines in _some(gradient, 1):
+            norm = torch.linalg.vector_norm(lines, dim=1, keepdim=True, dtype=torch.float64)
+            _divide_by(lines, norm * gradient.shape[1] ** -0.5)
+    own = [g if counted is None or counted[i] else g[:0] for i, g in enumerate(gradients)]
+    widths = [gradient.shape[1] for gradient in own]
+    peaks = torch.cat([*map(_column_peaks, own)])
+    peaks = peaks.where(peaks.isfinite(), torch.inf)
+    peaks = peaks if most is None else most(peaks)
+    each = zip(own, peaks.split(widths), rows, strict=True)
+    squares = torch.cat([_column_squares(*one) for one in each])
+    squares = squares if add is None else add(squares)
+    for gradient, total, peak, n in zip(
+        gradients, squares.split(widths), peaks.split(widths), rows, strict=True
+    ):
+        norm = (total.double() * 2.0 ** -_bits(n)).sqrt() * _power_above(peak) * n**-0.5
+        norm = norm.where(peak.isfinite(), torch.nan)
+        pairs = zip(_some(gradient, 0), norm.split(_lines(gradient, 0)), strict=True)
+        for lines, sizes in pairs:
+            _divide_by(lines, sizes)
+
+
+def _some(matrix: Tensor, dim: int) -> Sequence[Tensor]:
+    """Part a matrix into some whole lines along ``dim`` at a time: what is divided by a double
+    becomes one on the way.
+    """
+    return matrix.split(_lines(matrix, dim), 1 - dim)
+
+
+def _lines(matrix: Tensor, dim: int) -> int:
+    return max(1, chunk_of(matrix.device) // max(1, matrix.shape[dim]))
+
+
+def _divide_by(lines: Tensor, norm: Tensor) -> None:
+    lines.div_(norm.masked_fill(norm == 0, 1))
+
+
+def _bits(rows: int) -> int:
+    """Return how many bits a square may have, so that an int64 holds the sum of so many."""
+    return 62 - rows.bit_length()
+
+
+def _power_above(peaks: Tensor) -> Tensor:
+    """Return the power of two above each of some numbers, 1 for 0 and what is not finite."""
+    exponents = torch.frexp(peaks.where(peaks.isfinite(), 0)).exponent
+    return torch.ldexp(torch.ones_like(peaks), exponents)
+
+
+def _column_peaks(matrix: Tensor) -> Tensor:
+    """Return float64, the greatest magnitude of each column; NaN where there is one."""
+    parts = [torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)]
+    parts += [lines.abs().amax(0).double() for lines in _some(matrix, 1) if len(lines)]
+    return torch.stack(parts).amax(0)
+
+
+def _column_squares(matrix: Tensor, peaks: Tensor, rows: int) -> Tensor:
+    """Return int64, the sum of squares of each column, as multiples of a power of two that its
+    peak says: the same in whatever order, and whoever adds which.
+    """
+    total = torch.zeros(matrix.shape[1], dtype=torch.int64, device=matrix.device)
+    below = 1 / _power_above(peaks)
+    for lines in _some(matrix, 1):
+        squares = (lines.double() * below).nan_to_num_(0, 0, 0).square_()
+        total += (squares * 2.0 ** _bits(rows)).round_().long().sum(0)
+    return total
 
 
 def line_scores_reference(gradient: Tensor, pattern: Pattern, backend: Backend) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...kernels.line_score import line_scores
 from ...kernels.pattern import Unstructured
-from ..masks.exchange import full_tensor, grown, own_part
+from ..masks.exchange import full_tensor, grown, lines_of_all, own_part
 from ..masks.schema import FLAG, FLOATS, Maybe, Schema, tensor
 from ..masks.shards import local_part
 from ..masks.weight import SparseWeight
@@ -74,9 +74,11 @@ class RigLController(SETController):
         gradients = [weight.matrix(self._gradients[weight.name]) for weight in weights]
         if self._normed:
             check_sharded("rigl", weights, growth="normed_gradient")
+        if self._normed and not any(weight.shard for weight in weights):
             pattern = Unstructured() if first.packed else first.pattern
             scores = line_scores(gradients, pattern, backend=first.backend)
         else:
+            gradients = lines_of_all(weights, gradients) if self._normed else gradients
             scores = scores_by_group(weights, [*map(Importance, gradients)]).tensors
         # the gradients themselves are wanted again where the update is refused
         spend = self._normed or not first.packed

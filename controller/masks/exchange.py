@@ -17,6 +17,7 @@ from ...kernels.bits import pack, unpack
 from ...kernels.block_score import exact_sums, inverse_norms, row_norms
 from ...kernels.cut import Others, find_cut
 from ...kernels.grid import ceil_div
+from ...kernels.line_score import norm_all_
 from ...kernels.pattern import NM, Block
 from ...kernels.prune_rows import Part
 from ...kernels.regrow import drop_lowest, grow_highest
@@ -106,6 +107,18 @@ def norms_of_all(weights: Sequence[SparseWeight], matrices: Sequence[Tensor]) ->
     each = zip(weights, lines, counted, strict=True)
     norms = [row_norms(m if counts else m[:0], pieces_here(w)) for w, m, counts in each]
     return inverse_norms(norms, ranks.most, ranks.sum)
+
+
+def lines_of_all(weights: Sequence[SparseWeight], matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Return gradients of what is here of weights against their rows and columns, as ``norm_``;
+    16 bytes a column. All columns must be here.
+    """
+    others, ranks = others_of(weights), weights[0].ranks
+    assert others is not None
+    found = [matrix.clone() for matrix in matrices]
+    rows = [weight.full_shape[0] for weight in weights]
+    norm_all_(found, rows, others.counted, ranks.most, ranks.sum)
+    return found
 
 
 def pieces_here(weight: SparseWeight) -> int | None:

@@ -449,24 +449,20 @@ def check_sharded(
     columns = [weight.name for weight in sharded if weight.shard and weight.shard.split]
     name, own = sharded[0].name, importance is not None and not isinstance(importance, str)
     cut = next((w.name for w in sharded if w.shard and w.shard.straddles and not w.packed), None)
-    for field, refused, why in (
-        ("growth", chosen.get("growth") == "normed_gradient", "'gradient'"),
-        (
-            "weight_importance",
-            own,
-            f"one of {NAMES}, not a function, which would see one rank's part,",
-        ),
-    ):
-        if refused:
-            got = called(importance) if field == "weight_importance" else chosen[field]
-            raise ValueError(
-                f"{what}: {field} must be {why} for sharded weights, as {name!r} is, got {got!r}"
-            )
-    if chosen.get("distribution") == "owl" and columns:
+    if own:
         raise ValueError(
-            f"{what}: distribution must be 'uniform' or 'erk' for weights whose columns lie on "
-            f"several ranks, as those of {columns[0]!r} do, got 'owl'"
+            f"{what}: weight_importance must be one of {NAMES}, not a function, which would see "
+            f"one rank's part, for sharded weights, as {name!r} is, got {called(importance)!r}"
         )
+    for field, refused, others in (
+        ("distribution", "owl", "'uniform' or 'erk'"),
+        ("growth", "normed_gradient", "'gradient'"),
+    ):
+        if chosen.get(field) == refused and columns:
+            raise ValueError(
+                f"{what}: {field} must be {others} for weights whose columns lie on several "
+                f"ranks, as those of {columns[0]!r} do, got {refused!r}"
+            )
     for weight in sharded if importance == "normed_abs" else ():
         pieces_here(weight)
     if importance == "fisher" and cut is not None:

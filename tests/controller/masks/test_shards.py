@@ -52,9 +52,9 @@ def sharded(model, group, hybrid=False):
 def config(pattern, importance="abs", pool="global", distribution="uniform", reduction="mean"):
     if importance == "set":
         return ts.SETConfig(level=0.6, t_end=20, delta_t=2, pattern=PATTERNS[pattern])
-    if importance == "rigl":
+    if importance in ("gradient", "normed_gradient"):
         return ts.RigLConfig(
-            level=0.6, t_end=20, delta_t=2, pattern=PATTERNS[pattern], growth="gradient"
+            level=0.6, t_end=20, delta_t=2, pattern=PATTERNS[pattern], growth=importance
         )
     schedule = ts.PolynomialSchedule(initial_level=0.0, target_level=0.5, target_epoch=3)
     ignored = ["2"] if pattern == "nm" else []
@@ -268,7 +268,10 @@ def train_shards(group, how, steps, state=None, wrap_first=True):
     return found, (weights, controller.get_state())
 
 
-TRAINED = [(p, i) for i in ("abs", "set", "rigl") for p in ("unstructured", "tall")]
+TRAINED = [
+    *((p, i) for i in ("abs", "set", "gradient") for p in ("unstructured", "tall")),
+    *((p, "normed_gradient") for p in ("unstructured", "tall")),
+]
 
 
 @pytest.mark.parametrize("how", TRAINED, ids="-".join)
@@ -484,17 +487,15 @@ def refuse(group, what):
 
     model = net()
     mesh = DeviceMesh.from_group(group, "cpu")
-    if what not in ("rigl later", "split"):
+    if what != "split":
         fully_shard(model, mesh=mesh)
     if what == "obs":
         ts.prune_obs(model, [torch.ones(2, 16)], ts.ConstSparsityConfig(), level=0.5)
     chosen = {
         "split": ts.RBSparsityConfig(),
         "sr_ste": ts.SRSTEConfig(target_scopes=["0"]),
-        "rigl": ts.RigLConfig(level=0.5, t_end=10, growth="normed_gradient", delta_t=2),
         "fisher": config("tall", "fisher"),
         "function": config("blocks", own_importance),
-        "rigl later": ts.RigLConfig(level=0.5, t_end=10, growth="normed_gradient", delta_t=1),
         "assign": config("blocks"),
         "nan": config("tall"),
         "inf": config("unstructured"),
@@ -504,11 +505,6 @@ def refuse(group, what):
         from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
         parallelize_module(model, mesh, {"0": ColwiseParallel()})
-    if what == "rigl later":
-        fully_shard(model, mesh=mesh)
-        controller.scheduler.step()
-        model(torch.ones(2, 16)).sum().backward()
-        controller.scheduler.step()
     info = controller.sparsified_module_info[2]
     if what == "assign":
         info.operand.binary_mask = torch.ones(info.weight.shape)
@@ -524,14 +520,12 @@ def refuse(group, what):
         ("obs", "ValueError", "prune_obs: '0' must not be sharded"),
         ("split", "ValueError", "'0' must not be parted by tensor parallelism under a mask that"),
         ("sr_ste", "ValueError", "'0' must not be sharded for sr_ste, got a DTensor"),
-        ("rigl", "ValueError", "growth must be 'gradient' for sharded weights, as '0' is"),
         ("fisher", "ValueError", "no block may lie on two ranks for weight_importance 'fisher'"),
         (
             "function",
             "ValueError",
             "not a function, which would see one rank's part, for sharded weights, as '0' is",
         ),
-        ("rigl later", "ValueError", "growth must be 'gradient' for sharded weights, as '0' is"),
         ("assign", "ValueError", "the mask of '4', which is sharded, must not be assigned"),
         ("nan", "ValueError", "of '4' holds NaN or Inf"),
         ("inf", "ValueError", "the weight of '4' holds NaN or Inf"),

@@ -652,6 +652,8 @@ def refuse(group, what):
         chosen = config("unstructured", "normed_abs")
     elif what == "set":
         chosen = config("unstructured", "set")
+    elif what == "growth":
+        chosen = ts.RigLConfig(level=0.6, t_end=10, delta_t=1, growth="normed_gradient")
     elif what in ("both", "heights", "later"):
         chosen = learned_config("rb", "tall" if what == "heights" else "unstructured")
     mesh = mesh_of(group, "fsdp") if what == "later" else None
@@ -672,6 +674,7 @@ def refuse(group, what):
         ("dimension", "'image' must be sharded on rows or columns of its matrix"),
         ("sixteenths", "'down' must lie on ranks by sixteenths of its inputs"),
         ("set", "'down' must lie on ranks by sixteenths of its inputs"),
+        ("growth", "growth must be 'gradient' for weights whose columns lie on several ranks"),
         ("heights", "tensor parallelism must part 'up' by whole groups of 16 rows"),
         ("both", "'tokens' must be sharded by fully_shard or by tensor parallelism, not by both"),
         ("later", "'tokens', which tensor parallelism has parted, must not be sharded by fully_"),
