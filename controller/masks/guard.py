@@ -136,12 +136,8 @@ class Guard:
     # what torch tells
 
     def before_forward(self, model: nn.Module, _: Any) -> None:
-        for weight in self.weights:
-            if weight.skips_blocks and weight.shard is None and is_sharded(weight.weight):
-                weight.follow()  # the model was parted when it was pruned already
-        late = [(w, grid) for w in self.weights if (grid := w.unlisted) is not None]
-        if late:
-            list_blocks_of_shards(model, *zip(*late, strict=True))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._list_late(model)
         if not (model.training and torch.is_grad_enabled()):
             return
         changed = []
@@ -156,6 +152,15 @@ class Guard:
         self._clear([weight for weight in changed if weight in self._stepping])
         foreign = [weight for weight in changed if weight not in self._stepping]
         drop_foreign(foreign, "before a forward pass of training")
+
+    def _list_late(self, model: nn.Module) -> None:
+        """Bring lists of blocks in line where the model was parted when it was pruned already."""
+        for weight in self.weights:
+            if weight.skips_blocks and weight.shard is None and is_sharded(weight.weight):
+                weight.follow()
+        late = [(w, grid) for w in self.weights if (grid := w.unlisted) is not None]
+        if late:
+            list_blocks_of_shards(model, *zip(*late, strict=True))
 
     def after_load(self, module: nn.Module, _: Any) -> None:
         places = [(name, self._weight_at[id(module), name]) for name in self._names_in[id(module)]]

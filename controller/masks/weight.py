@@ -496,7 +496,8 @@ class SparseWeight(GroupMask):
         if is_functorch_wrapped_tensor(x) or not isinstance(weight, nn.Parameter):
             return functional.linear(x, matrix, bias)
         if not self._is_here(weight):
-            if weight is not self.weight:
+            # one that is new may be what FSDP2 has gathered in another dtype
+            if weight is not self.weight or not self.knows(weight):
                 return functional.linear(x, matrix, bias)
             self.follow()
             return self.linear(x, weight, bias)
