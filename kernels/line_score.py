@@ -22,7 +22,7 @@ from .block_score import TILE, block_scores
 from .grid import ceil_div
 from .launch import FUSED, Backend, on_device, tl, triton, use_triton
 from .pattern import Pattern
-from .select import Reduce
+from .search import Reduce
 from .table import Matrices, alike, device_table, find_tensor, first_of, list_index_type
 
 # of a program that adds up rows, or columns

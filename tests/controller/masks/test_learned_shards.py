@@ -232,9 +232,9 @@ def test_a_state_goes_on_at_another_number_of_ranks_and_copies_count_once(ranks,
     model = net()
     model.load_state_dict(saved[0])
     controller = ts.create_controller(model, config(*how), state=saved[1])
-    wanted = train(model, controller, steps)
+    wanted = train(model, controller, 4)
     hybrid = how[0] != "rb"
-    for found, _ in ranks.run(4 if hybrid else 3, train_shards, how, steps, saved, hybrid):
+    for found, _ in ranks.run(4 if hybrid else 3, train_shards, how, 4, saved, hybrid):
         check(found, wanted)
 
 
@@ -297,14 +297,15 @@ def strip_shards(group, how, wrap_first):
     controller = ts.create_controller(model, config(*how), process_group=group)
     if not wrap_first:
         sharded(model, group)
-    train(model, controller, 9, torch.distributed.get_rank(group) == 0)
+    steps = 9 if how[0] == "soft" else 5  # until the warm-up has ended
+    train(model, controller, steps, torch.distributed.get_rank(group) == 0)
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(9))
     before, masks = (
         model(x),
         [full(i.operand.binary_mask) for i in controller.sparsified_module_info],
     )
     names = [info.module_node_name for info in controller.sparsified_module_info]
-    stripped = controller.strip(do_copy=False)
+    stripped = controller.fold(model)
     assert torch.equal(stripped(x), before)
     assert all(kind in type(m).__mro__ for kind, m in zip(kinds, model.modules(), strict=True))
     for _ in range(2):  # nothing that FSDP2 gathers brings the scores back
