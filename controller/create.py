@@ -68,8 +68,7 @@ def create_controller(
         stages: the ranks have stages of a pipeline, each its own weights, under the names that
             they have in the whole model: these are one pool, by rank and then in module order. A
             weight that several ranks have is one. ``sparsified_module_info`` has those of other
-            stages too, of no rows here. For magnitude by ``"abs"``, ``"normed_abs"``,
-            ``"random"`` or ``"wanda"``, const and SET.
+            stages too, of no rows here. For magnitude, const, SET and RigL.
 
     Raises:
         ValueError, TypeError: the configuration, a weight or the state does not fit, see the
@@ -111,6 +110,7 @@ def create_controller(
             _check_stages(configs)
     if stages:
         targets = [on_stages(found, ranks, device) for found in targets]
+        _check_copies(configs, targets)
     with ranks.together(device):
         options = {"backend": backend, "dispatch": dispatch, "ranks": ranks}
         weights = [
@@ -155,21 +155,25 @@ def _told(model: nn.Module, configs: Sequence[AlgorithmConfig], *, stages: bool)
     return told if stages else told | {"the model's parameters": shapes}
 
 
+def _check_copies(configs: Sequence[AlgorithmConfig], targets: Sequence[Sequence[Target]]) -> None:
+    """Refuse RigL of a weight whose dense gradient would have to be added up over stages."""
+    for config, found in zip(configs, targets, strict=True):
+        copied = [target for target in found if len(target.holders) > 1]
+        if copied and algorithm_of(config).name == "rigl":
+            raise ValueError(
+                f"create_controller: {copied[0].name!r} must be on one stage for rigl with "
+                f"stages=True, got it on the ranks {copied[0].holders}; list it in ignored_scopes"
+            )
+
+
 def _check_stages(configs: Sequence[AlgorithmConfig]) -> None:
     """Refuse what stages of a pipeline do not go with as one pool."""
     for config in configs:
         algorithm = algorithm_of(config)
-        if algorithm.name not in ("magnitude_sparsity", "const_sparsity", "set"):
+        if issubclass(algorithm.controller, LearnedController):
             raise ValueError(
-                "create_controller: stages=True must be of magnitude, const or SET, got "
+                "create_controller: stages=True must be of magnitude, const, SET or RigL, got "
                 f"{algorithm.name}; give each stage a process_group, for pools of their own"
-            )
-        importance = getattr(config, "weight_importance", "abs")
-        if importance not in ("abs", "normed_abs", "random", "wanda"):
-            raise ValueError(
-                "create_controller: weight_importance must be 'abs', 'normed_abs', 'random' or "
-                f"'wanda' with stages=True, got {importance!r}; give each stage a process_group, "
-                "for pools of their own"
             )
 
 

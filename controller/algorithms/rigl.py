@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...kernels.line_score import line_scores
 from ...kernels.pattern import Unstructured
-from ..masks.exchange import full_tensor, grown, lines_of_all, own_part
+from ..masks.exchange import full_tensor, grown, known_anywhere, lines_of_all, own_part
 from ..masks.schema import FLAG, FLOATS, Maybe, Schema, tensor
 from ..masks.shards import local_part
 from ..masks.weight import SparseWeight
@@ -100,21 +100,23 @@ class RigLController(SETController):
             self._overdue = True
             return False
         # of a shard FSDP2 has reduced the gradient
-        whole = [weight for weight in growing if weight.shard is None]
+        whole = [i for i in growing if i.shard is None or i.shard.on_stages]
         for weight in whole if ranks.size > 1 else ():
             # in the same order on every rank, also where this one has not used a weight
             used = ranks.any(weight.name in self._gradients, self._device)
             if used:
                 zeros = torch.zeros_like(weight.weight)
-                ranks.sum(self._gradients.setdefault(weight.name, zeros))
+                gradient = self._gradients.setdefault(weight.name, zeros)
+                if weight.shard is None:  # else one stage has all of it
+                    ranks.sum(gradient)
         self._overdue = not super()._regrow(step)
         return not self._overdue
 
     def _spoilt(self) -> list[Tensor]:
-        gradients = [*self._gradients.values()]
-        if not gradients:
+        if not self._gradients:
             return []
-        spoilt = ~nn.utils.get_total_norm(gradients, float("inf")).isfinite()
+        some = [gradient for gradient in self._gradients.values() if gradient.numel()]
+        spoilt = ~nn.utils.get_total_norm(some, float("inf")).isfinite().to(self._device)
         if any(weight.shard for weight in self._weights):
             spoilt = self.ranks.sum(spoilt.long()) > 0
         return [spoilt]
@@ -168,10 +170,10 @@ class RigLController(SETController):
         return take
 
     def _own_state(self) -> dict[str, Any]:
-        weights = {weight.name: weight for weight in self._weights}
         gradients = {
-            name: full_tensor(weights[name], gradient)
-            for name, gradient in self._gradients.items()
+            # of a weight on another stage there is nothing here
+            i.name: full_tensor(i, i.weight if i.absent else self._gradients[i.name])
+            for i in known_anywhere(self._weights, self._gradients)
         }
         return super()._own_state() | {
             "overdue": self._overdue,

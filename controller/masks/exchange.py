@@ -6,7 +6,7 @@ sends back what becomes of them. Nothing else moves; no weight is gathered but t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from ...kernels.line_score import norm_all_
 from ...kernels.pattern import NM, Block
 from ...kernels.prune_rows import Part
 from ...kernels.regrow import drop_lowest, grow_highest
+from .names import canonical
 from .shards import Shard, local_rows
 from .weight import SparseWeight
 
@@ -337,6 +338,19 @@ def _highest(
     return [pack(m) if weights[0].packed else m for m in cut.masks()], bad
 
 
+def known_anywhere(weights: Sequence[SparseWeight], names: Collection[str]) -> list[SparseWeight]:
+    """Return the weights whose names are among those that something is known of; on stages of a
+    pipeline, which must all call this, among any rank's.
+    """
+    own = {canonical(name) for name in names}
+    if any(weight.shard is not None and weight.shard.on_stages for weight in weights):
+        # who speaks for a weight is asked
+        here = [w for w in weights if w.shard is not None and w.shard.counted]
+        told = [name for w in here if (name := canonical(w.name)) in own]
+        own = {name for theirs in weights[0].ranks.gather(told) for name in theirs}
+    return [weight for weight in weights if canonical(weight.name) in own]
+
+
 def _gathered(
     weight: SparseWeight, part: Tensor, bounds: Sequence[slice], sides: Sequence[slice]
 ) -> list[list[Tensor]]:
@@ -347,7 +361,7 @@ def _gathered(
     assert shard is not None
     heights, widths = ([cut.stop - cut.start for cut in cuts] for cuts in (bounds, sides))
     if shard.on_stages:
-        whole = part.new_empty(heights[0], widths[0]) if weight.absent else part.contiguous()
+        whole = part.contiguous() if shard.counted else part.new_empty(heights[0], widths[0])
         source = distributed.get_global_rank(weight.ranks.group, shard.ranks[0][0])
         distributed.broadcast(whole, source, group=weight.ranks.group)
         return [[whole]]

@@ -19,11 +19,13 @@ from ..masks.exchange import (
     full_groups,
     full_matrix,
     full_tensor,
+    known_anywhere,
     others_of,
     own_part,
     sums_of_each,
     sums_of_parts,
 )
+from ..masks.names import canonical
 from ..masks.schema import Maybe, Schema, tensor
 from ..masks.shards import is_sharded, like_shard, local_part
 from ..masks.weight import SparseWeight
@@ -153,7 +155,7 @@ class Scorer:
         gathered = self._momenta if self.importance in SUMMED else self._products
         used = [w for w in self._weights if w.name in gathered or w.weight.grad is not None]
         names = {weight.name for weight in used}
-        unused = [weight.name for weight in weights if weight.name not in names]
+        unused = [i.name for i in weights if i.name not in names and not i.absent]
         if used and unused:
             raise RuntimeError(
                 f"{self.importance}: the weights of {unused} have no gradient while others have: "
@@ -322,7 +324,6 @@ class Scorer:
 
         Where the next update looks at gradients, the weights' present ones are part of it.
         """
-        weights = {weight.name: weight for weight in self._weights}
         looks = self._weights if self.importance in BY_GRADIENT else []
         fresh = [weight for weight in looks if weight.name not in self._taken]
         gradients = {i.name: g for i in fresh if (g := i.weight.grad) is not None}
@@ -330,15 +331,25 @@ class Scorer:
         gradients = {name: g for name, g in gradients.items() if name not in products}
         return {
             # copies: the next backward pass may add to a gradient in place
-            key: {name: _saved(weights[name], key, t) for name, t in gathered.items()}
+            key: {
+                i.name: _saved(i, key, gathered.get(i.name, self._nothing(i, key))) for i in known
+            }
             for key, gathered in (
                 ("momenta", self._momenta),
                 ("input_norms", self._input_norms),
                 ("products", products),
                 ("gradients", gradients),
             )
-            if gathered
+            if (known := known_anywhere(self._weights, gathered))
         }
+
+    def _nothing(self, weight: SparseWeight, key: str) -> Tensor:
+        """Return what is here of something that is known of a weight on another stage."""
+        parameter = weight.weight.detach()
+        if key == "gradients":
+            return parameter
+        grouped = key == "momenta" and self.importance == "fisher"
+        return _zeros(weight.matrix(parameter), _pattern(weight) if grouped else Unstructured())
 
     def schema(self) -> dict[str, Schema]:
         """Say what ``get_state()``'s result must hold."""
@@ -363,7 +374,7 @@ class Scorer:
         if self.importance in BY_GRADIENT:
             gradients = state.get("gradients", {})
             for name, weight in weights.items():
-                found = gradients.get(name)
+                found = None if weight.absent else gradients.get(name)
                 weight.weight.grad = None if found is None else _gradient(weight, found)
         self._momenta, self._products, self._input_norms = (
             # a copy: a tensor of the caller's must not change with ours
@@ -383,13 +394,14 @@ class Scorer:
 
     def _evidence(self, weight: SparseWeight) -> Evidence:
         parameter, name = weight.weight, weight.name
-        gradient = parameter.grad
+        gradient = parameter.detach() if weight.absent else parameter.grad
+        momentum = self._nothing(weight, "momenta") if weight.absent else self._momenta.get(name)
         return Evidence(
             name=name,
             weight=weight.matrix(parameter.detach()),
             grid=weight.full_grid,
             gradient=None if gradient is None else weight.matrix(gradient),
-            momentum=self._momenta.get(name),
+            momentum=momentum,
             input_norm=self._norm_of(weight) if name in self._input_norms else None,
             seed=self._seed,
             product=self._product(weight) if name in self._products else None,
@@ -439,11 +451,13 @@ def _of_all_ranks(sums: Sums, weights: Sequence[SparseWeight]) -> Sums:
         return sums
     shapes: dict[str, torch.Size] = {}
     # a rank need not have seen all that the others have: experts, say
-    for theirs in ranks.gather({name: total.shape for name, (total, _) in sums.items()}):
+    for theirs in ranks.gather({canonical(n): total.shape for n, (total, _) in sums.items()}):
         shapes |= theirs
-    names = [weight.name for weight in weights if weight.name in shapes]
-    if not names:
+    known = {weight.name: shapes.get(canonical(weight.name)) for weight in weights}
+    shapes = {name: shape for name, shape in known.items() if shape is not None}
+    if not shapes:
         return sums
+    names = list(shapes)
     device = weights[0].weight.device
     zeros = {n: (torch.zeros(shapes[n], dtype=torch.float64, device=device), 0) for n in names}
     own = zeros | sums

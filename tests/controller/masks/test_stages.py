@@ -46,8 +46,9 @@ def config(pattern, importance="abs", pool="global", distribution="uniform"):
     some = {"pattern": PATTERNS[pattern], "ignored_scopes": ["4"]}
     if importance == "const":
         return ts.ConstSparsityConfig(**some)
-    if importance == "set":
-        return ts.SETConfig(level=0.6, t_end=20, delta_t=2, **some)
+    if importance in ("set", "rigl"):
+        kind = {"set": ts.SETConfig, "rigl": ts.RigLConfig}[importance]
+        return kind(level=0.6, t_end=20, delta_t=2, **some)
     schedule = ts.PolynomialSchedule(initial_level=0.0, target_level=0.5, target_epoch=3)
     chosen = {"weight_importance": importance, "pool": pool, "distribution": distribution}
     return ts.MagnitudeSparsityConfig(schedule=schedule, **chosen, **some)
@@ -83,6 +84,9 @@ def prune(model, controller):
         if controller.needs_calibration:
             with controller.calibration():
                 run(model)
+        model.zero_grad()
+        if controller.needs_gradients and (losses := run(model)):
+            sum(losses).backward()
         controller.scheduler.step()
         controller.set_sparsity_level(level)
         found.append(outcome(controller))
@@ -126,6 +130,8 @@ HOWS = [
     ("blocks", "abs", "row"),
     ("unstructured", "random"),
     ("blocks", "wanda", "global"),
+    *(("blocks", name) for name in ("snip", "taylor", "fisher")),
+    ("unstructured", "snip_momentum"),
 ]
 
 
@@ -169,35 +175,43 @@ def train(model, controller, steps):
         optimizer.step()
     paths = [i.operand.path for i in controller.sparsified_module_info if not i.operand.absent]
     here, counts, *_ = outcome(controller)
+    state = controller.get_state()
     x, layer = inputs("0"), dict(model.named_children()).get("0")
     stripped = controller.strip(do_copy=False)
     assert layer is None or torch.equal(stripped.get_submodule("0")(x), layer(x))
-    return (here, counts), paths, controller
+    return (here, counts), state, paths, controller
 
 
 def train_stages(group, how):
     model = stage(net(), group)
     options = {"dispatch": "sparse", "process_group": group, "stages": True}
-    return train(model, ts.create_controller(model, config(*how), **options), 7)[:2]
+    return train(model, ts.create_controller(model, config(*how), **options), 7)[:3]
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "large"])
-def test_stages_regrow_as_one_process_does_and_skip_blocks(ranks, pattern):
-    model, how = net(), (pattern, "set")
+@pytest.mark.parametrize("how", [("unstructured", "set"), ("large", "set"), ("large", "rigl")])
+def test_stages_regrow_as_one_process_does_and_skip_blocks(ranks, how):
+    model, pattern = net(), how[0]
     controller = ts.create_controller(model, config(*how), dispatch="sparse")
-    (wanted, counts), paths, _ = train(model, controller, 7)
+    (wanted, counts), state, paths, _ = train(model, controller, 7)
     found = ranks.run(2, train_stages, how)
     assert any(not mask.all() for _, mask in wanted.values())
-    for (here, own), *_ in found:
+    for (here, own), theirs, _ in found:
         assert own == counts
+        assert same(theirs, state)
         assert all(same(mine, wanted[name]) for name, mine in here.items())
-    assert [path for _, own in found for path in own] == paths
+    assert [path for *_, own in found for path in own] == paths
     assert any("sparse" in path for path in paths) == (pattern == "large")
+
+
+def importance(evidence):
+    return evidence.weight
 
 
 def refuse(group, what):
     rank, model = torch.distributed.get_rank(group), stage(net(), group)
-    chosen = config("unstructured", "snip" if what == "importance" else "abs")
+    chosen = config("unstructured", "rigl" if what == "copied" else "abs")
+    if what == "importance":
+        chosen = chosen.model_copy(update={"weight_importance": importance})
     if what == "rb":
         chosen = ts.RBSparsityConfig()
     if what == "scope":
@@ -224,8 +238,9 @@ def refuse(group, what):
 @pytest.mark.parametrize(
     ("what", "kind", "message"),
     [
-        ("importance", "ValueError", "weight_importance must be 'abs', 'normed_abs', 'random' or"),
-        ("rb", "ValueError", "stages=True must be of magnitude, const or SET, got rb_sparsity"),
+        ("importance", "ValueError", "not a function, which would see one rank's part"),
+        ("rb", "ValueError", "stages=True must be of magnitude, const, SET or RigL, got rb_spars"),
+        ("copied", "ValueError", "'1' must be on one stage for rigl with stages=True, got it on"),
         ("scope", "ValueError", "ignored_scopes must match a module each, got '44'"),
         ("nothing", "ValueError", "no weight to sparsify is left on any stage"),
         ("differ", "ValueError", "'1' must be the same weight on every stage that has it"),
@@ -236,6 +251,6 @@ def refuse(group, what):
     ],
 )
 def test_what_stages_refuse_is_named_on_every_rank(ranks, what, kind, message):
-    for raised, text in ranks.errors(3 if what == "copies" else 2, refuse, what):
+    for raised, text in ranks.errors(3 if what in ("copies", "copied") else 2, refuse, what):
         assert raised == kind
         assert message in text
