@@ -6,7 +6,7 @@ a shard, of all rows or of none, and all ranks have the same weights in the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .names import canonical
-from .ranks import Ranks
+from .ranks import Ranks, fingerprint
 from .shards import is_sharded
 from .weight import Target
 
@@ -29,7 +29,7 @@ class _Known(NamedTuple):
 
 def on_stages(targets: Sequence[Target], ranks: Ranks, device: torch.device) -> list[Target]:
     """Return the targets of all ranks, by rank and then in the order of their modules. Ranks that
-    have one of the same name have copies of one weight.
+    have one of the same name have copies of one weight. All ranks must call this.
 
     Raises:
         ValueError: weights of one name differ; a weight is a DTensor; there is none.
@@ -60,12 +60,29 @@ def on_stages(targets: Sequence[Target], ranks: Ranks, device: torch.device) -> 
     if not known:
         raise ValueError("create_controller: no weight to sparsify is left on any stage")
     here = {canonical(target.name): target for target in targets}
+    _check_copies(here, [name for name, own in holders.items() if len(own) > 1], ranks)
     return [
         replace(
             here[name] if name in here else _stand_in(found, device), holders=tuple(holders[name])
         )
         for name, found in known.items()
     ]
+
+
+def _check_copies(here: Mapping[str, Target], shared: Sequence[str], ranks: Ranks) -> None:
+    """Refuse weights of one name that hold other numbers, as of stages that each count anew."""
+    if not shared:
+        return
+    prints = {name: int(fingerprint(here[name].weight)) for name in shared if name in here}
+    seen: dict[str, int] = {}
+    for rank, theirs in enumerate(ranks.gather(prints)):
+        for name, found in theirs.items():
+            if seen.setdefault(name, found) != found:
+                raise ValueError(
+                    f"create_controller: {name!r} must be the same weight on every stage that has "
+                    f"it, got other numbers on rank {rank}; let modules have the names that they "
+                    "have in the whole model, and load their weights first"
+                )
 
 
 def _known_of(target: Target) -> _Known:

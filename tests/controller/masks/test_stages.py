@@ -220,6 +220,10 @@ def refuse(group, what):
         chosen = chosen.model_copy(update={"ignored_scopes": ["{re}."]})
     if what == "differ":
         model.add_module("1", nn.Linear(8 * (rank + 1), 8))
+    if what == "counted anew":
+        model = nn.Sequential(model.get_submodule("0" if rank == 0 else "4"))
+        model[0].weight.data = torch.full((16, 16), rank + 1.0)
+        chosen = chosen.model_copy(update={"ignored_scopes": ()})
     stages = what != "mixed" or rank == 0
     if what == "not said":
         stages = False
@@ -244,6 +248,7 @@ def refuse(group, what):
         ("scope", "ValueError", "ignored_scopes must match a module each, got '44'"),
         ("nothing", "ValueError", "no weight to sparsify is left on any stage"),
         ("differ", "ValueError", "'1' must be the same weight on every stage that has it"),
+        ("counted anew", "ValueError", "got other numbers on rank 1; let modules have the names"),
         ("mixed", "ValueError", "stages must be the same on every rank"),
         ("not said", "ValueError", "the model's parameters must be the same on every rank"),
         ("nan", "ValueError", "the weight of '3' holds NaN or Inf"),
