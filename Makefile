@@ -23,7 +23,7 @@ demo: $(SETUP)
 test: lint test-reference test-interpret test-aot test-launch
 
 # for those who work on it: under two minutes
-FAST := $(PARALLEL) --dist loadgroup -m "not gpu and not aot and not launch and not slow"
+FAST := $(PARALLEL) -m "not gpu and not aot and not launch and not slow"
 test-fast: $(SETUP)
 	$(FAST)
 
@@ -40,7 +40,7 @@ lint: $(SETUP)
 	$(PYTHON) -m basedpyright --pythonpath $(PYTHON)
 
 test-reference: $(SETUP)
-	$(PARALLEL) --dist loadgroup -m "not gpu and not aot and not launch"
+	$(PARALLEL) -m "not gpu and not aot and not launch"
 
 # the interpreter replaces the compiler when a kernel is decorated, hence a process of its own
 test-interpret: $(SETUP)

@@ -13,13 +13,6 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-def pytest_collection_modifyitems(items):
-    """Keep the cases of several ranks in one worker of xdist: two would have eight processes."""
-    for item in items:
-        if "ranks" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("ranks"))
-
-
 @pytest.fixture(autouse=True)
 def no_tuning_table_of_this_machine(monkeypatch, tmp_path):
     """No test depends on what somebody has tuned on this machine."""
