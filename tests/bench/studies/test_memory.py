@@ -5,7 +5,7 @@ import torch
 
 from triton_sparsity.bench.studies import memory
 from triton_sparsity.bench.studies.memory import FINE, LIMIT, cases, peak_bytes, table_of
-from triton_sparsity.kernels import bits, block_score, prune_rows, select, semi_structured
+from triton_sparsity.kernels import bits, block_score, prune_rows, search_torch, semi_structured
 
 SIDE = 256
 # those whose values take as much as a float32 weight does
@@ -19,7 +19,7 @@ def small_chunks(monkeypatch):
         (bits, ["CHUNK"]),
         (block_score, ["CPU_CHUNK"]),
         (prune_rows, ["_CHUNK"]),
-        (select, ["_CHUNK", "_KEPT", "_SAMPLE_CPU"]),
+        (search_torch, ["_CHUNK", "_KEPT", "_SAMPLE"]),
         (semi_structured, ["CHUNK"]),
     ):
         for name in names:
