@@ -35,21 +35,19 @@ def test_an_example_runs(name, tmp_path):
     for module in re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE):
         if find_spec(module) is None:
             pytest.skip(f"needs {module}")
-    lines = run(name, tmp_path)
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    lines = run(name, tmp_path, *(ranks if name == "tensor_parallel.py" else ()))
     assert lines
     if name in ("fsdp2.py", "tensor_parallel.py"):
         assert all(line.endswith("products block-sparse") for line in lines if "loss" in line)
     if name == "fsdp2.py":  # what one process has saved two go on from
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        again = run(name, tmp_path, *launcher)
+        again = run(name, tmp_path, *ranks)
         assert sorted(again)[-2:] == [f"rank {rank} of 2 goes on in epoch 3" for rank in (0, 1)]
         assert any(line.startswith("73728 weights are exactly zero") for line in again)
         whole = torch.load(tmp_path / "model.pt").values()
         assert sum(int((tensor == 0).sum()) for tensor in whole) == 73728
-    if name == "tensor_parallel.py":  # two ranks of tensors
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        for found in (lines, run(name, tmp_path, *launcher)):
-            assert found[-1].startswith("52224 weights are exactly zero")
+    if name == "tensor_parallel.py":
+        assert lines[-1].startswith("52224 weights are exactly zero")
     if name == "accelerate_loop.py":  # it has left a checkpoint, from which it goes on
         again = run(name, tmp_path)
         assert again[0] == "resumed in epoch 1 after 8 micro-batches"
