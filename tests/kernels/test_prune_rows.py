@@ -43,7 +43,7 @@ def test_each_row_loses_its_lowest(dtype, packed, backend, poisoned_memory):
     sizes = [(1, 1), (7, 13), (33, 8), (5, 64), (3, 65), (2, 4100), (40, 1)]
     tensors = [randn(*size, seed=i, dtype=dtype) for i, size in enumerate(sizes)]
     tensors += [randn(130, 9, seed=8, dtype=dtype).T, randn(18, 20, seed=9, dtype=dtype)[::2, 1:]]
-    for share in (0, 0.03, 0.5, 0.81, 1):
+    for share in (0, 0.5, 0.81) if INTERPRET else (0, 0.03, 0.5, 0.81, 1):
         ks = [round(share * t.numel()) for t in tensors]
         masks, nonfinite = prune_rows(tensors, ks, packed=packed, backend=backend)
         assert nonfinite.tolist() == [0] * len(tensors)

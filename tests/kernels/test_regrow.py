@@ -79,7 +79,7 @@ def test_the_highest_among_some_are_kept(kind, pattern):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("share", [0.001, 0.3, 0.999])
+@pytest.mark.parametrize("share", [0.3, 0.999] if INTERPRET else [0.001, 0.3, 0.999])
 def test_among_the_elements_of_a_great_matrix(share, pattern):
     """Of which a sample is read first, and whose columns repeat as the sample's step does."""
     generator = torch.Generator().manual_seed(0)
