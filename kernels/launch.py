@@ -52,6 +52,8 @@ AUTOCASTS = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu",
 
 TILE_ELEMENTS = 2**17  # no tile has more
 
+_PLAIN = frozenset((Tensor, nn.Parameter))
+
 Backend = Literal["auto", "triton", "torch"]
 
 
@@ -61,7 +63,7 @@ def is_plain(*tensors: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and peek_interpreter_stack() is None
-        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        and _PLAIN.issuperset(map(type, tensors))
     )
 
 

@@ -174,7 +174,10 @@ def launch_pruned(
     """
     packed = masks[0].dtype == torch.uint8
     sides = (1, 8) if packed else (rows, cols)
-    for (device, width), places in alike((t.device, t.element_size()) for t in tensors).items():
+    # the number of a device is compared faster than the device
+    kinds = alike((t.get_device(), t.element_size()) for t in tensors)
+    for (_, width), places in kinds.items():
+        device = tensors[places[0]].device
         own = Matrices.of([tensors[place] for place in places])
         their_masks = Matrices.of([masks[place] for place in places])
         columns = _columns(own, their_masks, *sides, width)

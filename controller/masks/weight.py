@@ -557,9 +557,9 @@ class SparseWeight(GroupMask):
 
     # what others do to the parameter
 
-    def leave(self) -> None:
+    def leave(self, parameter: Tensor | None = None) -> None:
         """Note the state of the parameter, so that a later write can be noticed."""
-        self._as_left = _state_of(self.weight)
+        self._as_left = _state_of(self.weight if parameter is None else parameter)
 
     @torch.no_grad()
     def take_from(self, parameter: nn.Parameter) -> None:
@@ -704,8 +704,9 @@ def drop_foreign_later(
         if not restoring or weight.packed or weight.values is None
     ]
     clear_([weight for weight, _ in bare], [parameter for _, parameter in bare])
-    for weight in () if restoring else guarded:  # else once the values are out again
-        _settle(weight)
+    if not restoring:  # else once the values are out again
+        for weight, parameter in zip(guarded, parameters, strict=True):
+            _settle(weight, parameter)
 
     def warn() -> None:
         counts = dict(zip([weight.name for weight in guarded], read(), strict=True))
@@ -779,12 +780,12 @@ def take_values(weights: Sequence[SparseWeight], *, keep: bool | None = None) ->
         and gradient.layout == torch.strided
     ]
     clear_([weight for weight, _ in found], [gradient for _, gradient in found])
-    for weight in weights:
-        _settle(weight)
+    for weight, parameter in zip(weights, parameters, strict=True):
+        _settle(weight, parameter)
 
 
-def _settle(weight: SparseWeight) -> None:
-    """Note that the pruned elements are zero."""
+def _settle(weight: SparseWeight, parameter: Tensor) -> None:
+    """Note that the pruned elements of a weight's parameter are zero."""
     if weight.product is not None:
         weight.product.trust(True)
-    weight.leave()
+    weight.leave(parameter)
