@@ -52,7 +52,7 @@ AUTOCASTS = tuple(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu",
 
 TILE_ELEMENTS = 2**17  # no tile has more
 
-_PLAIN = frozenset((Tensor, nn.Parameter))
+PLAIN = frozenset((Tensor, nn.Parameter))  # not a subclass that sees operators
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -63,7 +63,7 @@ def is_plain(*tensors: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and peek_interpreter_stack() is None
-        and _PLAIN.issuperset(map(type, tensors))
+        and PLAIN.issuperset(map(type, tensors))
     )
 
 

@@ -399,9 +399,9 @@ class BaseSparsityAlgoController:
         found = []
         for weight in weights:
             name, kept, groups = weight.name, weight.kept, weight.groups
-            if weight.all_kept or len(weight.weight_shape) == 1:
-                continue
             if kept == 0 or (1 - kept / groups > NEARLY_ALL and level <= NEARLY_ALL):
+                if weight.all_kept or len(weight.weight_shape) == 1:
+                    continue
                 if name not in self._nearly_empty:
                     found.append(f"{name} ({kept} of {groups} groups kept)")
                 self._nearly_empty.add(name)

@@ -23,10 +23,9 @@ from torch import Tensor, distributed, nn
 
 from ...kernels.block_score import pieces_of
 from ...kernels.grid import ceil_div
+from ...kernels.launch import PLAIN
 from ...kernels.pattern import NM, Block, Pattern, grid_shape
 from .ranks import Ranks
-
-PLAIN = (Tensor, nn.Parameter)
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -29,14 +29,13 @@ from torch.nn import functional
 from ...kernels import group_mask
 from ...kernels.dispatch import Dispatch
 from ...kernels.group_mask import GroupMask
-from ...kernels.launch import Backend, is_plain, read_later, refuse_capture
+from ...kernels.launch import PLAIN, Backend, is_plain, read_later, refuse_capture
 from ...kernels.masked_weight import and_words, apply_mask
 from ...kernels.pattern import NM, Block, Pattern
 from ...kernels.product import BlockProduct, has_blocks_to_skip, update_products
 from .parallel_linear import parallel_linear
 from .ranks import ALONE, Ranks
 from .shards import (
-    PLAIN,
     Shard,
     dimensions_of,
     is_sharded,
@@ -674,9 +673,10 @@ _Pairs = list[tuple[SparseWeight, Tensor]]
 @contextmanager
 def _matrices(pairs: _Pairs) -> Iterator[tuple[list[SparseWeight], list[Tensor]]]:
     """Give tensors as matrices to be written; of sharded ones what is here."""
-    for weight, tensor in pairs:
-        if is_sharded(tensor) and weight.shard is None:
-            weight.follow()
+    if not PLAIN.issuperset(type(tensor) for _, tensor in pairs):
+        for weight, tensor in pairs:
+            if is_sharded(tensor) and weight.shard is None:
+                weight.follow()
     owners, matrices = [w for w, _ in pairs], [w.matrix(t) for w, t in pairs]
     yield owners, matrices
     for (weight, tensor), matrix in zip(pairs, matrices, strict=True):

@@ -80,14 +80,20 @@ def limits(
     """
     highest = maximum_level(weights[0].pattern)
     at_present = level / highest if rising else 1.0
+    found: dict[tuple[float, float | None, int], tuple[int, int]] = {}  # most weights are alike
     least, most = [], []
     for weight in weights:
         target, groups = weight.target, weight.choices
-        maximum = target.maximum_level
-        maximum = max(DEFAULT_MAXIMUM, level) if maximum is None else maximum
-        most.append(round(min(maximum / highest, 1.0) * groups))
-        minimum = round(min(target.minimum_level / highest, at_present, 1.0) * groups)
-        least.append(min(minimum, most[-1]))
+        key = target.minimum_level, target.maximum_level, groups
+        if key not in found:
+            lowest, maximum, _ = key
+            maximum = max(DEFAULT_MAXIMUM, level) if maximum is None else maximum
+            above = round(min(maximum / highest, 1.0) * groups)
+            below = round(min(lowest / highest, at_present, 1.0) * groups)
+            found[key] = min(below, above), above
+        at_least, at_most = found[key]
+        least.append(at_least)
+        most.append(at_most)
     return least, most
 
 
