@@ -25,7 +25,7 @@ FLAGS = 2 * NUMBER  # whether a rank has raised, before and after
 REDUCTIONS = 5  # of histograms, where one is sampled first
 SEARCH = 3 * 16 * NUMBER  # for a pool's threshold, two bits of 32 at a time
 BFLOAT16 = 2
-INT32 = 4
+INT32 = FLOAT32 = 4
 MB = 1e6
 
 # layers, hidden features, those of the feed-forward, those of keys and values
@@ -111,6 +111,24 @@ def rows_sent(
             if head := shard.head_of(place):
                 sent[place] += times * of * head * cols * itemsize
                 sent[shard.owner_of_head(place)] += times * shard.grid[1]
+    return sent
+
+
+def parts_sent(weights: Sequence[Parted], pattern: Block, steps: int) -> list[int]:
+    """Return how many bytes each place of a column of ranks sends to others of the sums that
+    ``"fisher"`` keeps of blocks that begin elsewhere.
+
+    Args:
+        weights, pattern: as ``rows_sent``'s.
+        steps: since ranks last sent them.
+    """
+    places = len(weights[0].bounds) - 1
+    sent = [0] * places
+    for ((rows, cols), ends), times in Counter(weights).items():
+        shard = Shard((rows, cols), ends, (0, cols), 0, 0, ((0,) * places,), True, 1, pattern)
+        for place in range(places):
+            units = ceil_div(shard.head_of(place), shard.unit)
+            sent[place] += times * steps * units * shard.grid[1] * FLOAT32
     return sent
 
 

@@ -78,22 +78,36 @@ def whole_groups(
         matrix[: weight.shard.head] if weight.shard else matrix[:0]
         for weight, matrix in zip(weights, matrices, strict=True)
     ]
-
-    def rows_of(shard: Shard, source: int, to: int) -> int:
-        belongs = shard.head_of(source) and shard.owner_of_head(source) == to
-        return shard.head_of(source) if belongs else 0
-
-    tails = _exchange(weights, heads, rows_of)
+    tails = heads_elsewhere(weights, heads)
     found = []
     for weight, matrix, tail in zip(weights, matrices, tails, strict=True):
         if weight.shard is None:
             found.append([matrix])
             continue
-        body, rest = matrix[weight.shard.head :], sum(map(len, tail))
-        whole = len(body) - (len(body) % weight.pattern.rows if rest else 0)
-        parts = [body[:whole], torch.cat([body[whole:], *tail]) if rest else body[:0]]
+        body = matrix[weight.shard.head :]
+        whole = len(body) - weight.shard.tail
+        parts = [body[:whole], torch.cat([body[whole:], *tail]) if tail else body[:0]]
         found.append([part for part in parts if part.numel()])
     return found
+
+
+def heads_elsewhere(
+    weights: Sequence[SparseWeight], heads: Sequence[Tensor], *, by_unit: bool = False
+) -> list[list[Tensor]]:
+    """Return what other ranks have of the last group that belongs here of each weight, in order.
+
+    Args:
+        weights: any; nothing comes of what no edge parts.
+        heads: of each a matrix of the rows here that are of a group which begins elsewhere.
+        by_unit: a matrix has one row for each ``Shard.unit`` of these.
+    """
+
+    def rows_of(shard: Shard, source: int, to: int) -> int:
+        belongs = shard.head_of(source) and shard.owner_of_head(source) == to
+        rows = shard.head_of(source) if belongs else 0
+        return ceil_div(rows, shard.unit) if by_unit else rows
+
+    return _exchange(weights, heads, rows_of)
 
 
 def norms_of_all(weights: Sequence[SparseWeight], matrices: Sequence[Tensor]) -> Tensor:

@@ -162,6 +162,18 @@ class Shard:
         return bisect_right(self.bounds, first) - 1
 
     @property
+    def tail(self) -> int:
+        """How many rows here are of a group that ends in a later part."""
+        (first, last), rows = self.bounds[self.place : self.place + 2], self.shape[0]
+        return (last - first - self.head) % self.pattern.rows if last < rows else 0
+
+    @property
+    def unit(self) -> int:
+        """How many rows of a group no edge parts: what divides all edges."""
+        inner = [bound for bound in self.bounds if bound < self.shape[0]]
+        return math.gcd(self.pattern.rows, *inner)
+
+    @property
     def neighbours(self) -> list[int]:
         """The other parts that have rows of the groups that are here, in order."""
         own, end = self.place, self.groups_of(self.place).stop * self.pattern.rows

@@ -199,15 +199,18 @@ def extremes(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def group_sums(values: Tensor, pattern: Pattern) -> Tensor:
-    """Add up a matrix over each group."""
+    """Add up a matrix over each group: its rows, by pairs of neighbours, their sums by pairs, and
+    so on, so that who adds up sums of lower groups gets the bits of who has them whole.
+    """
     if isinstance(pattern, Unstructured):
         return values
-    parts = [values[at] for at in rows_at_a_time(values, pattern.rows)]
-    # in two sums: one alone, of few blocks, would be parted among threads
-    sums = [pad_to_blocks(part, pattern.rows, pattern.cols).sum(3).sum(1) for part in parts]
-    return (
-        torch.cat(sums) if sums else values.new_empty(0, ceil_div(values.shape[1], pattern.cols))
-    )
+    found = [values.new_empty(0, ceil_div(values.shape[1], pattern.cols))]
+    for at in rows_at_a_time(values, pattern.rows):
+        sums = pad_to_blocks(values[at], pattern.rows, pattern.cols).sum(3)
+        while sums.shape[1] > 1:
+            sums = sums[:, ::2] + sums[:, 1::2]
+        found.append(sums[:, 0])
+    return torch.cat(found)
 
 
 def snip_momentum(evidence: Evidence) -> Importance:
@@ -448,7 +451,6 @@ def check_sharded(
         return
     columns = [weight.name for weight in sharded if weight.shard and weight.shard.split]
     name, own = sharded[0].name, importance is not None and not isinstance(importance, str)
-    cut = next((w.name for w in sharded if w.shard and w.shard.straddles and not w.packed), None)
     if own:
         raise ValueError(
             f"{what}: weight_importance must be one of {NAMES}, not a function, which would see "
@@ -465,8 +467,3 @@ def check_sharded(
             )
     for weight in sharded if importance == "normed_abs" else ():
         pieces_here(weight)
-    if importance == "fisher" and cut is not None:
-        raise ValueError(
-            f"{what}: no block may lie on two ranks for weight_importance 'fisher', as of {cut!r} "
-            "one does; take blocks whose height divides that of each shard"
-        )

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.block_score import row_sums
-from ...kernels.grid import block_counts
 from ...kernels.pattern import Pattern, Unstructured
 from ...kernels.squares import convolution_squares
+from ...kernels.table import alike
 from ..config.algorithm import Pool
 from ..masks.exchange import (
     full_groups,
@@ -29,6 +29,7 @@ from ..masks.names import canonical
 from ..masks.schema import Maybe, Schema, tensor
 from ..masks.shards import is_sharded, like_shard, local_part
 from ..masks.weight import SparseWeight
+from .astride import edge_sums, parted, steps_at_most, sums_of_whole, whole_rows
 from .criteria import (
     Evidence,
     Importance,
@@ -81,6 +82,7 @@ class Scorer:
         self._weights = list(weights)
         self._seed = seed
         self._momenta: dict[str, Tensor] = {}
+        self._parts: dict[str, list[Tensor]] = {}  # of blocks on two ranks, yet to be summed
         self._products: dict[str, Tensor] = {}  # w g, as the optimiser stepped
         self._taken: set[str] = set()  # what is summed already of this step
         self._input_norms: dict[str, Tensor] = {}
@@ -166,6 +168,7 @@ class Scorer:
     def _found_of_shards(self, weights: Sequence[SparseWeight]) -> list[Importance]:
         """Return the importances of what belongs here. What one rank lacks is told to all."""
         importance, ranks = self.importance, weights[0].ranks
+        self._add_parts()
         with ranks.together(weights[0].mask.device):
             check_sharded("set_sparsity_level", weights, importance)
             if importance in BY_GRADIENT:
@@ -261,22 +264,46 @@ class Scorer:
         if not by_optimizer and any(is_sharded(gradient) for _, gradient in used):
             # a scaler may have kept the optimiser from the step, as a shard elsewhere overflowed
             finite = self._weights[0].ranks.sum((~finite).long()) == 0
-        decay = torch.full((), MOMENTUM_DECAY, dtype=torch.float32, device=finite.device)
-        decay.masked_fill_(~finite, 1)
         for weight, gradient in used:
             name, matrix = weight.name, weight.matrix
             values, slopes = matrix(weight.weight.detach()), matrix(gradient.detach())
-            pattern = _pattern(weight) if self.importance == "fisher" else Unstructured()
+            fisher = self.importance == "fisher"
+            pattern = _pattern(weight) if fisher else Unstructured()
+            shard = parted(weight) if fisher else None
             if name not in self._momenta:
-                self._momenta[name] = _zeros(values, pattern)
-            first = 0
+                self._momenta[name] = self._nothing(weight, "momenta")
+            if shard is not None:
+                parts = edge_sums(shard, values, slopes)
+                self._parts.setdefault(name, []).append(parts.masked_fill_(~finite, torch.nan))
+            whole, first = whole_rows(shard), 0
+            values, slopes = values[whole], slopes[whole]
             for at in rows_at_a_time(values, pattern.rows):
                 found = group_sums(product(values[at], slopes[at]), pattern)
-                sizes = found.square_() if self.importance == "fisher" else found.abs_()
-                sizes.masked_fill_(~finite, 0)
-                momentum = self._momenta[name][first : first + len(sizes)]
-                momentum.mul_(decay).add_(sizes)
+                sizes = found.square_() if fisher else found.abs_()
+                _decay_and_add(self._momenta[name][first : first + len(sizes)], sizes, finite)
                 first += len(sizes)
+        held = [(parted(w), steps) for w in self._weights if (steps := self._parts.get(w.name))]
+        if any(shard and len(steps) >= steps_at_most(shard) for shard, steps in held):
+            self._add_parts()
+
+    def _add_parts(self) -> None:
+        """Add to the sums what blocks on two ranks have had since this was last done, which ranks
+        must do together.
+        """
+        held = [weight for weight in self._weights if weight.name in self._parts]
+        parts = [self._parts.pop(weight.name) for weight in held]
+        sums = sums_of_whole(held, parts) if held else []
+        ends = [(weight, found) for weight, found in zip(held, sums, strict=True) if len(found)]
+        # of all weights at once: there may be many steps
+        for at in alike(len(found) for _, found in ends).values():
+            momenta = [self._momenta[ends[i][0].name][-1] for i in at]
+            together = torch.cat(momenta)
+            for step in torch.cat([ends[i][1] for i in at], 1):
+                _decay_and_add(together, step.square(), ~step.isnan())
+            for momentum, own in zip(
+                momenta, together.split([len(one) for one in momenta]), strict=True
+            ):
+                momentum.copy_(own)
 
     @contextmanager
     def calibration(self, model: nn.Module, attention_mask: str | None) -> Iterator[None]:
@@ -324,6 +351,7 @@ class Scorer:
 
         Where the next update looks at gradients, the weights' present ones are part of it.
         """
+        self._add_parts()
         looks = self._weights if self.importance in BY_GRADIENT else []
         fresh = [weight for weight in looks if weight.name not in self._taken]
         gradients = {i.name: g for i in fresh if (g := i.weight.grad) is not None}
@@ -348,8 +376,12 @@ class Scorer:
         parameter = weight.weight.detach()
         if key == "gradients":
             return parameter
-        grouped = key == "momenta" and self.importance == "fisher"
-        return _zeros(weight.matrix(parameter), _pattern(weight) if grouped else Unstructured())
+        matrix = weight.matrix(parameter)
+        if key != "momenta" or self.importance != "fisher" or weight.packed:
+            return torch.zeros_like(matrix, dtype=torch.float32)
+        shard = weight.shard
+        grid = weight.grid if shard is None else [at.stop - at.start for at in shard.groups]
+        return torch.zeros(*grid, dtype=torch.float32, device=matrix.device)
 
     def schema(self) -> dict[str, Schema]:
         """Say what ``get_state()``'s result must hold."""
@@ -384,6 +416,7 @@ class Scorer:
             }
             for key in ("momenta", "products", "input_norms")
         )
+        self._parts.clear()
         self._taken.clear()
 
     def _product(self, weight: SparseWeight) -> Tensor | None:
@@ -423,12 +456,10 @@ def _beyond(values: Tensor, bound: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(bound, dtype=torch.int64), *counts]).sum()
 
 
-def _zeros(matrix: Tensor, pattern: Pattern) -> Tensor:
-    """Return a float32 zero for each group; they lie in memory as the elements do."""
-    if isinstance(pattern, Unstructured):
-        return torch.zeros_like(matrix, dtype=torch.float32)
-    grid = block_counts(matrix.shape, pattern.rows, pattern.cols)
-    return torch.zeros(grid, dtype=torch.float32, device=matrix.device)
+def _decay_and_add(momentum: Tensor, sizes: Tensor, finite: Tensor) -> None:
+    """Add what a step has found, but where it is to be left out."""
+    decay = torch.full_like(finite, MOMENTUM_DECAY, dtype=torch.float32).masked_fill_(~finite, 1)
+    momentum.mul_(decay).add_(sizes.masked_fill_(~finite, 0))
 
 
 def _version(gradient: Tensor) -> int:

@@ -14,6 +14,7 @@ CONFIGS = {
     "magnitude": {"weight_importance": "normed_abs", "pool": "global"},
     "weight": {"weight_importance": "abs", "pool": "weight"},
     "skips": {"weight_importance": "abs", "pool": "weight"},
+    "fisher": {"weight_importance": "fisher", "pool": "weight"},
     "set": {},
     "rigl": {},
 }
@@ -39,7 +40,9 @@ def update(group, name):
         moves(level=0.6, t_end=20, delta_t=2, pattern=pattern)
         if moves
         else ts.MagnitudeSparsityConfig(
-            schedule=ts.PolynomialSchedule(initial_level=0.1, target_level=0.5),
+            schedule=ts.PolynomialSchedule(
+                initial_level=0.1 * (name != "fisher"), target_level=0.5
+            ),
             pattern=pattern,
             **CONFIGS[name],
         )
@@ -56,13 +59,21 @@ def update(group, name):
 
         return call
 
-    for _ in range(2):
-        controller.scheduler.step()
-        model(torch.randn(4, 16)).square().sum().backward()
-        optimizer.step()
+    def train():
+        for _ in range(2):
+            controller.scheduler.step()
+            model(torch.randn(4, 16)).square().sum().backward()
+            optimizer.step()
+
+    if name != "fisher":
+        train()
     distributed.all_reduce = counting("all_reduce", 0)
     distributed.all_to_all_single = counting("all_to_all_single", 1)
     try:
+        if name == "fisher":
+            train()
+            # of a weight whose edges part single rows two steps' are sent as soon as made
+            assert len(found["all_to_all_single"]) == 1
         controller.scheduler.step() if moves else controller.set_sparsity_level(0.5)
     finally:
         distributed.all_reduce = plain["all_reduce"]
@@ -78,7 +89,8 @@ def test_the_formula_is_what_gloo_is_given(ranks, name, size):
     shapes = [tuple(layer.weight.shape) for layer in net()]
     weights = [wire.Parted(shape, wire.bounds(shape[0], size)) for shape in shapes]
     pattern = SKIPPED if name == "skips" else BLOCK
-    rows = wire.rows_sent(weights, pattern, 4, of=2 if name == "rigl" else 1)
+    rows = wire.rows_sent(weights, pattern, 4, of={"rigl": 2, "fisher": 0}.get(name, 1))
+    parts = wire.parts_sent(weights, pattern, 2 if name == "fisher" else 0)
     grids = wire.grids_sent(shapes, pattern)
     assert grids == (3 + 1 + 4 if name == "skips" else 0)
     for place, (sent, held) in enumerate(ranks.run(size, update, name)):
@@ -92,16 +104,19 @@ def test_the_formula_is_what_gloo_is_given(ranks, name, size):
             shapes,
             pattern,
             moves=name in ("set", "rigl"),
-            each=name in ("weight", "skips"),
+            each=name in ("weight", "skips", "fisher"),
             normed=name == "magnitude",
             tied=0,
             histograms=0,
         )
         # RigL asks whether some rank has gradients, and whether they overflowed
         asked = 2 * wire.NUMBER if name == "rigl" else 0
+        # Fisher, whether gradients say something
+        asked += wire.FLOAT32 * len(shapes) if name == "fisher" else 0
         assert sum(reduced) == numbers + grids + asked
-        assert sum(sent["all_to_all_single"]) == rows[place]
+        assert sum(sent["all_to_all_single"]) == rows[place] + parts[place]
     assert any(rows)
+    assert any(parts) == (name == "fisher")
 
 
 def test_parts_are_as_torch_makes_them():

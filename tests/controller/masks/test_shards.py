@@ -163,6 +163,7 @@ EVIDENCE = [
     ),
     ("fisher", "unstructured"),
     ("fisher", "wide"),  # none lies on two ranks
+    ("fisher", "tall"),
 ]
 
 
@@ -179,7 +180,7 @@ def test_evidence_on_shards_is_that_of_one_process(ranks, importance, pattern):
     [
         *(("tall", i) for i in ("abs", "normed_abs", "taylor", "random", "wanda")),
         ("unstructured", "snip"),
-        ("wide", "fisher"),
+        ("tall", "fisher"),
     ],
 )
 def test_outliers_are_counted_over_all_shards(ranks, pattern, importance):
@@ -286,7 +287,7 @@ def test_training_on_shards_is_that_of_one_process(ranks, how):
 
 @pytest.mark.parametrize(
     "how",
-    [*TRAINED[1::2], ("tall", "snip_momentum"), ("tall", "taylor"), ("wide", "fisher")],
+    [*TRAINED[1::2], ("tall", "snip_momentum"), ("tall", "taylor"), ("tall", "fisher")],
     ids="-".join,
 )
 def test_a_state_is_that_of_one_process_and_goes_on_at_another_number_of_ranks(ranks, how):
@@ -359,9 +360,8 @@ def test_a_distributed_checkpoint_has_exact_zeros_and_loads_at_another_number_of
 
 def overflow(group, importance, stepped):
     model = sharded(net(), group)
-    controller = ts.create_controller(
-        model, config("unstructured", importance), process_group=group
-    )
+    pattern = "tall" if importance == "fisher" else "unstructured"
+    controller = ts.create_controller(model, config(pattern, importance), process_group=group)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=stepped == "fused")
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     sums = []
@@ -427,7 +427,7 @@ def count_moves(group, how):
     return theirs, step, found, edges
 
 
-@pytest.mark.parametrize("how", [("unstructured", "snip_momentum"), ("wide", "fisher")])
+@pytest.mark.parametrize("how", [("unstructured", "snip_momentum"), ("tall", "fisher")])
 def test_a_step_moves_nothing_where_gradients_are_summed_either(ranks, how):
     for theirs, step, update, _ in ranks.run(2, count_moves, how):
         assert theirs
@@ -494,7 +494,6 @@ def refuse(group, what):
     chosen = {
         "split": ts.RBSparsityConfig(),
         "sr_ste": ts.SRSTEConfig(target_scopes=["0"]),
-        "fisher": config("tall", "fisher"),
         "function": config("blocks", own_importance),
         "assign": config("blocks"),
         "nan": config("tall"),
@@ -520,7 +519,6 @@ def refuse(group, what):
         ("obs", "ValueError", "prune_obs: '0' must not be sharded"),
         ("split", "ValueError", "'0' must not be parted by tensor parallelism under a mask that"),
         ("sr_ste", "ValueError", "'0' must not be sharded for sr_ste, got a DTensor"),
-        ("fisher", "ValueError", "no block may lie on two ranks for weight_importance 'fisher'"),
         (
             "function",
             "ValueError",
