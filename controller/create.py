@@ -68,7 +68,7 @@ def create_controller(
         stages: the ranks have stages of a pipeline, each its own weights, under the names that
             they have in the whole model: these are one pool, by rank and then in module order. A
             weight that several ranks have is one. ``sparsified_module_info`` has those of other
-            stages too, of no rows here. For magnitude, const, SET and RigL.
+            stages too, of no rows here.
 
     Raises:
         ValueError, TypeError: the configuration, a weight or the state does not fit, see the
@@ -106,8 +106,6 @@ def create_controller(
         ]
         _check_disjoint(targets, configs)
         _check_covered(model, configs, targets)
-        if stages:
-            _check_stages(configs)
     if stages:
         targets = [on_stages(found, ranks, device) for found in targets]
         _check_copies(configs, targets)
@@ -163,17 +161,6 @@ def _check_copies(configs: Sequence[AlgorithmConfig], targets: Sequence[Sequence
             raise ValueError(
                 f"create_controller: {copied[0].name!r} must be on one stage for rigl with "
                 f"stages=True, got it on the ranks {copied[0].holders}; list it in ignored_scopes"
-            )
-
-
-def _check_stages(configs: Sequence[AlgorithmConfig]) -> None:
-    """Refuse what stages of a pipeline do not go with as one pool."""
-    for config in configs:
-        algorithm = algorithm_of(config)
-        if issubclass(algorithm.controller, LearnedController):
-            raise ValueError(
-                "create_controller: stages=True must be of magnitude, const, SET or RigL, got "
-                f"{algorithm.name}; give each stage a process_group, for pools of their own"
             )
 
 

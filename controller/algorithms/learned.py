@@ -53,7 +53,8 @@ class LearnedLoss(CompressionLoss):
 
     def calculate(self) -> Tensor:
         """Return the term; 0 once masks are frozen. A stripped model is a RuntimeError."""
-        if not isinstance(self._weights[0].module, MaskedModule):
+        here = [weight for weight in self._weights if not weight.absent]
+        if not all(isinstance(weight.module, MaskedModule) for weight in here):
             raise RuntimeError("loss: the model has been stripped; its masks cannot be trained")
         term = self.trained()
         if term is None:
@@ -74,13 +75,14 @@ class LearnedController(BaseSparsityAlgoController):
 
     def _guarded(self, model: nn.Module) -> list[Guard]:
         members: dict[nn.Module, dict[str, LearnedWeight]] = {}
-        for weight in self._weights:
+        here = [weight for weight in self._weights if not weight.absent]
+        for weight in here:
             for module, name in weight.target.users:
                 members.setdefault(module, {})[name] = weight
         for module, weights in members.items():
             read_masked(module, weights)
         self._steps = 0
-        return [Guard(model, self._weights)]
+        return [Guard(model, here)]
 
     def freeze(self, freeze: bool = True) -> None:
         """Keep the masks of evaluation as they are, in training too, and let the loss be 0; or go
@@ -135,8 +137,9 @@ class LearnedController(BaseSparsityAlgoController):
     def check_epoch(self) -> None:
         """Raise a RuntimeError if the epoch has trained without the algorithm's loss."""
         self._check_ranks("epoch_step")
-        if self._steps and not self.frozen and self._guard.optimizer_steps > 0:
-            self._check_added()
+        with self.ranks.together(self._device):
+            if self._steps and not self.frozen and self._guard.optimizer_steps > 0:
+                self._check_added()
         self._end_epoch()  # one that is refused has not ended
 
     def _end_epoch(self) -> None:
@@ -144,7 +147,8 @@ class LearnedController(BaseSparsityAlgoController):
         self._loss.was_added = False
 
     def _check_added(self) -> None:
-        if self._loss.is_live and not self._loss.was_added:
+        here = any(not weight.absent for weight in self._weights)
+        if here and self._loss.is_live and not self._loss.was_added:
             raise RuntimeError(
                 f"{self.name}: controller.loss() was not part of the loss in {self._steps} steps, "
                 f"an epoch, so that nothing pulls {self._weights[0].name!r} and "
@@ -166,12 +170,12 @@ class ScoredController(LearnedController):
         guards = super()._guarded(model)
         reshard(model)
         for weight in self._weights:
-            if weight.shard is not None:
+            if weight.in_parts:
                 weight.join(model)
         return guards
 
     def parameters(self) -> list[nn.Parameter]:
-        return [weight.scores for weight in self._weights]
+        return [weight.scores for weight in self._weights if not weight.absent]
 
     @abstractmethod
     def _state_beside_scores(self) -> dict[str, Any]: ...
@@ -187,7 +191,7 @@ class ScoredController(LearnedController):
         return self._state_beside_scores() | {self.scores_name: scores}
 
     def _own_schema(self) -> dict[str, Schema]:
-        kinds = {w.name: tensor([w.scores.shape], [w.scores.dtype]) for w in self._weights}
+        kinds = {w.name: tensor([w.scores_shape], [w.scores.dtype]) for w in self._weights}
         return {**self._schema_beside_scores(), self.scores_name: kinds}
 
     @torch.no_grad()
@@ -213,39 +217,45 @@ class ScoredController(LearnedController):
         reads: there it is enough that the scores had a gradient, of the algorithm's loss even.
         """
         self._check_ranks("epoch_step")
-        steps = self._steps
-        seen = any(weight.was_read for weight in self._weights)
+        with self.ranks.together(self._device):
+            self._check_trained()
+        self._end_epoch()
+        for weight in self._weights:
+            weight.was_read = weight.has_learned = weight.has_gradient = False
+
+    def _check_trained(self) -> None:
+        here, steps = [w for w in self._weights if not w.absent], self._steps
+        seen = any(weight.was_read for weight in here)
         untrained = [
             weight.name
-            for weight in self._weights
+            for weight in here
             if not (weight.has_learned if seen else weight.has_gradient)
         ]
-        trains = self._guard.optimizer_steps > 0 or len(untrained) < len(self._weights)
-        looks = steps > 0 and not self.frozen and trains
-        if looks and untrained:
+        trains = self._guard.optimizer_steps > 0 or len(untrained) < len(here)
+        if steps == 0 or self.frozen or not trains:
+            return
+        if untrained:
             raise RuntimeError(
                 f"{self.name}: the scores of {untrained} had no gradient in {steps} steps, an "
                 "epoch, so that their masks are not learned; the loss must depend on these "
                 "weights as their modules have them, else list them in ignored_scopes"
             )
-        if looks:
-            self._check_added()
-        self._end_epoch()
-        for weight in self._weights:
-            weight.was_read = weight.has_learned = weight.has_gradient = False
+        self._check_added()
 
     def _scores_are_idle(self) -> bool:
         """Count a step; True once, when ``PATIENCE`` steps have changed nothing."""
-        versions = [weight.scores._version for weight in self._weights]
+        here = [weight for weight in self._weights if not weight.absent]
+        versions = [weight.scores._version for weight in here]
         if versions != self._versions:
             self._versions, self._samples, self._idle = versions, self._sample(), 0
             return False
         self._idle += 1
-        if self._idle != PATIENCE:
+        if self._idle != PATIENCE or not here:
             return False
         # fused optimisers leave no trace in the versions
         changed = not all(map(torch.equal, self._samples, self._sample()))
-        return not self.ranks.any(changed, self._device)
+        # the stages of a pipeline may be at odds on how long theirs were idle
+        return not (changed if here[0].on_stage else self.ranks.any(changed, self._device))
 
     def _sample(self) -> list[Tensor]:
         return [weight.part().flatten()[:SAMPLE].clone() for weight in self._weights]

@@ -92,7 +92,7 @@ class LogitWeight(ScoredWeight):
         return masked.reshape(weight.shape)
 
     def evaluated(self, weight: Tensor) -> Tensor:
-        if self.shard is None:
+        if not self.in_parts:
             return super().evaluated(weight)
         kept = self.trained_scores().detach() > 0
         matrix = self.target.matrix(weight)
@@ -115,8 +115,22 @@ class LogitWeight(ScoredWeight):
         return self._drawn
 
     def freeze(self, frozen: bool) -> None:
+        self._count()
         super().freeze(frozen)
         self._drawn = self._drawn_at = None
+
+    def pruned_groups(self) -> int:
+        self._count()
+        return super().pruned_groups()
+
+    def pruned_elements(self) -> int:
+        self._count()
+        return super().pruned_elements()
+
+    def _count(self) -> None:
+        """Ask the stage that has the weight what its mask keeps. Every rank must call this."""
+        if self.on_stage and not self.frozen:
+            self.take_part(self.kept_grid())
 
     def settle(self) -> None:
         """Let the mask be that of evaluation, s > 0, if logits have changed. Frozen, it stays.
@@ -131,7 +145,7 @@ class LogitWeight(ScoredWeight):
             kept = self.part() > 0
             if self.parted:
                 self.take_part(kept)
-            elif self.shard is None:
+            elif not self.in_parts:
                 self.set_grid((kept.T if self.transposed else kept).contiguous())
             else:
                 self._take_full(*full_grids([self], [kept]))

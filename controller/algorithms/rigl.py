@@ -100,7 +100,7 @@ class RigLController(SETController):
             self._overdue = True
             return False
         # of a shard FSDP2 has reduced the gradient
-        whole = [i for i in growing if i.shard is None or i.shard.on_stages]
+        whole = [i for i in growing if not i.in_parts]
         for weight in whole if ranks.size > 1 else ():
             # in the same order on every rank, also where this one has not used a weight
             used = ranks.any(weight.name in self._gradients, self._device)

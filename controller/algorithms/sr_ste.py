@@ -20,6 +20,7 @@ from ...kernels.pattern import NM, maximum_level
 from ..config.algorithm import AlgorithmConfig, PatternField
 from ..config.declaration import Level, NotNegative, Whole
 from ..config.schedule import RampSchedule
+from ..masks.exchange import sums_of_parts
 from ..masks.learned import LearnedWeight
 from ..masks.weight import SparseWeight, Target
 from ..selection.scorer import Scorer
@@ -88,8 +89,12 @@ class RefinedWeight(LearnedWeight):
         return self.like_weight(masked + (matrix - matrix.detach()))
 
     def pruned_square(self) -> Tensor:
-        """Return the sum of squares of what the mask prunes, with its gradient."""
-        matrix = self.matrix(self.follow())
+        """Return the sum of squares of what the mask prunes, of what is here, with its gradient.
+        Where several stages have the weight, whose gradients are added up, the first pulls.
+        """
+        weight = self.follow()
+        copied = self.on_stage and self.shard is not None and not self.shard.counted
+        matrix = self.matrix(weight.detach() if copied else weight)
         mask = self.mask_for(matrix)
         rest = matrix - apply_mask(matrix, mask, self.pattern, backend=self.backend)
         return rest.to(torch.promote_types(rest.dtype, torch.float32)).square().sum()
@@ -111,8 +116,9 @@ class RefinementLoss(LearnedLoss):
     def trained(self) -> Tensor | None:
         if not self.is_live:
             return None
-        found = [weight.pruned_square() for weight in self._weights]
-        return torch.stack(found).sum() * (self.decay / 2)
+        found = torch.stack([weight.pruned_square() for weight in self._weights])
+        found = found + (sums_of_parts(self._weights, found.detach()) - found.detach())
+        return found.sum() * (self.decay / 2)
 
 
 class SRSTEController(LearnedController):

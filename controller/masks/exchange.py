@@ -169,7 +169,7 @@ def sums_of_all(weight: SparseWeight, rows: Sequence[Tensor]) -> Tensor:
     the same on any number of ranks. Of a sharded weight they are of what is here; one on a stage
     of a pipeline is whole.
     """
-    if weight.shard is None or weight.shard.on_stages:
+    if weight.shard is None or not weight.in_parts:
         return exact_sums(rows)
     own = [row if weight.shard.counted else row[:0] for row in rows]
     return exact_sums(own, weight.ranks.most, weight.ranks.sum)
@@ -357,12 +357,28 @@ def known_anywhere(weights: Sequence[SparseWeight], names: Collection[str]) -> l
     pipeline, which must all call this, among any rank's.
     """
     own = {canonical(name) for name in names}
-    if any(weight.shard is not None and weight.shard.on_stages for weight in weights):
+    if any(weight.on_stage for weight in weights):
         # who speaks for a weight is asked
         here = [w for w in weights if w.shard is not None and w.shard.counted]
         told = [name for w in here if (name := canonical(w.name)) in own]
         own = {name for theirs in weights[0].ranks.gather(told) for name in theirs}
     return [weight for weight in weights if canonical(weight.name) in own]
+
+
+def from_stage(weight: SparseWeight, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return on all ranks, which must call this, what the first stage that has a weight gives.
+
+    Args:
+        weight: on stages of a pipeline.
+        tensor: what this rank has; another's is not read.
+        shape: of what is given.
+    """
+    shard = weight.shard
+    assert shard is not None
+    whole = tensor.contiguous() if shard.counted else tensor.new_empty(tuple(shape))
+    source = distributed.get_global_rank(weight.ranks.group, shard.ranks[0][0])
+    distributed.broadcast(whole, source, group=weight.ranks.group)
+    return whole
 
 
 def _gathered(
@@ -375,10 +391,7 @@ def _gathered(
     assert shard is not None
     heights, widths = ([cut.stop - cut.start for cut in cuts] for cuts in (bounds, sides))
     if shard.on_stages:
-        whole = part.contiguous() if shard.counted else part.new_empty(heights[0], widths[0])
-        source = distributed.get_global_rank(weight.ranks.group, shard.ranks[0][0])
-        distributed.broadcast(whole, source, group=weight.ranks.group)
-        return [[whole]]
+        return [[from_stage(weight, part, (heights[0], widths[0]))]]
     padded = part.new_zeros(max(heights), max(widths))
     padded[: part.shape[0], : part.shape[1]] = part
     every = [torch.empty_like(padded) for _ in range(weight.ranks.size)]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...kernels.grid import ceil_div, side_lengths
 from ...kernels.learned_mask import scale_gradient
 from ...kernels.pattern import Block, Pattern
-from .exchange import sums_of_parts
+from .exchange import from_stage, sums_of_parts
 from .linear import restore_class, skip_blocks
 from .module import MaskedModule, become, unsharded_class
 from .shards import (
@@ -155,8 +155,10 @@ class ScoredWeight(LearnedWeight):
         super().__init__(target, **options)
         self.multiplier = multiplier
         # of a shard they have memory once FSDP2 has parted them
-        device = self.weight.device if self.shard is None else "meta"
-        self._scores = nn.Parameter(self._new_scores(device))
+        scores = self._new_scores("meta" if self.in_parts else self.weight.device)
+        if self.on_stage:
+            scores = scores[self.own_scores[: scores.ndim]].clone()
+        self._scores = nn.Parameter(scores)
         # fused optimisers rewrite a parameter without a trace in its version
         self.optimizer_steps = 0
         # since these were last set to False: whether the weight was read in training, whether a
@@ -227,10 +229,13 @@ class ScoredWeight(LearnedWeight):
         return self._trained(found)
 
     def trained_part(self) -> Tensor:
-        """Return the scores that are here, as the loss reads them."""
+        """Return the scores that are here, as the loss reads them. Where several stages have
+        them, whose gradients are added up, the first pulls.
+        """
         scores: Any = self.scores
         if not is_sharded(scores):
-            return self._trained(scores)
+            copied = self.on_stage and self.shard is not None and not self.shard.counted
+            return self._trained(scores.detach() if copied else scores)
         self.follow()
         return self._trained(scores.to_local())
 
@@ -247,12 +252,16 @@ class ScoredWeight(LearnedWeight):
     def full_scores(self) -> Tensor:
         """Return all scores, on the CPU: gathered, to be saved."""
         scores: Any = self.scores.detach()
-        return (scores.full_tensor() if is_sharded(scores) else scores).to("cpu", copy=True)
+        if is_sharded(scores):
+            scores = scores.full_tensor()
+        elif self.on_stage:
+            scores = from_stage(self, scores, self.scores_shape)
+        return scores.to("cpu", copy=True)
 
     def take_scores(self, scores: Tensor) -> None:
         """Take over what ``full_scores`` returned, in place."""
         here: Any = local_part(self.scores)
-        if self.parted:
+        if self.shard is not None and not self.gathers_scores:
             scores = scores[self.own_scores[: scores.ndim]]
         elif self.shard is not None:
             rows = equal_parts(len(scores), len(self.shard.peers))
@@ -275,7 +284,7 @@ class ScoredWeight(LearnedWeight):
 
     @property
     def own_scores(self) -> tuple[slice, slice]:
-        """Which rows and columns of the scores are here, where tensor parallelism parts them."""
+        """Which rows and columns of the scores are here, where FSDP2 does not part them."""
         assert self.shard is not None
         rows, cols = (
             slice(ceil_div(here.start, side), ceil_div(here.stop, side))
@@ -305,7 +314,7 @@ class ScoredWeight(LearnedWeight):
 
     @property
     def gathers_scores(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.shard is not None and not self.parted
+        return self.in_parts and not self.parted
 
     def _check_sides(self) -> None:
         assert self.shard is not None
@@ -355,7 +364,9 @@ class ScoredWeight(LearnedWeight):
         return tuple(tall * row for row in equal_parts(self.scores_shape[0], parts))
 
     def take_part(self, grid: Tensor) -> None:
-        """Take over the bool grid of what tensor parallelism has left here, in place."""
+        """Take over the bool grid of what is here, in place; of other parts, or of the stage that
+        has the weight, how much they keep.
+        """
         assert self.shard is not None
         here = _elements(grid, self.kind.pattern, self.shape)
         own = torch.tensor([int(grid.count_nonzero()), here], device=grid.device)

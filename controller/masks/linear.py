@@ -82,13 +82,13 @@ def skip_blocks(weight: SparseWeight, module: nn.Module, parameter_name: str) ->
         or isinstance(module, NonDynamicallyQuantizableLinear)
         or "forward" in module.__dict__
         or parameter_name != "weight"
-        or (weight.shard is not None and weight.scores is not None)
+        or (weight.in_parts and weight.scores is not None)
     ):
         return
     if has_blocks_to_skip(weight.pattern, weight.weight, weight.dispatch):
         weight.skips_blocks = True
         # a controller's creation ends with a mask, which brings the lists
-        if weight.product is None and not weight.all_kept and weight.shard is None:
+        if weight.product is None and not weight.all_kept and not weight.in_parts:
             weight.serve_product()
         module.__dict__["_sparse_weight"] = weight
         become(module, _class_of(dense))
@@ -109,8 +109,7 @@ def list_blocks_of_shards(
         weights: any.
         grids: bool, one a weight: the grids of the full weights, if they are known.
     """
-    sharded = [w for w in weights if w.shard is not None and not w.shard.on_stages]
-    served = [weight for weight in sharded if weight.skips_blocks]
+    served = [weight for weight in weights if weight.in_parts and weight.skips_blocks]
     if not served:
         return
     over = gathered_over(model)

@@ -16,7 +16,7 @@ from torch import nn
 from .names import canonical
 from .ranks import Ranks, fingerprint
 from .shards import is_sharded
-from .weight import Target
+from .weight import SparseWeight, Target
 
 
 class _Known(NamedTuple):
@@ -25,6 +25,13 @@ class _Known(NamedTuple):
     target: Target
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+class _Place(NamedTuple):
+    """Where a weight is on the stage that has it: its module's number, and its name there."""
+
+    module: int
+    parameter: str
 
 
 def on_stages(targets: Sequence[Target], ranks: Ranks, device: torch.device) -> list[Target]:
@@ -43,11 +50,16 @@ def on_stages(targets: Sequence[Target], ranks: Ranks, device: torch.device) -> 
                     "their own"
                 )
     known: dict[str, _Known] = {}
+    places: dict[str, tuple[int, _Place]] = {}
     holders: dict[str, list[int]] = {}
-    for rank, theirs in enumerate(ranks.gather([*map(_known_of, targets)])):
-        for found in theirs:
+    modules = [*dict.fromkeys(target.users[0][0] for target in targets)]
+    own = [_Place(modules.index(t.users[0][0]), t.users[0][1]) for t in targets]
+    told = [*zip(map(_known_of, targets), own, strict=True)]
+    for rank, theirs in enumerate(ranks.gather(told)):
+        for found, place in theirs:
             name = found.target.name
             holders.setdefault(name, []).append(rank)
+            places.setdefault(name, (rank, place))
             if known.setdefault(name, found) != found:
                 first, other = (
                     f"{one.target.pattern} of {one.dtype} {one.shape} on rank {of}"
@@ -60,13 +72,17 @@ def on_stages(targets: Sequence[Target], ranks: Ranks, device: torch.device) -> 
     if not known:
         raise ValueError("create_controller: no weight to sparsify is left on any stage")
     here = {canonical(target.name): target for target in targets}
-    _check_copies(here, [name for name, own in holders.items() if len(own) > 1], ranks)
-    return [
-        replace(
-            here[name] if name in here else _stand_in(found, device), holders=tuple(holders[name])
-        )
-        for name, found in known.items()
-    ]
+    _check_copies(here, [name for name, held in holders.items() if len(held) > 1], ranks)
+    # weights of one module are so here too
+    stand_ins: dict[tuple[int, int], nn.Module] = {}
+    targets = []
+    for name, found in known.items():
+        if name not in here:
+            rank, place = places[name]
+            module = stand_ins.setdefault((rank, place.module), nn.Module())
+            here[name] = _stand_in(found, module, place.parameter, device)
+        targets.append(replace(here[name], holders=tuple(holders[name])))
+    return targets
 
 
 def _check_copies(here: Mapping[str, Target], shared: Sequence[str], ranks: Ranks) -> None:
@@ -91,21 +107,36 @@ def _known_of(target: Target) -> _Known:
     return _Known(of_none, tuple(weight.shape), weight.dtype)
 
 
-def _stand_in(known: _Known, device: torch.device) -> Target:
-    """Return the target of a weight that is on other stages alone."""
+def _stand_in(known: _Known, module: nn.Module, parameter: str, device: torch.device) -> Target:
+    """Return the target of a weight that is on other stages alone; it becomes a parameter of a
+    module that has none of it.
+    """
     target, shape, dtype = known
     nothing = (*shape[:-1], 0) if target.transposed else (0, *shape[1:])
-    module = nn.Module()
     empty = torch.empty(nothing, dtype=dtype, device=device)
-    module.weight = nn.Parameter(empty, requires_grad=False)
-    return replace(target, users=((module, "weight"),), absent_shape=shape)
+    module.register_parameter(parameter, nn.Parameter(empty, requires_grad=False))
+    return replace(target, users=((module, parameter),), absent_shape=shape)
 
 
-def parameters_of_all(model: nn.Module, weights: Sequence[Any]) -> int:
-    """Count the elements of the model's parameters; of stages, which must all call this, those of
-    all, each name once.
+def parameters_of_all(
+    model: nn.Module, weights: Sequence[Any], ignored: Sequence[nn.Parameter]
+) -> int:
+    """Count the elements of the model's parameters but those ``ignored``; of stages, which must
+    all call this, those of all, each name once.
     """
-    own = {canonical(name): parameter.numel() for name, parameter in model.named_parameters()}
-    if any(weight.shard is not None and weight.shard.on_stages for weight in weights):
+    left_out = {id(parameter) for parameter in ignored}
+    named = [(canonical(name), p) for name, p in model.named_parameters()]
+    own = {name: p.numel() for name, p in named if id(p) not in left_out}
+    if any(weight.on_stage for weight in weights):
         own = dict(pair for theirs in weights[0].ranks.gather(own) for pair in theirs.items())
     return sum(own.values())
+
+
+def paths_of_all(weights: Sequence[SparseWeight]) -> list[str]:
+    """Say of each weight which products skip pruned blocks; of stages, which must all call this,
+    as the stage does that has it.
+    """
+    own = {canonical(weight.name): weight.path for weight in weights if not weight.absent}
+    if any(weight.on_stage for weight in weights):
+        own = dict(pair for theirs in weights[0].ranks.gather(own) for pair in theirs.items())
+    return [own[canonical(weight.name)] for weight in weights]

@@ -10,7 +10,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from .learned import score_parameters
-from .stages import parameters_of_all
+from .stages import parameters_of_all, paths_of_all
 from .weight import SparseWeight
 
 
@@ -111,8 +111,7 @@ def summarise(
     model: nn.Module, weights: Sequence[SparseWeight], thresholds: Mapping[str, Tensor | None]
 ) -> SparsifiedModelStatistics:
     """Put figures together; ``thresholds`` are scalars, by name. Synchronises with the device."""
-    parameters = parameters_of_all(model, weights)
-    parameters -= sum(scores.numel() for scores in score_parameters(model))
+    parameters = parameters_of_all(model, weights, score_parameters(model))
     layers = tuple(
         SparsifiedLayerSummary(
             name=weight.name,
@@ -123,9 +122,9 @@ def summarise(
             pruned_elements=weight.pruned_elements(),
             weight_percentage=100 * weight.weight_shape.numel() / parameters,
             threshold=None if (t := thresholds.get(weight.name)) is None else float(t),
-            path=weight.path,
+            path=path,
         )
-        for weight in weights
+        for weight, path in zip(weights, paths_of_all(weights), strict=True)
     )
     groups = sum(layer.groups for layer in layers)
     return SparsifiedModelStatistics(

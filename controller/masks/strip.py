@@ -47,7 +47,7 @@ def strip_masks(
         reshard(model)
         drop_foreign(weights, "strip_model")
     if do_copy:
-        if any(weight.shard and not weight.shard.on_stages for weight in weights):
+        if any(weight.in_parts for weight in weights):
             raise ValueError(
                 "strip_model: do_copy must be False for a sharded model, which cannot be copied, "
                 "got True; strip it in place, or read its state dict, whose zeros are those of "

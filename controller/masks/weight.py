@@ -93,6 +93,11 @@ class Target:
             )
         return found
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the parameter, wherever it is."""
+        return torch.Size(self.absent_shape or self.weight.shape)
+
     def matrix(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the weight's shape as a matrix (out, in): a view where strides allow.
 
@@ -147,7 +152,7 @@ class SparseWeight(GroupMask):
         weight = self.weight
         # on another stage of a pipeline, and here of no rows
         self.absent = target.absent_shape is not None
-        self.weight_shape = torch.Size(target.absent_shape or weight.shape)
+        self.weight_shape = target.shape
         self._begin(weight, backend)
         # whether pruned values are kept until the masks freeze, and those that are
         self.keeps_values = False
@@ -215,6 +220,16 @@ class SparseWeight(GroupMask):
             self._sharded = weakref.ref(found)
             return found
         return held
+
+    @property
+    def in_parts(self) -> bool:
+        """True where it lies in parts on several ranks."""
+        return self.shard is not None and not self.shard.on_stages
+
+    @property
+    def on_stage(self) -> bool:
+        """True where it is whole on some stages of a pipeline; not on this one if ``absent``."""
+        return self.shard is not None and self.shard.on_stages
 
     @property
     def full_shape(self) -> tuple[int, int]:
@@ -366,9 +381,7 @@ class SparseWeight(GroupMask):
                 many of one.
         """
         kept = self.like_weight(self.kept_elements())
-        if self.shard is None or self.shard.on_stages:
-            return kept
-        return like_shard(self.weight, kept, self.weight_shape)
+        return like_shard(self.weight, kept, self.weight_shape) if self.in_parts else kept
 
     @binary_mask.setter
     def binary_mask(self, mask: Tensor) -> None:
@@ -406,7 +419,7 @@ class SparseWeight(GroupMask):
         """Bring the lists of blocks in line with the masks, where modules skip them."""
         # of sharded ones once all masks are set: a rank may need what others have
         served = [weight for weight in owners if weight.skips_blocks]
-        own = [w for w in served if w.shard is None or w.shard.on_stages]
+        own = [w for w in served if not w.in_parts]
         SparseWeight.list_blocks(own, [w.mask for w in own], [w.kept for w in own])
 
     @staticmethod

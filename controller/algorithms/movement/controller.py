@@ -42,6 +42,7 @@ from .importance import (
     movement_weights,
     structure_groups,
     take_kept,
+    with_tiles,
 )
 from .scheduler import MovementScheduler
 from .structures import StructureGroup, resolve
@@ -88,7 +89,10 @@ class MovementSparsityController(ScoredController):
         hard = getattr(config, "schedule", None) is not None
         # structures have any size, and are checked when the weights are made
         searched = config if hard else config.model_copy(update={"pattern": Unstructured()})
-        return movement_targets(super().find_targets(model, searched, elsewhere), biases=not hard)
+        chosen = super().find_targets(model, searched, elsewhere)
+        several = elsewhere is not None
+        targets = movement_targets(chosen, biases=not hard, elsewhere=several)
+        return targets if hard else with_tiles(model, targets, config)  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def make_weights(
@@ -105,6 +109,13 @@ class MovementSparsityController(ScoredController):
         if config.schedule is None and config.enable_structured_masking is not False:
             named = {weight.target.users[0]: weight.name for weight in self._weights}
             self._groups = structure_groups(self._model, named, config)[0]
+            asked = config.enable_structured_masking
+            if asked and not self.ranks.any(bool(self._groups), self._device):
+                raise ValueError(
+                    "create_controller: enable_structured_masking needs attention or feed-forward "
+                    "blocks whose linear layers are all masked, along the dimension of their "
+                    "heads or channels, found none"
+                )
         self._kept_units: dict[str, tuple[int, int]] = {}
         self._importance_loss = ImportanceLoss(self._weights)
         self._loss = self._importance_loss
@@ -191,6 +202,12 @@ class MovementSparsityController(ScoredController):
             f"{group.name or 'model'} {group.kind}": (int(units.sum()), group.count)
             for group, units in zip(self._groups, kept, strict=True)
         }
+        staged = [weight for weight in self._weights if weight.on_stage]
+        for weight in staged:  # of which the other stages know no counts
+            weight.take_part(weight.kept_grid())
+        if staged:
+            units = self.ranks.gather(self._kept_units)
+            self._kept_units = {name: n for theirs in units for name, n in theirs.items()}
 
     def finish(self) -> None:
         """Resolve heads and channels, freeze the masks, adapt BatchNorm if that is configured."""

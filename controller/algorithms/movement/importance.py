@@ -50,7 +50,7 @@ class MovementWeight(ScoredWeight):
         self._repeats = factors[0] // pattern.rows, factors[1] // pattern.cols
         self._whole: Tensor | None = None
         super().__init__(target, **options)
-        if self.shard is not None:
+        if self.in_parts:
             everything = torch.ones(self.full_grid, dtype=torch.bool, device=self.mask.device)
             self._whole = self._compact(everything)
 
@@ -72,14 +72,18 @@ class MovementWeight(ScoredWeight):
         self._whole = None if self.parted else self._whole
 
     def learned(self, weight: Tensor) -> Tensor:
-        if self.parted:
-            scores = self.spread_part(self.trained_part())
-            options = {"mask": self.mask, "pattern": self.kind.pattern, "backend": self.backend}
-            return straight_through(self.matrix(weight), scores, **options).reshape(weight.shape)
-        scores = self.spread(self.trained_scores())
-        matrix = self.target.matrix(weight)
-        mask = self.mask_for(matrix) if self._whole is None else self._whole
-        masked = straight_through(matrix, scores, mask, self.pattern, backend=self.backend)
+        scores = self.trained_scores()
+        if self._whole is None:
+            matrix, scores, pattern = (
+                self.matrix(weight),
+                self.spread_part(scores),
+                self.kind.pattern,
+            )
+            mask = self.mask_for(matrix)
+        else:
+            matrix, scores, pattern = self.target.matrix(weight), self.spread(scores), self.pattern
+            mask = self._whole
+        masked = straight_through(matrix, scores, mask, pattern, backend=self.backend)
         return masked.reshape(weight.shape)
 
     def evaluated(self, weight: Tensor) -> Tensor:
@@ -126,9 +130,9 @@ class MovementWeight(ScoredWeight):
     @property
     def kept_everywhere(self) -> Tensor:
         """Bool tensor of the full weight's shape, True = kept; a copy."""
-        whole = self._compact(full_grid(self)) if self.parted else self._whole
-        if whole is None:
+        if not self.in_parts:
             return self.binary_mask
+        whole = self._compact(full_grid(self)) if self._whole is None else self._whole
         return expand_mask(whole, self.pattern, self.full_shape).view(self.weight_shape)
 
     def keep_everywhere(self, kept: Tensor) -> None:
@@ -142,7 +146,7 @@ class MovementWeight(ScoredWeight):
     def take_whole(self, grid: Tensor) -> None:
         """Take over the bool grid of the full weight, of which a part is here."""
         self._take_full(grid)
-        self._whole = None if self.parted else self._compact(grid)
+        self._whole = self._compact(grid) if self.gathers_scores else None
 
     def take(self, kept: Tensor, count: int) -> None:
         """Take over which importances are kept: bool, of the scores' shape, ``count`` True."""
@@ -175,10 +179,10 @@ def take_kept(
     each = zip(weights, kept, strict=True)
     shards = [(weight, own) for weight, own in each if weight.gathers_scores]
     for weight, own, count in zip(weights, kept, counts, strict=True):
-        if weight.parted:
-            weight.take_part(weight.spread_part(own).contiguous())
-        elif weight.shard is None:
+        if weight.shard is None:
             weight.take(own, count)
+        elif not weight.gathers_scores:
+            weight.take_part(weight.spread_part(own).contiguous())
     if shards:
         grids = full_grids([w for w, _ in shards], [w.spread_part(own) for w, own in shards])
         for (weight, _), grid in zip(shards, grids, strict=True):
@@ -196,12 +200,14 @@ def kth_importance(
     return kth_smallest(own, k, weights[0].backend, shares, others.reduce)
 
 
-def movement_targets(targets: Sequence[Target], *, biases: bool) -> list[Target]:
+def movement_targets(
+    targets: Sequence[Target], *, biases: bool, elsewhere: bool = False
+) -> list[Target]:
     """Return the linear layers among ``targets``; each weight is followed by its bias, with
     ``biases``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, and nothing is ``elsewhere``.
     """
     found = []
     for target in targets:
@@ -217,7 +223,7 @@ def movement_targets(targets: Sequence[Target], *, biases: bool) -> list[Target]
             found.append(
                 replace(target, name=f"{path}.{bias}" if path else bias, users=((module, bias),))
             )
-    if not found:
+    if not found and not elsewhere:
         raise ValueError(
             "create_controller: movement_sparsity masks linear layers, and none is left, got "
             f"{[target.name for target in targets]}"
@@ -243,17 +249,9 @@ def structure_groups(
     return found, left_out
 
 
-def _check_structures(
-    found: Sequence[StructureGroup],
-    left_out: Sequence[StructureGroup],
-    config: MovementSparsityConfig,
+def _warn_about_structures(
+    left_out: Sequence[StructureGroup], config: MovementSparsityConfig
 ) -> None:
-    if config.enable_structured_masking and not found:
-        raise ValueError(
-            "create_controller: enable_structured_masking needs attention or feed-forward blocks "
-            "whose linear layers are all masked, along the dimension of their heads or channels, "
-            "found none"
-        )
     if left_out and config.enable_structured_masking is not False:
         groups = [f"{group.name or 'the model'} ({group.kind})" for group in left_out]
         warnings.warn(
@@ -311,21 +309,41 @@ def movement_weights(
         scopes = [scope for structure in structures for scope in structure.target_scopes]
         check_scopes(scopes, names, "sparse_structure_by_scopes")
     named = {user: target.name for target in targets for user in target.users}
-    groups, left_out = structure_groups(model, named, config)
-    _check_structures(groups, left_out, config)
-    sides = {} if config.enable_structured_masking is False else units(groups)
-    weights = {target.users[0][0]: target for target in targets if target.weight.ndim == 2}
+    _warn_about_structures(structure_groups(model, named, config)[1], config)
     made: list[SparseWeight] = []
-    for target in targets:
-        owner = target if target.weight.ndim == 2 else weights[target.users[0][0]]
+    for target, owner in zip(targets, _owners(targets), strict=True):
         factors = _factors(owner, config)
-        unit = sides.get(owner.users[0], (0, 0))
-        tile = _tile(factors[0], unit[0]), _tile(factors[1], unit[1])
-        if owner is not target:
-            factors, tile = (1, factors[0]), (1, tile[0])
-        pattern = Unstructured() if tile == (1, 1) else Block(*tile)
-        made.append(MovementWeight(replace(target, pattern=pattern), factors, **options))
+        factors = factors if owner is target else (1, factors[0])
+        made.append(MovementWeight(target, factors, **options))
     return made
+
+
+def with_tiles(
+    model: nn.Module, targets: Sequence[Target], config: MovementSparsityConfig
+) -> list[Target]:
+    """Return targets whose pattern is what masks can tell apart: parts of what has an importance,
+    and of heads and channels.
+
+    Raises:
+        ValueError: a structure does not divide its weight.
+    """
+    named = {user: target.name for target in targets for user in target.users}
+    groups, _ = structure_groups(model, named, config)
+    sides = {} if config.enable_structured_masking is False else units(groups)
+    found = []
+    for target, owner in zip(targets, _owners(targets), strict=True):
+        factors, unit = _factors(owner, config), sides.get(owner.users[0], (0, 0))
+        tile = _tile(factors[0], unit[0]), _tile(factors[1], unit[1])
+        tile = tile if owner is target else (1, tile[0])
+        pattern = Unstructured() if tile == (1, 1) else Block(*tile)
+        found.append(replace(target, pattern=pattern))
+    return found
+
+
+def _owners(targets: Sequence[Target]) -> list[Target]:
+    """Return of each target the weight of its layer: of a bias another one."""
+    weights = {target.users[0][0]: target for target in targets if len(target.shape) == 2}
+    return [t if len(t.shape) == 2 else weights[t.users[0][0]] for t in targets]
 
 
 def _tile(factor: int, unit: int) -> int:
@@ -335,7 +353,7 @@ def _tile(factor: int, unit: int) -> int:
 
 
 def _factors(target: Target, config: MovementSparsityConfig) -> tuple[int, int]:
-    shape = target.weight.shape
+    shape = target.shape
     structure, pattern = _structure(target.name, config), config.pattern
     factors = structure.factors(shape) if structure else (pattern.rows, pattern.cols)
     if shape[0] % factors[0] or shape[1] % factors[1]:

@@ -18,14 +18,26 @@ PATTERNS = {
     "nm": ts.NM(2, 4),
 }
 # layers of each stage; of three one has no weights, and one weight is on two
-STAGES = {2: (("0", "1", "2"), ("3", "4")), 3: (("0", "1"), ("5",), ("1", "2", "3", "4"))}
+STAGES = {2: (("0", "1", "2"), ("3", "4", "6")), 3: (("0", "1"), ("5",), ("1", "2", "3", "4"))}
 
 
-def net(dtype=torch.float32, ties=False):
+class FeedForward(nn.Module):
+    """Of channels, which are pruned whole at the end of a warm-up."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x):
+        return self.linear2(self.linear1(x).tanh())
+
+
+def net(dtype=torch.float32, ties=False, channels=False):
     numbers = torch.Generator().manual_seed(3)
     model = nn.Sequential(
         *(nn.Linear(16, 36), nn.Linear(36, 16, bias=False), nn.Conv2d(8, 24, 2)),
         *(nn.Linear(64, 48), nn.Linear(16, 32), nn.Tanh()),
+        *([FeedForward()] if channels else []),
     )
     for parameter in model.parameters():
         values = torch.randn(parameter.shape, generator=numbers)
@@ -38,7 +50,8 @@ def stage(model, group):
     here = STAGES[group.size()][torch.distributed.get_rank(group)]
     part = nn.Sequential()
     for name in here:
-        part.add_module(name, model.get_submodule(name))
+        if name in model._modules:
+            part.add_module(name, model.get_submodule(name))
     return part
 
 
@@ -56,7 +69,7 @@ def config(pattern, importance="abs", pool="global", distribution="uniform"):
 
 def inputs(name):
     numbers = torch.Generator().manual_seed(int(name))
-    shape = {"0": (6, 16), "1": (6, 36), "2": (2, 8, 5, 5), "3": (6, 64), "4": (6, 16)}[name]
+    shape = {"0": (6, 16), "1": (6, 36), "2": (2, 8, 5, 5), "3": (6, 64)}.get(name, (6, 16))
     return torch.randn(shape, generator=numbers)
 
 
@@ -73,7 +86,7 @@ def outcome(controller):
         for info in infos
         if not info.operand.absent
     }
-    counts = [(i.operand.kept, i.operand.pruned_elements(), i.operand.groups) for i in infos]
+    counts = [(i.operand.pruned_groups(), i.operand.pruned_elements()) for i in infos]
     grids = [full_grid(info.operand).clone() for info in infos]
     return here, counts, grids, controller.mask_level(), controller.statistics().to_str()
 
@@ -203,6 +216,116 @@ def test_stages_regrow_as_one_process_does_and_skip_blocks(ranks, how):
     assert any("sparse" in path for path in paths) == (pattern == "large")
 
 
+def learned_config(how):
+    large = how in ("rb local", "weight")
+    some = {"pattern": PATTERNS["large" if large else "blocks"], "ignored_scopes": ["4"]}
+    rising = ts.PolynomialSchedule(initial_level=0.0, target_level=0.4, target_epoch=2)
+    if how in ("rb", "rb local"):
+        chosen = {"schedule": ts.ExponentialSchedule(target_level=0.4, target_epoch=2)}
+        if how == "rb local":
+            chosen = {"schedule": None, "sparsity_init": 0.5}
+            chosen |= {"sparsity_level_setting_mode": "local"}
+        return ts.RBSparsityConfig(seed=5, **chosen, **some)
+    if how in ("global", "weight"):
+        return ts.MovementSparsityConfig(schedule=rising, pool=how, **some)
+    if how == "sr_ste":
+        return ts.SRSTEConfig(level=0.4, decay=0.1, ignored_scopes=["4"])
+    if how == "mixed":
+        mine = {"target_scopes": ["0", "3"], "pattern": PATTERNS["blocks"]}
+        rest = {"target_scopes": ["1"], "schedule": rising}
+        return [ts.RBSparsityConfig(seed=5, **mine), ts.MovementSparsityConfig(**rest)]
+    return ts.MovementSparsityConfig(
+        warmup_start_epoch=1,
+        warmup_end_epoch=3,
+        importance_regularization_factor=0.05,
+        steps_per_epoch=2,
+        enable_structured_masking=True,
+        sparse_structure_by_scopes=(
+            {"mode": "block", "sparse_factors": [2, 4], "target_scopes": ["*"]},
+        ),
+        ignored_scopes=["4"],
+    )
+
+
+def learn(model, controller, group=None):
+    """Train as many steps as a warm-up has, and two; freeze the masks; add up what a tied weight's
+    copies, of which the first is at work, have for gradients.
+    """
+    scores = {*controller.parameters()}
+    own = [p for p in model.parameters() if p not in scores]
+    groups = [{"params": own}, {"params": [*scores], "lr": 1.0, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.03, foreach=False) if own else None
+    tied = [p for n, p in model.named_parameters() if n.startswith("1.")]
+    losses, states = [], []
+    for step in range(8):
+        if step % 2 == 0:
+            controller.scheduler.epoch_step()
+        controller.scheduler.step()
+        model.train().zero_grad()
+        loss = controller.loss()
+        losses.append(loss.detach())
+        idle = group is not None and torch.distributed.get_rank(group) == 2
+        names = [name for name, _ in model.named_children() if name != "5"]
+        tasks = zip(names, run(model), strict=True)
+        at_work = {name: 300.0 * (not idle or name != "1") for name in names}
+        loss = loss + sum(task * at_work[name] for name, task in tasks)
+        if loss.requires_grad:  # not of a stage that has nothing to train
+            loss.backward()
+        add_up([parameter.grad for parameter in tied], group)
+        if optimizer:
+            optimizer.step()
+        if step == 5:
+            states.append(controller.get_state())
+    model.eval()  # which asks no other stage
+    masked = {
+        name: model.get_submodule(name)(inputs(name)).detach()
+        for name in ("0", "1", "6")
+        if name in model._modules
+    }
+    found = [outcome(controller)]
+    controller.freeze()
+    found.append(outcome(controller))
+    states.append(controller.get_state())
+    controller.load_state(states[0])
+    return [*found, outcome(controller)], states, losses, masked
+
+
+def add_up(gradients, group):
+    if group is not None and group.size() == 3:
+        every = [None] * 3
+        torch.distributed.all_gather_object(every, gradients, group)
+        for gradient, one, other in zip(gradients, every[0], every[2], strict=False):
+            gradient.copy_(one + other)
+
+
+def learn_stages(group, how):
+    model = stage(net(channels=how == "soft"), group)
+    options = {"dispatch": "sparse", "process_group": group, "stages": True}
+    controller = ts.create_controller(model, learned_config(how), **options)
+    return learn(model, controller, group)
+
+
+LEARNED = [("rb", 3), ("rb local", 2), ("global", 3), ("weight", 2), ("soft", 2), ("sr_ste", 3)]
+LEARNED.append(("mixed", 3))
+
+
+@pytest.mark.parametrize(("how", "size"), LEARNED)
+def test_masks_are_learned_on_stages_as_in_one_process(ranks, how, size):
+    model = net(channels=how == "soft")
+    controller = ts.create_controller(model, learned_config(how), dispatch="sparse")
+    wanted, states, losses, masked = learn(model, controller)
+    assert wanted[-1][3] > 0.02
+    if how == "soft":
+        assert "channels: " in wanted[1][4]
+    assert ("block-sparse" in wanted[1][4]) == (how in ("rb local", "weight"))
+    answers = ranks.run(size, learn_stages, how)
+    check([outcomes for outcomes, *_ in answers], wanted)
+    for _, own, theirs, outputs in answers:
+        assert same(own, states)
+        assert same(theirs, losses)
+        assert all(same(mine, masked[name]) for name, mine in outputs.items())
+
+
 def importance(evidence):
     return evidence.weight
 
@@ -212,8 +335,6 @@ def refuse(group, what):
     chosen = config("unstructured", "rigl" if what == "copied" else "abs")
     if what == "importance":
         chosen = chosen.model_copy(update={"weight_importance": importance})
-    if what == "rb":
-        chosen = ts.RBSparsityConfig()
     if what == "scope":
         chosen = chosen.model_copy(update={"ignored_scopes": ["44"]})
     if what == "nothing":
@@ -243,7 +364,6 @@ def refuse(group, what):
     ("what", "kind", "message"),
     [
         ("importance", "ValueError", "not a function, which would see one rank's part"),
-        ("rb", "ValueError", "stages=True must be of magnitude, const, SET or RigL, got rb_spars"),
         ("copied", "ValueError", "'1' must be on one stage for rigl with stages=True, got it on"),
         ("scope", "ValueError", "ignored_scopes must match a module each, got '44'"),
         ("nothing", "ValueError", "no weight to sparsify is left on any stage"),
