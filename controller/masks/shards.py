@@ -462,6 +462,14 @@ def like_shard(weight: Any, local: Tensor, shape: Sequence[int]) -> Tensor:
     return kind.from_local(local, weight.device_mesh, weight.placements, **options)
 
 
+def replicated(weight: Any, tensor: Tensor) -> Tensor:
+    """Return a DTensor, on the mesh of another one, of what every rank has."""
+    from torch.distributed.tensor import Replicate
+
+    mesh = weight.device_mesh
+    return type(weight).from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def shard_beside(
     model: nn.Module, users: Sequence[tuple[nn.Module, str, str]], parameter: nn.Parameter
 ) -> None:

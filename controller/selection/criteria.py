@@ -7,6 +7,7 @@ what. A user's own criterion is a function of ``Evidence`` that returns a tensor
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -37,7 +38,8 @@ ROUNDING = torch.finfo(torch.float32).eps
 
 
 class Evidence(NamedTuple):
-    """What a criterion may look at. All matrices are the weight's, (out, in).
+    """What a criterion may look at. All matrices are the weight's, (out, in). Of a sharded weight
+    a user's function gets the full ones, as DTensors, and other criteria what is here.
 
     Attributes:
         name: the weight's, for messages, and to tell random numbers of several weights apart.
@@ -274,26 +276,40 @@ def random_numbers(
 
 def _own(function: Function, evidence: Evidence) -> Importance:
     """Hold a user's criterion to what it must return. Waits for the device."""
-    name, shape = called(function), tuple(evidence.weight.shape)
+    values = asked(function, evidence)
+    if values.numel():
+        least, most = map(float, extremes(values))
+        check_asked(function, evidence.name, least, most, several=values.numel() > 1)
+    return Importance(values, per_group=values.shape != evidence.weight.shape)
+
+
+def asked(function: Function, evidence: Evidence) -> Tensor:
+    """Return what a user's criterion returns: float, of the weight's shape or of its grid's."""
+    shape = tuple(evidence.weight.shape)
     found: Any = function(evidence)
-    where = f"weight_importance: {name} must return"
     if not isinstance(found, Tensor) or tuple(found.shape) not in (shape, evidence.grid):
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(
-            f"{where} a tensor of the weight's shape {shape} or of its groups' {evidence.grid} "
-            f"for {evidence.name!r}, got {got}"
+            f"weight_importance: {called(function)} must return a tensor of the weight's shape "
+            f"{shape} or of its groups' {evidence.grid} for {evidence.name!r}, got {got}"
         )
     values = found.detach().to(evidence.weight.device)
-    values = values if values.is_floating_point() else values.float()
-    least, most = extremes(values) if values.numel() else (torch.zeros(()), torch.ones(()))
-    if not most.isfinite():
-        raise ValueError(f"{where} finite values for {evidence.name!r}, got NaN or Inf")
-    if values.numel() > 1 and least == most:
+    return values if values.is_floating_point() else values.float()
+
+
+def check_asked(
+    function: Function, name: str, least: float, most: float, *, several: bool
+) -> None:
+    """Refuse what a user's criterion has returned of a weight, of ``several`` groups or one, by
+    the least and the greatest magnitude.
+    """
+    where = f"weight_importance: {called(function)} must return"
+    if not math.isfinite(most):
+        raise ValueError(f"{where} finite values for {name!r}, got NaN or Inf")
+    if several and least == most:
         raise ValueError(
-            f"{where} values that tell groups of {evidence.name!r} apart, got {float(most):g} "
-            "throughout"
+            f"{where} values that tell groups of {name!r} apart, got {most:g} throughout"
         )
-    return Importance(values, per_group=tuple(found.shape) != shape)
 
 
 def criterion(name: WeightImportance) -> Criterion:
@@ -450,12 +466,6 @@ def check_sharded(
     if not sharded:
         return
     columns = [weight.name for weight in sharded if weight.shard and weight.shard.split]
-    name, own = sharded[0].name, importance is not None and not isinstance(importance, str)
-    if own:
-        raise ValueError(
-            f"{what}: weight_importance must be one of {NAMES}, not a function, which would see "
-            f"one rank's part, for sharded weights, as {name!r} is, got {called(importance)!r}"
-        )
     for field, refused, others in (
         ("distribution", "owl", "'uniform' or 'erk'"),
         ("growth", "normed_gradient", "'gradient'"),

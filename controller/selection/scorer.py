@@ -45,6 +45,7 @@ from .criteria import (
     rows_at_a_time,
     scores_by_group,
 )
+from .function import found_by_function
 from .thresholds import Scores, pools
 
 # Intel Neural Compressor's factor
@@ -168,6 +169,8 @@ class Scorer:
     def _found_of_shards(self, weights: Sequence[SparseWeight]) -> list[Importance]:
         """Return the importances of what belongs here. What one rank lacks is told to all."""
         importance, ranks = self.importance, weights[0].ranks
+        if callable(importance):
+            return found_by_function(importance, weights, self._evidence)
         self._add_parts()
         with ranks.together(weights[0].mask.device):
             check_sharded("set_sparsity_level", weights, importance)
@@ -194,7 +197,13 @@ class Scorer:
             seen = dict(zip(weights, total.unbind(), strict=True))
             for members in pools(weights, pool):
                 check_gradients(importance, members, [seen[weight] for weight in members])
-        return scores_by_group(weights, found, self._reduction)
+        tensors: dict[SparseWeight, Tensor] = {}
+        scales = None
+        for at in alike(one.per_group for one in found).values():  # of a function both may be
+            members, own = [weights[i] for i in at], [found[i] for i in at]
+            scores, scales = scores_by_group(members, own, self._reduction)
+            tensors |= zip(members, scores, strict=True)
+        return Scores([tensors[weight] for weight in weights], scales)
 
     def _speech(self, found: Importance) -> Tensor:
         """Return the sum of |w g| that a pool must not lack, 0-d."""
@@ -444,8 +453,8 @@ class Scorer:
 
     def _norm_of(self, weight: SparseWeight) -> Tensor | None:
         norm = self._input_norms.get(weight.name)
-        if norm is None or weight.shard is None:
-            return norm
+        if norm is None or weight.shard is None or not isinstance(self.importance, str):
+            return norm  # a function sees the full weight
         rows, cols = weight.shard.here
         return norm[cols] if norm.ndim == 1 else norm[rows, cols]
 

@@ -1,6 +1,7 @@
 """FSDP2's shards are pruned as the one pool that they are: bit for bit as in one process."""
 
 import io
+import math
 
 import pytest
 import torch
@@ -153,6 +154,45 @@ def test_shards_are_pruned_as_one_process_prunes(ranks, how, ties):
     model = net(dtype, ties)
     wanted = prune(model, ts.create_controller(model, config(*how)))
     check(ranks.run(4 if ties else 3, prune_shards, how, dtype, ties, ties), wanted)
+
+
+def by_columns(evidence):
+    """Sums that are exact in any order; of elements, and of groups, which are plain or not."""
+    weight, grid = evidence.weight.float(), evidence.grid
+    if evidence.name == "5":
+        return torch.arange(math.prod(grid)).view(grid) / 9
+    sums = weight.square().sum(0, keepdim=True)
+    return sums[:, : grid[1]].expand(grid) if evidence.name == "4" else weight / (1 + sums)
+
+
+def by_inputs(evidence):
+    return evidence.weight * evidence.input_norm * evidence.gradient
+
+
+by_inputs.needs = ("inputs", "gradients")
+
+
+def by_product(evidence):
+    found = evidence.weight * evidence.gradient if evidence.product is None else evidence.product
+    return found / (1 + evidence.weight.norm(dim=1, keepdim=True))
+
+
+by_product.needs = ("gradients",)
+
+
+@pytest.mark.parametrize(
+    ("function", "pattern"),
+    [
+        *((by_columns, p) for p in ("unstructured", "tall")),
+        (by_inputs, "tall"),
+        (by_product, "unstructured"),
+    ],
+)
+def test_a_function_sees_full_weights_as_dtensors(ranks, function, pattern):
+    how = (pattern, function, "weight")
+    ties = function is by_columns
+    wanted = prune((model := net(ties=ties)), ts.create_controller(model, config(*how)))
+    check(ranks.run(4, prune_shards, how, torch.float32, ties, True), wanted)
 
 
 EVIDENCE = [
@@ -477,8 +517,12 @@ def test_a_sharded_model_is_stripped_in_place(ranks):
     assert ranks.run(2, strip_shards) == [wanted, wanted]
 
 
-def own_importance(evidence):
-    return evidence.weight.abs() / evidence.weight.abs().mean()
+def of_plain_tensors(evidence):
+    return evidence.weight * torch.ones(evidence.weight.shape)
+
+
+def of_one_value(evidence):
+    return evidence.weight * 0 + (3 if evidence.name == "4" else evidence.weight)
 
 
 def refuse(group, what):
@@ -494,7 +538,8 @@ def refuse(group, what):
     chosen = {
         "split": ts.RBSparsityConfig(),
         "sr_ste": ts.SRSTEConfig(target_scopes=["0"]),
-        "function": config("blocks", own_importance),
+        "plain": config("blocks", of_plain_tensors),
+        "equal": config("blocks", of_one_value),
         "assign": config("blocks"),
         "nan": config("tall"),
         "inf": config("unstructured"),
@@ -507,7 +552,7 @@ def refuse(group, what):
     info = controller.sparsified_module_info[2]
     if what == "assign":
         info.operand.binary_mask = torch.ones(info.weight.shape)
-    if torch.distributed.get_rank(group) == 1:
+    if torch.distributed.get_rank(group) == 1 and what in ("nan", "inf"):
         with torch.no_grad():
             info.weight.to_local()[3, 4] = torch.nan if what == "nan" else torch.inf
     controller.set_sparsity_level(0.5)
@@ -520,10 +565,11 @@ def refuse(group, what):
         ("split", "ValueError", "'0' must not be parted by tensor parallelism under a mask that"),
         ("sr_ste", "ValueError", "'0' must not be sharded for sr_ste, got a DTensor"),
         (
-            "function",
+            "plain",
             "ValueError",
-            "not a function, which would see one rank's part, for sharded weights, as '0' is",
+            "of_plain_tensors must work on DTensors for '0', which is sharded: by torch's oper",
         ),
+        ("equal", "ValueError", "of_one_value must return values that tell groups of '4' apart"),
         ("assign", "ValueError", "the mask of '4', which is sharded, must not be assigned"),
         ("nan", "ValueError", "of '4' holds NaN or Inf"),
         ("inf", "ValueError", "the weight of '4' holds NaN or Inf"),

@@ -135,6 +135,14 @@ def check(found, wanted):
     assert seen == wanted[0][0].keys()
 
 
+def by_rows(evidence):
+    """A score an element, of two weights a group."""
+    weight, grid = evidence.weight, evidence.grid
+    if evidence.name in ("1", "3"):
+        return weight.float().abs().sum(0, keepdim=True)[:, : grid[1]].expand(grid)
+    return weight / weight.norm(dim=1, keepdim=True)
+
+
 HOWS = [
     *((name, "abs") for name in ("unstructured", "blocks", "nm")),
     *((name, "normed_abs") for name in ("unstructured", "blocks")),
@@ -145,10 +153,15 @@ HOWS = [
     ("blocks", "wanda", "global"),
     *(("blocks", name) for name in ("snip", "taylor", "fisher")),
     ("unstructured", "snip_momentum"),
+    ("blocks", by_rows, "weight"),
 ]
 
 
-@pytest.mark.parametrize("how", HOWS, ids="-".join)
+def spelt(how):
+    return "-".join(getattr(word, "__name__", word) for word in how)
+
+
+@pytest.mark.parametrize("how", HOWS, ids=spelt)
 def test_stages_are_pruned_as_one_process_prunes(ranks, how):
     ties = how[1] == "abs"
     dtype = torch.bfloat16 if ties else torch.float32
@@ -326,15 +339,9 @@ def test_masks_are_learned_on_stages_as_in_one_process(ranks, how, size):
         assert all(same(mine, masked[name]) for name, mine in outputs.items())
 
 
-def importance(evidence):
-    return evidence.weight
-
-
 def refuse(group, what):
     rank, model = torch.distributed.get_rank(group), stage(net(), group)
     chosen = config("unstructured", "rigl" if what == "copied" else "abs")
-    if what == "importance":
-        chosen = chosen.model_copy(update={"weight_importance": importance})
     if what == "scope":
         chosen = chosen.model_copy(update={"ignored_scopes": ["44"]})
     if what == "nothing":
@@ -363,7 +370,6 @@ def refuse(group, what):
 @pytest.mark.parametrize(
     ("what", "kind", "message"),
     [
-        ("importance", "ValueError", "not a function, which would see one rank's part"),
         ("copied", "ValueError", "'1' must be on one stage for rigl with stages=True, got it on"),
         ("scope", "ValueError", "ignored_scopes must match a module each, got '44'"),
         ("nothing", "ValueError", "no weight to sparsify is left on any stage"),
