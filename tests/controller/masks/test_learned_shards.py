@@ -7,6 +7,7 @@ import io
 
 import pytest
 import torch
+from ranks import LocalAdamW
 from torch import nn
 
 import triton_sparsity as ts
@@ -126,7 +127,7 @@ def optimizer_of(model, controller):
     scores = controller.parameters()
     own = [p for p in model.parameters() if not any(p is score for score in scores)]
     groups = [{"params": own}, {"params": scores, "lr": 1.0, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.03, weight_decay=0.1, foreach=False)
+    return LocalAdamW(groups, lr=0.03, weight_decay=0.1, foreach=False)
 
 
 def train(model, controller, steps, speaks=True, optimizer=None):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from ranks import LocalAdamW
 from torch import nn
 
 import triton_sparsity as ts
@@ -280,7 +281,7 @@ def test_zeros_are_found_across_the_edges_of_shards(ranks, pattern):
 
 def train(model, controller, steps):
     """Train on one batch on every rank, whose mean over two or four is exact."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1, foreach=False)
+    optimizer = LocalAdamW(model.parameters(), lr=0.05, weight_decay=0.1, foreach=False)
     for step in range(steps):
         if step % 3 == 0:
             controller.scheduler.epoch_step()

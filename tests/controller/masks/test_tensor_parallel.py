@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ranks import LocalAdamW
 from torch import nn
 from torch.nn import functional
 
@@ -242,7 +243,7 @@ def test_parts_may_be_sharded_when_they_are_pruned_already(ranks, how):
 
 
 def train(model, controller, steps):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1, foreach=False)
+    optimizer = LocalAdamW(model.parameters(), lr=0.02, weight_decay=0.1, foreach=False)
     losses = []
     for step in range(steps):
         if step % 3 == 0:
@@ -478,7 +479,7 @@ def learn(wrap, how, group=None):
     scores = {*controller.parameters()}
     own = [p for p in model.parameters() if p not in scores]
     groups = [{"params": own}, {"params": [*scores], "lr": 0.5, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.01, foreach=False)
+    optimizer = LocalAdamW(groups, lr=0.01, foreach=False)
     losses, found = [], []
     for step in range(30):
         if step % 4 == 0:
