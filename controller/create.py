@@ -117,8 +117,7 @@ def create_controller(
         ]
         for members, one in zip(weights, configs, strict=True):
             importance = getattr(one, "weight_importance", None)
-            chosen = {f: getattr(one, f, None) for f in ("distribution", "growth")}
-            check_sharded("create_controller", members, importance, **chosen)
+            check_sharded(members, importance, getattr(one, "distribution", None))
     found = [f"{canonical(w.name)} {w.pattern}" for members in weights for w in members]
     ranks.check_alike("create_controller", {"the masked weights": found})
     infos = [[SparseModuleInfo(w.name, w.module, w) for w in members] for members in weights]

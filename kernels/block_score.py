@@ -77,10 +77,9 @@ def row_norms(matrix: Tensor, pieces: int | None = None) -> Tensor:
 
 
 def row_sums(matrix: Tensor, pieces: int | None = None) -> Tensor:
-    """Return the sum of magnitudes of each piece of each row, as ``row_norms`` its norm; added up
-    in float64.
+    """Return the sum of magnitudes of each piece of each row, float64, as ``(rows * pieces,)``;
+    ``pieces`` as ``row_norms``'.
     """
-    matrix = matrix.T if matrix.stride(0) < matrix.stride(1) else matrix
     return _row_norms(_in_pieces(matrix, pieces), torch.float64, 1)
 
 
@@ -116,16 +115,20 @@ def inverse_norms(
 
 
 def exact_sums(
-    vectors: Sequence[Tensor], most: Reduce | None = None, add: Reduce | None = None
+    vectors: Sequence[Tensor],
+    most: Reduce | None = None,
+    add: Reduce | None = None,
+    counts: Sequence[int] | None = None,
 ) -> Tensor:
     """Return the sum of each vector: the same bits in whatever order, and whoever adds which.
 
     Numbers are added up as integers, multiples of one power of two a vector.
 
     Args:
-        vectors: float64, not negative; 2^24 of the greatest may be added.
+        vectors: float64, not negative.
         most, add: the greatest, and the sum, of float64 or int64 vectors of several ranks, which
             have the other numbers; None: all are here.
+        counts: how many numbers at most each has on all ranks; None: 2^24.
 
     Returns:
         float64 ``(len(vectors),)``; NaN where a number is NaN or Inf.
@@ -133,7 +136,8 @@ def exact_sums(
     peaks = torch.stack([v.max() if len(v) else v.new_zeros(()) for v in vectors])
     peaks = peaks.where(peaks.isfinite(), torch.inf)
     peaks = peaks if most is None else most(peaks)
-    shifts = _ROW_BITS - torch.frexp(peaks.where(peaks.isfinite(), 0)).exponent
+    bits = _ROW_BITS if counts is None else peaks.new_tensor([62 - n.bit_length() for n in counts])
+    shifts = bits - torch.frexp(peaks.where(peaks.isfinite(), 0)).exponent
     scaled = [v * unit for v, unit in zip(vectors, _power(shifts), strict=True)]
     totals = torch.stack([v.nan_to_num(0, 0, 0).round().long().sum() for v in scaled])
     totals = totals if add is None else add(totals)

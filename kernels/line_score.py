@@ -4,7 +4,11 @@ Where |g| is compared as it is, a few lines of a large |g| win all. So g is divi
 mean square of its row, and what that gives by that of its column, each rounded to g's type. A list
 is three launches on a GPU for each dtype: rows, columns, scores; no copy of a gradient is made.
 
-Floor: three reads of the gradients.
+Squares are added up as integers, as multiples of a power of two that the greatest of a line says:
+ranks that have parts of a line send an exponent and a sum of these, 5 bytes, and get the bits of
+who has it whole.
+
+Floor: five reads of the gradients.
 
 Reading order: reference -> kernels -> launcher -> public function.
 """
@@ -12,6 +16,7 @@ Reading order: reference -> kernels -> launcher -> public function.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,49 +33,73 @@ from .table import Matrices, alike, device_table, find_tensor, first_of, list_in
 # of a program that adds up rows, or columns
 ROWS_TILE = {"TILE_R": 8, "TILE_C": 256}
 COLS_TILE = {"TILE_R": 32, "TILE_C": 64}
+GOLDEN = 2654435769  # the golden section of 2^32: its multiples fill a circle evenly
+
+
+class Piece(NamedTuple):
+    """A matrix as a part of another one, of which other ranks have the rest.
+
+    Attributes:
+        first: its first row and column there.
+        shape: of the other one.
+        parted: whether its rows, and its columns, lie on several ranks.
+        counted: this is the first copy.
+    """
+
+    first: tuple[int, int]
+    shape: tuple[int, int]
+    parted: tuple[bool, bool] = (False, False)
+    counted: bool = True
 
 
 def norm_(gradient: Tensor) -> None:
     """Divide a matrix by the root mean square of each row, then of each column, in place."""
-    norm_all_([gradient], [gradient.shape[0]])
+    rows, cols = gradient.shape
+    norm_all_([gradient], [Piece((0, 0), (rows, cols))])
 
 
 def norm_all_(
     gradients: Sequence[Tensor],
-    rows: Sequence[int],
-    counted: Sequence[bool] | None = None,
+    pieces: Sequence[Piece],
     most: Reduce | None = None,
     add: Reduce | None = None,
 ) -> None:
-    """``norm_`` matrices, of which other ranks may have further rows: 16 bytes a column.
+    """``norm_`` matrices of which other ranks may have the rest: 5 bytes a line that is parted.
 
     Args:
-        gradients: of whole rows.
-        rows: how many each has on all ranks.
-        counted: whether these rows are of the first copy.
-        most, add: the greatest, and the sum, of float64 or int64 vectors of all ranks; None: all
-            rows are here.
+        gradients: what is here.
+        pieces: where each lies.
+        most, add: the greatest of uint8 vectors, and the sum of int32 vectors, of all ranks; None:
+            all is here.
     """
-    for gradient in gradients:
-        for lines in _some(gradient, 1):
-            norm = torch.linalg.vector_norm(lines, dim=1, keepdim=True, dtype=torch.float64)
-            _divide_by(lines, norm * gradient.shape[1] ** -0.5)
-    own = [g if counted is None or counted[i] else g[:0] for i, g in enumerate(gradients)]
-    widths = [gradient.shape[1] for gradient in own]
-    peaks = torch.cat([*map(_column_peaks, own)])
-    peaks = peaks.where(peaks.isfinite(), torch.inf)
-    peaks = peaks if most is None else most(peaks)
-    each = zip(own, peaks.split(widths), rows, strict=True)
-    squares = torch.cat([_column_squares(*one) for one in each])
-    squares = squares if add is None else add(squares)
-    for gradient, total, peak, n in zip(
-        gradients, squares.split(widths), peaks.split(widths), rows, strict=True
-    ):
-        norm = (total.double() * 2.0 ** -_bits(n)).sqrt() * _power_above(peak) * n**-0.5
-        norm = norm.where(peak.isfinite(), torch.nan)
-        pairs = zip(_some(gradient, 0), norm.split(_lines(gradient, 0)), strict=True)
-        for lines, sizes in pairs:
-            _divide_by(lines, sizes)
+    for dim in (1, 0):
+        lines = [gradient.T if dim == 1 else gradient for gradient in gradients]
+        peaks = _of_all([*map(_peaks, lines)], pieces, dim, most)
+        each = zip(lines, peaks, pieces, strict=True)
+        squares = [_squares(own, peak, of.first[dim], of.shape[dim]) for own, peak, of in each]
+        each = zip(lines, peaks, _of_all(squares, pieces, dim, add), pieces, strict=True)
+        for own, peak, total, of in each:
+            size = _size(total, peak, of.shape[dim])
+            for some, sizes in zip(_some(own, 0), size.split(_lines(own, 0)), strict=True):
+                some.div_(sizes)
+
+
+def _of_all(
+    vectors: Sequence[Tensor], pieces: Sequence[Piece], dim: int, reduce: Reduce | None
+) -> list[Tensor]:
+    """Reduce numbers, one a line along ``dim``, of the lines that several ranks have parts of."""
+    places = [i for i, piece in enumerate(pieces) if piece.parted[dim]]
+    found = list(vectors)
+    if reduce is None or not places:
+        return found
+    full = [vectors[i].new_zeros(pieces[i].shape[1 - dim]) for i in places]
+    here = [slice(f := pieces[i].first[1 - dim], f + len(vectors[i])) for i in places]
+    for whole, at, i in zip(full, here, places, strict=True):
+        whole[at] = vectors[i] * pieces[i].counted
+    reduced = reduce(torch.cat(full)).split([len(whole) for whole in full])
+    for whole, at, i in zip(reduced, here, places, strict=True):
+        found[i] = whole[at]
+    return found
 
 
 def _some(matrix: Tensor, dim: int) -> Sequence[Tensor]:
@@ -84,38 +113,56 @@ def _lines(matrix: Tensor, dim: int) -> int:
     return max(1, chunk_of(matrix.device) // max(1, matrix.shape[dim]))
 
 
-def _divide_by(lines: Tensor, norm: Tensor) -> None:
-    lines.div_(norm.masked_fill(norm == 0, 1))
+def _bits(length: int) -> int:
+    """Return how many bits a square may have, so that an int32 holds the sum of so many."""
+    return 31 - length.bit_length()
 
 
-def _bits(rows: int) -> int:
-    """Return how many bits a square may have, so that an int64 holds the sum of so many."""
-    return 62 - rows.bit_length()
+def _factor(length: int) -> float:
+    return max(length, 1) ** -0.5
 
 
 def _power_above(peaks: Tensor) -> Tensor:
-    """Return the power of two above each of some numbers, 1 for 0 and what is not finite."""
-    exponents = torch.frexp(peaks.where(peaks.isfinite(), 0)).exponent
-    return torch.ldexp(torch.ones_like(peaks), exponents)
+    """Return float64, a power of two above what has such an exponent."""
+    return ((peaks.long() - 126 + 1023) << 52).view(torch.float64)
 
 
-def _column_peaks(matrix: Tensor) -> Tensor:
-    """Return float64, the greatest magnitude of each column; NaN where there is one."""
-    parts = [torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)]
-    parts += [lines.abs().amax(0).double() for lines in _some(matrix, 1) if len(lines)]
-    return torch.stack(parts).amax(0)
+def _peaks(matrix: Tensor) -> Tensor:
+    """Return uint8, the exponent of the greatest magnitude of each column, as float32 has it; that
+    of Inf where there is a NaN.
+    """
+    parts = [torch.zeros(matrix.shape[1], device=matrix.device)]
+    parts += [lines.abs().amax(0).float() for lines in _some(matrix, 1) if len(lines)]
+    peaks = torch.stack(parts).amax(0)
+    peaks = peaks.where(peaks.isfinite(), torch.inf)
+    return (peaks.view(torch.int32) >> 23).to(torch.uint8)
 
 
-def _column_squares(matrix: Tensor, peaks: Tensor, rows: int) -> Tensor:
-    """Return int64, the sum of squares of each column, as multiples of a power of two that its
-    peak says: the same in whatever order, and whoever adds which.
+def _squares(matrix: Tensor, peaks: Tensor, first: int, length: int) -> Tensor:
+    """Return int32, the sum of squares of each column, as multiples of a power of two that its
+    peak says: the same in whatever order, and whoever adds which. They are rounded up at as many
+    places of a line as their fractions say, so that small ones are not lost beside a great one.
+
+    Args:
+        first: the place of the first row in a line.
+        length: of a line.
     """
     total = torch.zeros(matrix.shape[1], dtype=torch.int64, device=matrix.device)
     below = 1 / _power_above(peaks)
-    for lines in _some(matrix, 1):
-        squares = (lines.double() * below).nan_to_num_(0, 0, 0).square_()
-        total += (squares * 2.0 ** _bits(rows)).round_().long().sum(0)
-    return total
+    places = torch.arange(first, first + len(matrix), device=matrix.device)[:, None]
+    offsets = (places * GOLDEN & 2**32 - 1) * 2.0**-32
+    step = _lines(matrix, 1)
+    for lines, above in zip(_some(matrix, 1), offsets.split(step), strict=True):
+        squares = (lines.double() * below).nan_to_num_(0, 0, 0).square_() * 2.0 ** _bits(length)
+        total += (squares + above).int().sum(0)
+    return total.int()
+
+
+def _size(squares: Tensor, peaks: Tensor, length: int) -> Tensor:
+    """Return float64, the root mean square of each column; 1 of zeros, NaN of Inf and NaN."""
+    size = (squares.double() * 2.0 ** -_bits(length)).sqrt() * _power_above(peaks)
+    size = (size * _factor(length)).where(squares != 0, 1)
+    return size.where(peaks < 255, torch.nan)
 
 
 def line_scores_reference(gradient: Tensor, pattern: Pattern, backend: Backend) -> Tensor:
@@ -127,8 +174,8 @@ def line_scores_reference(gradient: Tensor, pattern: Pattern, backend: Backend) 
 
 
 # A table's columns: first program of the rows, of the columns and of the scores, the gradient's
-# address, rows, columns, its strides, the first row, column and score, and the factors of both
-# norms, as the bits of a float64.
+# address, rows, columns, its strides, the first row, column and score, and of rows and columns the
+# factors of the norms and the scales of the squares, as the bits of a float64.
 
 
 @triton.jit
@@ -147,9 +194,31 @@ def _divide(x, size, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _root(squares, factor_bits):
-    size = tl.sqrt(squares) * factor_bits.to(tl.float64, bitcast=True)
-    return tl.where(size == 0, 1.0, size)
+def _magnitude(x):
+    # a maximum need not keep a NaN
+    return tl.where(x != x, float("inf"), tl.abs(x.to(tl.float32)))
+
+
+@triton.jit
+def _power(exponent):
+    # of 2, as the bits of a float64
+    return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _square(x, below, scale, places, GOLDEN: tl.constexpr):
+    """Return a square as ``_squares`` counts it, int32."""
+    above = ((places.to(tl.int64) * GOLDEN) & 0xFFFFFFFF).to(tl.float64) * 2.0**-32
+    part = x.to(tl.float64) * below
+    return (part * part * scale + above).to(tl.int32)
+
+
+@triton.jit
+def _root(squares, exponent, scale, factor):
+    """Return ``_size``."""
+    size = tl.sqrt(squares.to(tl.float64) / scale) * _power(exponent - 126) * factor
+    size = tl.where(squares == 0, 1.0, size)
+    return tl.where(exponent == 255, float("nan"), size)
 
 
 @triton.jit
@@ -159,6 +228,7 @@ def _row_size_kernel(
     DTYPE: tl.constexpr,
     INDEX: tl.constexpr,
     N: tl.constexpr,
+    GOLDEN: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
@@ -167,16 +237,30 @@ def _row_size_kernel(
     x_ptr, R, C, stride_r, stride_c = _gradient(entry, DTYPE, INDEX, N)
     offs_r = tile * TILE_R + tl.arange(0, TILE_R)
     in_r = offs_r < R
-    squares = tl.zeros((TILE_R, TILE_C), tl.float64)
+    peaks = tl.zeros((TILE_R, TILE_C), tl.float32)
     for start in range(0, C, TILE_C):
         offs_c = start + tl.arange(0, TILE_C)
         x = tl.load(
             x_ptr + offs_r[:, None] * stride_r + offs_c[None, :] * stride_c,
             mask=in_r[:, None] & (offs_c < C)[None, :],
             other=0,
-        ).to(tl.float64)  # [TILE_R, TILE_C]
-        squares += x * x
-    size = _root(tl.sum(squares, axis=1), tl.load(entry + 11 * N))
+        )  # [TILE_R, TILE_C]
+        peaks = tl.maximum(peaks, _magnitude(x))
+    exponent = tl.max(peaks, axis=1).to(tl.int32, bitcast=True) >> 23  # [TILE_R]
+    below = _power(126 - exponent)
+    scale = tl.load(entry + 13 * N).to(tl.float64, bitcast=True)
+    squares = tl.zeros((TILE_R, TILE_C), tl.int32)
+    for start in range(0, C, TILE_C):
+        offs_c = start + tl.arange(0, TILE_C)
+        in_c = offs_c < C
+        x = tl.load(
+            x_ptr + offs_r[:, None] * stride_r + offs_c[None, :] * stride_c,
+            mask=in_r[:, None] & in_c[None, :],
+            other=0,
+        )  # [TILE_R, TILE_C]
+        squares += _square(x, below[:, None], scale, offs_c[None, :], GOLDEN)
+    factor = tl.load(entry + 11 * N).to(tl.float64, bitcast=True)
+    size = _root(tl.sum(squares, axis=1), exponent, scale, factor)
     tl.store(rows_ptr + tl.load(entry + 8 * N) + offs_r, size, mask=in_r)
 
 
@@ -188,6 +272,7 @@ def _col_size_kernel(
     DTYPE: tl.constexpr,
     INDEX: tl.constexpr,
     N: tl.constexpr,
+    GOLDEN: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
@@ -197,7 +282,7 @@ def _col_size_kernel(
     rows_ptr += tl.load(entry + 8 * N)
     offs_c = tile * TILE_C + tl.arange(0, TILE_C)
     in_c = offs_c < C
-    squares = tl.zeros((TILE_R, TILE_C), tl.float64)
+    peaks = tl.zeros((TILE_R, TILE_C), tl.float32)
     for start in range(0, R, TILE_R):
         offs_r = start + tl.arange(0, TILE_R)
         in_r = offs_r < R
@@ -207,9 +292,24 @@ def _col_size_kernel(
             other=0,
         )  # [TILE_R, TILE_C]
         row = tl.load(rows_ptr + offs_r, mask=in_r, other=1)  # [TILE_R]
-        y = _divide(x, row[:, None], DTYPE).to(tl.float64)
-        squares += y * y
-    size = _root(tl.sum(squares, axis=0), tl.load(entry + 12 * N))
+        peaks = tl.maximum(peaks, _magnitude(_divide(x, row[:, None], DTYPE)))
+    exponent = tl.max(peaks, axis=0).to(tl.int32, bitcast=True) >> 23  # [TILE_C]
+    below = _power(126 - exponent)
+    scale = tl.load(entry + 14 * N).to(tl.float64, bitcast=True)
+    squares = tl.zeros((TILE_R, TILE_C), tl.int32)
+    for start in range(0, R, TILE_R):
+        offs_r = start + tl.arange(0, TILE_R)
+        in_r = offs_r < R
+        x = tl.load(
+            x_ptr + offs_r[:, None] * stride_r + offs_c[None, :] * stride_c,
+            mask=in_r[:, None] & in_c[None, :],
+            other=0,
+        )  # [TILE_R, TILE_C]
+        row = tl.load(rows_ptr + offs_r, mask=in_r, other=1)  # [TILE_R]
+        y = _divide(x, row[:, None], DTYPE)
+        squares += _square(y, below[None, :], scale, offs_r[:, None], GOLDEN)
+    factor = tl.load(entry + 12 * N).to(tl.float64, bitcast=True)
+    size = _root(tl.sum(squares, axis=0), exponent, scale, factor)
     tl.store(cols_ptr + tl.load(entry + 9 * N) + offs_c, size, mask=in_c)
 
 
@@ -277,8 +377,9 @@ def _launch(gradients: Sequence[Tensor], rows: int, cols: int) -> list[Tensor]:
     by_row, by_col = (
         first.new_empty(int(sides.sum()), dtype=torch.float64) for sides in (own.rows, own.cols)
     )
-    # an empty matrix has no programs
-    factors = (np.maximum(sides, 1).astype(np.float64) ** -0.5 for sides in (own.cols, own.rows))
+    lengths = [sides.tolist() for sides in (own.cols, own.rows)]
+    factors = [[_factor(n) for n in sides] for sides in lengths]
+    scales = [[2.0 ** _bits(n) for n in sides] for sides in lengths]
     tiles = ceil_div(own.rows, max(rows, TILE["TILE_R"])) * ceil_div(own.cols, TILE["TILE_C"])
     counts = (
         ceil_div(own.rows, ROWS_TILE["TILE_R"]),
@@ -287,7 +388,7 @@ def _launch(gradients: Sequence[Tensor], rows: int, cols: int) -> list[Tensor]:
     )
     columns = (
         *(*own, first_of(own.rows), first_of(own.cols), starts),
-        *(factor.view(np.int64) for factor in factors),
+        *(np.array(numbers).view(np.int64) for numbers in (*factors, *scales)),
     )
     with on_device(first):
         for dtype, at in alike(gradient.dtype for gradient in gradients).items():
@@ -306,6 +407,7 @@ def _launch(gradients: Sequence[Tensor], rows: int, cols: int) -> list[Tensor]:
             _row_size_kernel[(programs,)](
                 table,
                 by_row,
+                GOLDEN=GOLDEN,
                 **meta,
                 **ROWS_TILE,
                 **FUSED,
@@ -314,6 +416,7 @@ def _launch(gradients: Sequence[Tensor], rows: int, cols: int) -> list[Tensor]:
                 table,
                 by_row,
                 by_col,
+                GOLDEN=GOLDEN,
                 **meta,
                 **COLS_TILE,
                 **FUSED,

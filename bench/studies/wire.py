@@ -114,6 +114,13 @@ def rows_sent(
     return sent
 
 
+def lines_sent(shapes: Sequence[tuple[int, int]]) -> int:
+    """Return how many bytes of norms of columns a rank gives to reductions at an update by
+    ``growth="normed_gradient"``, where rows lie on several ranks.
+    """
+    return sum(cols for _, cols in shapes) * (1 + INT32)  # an exponent and a sum
+
+
 def parts_sent(weights: Sequence[Parted], pattern: Block, steps: int) -> list[int]:
     """Return how many bytes each place of a column of ranks sends to others of the sums that
     ``"fisher"`` keeps of blocks that begin elsewhere.

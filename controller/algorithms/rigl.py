@@ -20,7 +20,7 @@ from ..masks.exchange import full_tensor, grown, known_anywhere, lines_of_all, o
 from ..masks.schema import FLAG, FLOATS, Maybe, Schema, tensor
 from ..masks.shards import local_part
 from ..masks.weight import SparseWeight
-from ..selection.criteria import Importance, check_sharded, scores_by_group
+from ..selection.criteria import Importance, scores_by_group
 from .base import Change
 from .set import RegrowthConfig, RegrowthScheduler, SETController
 
@@ -72,8 +72,6 @@ class RigLController(SETController):
     ) -> tuple[list[Tensor], Tensor]:
         first = weights[0]
         gradients = [weight.matrix(self._gradients[weight.name]) for weight in weights]
-        if self._normed:
-            check_sharded("rigl", weights, growth="normed_gradient")
         if self._normed and not any(weight.shard for weight in weights):
             pattern = Unstructured() if first.packed else first.pattern
             scores = line_scores(gradients, pattern, backend=first.backend)

@@ -17,7 +17,7 @@ from ...kernels.bits import pack, unpack
 from ...kernels.block_score import exact_sums, inverse_norms, row_norms
 from ...kernels.cut import Others, find_cut
 from ...kernels.grid import ceil_div
-from ...kernels.line_score import norm_all_
+from ...kernels.line_score import Piece, norm_all_
 from ...kernels.pattern import NM, Block
 from ...kernels.prune_rows import Part
 from ...kernels.regrow import drop_lowest, grow_highest
@@ -126,14 +126,20 @@ def norms_of_all(weights: Sequence[SparseWeight], matrices: Sequence[Tensor]) ->
 
 def lines_of_all(weights: Sequence[SparseWeight], matrices: Sequence[Tensor]) -> list[Tensor]:
     """Return gradients of what is here of weights against their rows and columns, as ``norm_``;
-    16 bytes a column. All columns must be here.
+    5 bytes a line that lies on several ranks.
     """
-    others, ranks = others_of(weights), weights[0].ranks
-    assert others is not None
-    found = [matrix.clone() for matrix in matrices]
-    rows = [weight.full_shape[0] for weight in weights]
-    norm_all_(found, rows, others.counted, ranks.most, ranks.sum)
+    ranks, found = weights[0].ranks, [matrix.clone() for matrix in matrices]
+    norm_all_(found, [*map(_piece_of, weights)], ranks.most, ranks.sum)
     return found
+
+
+def _piece_of(weight: SparseWeight) -> Piece:
+    shard = weight.shard
+    if shard is None or shard.on_stages:
+        return Piece((0, 0), weight.full_shape)
+    rows, cols = shard.here
+    parted = len(shard.peers) > 1, shard.split
+    return Piece((rows.start, cols.start), shard.shape, parted, shard.counted)
 
 
 def pieces_here(weight: SparseWeight) -> int | None:
@@ -155,13 +161,15 @@ def pieces_here(weight: SparseWeight) -> int | None:
     return found
 
 
-def sums_of_each(weights: Sequence[SparseWeight], vectors: Sequence[Tensor]) -> Tensor:
+def sums_of_each(
+    weights: Sequence[SparseWeight], vectors: Sequence[Tensor], counts: Sequence[int]
+) -> Tensor:
     """Return ``exact_sums`` of full weights from vectors of what is here of them."""
     others, ranks = others_of(weights), weights[0].ranks
     if others is None:
-        return exact_sums(vectors)
-    own = [v if counts else v[:0] for v, counts in zip(vectors, others.counted, strict=True)]
-    return exact_sums(own, ranks.most, ranks.sum)
+        return exact_sums(vectors, counts=counts)
+    own = [v if speaks else v[:0] for v, speaks in zip(vectors, others.counted, strict=True)]
+    return exact_sums(own, ranks.most, ranks.sum, counts)
 
 
 def sums_of_all(weight: SparseWeight, rows: Sequence[Tensor]) -> Tensor:

@@ -449,31 +449,15 @@ def by_group(
 
 
 def check_sharded(
-    what: str,
     weights: Sequence[SparseWeight],
-    importance: WeightImportance | None = None,
-    **chosen: str | None,
+    importance: WeightImportance | None,
+    distribution: str | None = None,
 ) -> None:
-    """Refuse what is chosen if it does not go with sharded weights yet, as a ValueError.
+    """Refuse shards by which sums over weights would not be one process's, as a ValueError.
 
     Args:
-        what: who refuses.
         weights: of which some may be sharded.
-        importance: by which they are pruned.
-        chosen: other fields of the configuration.
+        importance, distribution: by which they are pruned.
     """
-    sharded = [weight for weight in weights if weight.shard]
-    if not sharded:
-        return
-    columns = [weight.name for weight in sharded if weight.shard and weight.shard.split]
-    for field, refused, others in (
-        ("distribution", "owl", "'uniform' or 'erk'"),
-        ("growth", "normed_gradient", "'gradient'"),
-    ):
-        if chosen.get(field) == refused and columns:
-            raise ValueError(
-                f"{what}: {field} must be {others} for weights whose columns lie on several "
-                f"ranks, as those of {columns[0]!r} do, got {refused!r}"
-            )
-    for weight in sharded if importance == "normed_abs" else ():
+    for weight in weights if importance == "normed_abs" or distribution == "owl" else ():
         pieces_here(weight)

@@ -22,6 +22,7 @@ from ..masks.exchange import (
     known_anywhere,
     others_of,
     own_part,
+    pieces_here,
     sums_of_each,
     sums_of_parts,
 )
@@ -142,12 +143,14 @@ class Scorer:
 
         sums, sizes = [], []
         for weight, (values, _, per_group) in zip(weights, found(), strict=True):
-            none = values.new_empty(0, dtype=torch.float64)
-            sums.append(
-                torch.cat([none, *(row_sums(values[at]) for at in rows_at_a_time(values))])
-            )
+            groups = per_group and not weight.packed
+            lines = values.T if weight.transposed and not groups else values
+            # groups one by one: those of a piece of a line may be of two ranks
+            pieces = values.shape[1] if groups else pieces_here(weight)
+            parts = (row_sums(lines[at], pieces) for at in rows_at_a_time(lines))
+            sums.append(torch.cat([values.new_empty(0, dtype=torch.float64), *parts]))
             sizes.append(math.prod(weight.full_grid if per_group else weight.weight_shape))
-        totals = sums_of_each(weights, sums)
+        totals = sums_of_each(weights, sums, sizes)
         size = totals.new_tensor(sizes)
         bounds = OUTLIER * totals / size
         above = [_beyond(one.values, bound) for one, bound in zip(found(), bounds, strict=True)]
@@ -173,7 +176,7 @@ class Scorer:
             return found_by_function(importance, weights, self._evidence)
         self._add_parts()
         with ranks.together(weights[0].mask.device):
-            check_sharded("set_sparsity_level", weights, importance)
+            check_sharded(weights, importance)
             if importance in BY_GRADIENT:
                 self._refuse_unused(weights)
             if importance in (*BY_GRADIENT, "random"):

@@ -17,6 +17,7 @@ CONFIGS = {
     "fisher": {"weight_importance": "fisher", "pool": "weight"},
     "set": {},
     "rigl": {},
+    "normed": {"growth": "normed_gradient"},
 }
 BLOCK = ts.Block(16, 2)
 SKIPPED = ts.Block(16, 16)
@@ -34,10 +35,10 @@ def update(group, name):
     from torch.distributed.fsdp import fully_shard
 
     model = fully_shard(net(), mesh=DeviceMesh.from_group(group, "cpu"))
-    moves = {"set": ts.SETConfig, "rigl": ts.RigLConfig}.get(name)
+    moves = {"set": ts.SETConfig, "rigl": ts.RigLConfig, "normed": ts.RigLConfig}.get(name)
     pattern = SKIPPED if name == "skips" else BLOCK
     config = (
-        moves(level=0.6, t_end=20, delta_t=2, pattern=pattern)
+        moves(level=0.6, t_end=20, delta_t=2, pattern=pattern, **CONFIGS[name])
         if moves
         else ts.MagnitudeSparsityConfig(
             schedule=ts.PolynomialSchedule(
@@ -89,7 +90,8 @@ def test_the_formula_is_what_gloo_is_given(ranks, name, size):
     shapes = [tuple(layer.weight.shape) for layer in net()]
     weights = [wire.Parted(shape, wire.bounds(shape[0], size)) for shape in shapes]
     pattern = SKIPPED if name == "skips" else BLOCK
-    rows = wire.rows_sent(weights, pattern, 4, of={"rigl": 2, "fisher": 0}.get(name, 1))
+    matrices = {"rigl": 2, "normed": 2, "fisher": 0}.get(name, 1)
+    rows = wire.rows_sent(weights, pattern, 4, of=matrices)
     parts = wire.parts_sent(weights, pattern, 2 if name == "fisher" else 0)
     grids = wire.grids_sent(shapes, pattern)
     assert grids == (3 + 1 + 4 if name == "skips" else 0)
@@ -103,14 +105,15 @@ def test_the_formula_is_what_gloo_is_given(ranks, name, size):
         numbers = wire.numbers_sent(
             shapes,
             pattern,
-            moves=name in ("set", "rigl"),
+            moves=name in ("set", "rigl", "normed"),
             each=name in ("weight", "skips", "fisher"),
             normed=name == "magnitude",
             tied=0,
             histograms=0,
         )
         # RigL asks whether some rank has gradients, and whether they overflowed
-        asked = 2 * wire.NUMBER if name == "rigl" else 0
+        asked = 2 * wire.NUMBER if name in ("rigl", "normed") else 0
+        asked += wire.lines_sent(shapes) if name == "normed" else 0
         # Fisher, whether gradients say something
         asked += wire.FLOAT32 * len(shapes) if name == "fisher" else 0
         assert sum(reduced) == numbers + grids + asked
@@ -132,6 +135,8 @@ def test_an_update_sends_less_than_10_megabytes_of_numbers_however_many_ranks_th
             assert wire.numbers_sent(shapes, pattern, normed=True) < 10e6
             assert wire.numbers_sent(shapes, pattern, moves=True) < 10e6
             assert wire.numbers_sent(shapes, pattern, each=True) < 10e6
+    lines = [wire.lines_sent([shape for shape, _ in wire.llama(name)]) for name in wire.LLAMA]
+    assert lines == [6_225_920, 31_129_600, 95_477_760]  # as the page has it: for 8B alone
 
 
 def test_the_page_has_the_table():

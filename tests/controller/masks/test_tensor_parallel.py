@@ -70,6 +70,7 @@ def net(dtype=torch.float32, ties=False, as_two=False):
     for parameter in model.parameters():
         values = torch.randn(parameter.shape, generator=numbers)
         parameter.data = ((values * 2).round() / 4 if ties else values / 4).to(dtype)
+    model.down.weight.data[3:20, 22:26] *= 32  # outliers, on both sides of an edge
     return model
 
 
@@ -117,16 +118,18 @@ def wrapped(model, group, kind="tensor"):
     return model
 
 
-def config(pattern, importance="abs", pool="global"):
+def config(pattern, importance="abs", pool="global", distribution="uniform"):
     left = {"pattern": PATTERNS[pattern], "targets": "all"}
     left["ignored_scopes"] = ["tokens"] if pattern == "tiles" else []  # no part has whole tiles
-    if importance in ("set", "rigl"):
-        kind = {"set": ts.SETConfig, "rigl": ts.RigLConfig}[importance]
-        return kind(level=0.6, t_end=40, delta_t=2, **left)
+    if importance == "set":
+        return ts.SETConfig(level=0.6, t_end=40, delta_t=2, **left)
+    if importance in ("gradient", "normed_gradient"):
+        return ts.RigLConfig(level=0.6, t_end=40, delta_t=2, growth=importance, **left)
     return ts.MagnitudeSparsityConfig(
         schedule=ts.PolynomialSchedule(initial_level=0.0, target_level=0.5, target_epoch=3),
         weight_importance=importance,
         pool=pool,
+        distribution=distribution,
         **left,
     )
 
@@ -183,6 +186,7 @@ HOWS = [
     *((name, "abs", "row") for name in ("unstructured", "blocks", "nm")),
     ("tall", "random", "global"),
     ("tall", by_lines, "global"),
+    *(("tall", i, "weight", "owl") for i in ("abs", "random")),
 ]
 
 
@@ -193,6 +197,9 @@ def spelt(how):
 @pytest.mark.parametrize("how", HOWS, ids=spelt)
 def test_columns_and_rows_are_pruned_as_one_process_prunes(ranks, how):
     wanted = prune(ts.create_controller(net(torch.bfloat16, True), config(*how)))
+    if how[1:] == ("abs", "weight", "owl"):
+        uniform = prune(ts.create_controller(net(torch.bfloat16, True), config(*how[:3])))
+        assert [kept for _, kept, _ in wanted[0]] != [kept for _, kept, _ in uniform[0]]
     size = 4 if how in HOWS[: len(PATTERNS)] else 2
     check(ranks.run(size, prune_parts, how, torch.bfloat16, True, True, "tensor"), wanted)
 
@@ -206,9 +213,9 @@ def test_a_model_may_be_parted_when_it_is_pruned_already(ranks, how):
 @pytest.mark.parametrize(
     ("kind", "first", "how"),
     [
-        *(("fsdp", True, how) for how in (HOWS[2], HOWS[5], *HOWS[-3:])),
-        *(("fsdp", False, how) for how in (HOWS[2], HOWS[-3])),
-        *(("copies", True, how) for how in (HOWS[5], HOWS[-1])),
+        *(("fsdp", True, how) for how in (HOWS[2], HOWS[5], *HOWS[-5:-1])),
+        *(("fsdp", False, how) for how in (HOWS[2], HOWS[-5])),
+        *(("copies", True, how) for how in (HOWS[5], HOWS[-3])),
     ],
 )
 def test_two_dimensions_are_pruned_as_one_process_prunes(ranks, kind, first, how):
@@ -282,8 +289,8 @@ def same(a, b):
 
 
 TRAINED = [
-    *(("tall", i) for i in ("normed_abs", "rigl", "snip_momentum", "taylor")),
-    *(("unstructured", i) for i in ("set", "fisher")),
+    *(("tall", i) for i in ("normed_abs", "normed_gradient", "snip_momentum", "taylor")),
+    *(("unstructured", i) for i in ("set", "fisher", "normed_gradient")),
 ]
 
 
@@ -664,8 +671,8 @@ def refuse(group, what):
         chosen = config("unstructured", "normed_abs")
     elif what == "set":
         chosen = config("unstructured", "set")
-    elif what == "growth":
-        chosen = ts.RigLConfig(level=0.6, t_end=10, delta_t=1, growth="normed_gradient")
+    elif what == "outliers":
+        chosen = config("unstructured", "abs", "weight", "owl")
     elif what in ("both", "heights", "later"):
         chosen = learned_config("rb", "tall" if what == "heights" else "unstructured")
     mesh = mesh_of(group, "fsdp") if what == "later" else None
@@ -686,14 +693,14 @@ def refuse(group, what):
         ("dimension", "'image' must be sharded on rows or columns of its matrix"),
         ("sixteenths", "'down' must lie on ranks by sixteenths of its inputs"),
         ("set", "'down' must lie on ranks by sixteenths of its inputs"),
-        ("growth", "growth must be 'gradient' for weights whose columns lie on several ranks"),
+        ("outliers", "'down' must lie on ranks by sixteenths of its inputs"),
         ("heights", "tensor parallelism must part 'up' by whole groups of 16 rows"),
         ("both", "'tokens' must be sharded by fully_shard or by tensor parallelism, not by both"),
         ("later", "'tokens', which tensor parallelism has parted, must not be sharded by fully_"),
     ],
 )
 def test_what_is_not_covered_is_refused_on_every_rank(ranks, what, message):
-    size = {"sixteenths": 3, "set": 3, "both": 4, "later": 4}.get(what, 2)
+    size = {"sixteenths": 3, "set": 3, "outliers": 3, "both": 4, "later": 4}.get(what, 2)
     for kind, text in ranks.errors(size, refuse, what):
         assert kind == "ValueError"
         assert message in text
