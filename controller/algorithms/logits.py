@@ -73,31 +73,24 @@ class LogitWeight(ScoredWeight):
         pattern = self.pattern
         if self.transposed and isinstance(pattern, Block):
             pattern = Block(pattern.cols, pattern.rows)
-        stored, scores = self.matrix(weight), self.trained_scores()
-        if self.parted:
-            grids, stream = (self.scores_shape, self.own_scores), self.stream
-            random, backend = self.draws.random, self.backend
-            return sample_part(
-                stored, scores, random, pattern, *grids, stream=stream, backend=backend
-            )
-        masked = sample_mask(
-            stored.T if self.transposed else stored,
-            scores,
-            self.draws.random,
-            pattern,
-            stream=self.stream,
-            drawn=self._draw(scores.detach()),
-            backend=self.backend,
-        )
+        matrix, scores = self.matrix(weight), self.trained_scores()
+        stored = matrix.T if self.transposed else matrix
+        options: Any = {"stream": self.stream, "backend": self.backend}
+        if self.in_parts and self.multiplied is not None:  # by tensor parallelism
+            grids = self.scores_shape, self.own_scores
+            return sample_part(stored, scores, self.draws.random, pattern, *grids, **options)
+        drawn = self._draw(scores.detach())
+        masked = sample_mask(stored, scores, self.draws.random, pattern, drawn=drawn, **options)
         return masked.reshape(weight.shape)
 
     def evaluated(self, weight: Tensor) -> Tensor:
         if not self.in_parts:
             return super().evaluated(weight)
         kept = self.trained_scores().detach() > 0
-        matrix = self.target.matrix(weight)
-        mask = pack(kept) if self.packed else kept
-        return apply_mask(matrix, mask, self.pattern, backend=self.backend).reshape(weight.shape)
+        matrix, kept = self.target.matrix(weight), kept.T if self.transposed else kept
+        mask = pack(kept) if self.packed else kept.contiguous()
+        masked = apply_mask(matrix, mask, self.pattern, backend=self.backend)
+        return (masked.T if self.transposed else masked).reshape(weight.shape)
 
     def _draw(self, scores: Tensor) -> Tensor | None:
         """Return this step's draw where it is kept, drawn by the step's first forward pass."""
@@ -143,12 +136,13 @@ class LogitWeight(ScoredWeight):
         if self._read_at != key:
             self.follow()  # the weight may be a shard by now
             kept = self.part() > 0
-            if self.parted:
-                self.take_part(kept)
-            elif not self.in_parts:
-                self.set_grid((kept.T if self.transposed else kept).contiguous())
-            else:
+            kept = (kept.T if self.transposed else kept).contiguous()
+            if not self.in_parts:
+                self.set_grid(kept)
+            elif self.gathers_scores:
                 self._take_full(*full_grids([self], [kept]))
+            else:
+                self.take_part(kept)
             self._read_at = key
 
     def _become_sharded(self, weight: Any) -> None:

@@ -43,8 +43,8 @@ def others_of(weights: Sequence[SparseWeight]) -> Others | None:
 def _place_of(weight: SparseWeight) -> tuple[Part, Part]:
     pattern, shard = weight.pattern, weight.shard
     if shard is not None and weight.gathers_scores:
-        first: int = cast(Any, weight).group_rows[shard.place]
-        return Part(first, shard.grid[0]), Part(0, shard.grid[1])
+        rows, cols = cast(Any, weight).scored_groups
+        return Part(rows.start, shard.grid[0]), Part(cols.start, shard.grid[1])
     firsts = (0, 0) if shard is None else (shard.here[0].start, shard.here[1].start)
     sides = pattern.group if isinstance(pattern, NM) else (pattern.rows, pattern.cols)
     rows, cols = (
@@ -449,12 +449,12 @@ def whole_grids(weights: Sequence[SparseWeight]) -> list[Tensor]:
 
 
 def full_grids(weights: Sequence[Any], grids: Sequence[Tensor]) -> list[Tensor]:
-    """Return bool grids of full ``ScoredWeight``s, which are sharded, from the rows of them that
+    """Return bool grids of full ``ScoredWeight``s, which are sharded, from the parts of them that
     have their scores here: one bit a group is gathered, of all weights in one exchange.
     """
-    ranks, device, rows = weights[0].ranks, grids[0].device, [w.group_rows for w in weights]
-    wide = [ceil_div(grid.shape[1], 8) for grid in grids]
-    slots = [max(b - a for a, b in pairwise(own)) * n for own, n in zip(rows, wide, strict=True)]
+    ranks, device = weights[0].ranks, grids[0].device
+    scored = [weight.scored_parts for weight in weights]
+    slots = [max(h * ceil_div(w, 8) for h in tall for w in wide) for tall, wide in scored]
     ends = [0, *accumulate(slots)]
     sent = torch.zeros(ends[-1], dtype=torch.uint8, device=device)
     for start, grid in zip(ends, grids, strict=False):
@@ -463,12 +463,16 @@ def full_grids(weights: Sequence[Any], grids: Sequence[Tensor]) -> list[Tensor]:
     if ranks.size > 1:
         distributed.all_gather(every, sent, ranks.group)
     found = []
-    for weight, grid, own, start, n in zip(weights, grids, rows, ends, wide, strict=False):
+    for weight, (tall, wide), start in zip(weights, scored, ends, strict=False):
+        widths = [ceil_div(w, 8) for w in wide]
         parts = [
-            every[rank][start : start + (b - a) * n].view(b - a, n)
-            for rank, (a, b) in zip(weight.shard.peers, pairwise(own), strict=True)
+            [
+                unpack(every[rank][start : start + h * n].view(h, n), w)
+                for rank, h in zip(below, tall, strict=True)
+            ]
+            for below, w, n in zip(weight.shard.ranks, wide, widths, strict=True)
         ]
-        found.append(weight.whole_grid(unpack(torch.cat(parts), grid.shape[1])))
+        found.append(weight.whole_grid(_joined(parts)))
     return found
 
 

@@ -21,17 +21,20 @@ from torch import Tensor, nn
 
 from ...kernels.grid import ceil_div, side_lengths
 from ...kernels.learned_mask import scale_gradient
-from ...kernels.pattern import Block, Pattern
+from ...kernels.pattern import Block, Pattern, Unstructured
 from .exchange import from_stage, sums_of_parts
 from .linear import restore_class, skip_blocks
 from .module import MaskedModule, become, unsharded_class
 from .shards import (
-    equal_parts,
+    Shard,
+    dimensions_of,
     gathered,
+    gathered_over,
     is_sharded,
     like_shard,
     local_part,
     shard_beside,
+    shard_of,
 )
 from .weight import SparseWeight, Target, take_values
 
@@ -41,8 +44,6 @@ _WEIGHTS = "_learned_weights"
 class LearnedWeight(SparseWeight):
     """A weight that is dense and reads masked, until it is frozen."""
 
-    parted = False  # on ranks by tensor parallelism: forward passes read what is here
-
     def __init__(self, target: Target, **options: Any) -> None:
         self.frozen = False
         super().__init__(target, **options)
@@ -51,6 +52,16 @@ class LearnedWeight(SparseWeight):
     @property
     def holds_zeros(self) -> bool:
         return self.frozen
+
+    def is_passed(self, weight: Tensor) -> bool:
+        """Tell whether the module has its weight as a forward pass does: gathered by FSDP2, if
+        that shards it.
+        """
+        if not is_sharded(weight):
+            return True
+        dimensions = dimensions_of(weight)
+        alone = self.in_parts and self.multiplied is self.shard
+        return dimensions < self._dimensions or (alone and dimensions == self._dimensions)
 
     @property
     def learning(self) -> bool:
@@ -80,13 +91,18 @@ class LearnedWeight(SparseWeight):
         weight: Any = (
             self.weight if self.shard is None else self.module._parameters[self.parameter_name]
         )
-        if self.frozen or (is_sharded(weight) and not self.parted):
+        if self.frozen or not self.is_passed(weight):
             return weight
-        if self.parted or not self._is_here(weight):
+        if not self._is_here(weight):
             self.follow()
-        here = weight.to_local() if self.parted else weight
+        sharded = is_sharded(weight)
+        here = weight.to_local() if sharded else weight
         masked = self.learned(here) if self.learning else self.evaluated(here)
-        return like_shard(weight, masked, weight.shape) if self.parted else masked
+        return self.noted(like_shard(weight, masked, weight.shape) if sharded else masked)
+
+    def noted(self, masked: Tensor) -> Tensor:
+        """Return the masked weight, which a forward pass reads."""
+        return masked
 
     def masked(self, tensor: Tensor) -> Tensor:
         if self.frozen:
@@ -172,7 +188,7 @@ class ScoredWeight(LearnedWeight):
         a while is not it.
         """
         found = self.module._parameters.get(_scores_name(self.parameter_name))
-        if found is not None and (is_sharded(found) or not is_sharded(self._scores)):
+        if found is not None and _dimensions(found) >= _dimensions(self._scores):
             self._scores = found
         return self._scores
 
@@ -196,10 +212,8 @@ class ScoredWeight(LearnedWeight):
     def scores_shape(self) -> tuple[int, ...]:
         """How many scores there are, down and across."""
 
-    def read(self) -> Tensor:
-        masked = super().read()
-        noted = self.learning and masked.requires_grad and (self.parted or not is_sharded(masked))
-        if noted and not torch.compiler.is_compiling():
+    def noted(self, masked: Tensor) -> Tensor:
+        if self.learning and masked.requires_grad and not torch.compiler.is_compiling():
             self.was_read = True
             masked.register_hook(self._note_learning)
         return masked
@@ -222,11 +236,8 @@ class ScoredWeight(LearnedWeight):
 
     def trained_scores(self) -> Tensor:
         """Return the scores as the forward pass reads them: gathered, where the weight is."""
-        if self.parted:
-            return self.trained_part()
-        found = self.module._parameters[_scores_name(self.parameter_name)]
-        assert found is not None
-        return self._trained(found)
+        found: Any = self.module._parameters[_scores_name(self.parameter_name)]
+        return self._trained(found.to_local() if is_sharded(found) else found)
 
     def trained_part(self) -> Tensor:
         """Return the scores that are here, as the loss reads them. Where several stages have
@@ -261,11 +272,10 @@ class ScoredWeight(LearnedWeight):
     def take_scores(self, scores: Tensor) -> None:
         """Take over what ``full_scores`` returned, in place."""
         here: Any = local_part(self.scores)
-        if self.shard is not None and not self.gathers_scores:
+        if self.on_stage:
             scores = scores[self.own_scores[: scores.ndim]]
-        elif self.shard is not None:
-            rows = equal_parts(len(scores), len(self.shard.peers))
-            scores = scores[slice(*rows[self.shard.place : self.shard.place + 2])]
+        elif self.in_parts:
+            scores = scores[self._as_stored(*self.scores_shard.here)[: scores.ndim]]
         here.copy_(scores)
         torch.autograd.graph.increment_version(self.scores)
 
@@ -284,13 +294,50 @@ class ScoredWeight(LearnedWeight):
 
     @property
     def own_scores(self) -> tuple[slice, slice]:
-        """Which rows and columns of the scores are here, where FSDP2 does not part them."""
-        assert self.shard is not None
+        """Which rows and columns of the scores, as they are stored, a forward pass has: not all on
+        a stage of a pipeline, or by tensor parallelism.
+        """
+        part = self.shard if self.on_stage else self.multiplied
+        assert part is not None
         rows, cols = (
             slice(ceil_div(here.start, side), ceil_div(here.stop, side))
-            for here, side in zip(self.shard.here, self.score_sides, strict=True)
+            for here, side in zip(part.here, self.score_sides, strict=True)
         )
-        return rows, cols
+        return self._as_stored(rows, cols)
+
+    def _as_stored(self, rows: slice, cols: slice) -> tuple[slice, slice]:
+        return (cols, rows) if self.transposed else (rows, cols)
+
+    @property
+    def scores_shard(self) -> Shard:
+        """Which scores are here, of a matrix of all that lies as the weight's."""
+        layout: Any = {"transposed": self.transposed, "experts": False}
+        found = shard_of(self.name, self.scores, Unstructured(), self.ranks, **layout)
+        assert found is not None
+        return found
+
+    @property
+    def scored_groups(self) -> tuple[slice, slice]:
+        """Which rows and columns of the full weight's groups have their scores here."""
+        tall, wide = self._groups_a_score
+        rows, cols = self.scores_shard.here
+        return slice(rows.start * tall, rows.stop * tall), slice(
+            cols.start * wide, cols.stop * wide
+        )
+
+    @property
+    def scored_parts(self) -> tuple[list[int], list[int]]:
+        """How many rows of groups have their scores in each part, and how many columns."""
+        tall, wide = self._groups_a_score
+        shard = self.scores_shard
+        rows, cols = (pairwise(ends) for ends in (shard.bounds, shard.edges))
+        return [tall * (b - a) for a, b in rows], [wide * (b - a) for a, b in cols]
+
+    @property
+    def _groups_a_score(self) -> tuple[int, int]:
+        assert self.shard is not None
+        (down, across), (rows, cols) = self.shard.grid, self.scores_shard.shape
+        return down // rows, across // cols
 
     def join(self, model: nn.Module) -> None:
         """Shard the scores as the weight is already: let FSDP2 do it, and gather them with it; or
@@ -298,33 +345,34 @@ class ScoredWeight(LearnedWeight):
         """
         users = [(module, name, _scores_name(name)) for module, name in self.target.users]
         module, name, _ = users[0]
-        if gathered(model).get((id(module), name)):
-            shard_beside(model, users, nn.Parameter(self._new_scores(self.weight.device)))
+        weight: Any = self.weight
+        over = gathered_over(model).get((id(module), name), ())
+        self.multiplied = self.shard_of(weight, over) if over else self.shard
+        local = self._new_scores("meta")
+        if self.multiplied is not None:
+            self._check_sides(self.multiplied)
+            local = local[self.own_scores[: local.ndim]]
+        local = torch.full(local.shape, self.initial_score, device=weight.device)
+        if over:
+            shard_beside(model, users, local, self.scores_shape)
         else:
-            self.parted = True
-            self._check_sides()
-            weight: Any = self.weight
-            whole = self._new_scores("meta")
-            here = whole[self.own_scores[: whole.ndim]].shape
-            local = torch.full(here, self.initial_score, device=weight.device)
-            scores = nn.Parameter(like_shard(weight, local, whole.shape))
+            scores = nn.Parameter(like_shard(weight, local, self.scores_shape))
             for owner, _, own in users:
                 owner.register_parameter(own, scores)
         self._watch_scores()
 
     @property
     def gathers_scores(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.in_parts and not self.parted
+        return self.in_parts and self.multiplied is not self.shard
 
-    def _check_sides(self) -> None:
-        assert self.shard is not None
+    def _check_sides(self, part: Shard) -> None:
         if len(self.scores_shape) != len(self.weight_shape):
             raise ValueError(
                 f"create_controller: the weight of {self.name!r} must be a matrix to lie on ranks "
                 f"by tensor parallelism under a mask that is learned, got the shape "
                 f"{tuple(self.weight_shape)}; list it in ignored_scopes"
             )
-        ends = self.shard.bounds, self.shard.edges
+        ends = part.bounds, part.edges
         for what, found, side in zip(("rows", "columns"), ends, self.score_sides, strict=True):
             if any(end % side for end in found[:-1]):
                 raise ValueError(
@@ -335,12 +383,6 @@ class ScoredWeight(LearnedWeight):
                 )
 
     def _become_sharded(self, weight: Any) -> None:
-        if self.parted:
-            raise ValueError(
-                f"the weight of {self.name!r}, which tensor parallelism has parted, must not be "
-                f"sharded by fully_shard too under a mask that is learned, got "
-                f"{weight.placements}; strip the model before"
-            )
         scores: Any = self.scores
         places = [(t.device_mesh, t.placements) for t in (weight, scores) if is_sharded(t)]
         if len(places) < 2 or places[0] != places[1]:
@@ -349,19 +391,11 @@ class ScoredWeight(LearnedWeight):
                 f"{scores.placements if is_sharded(scores) else type(scores).__name__} for "
                 f"{weight.placements}; let fully_shard have both"
             )
-        _check_shard(self.target, weight)
+        _check_shard(self.target, weight, range(dimensions_of(weight) - self._dimensions))
+        before = self.shard
         super()._become_sharded(weight)
+        self.multiplied = before
         self._watch_scores()
-
-    @property
-    def group_rows(self) -> tuple[int, ...]:
-        """Of a sharded weight the first row of the full grid that each part has scores of, and
-        behind them the number of rows.
-        """
-        assert self.shard is not None
-        parts = len(self.shard.peers)
-        tall = self.shard.grid[0] // self.scores_shape[0]
-        return tuple(tall * row for row in equal_parts(self.scores_shape[0], parts))
 
     def take_part(self, grid: Tensor) -> None:
         """Take over the bool grid of what is here, in place; of other parts, or of the stage that
@@ -386,33 +420,39 @@ class ScoredWeight(LearnedWeight):
 
 def check_shards(model: nn.Module, targets: Sequence[Target]) -> None:
     """Refuse weights that are sharded, where scores cannot be sharded with them."""
-    known = gathered(model) if targets else {}
+    known, over = (gathered(model), gathered_over(model)) if targets else (set(), {})
     for target in targets:
         module, name = target.users[0]
-        alone = known.get((id(module), name))
-        _check_shard(target, target.weight, rows=alone is not None)
-        if alone is False:
+        user = id(module), name
+        if user in known and user not in over:
             raise ValueError(
                 f"create_controller: the weight of {target.name!r} must be sharded by fully_shard "
-                "or by tensor parallelism, not by both, under a mask that is learned, got "
-                f"{target.weight.placements}; list it in ignored_scopes"  # pyright: ignore[reportAttributeAccessIssue]
+                "on a mesh of its own beside that of tensor parallelism under a mask that is "
+                f"learned, got {target.weight.placements}; list it in ignored_scopes"  # pyright: ignore[reportAttributeAccessIssue]
             )
+        _check_shard(target, target.weight, over.get(user, ()))
 
 
-def _check_shard(target: Target, weight: Any, *, rows: bool = True) -> None:
-    """Refuse what scores cannot be sharded beside, by ``rows`` with FSDP2."""
-    fits = all(getattr(placed, "dim", 0) == 0 for placed in weight.placements)
-    if not rows:
-        fits = weight.ndim <= 2
-    if target.transposed or not fits or weight.dtype != torch.float32:
-        stored = "(in, out)" if target.transposed else "(out, in)"
+def _check_shard(target: Target, weight: Any, over: Sequence[int]) -> None:
+    """Refuse what scores cannot be sharded beside. ``over`` these dimensions of its mesh FSDP2
+    gathers a weight.
+    """
+    by_rows = all(getattr(weight.placements[i], "dim", 0) == 0 for i in over)
+    rest = [placed for i, placed in enumerate(weight.placements) if i not in over]
+    whole = all(not hasattr(placed, "dim") for placed in rest)
+    if not (by_rows and (whole or weight.ndim <= 2)) or weight.dtype != torch.float32:
         raise ValueError(
-            f"the weight of {target.name!r} must be float32, stored (out, in), and sharded by "
-            "rows under a mask that is learned, with scores that FSDP2 gathers beside it, or be a "
-            f"matrix that tensor parallelism has parted, got {weight.dtype}, {stored} and "
+            f"the weight of {target.name!r} must be float32, and sharded by the dimension that is "
+            "stored first under a mask that is learned, with scores that FSDP2 gathers beside it, "
+            f"or be a matrix that tensor parallelism has parted, got {weight.dtype} and "
             f"{weight.placements}; MixedPrecisionPolicy computes in fewer bits, ignored_scopes "
             "leaves it dense"
         )
+
+
+def _dimensions(parameter: Tensor) -> int:
+    """Return on how many dimensions of a mesh a parameter lies: 0 of one that is whole."""
+    return dimensions_of(parameter) if is_sharded(parameter) else 0
 
 
 def _elements(grid: Tensor, pattern: Pattern, shape: tuple[int, int]) -> int:

@@ -386,12 +386,6 @@ def _check_edges(name: str, pattern: Pattern, bounds: Sequence[int], edges: Sequ
             )
 
 
-def equal_parts(count: int, parts: int) -> tuple[int, ...]:
-    """Return the first row of each part as torch shards rows, and behind them their ``count``."""
-    step = ceil_div(count, parts)
-    return tuple(min(i * step, count) for i in range(parts + 1))
-
-
 def _sharded_modules(model: nn.Module) -> list[Any]:
     module: Any = sys.modules.get("torch.distributed.fsdp")
     # each class that is sharded gets a subclass of it: without any there is nothing to look for
@@ -415,16 +409,10 @@ def _fsdp_groups(model: nn.Module) -> list[Any]:
     return [group for group in found if group is not None]
 
 
-def gathered(model: nn.Module) -> dict[tuple[int, str], bool]:
-    """Name the parameters, by the identities of their modules, that FSDP2 gathers. True: it alone
-    has parted them, by rows, and gathers them as a whole.
-    """
+def gathered(model: nn.Module) -> set[tuple[int, str]]:
+    """Name the parameters, by the identities of their modules, that FSDP2 gathers."""
     held = (held for group in _fsdp_groups(model) for held in group.fsdp_params)
-    return {
-        user: not own.is_dtensor and own.fsdp_placement.dim == 0
-        for own in held
-        for user in _named(own)
-    }
+    return {user for own in held for user in _named(own)}
 
 
 def gathered_over(model: nn.Module) -> dict[tuple[int, str], range]:
@@ -452,13 +440,13 @@ def like_shard(weight: Any, local: Tensor, shape: Sequence[int]) -> Tensor:
     """Return a DTensor that is parted as a weight is.
 
     Args:
-        weight: a DTensor.
+        weight: a DTensor, or the specification of one.
         local: what is here of it.
         shape: of the whole.
     """
     stride = [*accumulate(reversed(shape[1:]), operator.mul, initial=1)][::-1]
-    options = {"run_check": False, "shape": torch.Size(shape), "stride": tuple(stride)}
-    kind = type(weight.data)
+    options: Any = {"run_check": False, "shape": torch.Size(shape), "stride": tuple(stride)}
+    kind = sys.modules["torch.distributed.tensor"].DTensor
     return kind.from_local(local, weight.device_mesh, weight.placements, **options)
 
 
@@ -471,14 +459,19 @@ def replicated(weight: Any, tensor: Tensor) -> Tensor:
 
 
 def shard_beside(
-    model: nn.Module, users: Sequence[tuple[nn.Module, str, str]], parameter: nn.Parameter
+    model: nn.Module,
+    users: Sequence[tuple[nn.Module, str, str]],
+    local: Tensor,
+    shape: Sequence[int],
 ) -> None:
     """Let FSDP2 shard a new parameter, and gather it with another one.
 
     Args:
         model: of which parts are sharded.
         users: modules, with the names in them of the other and the new one.
-        parameter: the new one, whole.
+        local: what a forward pass has here of the new one: the whole, or a part by tensor
+            parallelism as it has of the other.
+        shape: of the whole.
     """
     module, name, _ = users[0]
     owners, names = [owner for owner, *_ in users], [new for *_, new in users]
@@ -489,6 +482,10 @@ def shard_beside(
                 place = type(held._module_info)(owners[0], names[0], owners[1:], names[1:])
                 policies = held.mp_policy, group.offload_policy
                 mesh = held.mesh_info, group.post_forward_mesh_info
+                if held.is_dtensor:  # earlier torch has another name for how it lies
+                    spec: Any = getattr(held, "_unsharded_dtensor_spec", None) or held._tp_spec
+                    local = like_shard(spec, local, shape)
+                parameter = nn.Parameter(local)
                 new = type(held)(parameter, place, *mesh, held.device, None, *policies)
                 group.fsdp_params.append(new)
                 _look_anew(group)

@@ -248,10 +248,13 @@ class SparseWeight(GroupMask):
         """True for a vector that is sharded: it is a column here, and a row as a whole."""
         return self.shard is not None and len(self.weight_shape) == 1
 
-    def local_grid(self, grid: Tensor) -> Tensor:
-        """Return the bool grid of what is here from that of the full weight."""
-        assert self.shard is not None
-        return local_grid(self.shard, grid.T if self._upright else grid).contiguous()
+    def local_grid(self, grid: Tensor, part: Shard | None = None) -> Tensor:
+        """Return the bool grid of a part, or with None of what is here, from that of the full
+        weight.
+        """
+        part = self.shard if part is None else part
+        assert part is not None
+        return local_grid(part, grid.T if self._upright else grid).contiguous()
 
     def whole_grid(self, grid: Tensor) -> Tensor:
         """Return the bool grid of the full weight from one whose parts lie below one another."""

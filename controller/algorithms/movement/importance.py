@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ....kernels.bits import expand_mask
 from ....kernels.learned_mask import straight_through
 from ....kernels.masked_weight import apply_mask
-from ....kernels.pattern import MAX_BLOCK_SIDE, Block, Unstructured
+from ....kernels.pattern import MAX_BLOCK_SIDE, Block, Pattern, Unstructured
 from ....kernels.select import kth_smallest
 from ...config.scope import check_scopes, matches
 from ...masks.exchange import full_grid, full_grids, others_of, sums_of_parts
@@ -48,11 +48,9 @@ class MovementWeight(ScoredWeight):
         self.factors = factors
         pattern = target.pattern
         self._repeats = factors[0] // pattern.rows, factors[1] // pattern.cols
-        self._whole: Tensor | None = None
+        # that of what a forward pass has, where FSDP2 gathers it
+        self._passed: Tensor | None = None
         super().__init__(target, **options)
-        if self.in_parts:
-            everything = torch.ones(self.full_grid, dtype=torch.bool, device=self.mask.device)
-            self._whole = self._compact(everything)
 
     @property
     def scores_shape(self) -> tuple[int, ...]:
@@ -69,30 +67,37 @@ class MovementWeight(ScoredWeight):
 
     def join(self, model: nn.Module) -> None:
         super().join(model)
-        self._whole = None if self.parted else self._whole
+        if self.gathers_scores:
+            self._pass(torch.ones(self.full_grid, dtype=torch.bool, device=self.mask.device))
+
+    def _pass(self, grid: Tensor) -> None:
+        """Let a forward pass read this bool grid of the full weight, of which FSDP2 gathers all or
+        a part.
+        """
+        part = self.multiplied
+        self._passed = self._compact(grid if part is None else self.local_grid(grid, part))
+
+    def _readable(self, weight: Tensor) -> tuple[Tensor, Tensor, Pattern]:
+        """Return what a forward pass has of the weight as a matrix, its mask and its pattern."""
+        if self._passed is None:
+            matrix = self.matrix(weight)
+            return matrix, self.mask_for(matrix), self.kind.pattern
+        if self.multiplied is None:
+            return self.target.matrix(weight), self._passed, self.pattern
+        return self.matrix(weight), self._passed, self.multiplied.own_pattern
 
     def learned(self, weight: Tensor) -> Tensor:
         scores = self.trained_scores()
-        if self._whole is None:
-            matrix, scores, pattern = (
-                self.matrix(weight),
-                self.spread_part(scores),
-                self.kind.pattern,
-            )
-            mask = self.mask_for(matrix)
-        else:
-            matrix, scores, pattern = self.target.matrix(weight), self.spread(scores), self.pattern
-            mask = self._whole
+        whole = self._passed is not None and self.multiplied is None
+        scores = self.spread(scores) if whole else self.spread_part(scores)
+        matrix, mask, pattern = self._readable(weight)
         masked = straight_through(matrix, scores, mask, pattern, backend=self.backend)
         return masked.reshape(weight.shape)
 
     def evaluated(self, weight: Tensor) -> Tensor:
-        if self.parted:
-            mask, matrix, pattern = self.mask, self.matrix(weight), self.kind.pattern
-        elif self._whole is not None:
-            mask, matrix, pattern = self._whole, self.target.matrix(weight), self.pattern
-        else:
+        if not self.in_parts:
             return super().evaluated(weight)
+        matrix, mask, pattern = self._readable(weight)
         return apply_mask(matrix, mask, pattern, backend=self.backend).reshape(weight.shape)
 
     @staticmethod
@@ -101,16 +106,16 @@ class MovementWeight(ScoredWeight):
         SparseWeight.masks_changed(owners)
         for weight in owners:
             if weight.gathers_scores and not weight.frozen:
-                weight._whole = weight._compact(full_grid(weight))
+                weight._pass(full_grid(weight))
 
     def _become_sharded(self, weight: Any) -> None:
-        whole = self._compact(self.kept_grid()).clone()
+        mask = self._compact(self.kept_grid()).clone()
         super()._become_sharded(weight)
-        self._whole = None if self.frozen else whole
+        self._passed = None if self.frozen else mask
 
     def freeze(self, frozen: bool) -> None:
         super().freeze(frozen)
-        self._whole = None
+        self._passed = None
         if self.shard is not None:
             self.masks_changed([self])
 
@@ -132,7 +137,7 @@ class MovementWeight(ScoredWeight):
         """Bool tensor of the full weight's shape, True = kept; a copy."""
         if not self.in_parts:
             return self.binary_mask
-        whole = self._compact(full_grid(self)) if self._whole is None else self._whole
+        whole = self._compact(full_grid(self))
         return expand_mask(whole, self.pattern, self.full_shape).view(self.weight_shape)
 
     def keep_everywhere(self, kept: Tensor) -> None:
@@ -146,7 +151,8 @@ class MovementWeight(ScoredWeight):
     def take_whole(self, grid: Tensor) -> None:
         """Take over the bool grid of the full weight, of which a part is here."""
         self._take_full(grid)
-        self._whole = self._compact(grid) if self.gathers_scores else None
+        if self.gathers_scores:
+            self._pass(grid)
 
     def take(self, kept: Tensor, count: int) -> None:
         """Take over which importances are kept: bool, of the scores' shape, ``count`` True."""

@@ -478,9 +478,9 @@ def refuse(group, what):
         (
             "bits",
             "ValueError",
-            "the weight of '3' must be float32, stored (out, in), and sharded by",
+            "the weight of '3' must be float32, and sharded by the dimension that",
         ),
-        ("columns", "ValueError", "got torch.float32, (out, in) and (Shard(dim=1),)"),
+        ("columns", "ValueError", "got torch.float32 and (Shard(dim=1),)"),
         ("alone", "ValueError", "must part '3' by whole groups of 8 rows"),
         ("loss", "RuntimeError", "controller.loss() was not part of the loss in 25 steps"),
     ],
