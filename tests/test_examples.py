@@ -1,10 +1,7 @@
 """The examples run as they stand."""
 
 import importlib
-import multiprocessing
-import os
 import re
-import runpy
 import socket
 import subprocess
 import sys
@@ -15,53 +12,26 @@ from pathlib import Path
 import pytest
 import torch
 
+from forks import fork, run_script
+
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 SECONDS = 120  # a run takes a few; a machine may be busy
 TORCHRUN = (sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone")
 
 
 def run(name, folder, ranks=1):
-    """Return what an example prints, on as many ranks as torchrun would start.
-
-    They are forks of this process. To import what an example needs takes longer than all else
-    that it does.
-    """
+    """Return what an example prints, on as many ranks as torchrun would start."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         _, port = free.getsockname()
-    context = multiprocessing.get_context("fork")
-    outputs = [folder / f"{name} {rank}" for rank in range(ranks)]
-    processes = []
-    for rank, output in enumerate(outputs):
-        of_ranks = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "localhost"}
-        of_ranks |= {"LOCAL_RANK": rank, "MASTER_PORT": port}
+    started = []
+    for rank in range(ranks):
+        of_ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
+        of_ranks |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
         environment = {key: str(value) for key, value in of_ranks.items()} if ranks > 1 else {}
-        process = context.Process(target=execute, args=(name, folder, output, environment))
-        process.start()
-        processes.append(process)
-    for process, output in zip(processes, outputs, strict=True):
-        process.join(SECONDS)
-        process.kill()
-        process.join()
-        assert process.exitcode == 0, output.read_text()
-    return [line for output in outputs for line in output.read_text().splitlines()]
-
-
-def execute(name, folder, output, environment):
-    """Be a process of its own that runs an example, every warning an error."""
-    os.chdir(folder)
-    os.environ.update(environment)
-    with output.open("w", buffering=1) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        sys.stdout = sys.stderr = file
-        sys.argv = [name, str(folder)]
-        torch.set_num_threads(1)
-        warnings.resetwarnings()
-        warnings.simplefilter("error")
-        # PEFT asks transformers for what it has renamed
-        warnings.simplefilter("ignore", FutureWarning)
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        where = {"folder": folder, "name": f"rank{rank}", "environment": environment}
+        started.append(fork(run_script, EXAMPLES / name, str(folder), **where))
+    return [line for process in started for line in process.lines()]
 
 
 @pytest.mark.slow

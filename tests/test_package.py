@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import warnings
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import typer
 import yaml
 
 import triton_sparsity as ts
+from forks import fork
 from triton_sparsity.bench.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -197,22 +199,16 @@ def fenced(page, language):
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
+def run_blocks():
+    warnings.simplefilter("error")
+    for page in PAGES:
+        for block in fenced(page, "python"):
+            exec(compile(block, page.name, "exec"), {})
+
+
 @pytest.mark.slow
 def test_code_of_the_pages_runs(tmp_path):
-    # one process for all, which takes seconds to start: each block has names of its own
-    code = "".join(
-        f"exec(compile({block!r}, {page.name!r}, 'exec'), {{}})\n"
-        for page in PAGES
-        for block in fenced(page, "python")
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    fork(run_blocks, folder=tmp_path).lines()
 
 
 @every_page

@@ -2,12 +2,12 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
 import torch
 
+from forks import fork
 from spoil import spoilt, spoilt_bytes
 from triton_sparsity.bench import autotune as job
 from triton_sparsity.bench.autotune import crossing, make_search
@@ -237,31 +237,14 @@ def test_a_measured_tile_counts_in_the_tile_of_a_product(monkeypatch):
 @pytest.mark.slow
 def test_a_stopped_process_says_how_to_go_on(tmp_path):
     output = tmp_path / "table.json"
-    slow = ["--shapes=512x1024x1024,512x2048x2048", "--device=cpu", "--budget=0.1", "--threads=1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "triton_sparsity.bench.cli", "autotune", *slow, "-o", output],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        # what a shell starts in the background, as these tests may be, ignores the signal
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        for _ in range(600):
-            if output.exists():
-                break
-            try:
-                process.wait(0.1)
-            except subprocess.TimeoutExpired:
-                continue
-            break
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    # the interpreter may end itself by the signal once more
-    assert process.returncode in (130, -signal.SIGINT), errors
-    assert "the same command goes on" in errors
+    slow = ["--shapes=16x256x256,512x2048x2048", "--device=cpu", "--budget=0.1", "--threads=1"]
+    stopped = fork(main, ["autotune", *slow, "-o", str(output)], folder=tmp_path)
+    deadline = time.monotonic() + 60
+    while not output.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(stopped.process.pid, signal.SIGINT)
+    assert stopped.wait() == 130
+    assert "the same command goes on" in stopped.err.read_text()
 
 
 @pytest.mark.parametrize("change", [{"triton": "1.0"}, {"kernels": "0"}, {"tiles": [3]}])

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 import typer
 
+from forks import fork
 from triton_sparsity.bench import cli
 from triton_sparsity.bench.cli import main
 from triton_sparsity.bench.finetune.tasks import load_task
@@ -381,40 +382,37 @@ def test_without_sklearn_the_task_says_what_to_install(tmp_path, capsys, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def write_little(*arguments):
+    # a file of this many bytes is as large as the system lets any become
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    main([*arguments])
+
+
 @pytest.mark.slow
 def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(tmp_path):
-    done = subprocess.run(
-        [*PROGRAM, "finetune", *QUICK, "-o", str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        # a file of this many bytes is as large as the system lets any become
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    folder = tmp_path / "here"
+    folder.mkdir()
+    ended = fork(write_little, "finetune", *QUICK, "-o", str(folder / "run"), folder=tmp_path)
+    assert ended.wait() == 2
+    assert ended.out.read_text() == ""
+    assert ended.err.read_text() == (
+        f"triton-sparsity: error: {folder / 'run' / 'state.pt'}: File too large\n"
     )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr == (
-        f"triton-sparsity: error: {tmp_path / 'run' / 'state.pt'}: File too large\n"
-    )
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
 
 
 LONGER = [*QUICK, "--dense-epochs=8", "--epochs=8", "--save-every=1"]
 
 
 def start(folder, *arguments):
-    return subprocess.Popen(
-        [*PROGRAM, "finetune", *arguments, "-o", str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return fork(main, ["finetune", *LONGER, *arguments, "-o", str(folder)], folder=folder.parent)
 
 
-def wait_for_saves(process, folder, count):
+def wait_for_saves(run, folder, count):
     """Wait until the state was replaced ``count`` times."""
     seen, last = 0, None
     while seen < count:
-        assert process.poll() is None, process.stderr.read()
+        assert run.process.is_alive(), run.err.read_text()
         try:
             now = os.stat(folder / "state.pt").st_mtime_ns
         except FileNotFoundError:
@@ -423,27 +421,13 @@ def wait_for_saves(process, folder, count):
         time.sleep(0.0005)
 
 
-def killed_after(seconds, *arguments):
-    """Run the program in a fork that is killed after some time; tell whether it ended before."""
-    pid = os.fork()
-    if pid == 0:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        code = 1
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as end:
-            code = end.code or 0
-        finally:
-            os._exit(code)
+def killed_after(seconds, folder):
+    """Resume a run that is killed after some time; tell whether it ended before."""
+    run = start(folder, "--resume")
     time.sleep(seconds)
-    os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status):
-        return False
-    assert os.waitstatus_to_exitcode(status) == 0
-    return True
+    code = run.wait(0)
+    assert code in (0, -signal.SIGKILL), run.err.read_text()
+    return code == 0
 
 
 @pytest.mark.slow
@@ -458,9 +442,7 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_that_was_not(tmp_p
     while left:
         folder, runs, ended = tmp_path / f"run{runs}", runs + 1, False
         while not ended and left:
-            ended = killed_after(
-                moment.uniform(0, took), "finetune", *LONGER, "--resume", "-o", folder
-            )
+            ended = killed_after(moment.uniform(0, took), folder)
             left -= not ended
         assert run("finetune", *LONGER, "--resume", "-o", folder, "--json") == 0
         assert without_times(json.loads(capsys.readouterr().out)) == without_times(report)
@@ -471,13 +453,12 @@ def test_a_run_killed_again_and_again_ends_bit_for_bit_as_one_that_was_not(tmp_p
 
 @pytest.mark.slow
 def test_a_stopped_run_exits_with_130_and_tells_how_to_go_on(tmp_path):
-    process = start(tmp_path / "run", *LONGER, "--json")
-    wait_for_saves(process, tmp_path / "run", 5)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert out == ""
-    assert err == (
+    stopped = start(tmp_path / "run", "--json")
+    wait_for_saves(stopped, tmp_path / "run", 5)
+    stopped.process.terminate()
+    assert stopped.wait() == 130
+    assert stopped.out.read_text() == ""
+    assert stopped.err.read_text() == (
         "triton-sparsity: stopped; to go on: triton-sparsity finetune --resume -o "
         f"{tmp_path / 'run'}\n"
     )

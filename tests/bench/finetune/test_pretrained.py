@@ -15,12 +15,12 @@ import safetensors.torch
 import torch
 import transformers as hf
 
+from forks import fork
 from tiny_folders import CAUSAL, save_images, save_model, save_rows, save_text
 from triton_sparsity.bench.cli import main
 from triton_sparsity.bench.finetune import pretrained
 from triton_sparsity.bench.measure.files import write_sums
 
-PROGRAM = (sys.executable, "-m", "triton_sparsity.bench.cli")
 # two epochs of six steps
 QUICK = ("--threads=1", "--epochs=2", "--lr=1e-3", "--level=0.75", "--batch-size=4")
 DATA = {
@@ -434,17 +434,13 @@ def test_training_that_diverges_is_one_line(place, tmp_path, capsys):
 
 
 def start(folder, *arguments):
-    return subprocess.Popen(
-        [*PROGRAM, *map(str, arguments), "-o", str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    arguments = [*map(str, arguments), "-o", str(folder)]
+    return fork(main, arguments, folder=folder.parent)
 
 
-def wait_for(process, path):
+def wait_for(run, path):
     while not path.exists():
-        assert process.poll() is None, process.stderr.read()
+        assert run.process.is_alive(), run.err.read_text()
         time.sleep(0.005)
 
 
@@ -458,12 +454,11 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(place, tmp_path, c
     assert run(*arguments, "-o", tmp_path / "whole") == 0
     folder = tmp_path / "killed"
     moment = random.Random()
-    process = start(folder, *arguments)
-    wait_for(process, folder / "checkpoints" / f"checkpoint-{2 * moment.randint(1, 15)}")
+    killed = start(folder, *arguments)
+    wait_for(killed, folder / "checkpoints" / f"checkpoint-{2 * moment.randint(1, 15)}")
     time.sleep(moment.uniform(0, 0.1))
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    process.communicate()
+    killed.process.kill()
+    assert killed.wait() == -signal.SIGKILL
     assert not (folder / "report.json").exists()
     assert run("finetune", "--resume", "-o", folder) == 0
     assert weights_of(folder) == weights_of(tmp_path / "whole")
@@ -475,13 +470,12 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(place, tmp_path, c
 @pytest.mark.slow
 def test_a_stopped_run_saves_its_step_and_tells_how_to_go_on(place, tmp_path, capsys):
     folder = tmp_path / "run"
-    process = start(folder, *command(place, "Llama", "--epochs=50", "--save-every=4"))
-    wait_for(process, folder / "checkpoints" / "checkpoint-4")
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert out == ""
-    assert err.endswith(
+    stopped = start(folder, *command(place, "Llama", "--epochs=50", "--save-every=4"))
+    wait_for(stopped, folder / "checkpoints" / "checkpoint-4")
+    stopped.process.terminate()
+    assert stopped.wait() == 130
+    assert stopped.out.read_text() == ""
+    assert stopped.err.read_text().endswith(
         f"triton-sparsity: stopped; to go on: triton-sparsity finetune --resume -o {folder}\n"
     )
     assert not (folder / "model").exists()

@@ -1,8 +1,8 @@
 """Accelerate: a controller among its checkpoints, prepared models and optimisers, accumulation."""
 
-import subprocess
-import sys
-from pathlib import Path
+import os
+import signal
+from contextlib import suppress
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
 import triton_sparsity as ts
+from forks import fork
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -140,24 +141,16 @@ def test_killed_within_an_epoch_a_run_goes_on_bit_for_bit(kind, precision, first
     assert zeros_of(resumed.controller)
 
 
-PROGRAM = """
-import os, sys
-sys.path.insert(0, {here!r})
-from test_accelerate import Killed, Run
-
-try:
-    Run("blocks").train(kill_after=(1, 3), folder=sys.argv[1])
-except Killed:
-    os.kill(os.getpid(), 9)
-"""
+def be_killed(folder):
+    with suppress(Killed):
+        Run("blocks").train(kill_after=(1, 3), folder=folder)
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_what_a_killed_process_has_saved_goes_on_in_another(tmp_path):
-    code = PROGRAM.format(here=str(Path(__file__).parent))
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == -9, done.stderr
+    killed = fork(be_killed, tmp_path, folder=tmp_path)
+    assert killed.wait() == -signal.SIGKILL, killed.err.read_text()
     whole = Run("blocks")
     whole.train()
     resumed = Run("blocks", seed=7)
