@@ -306,7 +306,7 @@ def test_panels_cover_every_tile(panel, monkeypatch):
         (torch.float16, 1, 1, "skewed"),
         (torch.float16, 7, 1, "empty lines"),
         (torch.float16, 40, 3, "empty lines"),
-        (torch.float16, 150, 2, "skewed"),
+        (torch.float16, 45, 2, "skewed"),
         (torch.float32, 7, 2, "skewed"),
     ],
     ids=str,

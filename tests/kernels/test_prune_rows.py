@@ -40,10 +40,11 @@ def by_hand(tensor, k):
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "bool"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_row_loses_its_lowest(dtype, packed, backend, poisoned_memory):
-    sizes = [(1, 1), (7, 13), (33, 8), (5, 64), (3, 65), (2, 4100), (40, 1)]
+    many = 9 if INTERPRET else 40  # a program takes a row
+    sizes = [(1, 1), (7, 13), (many, 8), (5, 64), (3, 65), (2, 4100), (many, 1)]
     tensors = [randn(*size, seed=i, dtype=dtype) for i, size in enumerate(sizes)]
     tensors += [randn(130, 9, seed=8, dtype=dtype).T, randn(18, 20, seed=9, dtype=dtype)[::2, 1:]]
-    for share in (0, 0.5, 0.81) if INTERPRET else (0, 0.03, 0.5, 0.81, 1):
+    for share in (0, 0.81) if INTERPRET else (0, 0.03, 0.5, 0.81, 1):
         ks = [round(share * t.numel()) for t in tensors]
         masks, nonfinite = prune_rows(tensors, ks, packed=packed, backend=backend)
         assert nonfinite.tolist() == [0] * len(tensors)
