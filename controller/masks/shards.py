@@ -44,8 +44,8 @@ def same_layout(tensor: Any, other: Any) -> bool:
 
 
 def dimensions_of(tensor: Any) -> int:
-    """Return on how many dimensions of a mesh a sharded tensor lies."""
-    return tensor.device_mesh.ndim
+    """Return how many dimensions of its mesh part a sharded tensor."""
+    return sum(not placed.is_replicate() for placed in tensor.placements)
 
 
 def local_part(tensor: Any) -> Tensor:
@@ -415,15 +415,24 @@ def gathered(model: nn.Module) -> set[tuple[int, str]]:
     return {user for own in held for user in _named(own)}
 
 
-def gathered_over(model: nn.Module) -> dict[tuple[int, str], range]:
+def gathered_over(model: nn.Module) -> dict[tuple[int, str], Sequence[int]]:
     """Return over which dimensions of its mesh FSDP2 gathers each parameter for a forward pass, by
     the identities of modules, and names in them.
     """
-    held = (held for group in _fsdp_groups(model) for held in group.fsdp_params)
-    # its mesh comes before that of tensor parallelism; but where later torch is given the mesh
-    # of both
-    before = [own for own in held if not getattr(own.mesh_info, "is_spmd_mesh", False)]
-    return {user: range(own.mesh_info.mesh.ndim) for own in before for user in _named(own)}
+    held = [held for group in _fsdp_groups(model) for held in group.fsdp_params]
+    return {user: _dims_over(own) for own in held for user in _named(own)}
+
+
+def _dims_over(held: Any) -> Sequence[int]:
+    """Return over which dimensions of a parameter's mesh FSDP2 gathers it."""
+    info = held.mesh_info
+    named = getattr(info, "dp_mesh_dims", None)  # of later torch
+    if named is None:  # its mesh comes before that of tensor parallelism
+        return range(info.mesh.ndim)
+    # of the mesh of both: of several names torch may make one dimension
+    names = {*named.shard_names, *named.replicate_names, *(info.mesh.mesh_dim_names or ())}
+    every = held._sharding_spec.mesh.mesh_dim_names
+    return [dim for dim, name in enumerate(every) if name in names]
 
 
 def _named(held: Any) -> list[tuple[int, str]]:

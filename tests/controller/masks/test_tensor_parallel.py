@@ -1,5 +1,7 @@
 """Tensor parallelism's columns and rows are pruned as the one pool that they are."""
 
+from functools import cache
+
 import pytest
 import torch
 from ranks import LocalAdamW
@@ -748,6 +750,84 @@ def uneven(group, kind):
 @pytest.mark.parametrize("kind", ["copies", "parts"])
 def test_uneven_parts_on_a_mesh_that_is_a_part_of_another(ranks, kind):
     check(ranks.run(4, uneven, kind), uneven(None, None))
+
+
+@cache
+def whole_mesh(**sizes):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    # torch compares such a mesh by identity
+    return init_device_mesh("cpu", (*sizes.values(),), mesh_dim_names=(*sizes,))
+
+
+def multiply(group=None, sizes=None, named=None, first=True):
+    """Prune, multiply and train, by numbers whose sums are exact; of weights on one mesh of all
+    dimensions, some of which fully_shard is told by name.
+    """
+    numbers = torch.Generator().manual_seed(3)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 48))
+    for parameter in model.parameters():
+        parameter.data = torch.randint(-8, 9, parameter.shape, generator=numbers) / 8
+    x = torch.randint(-2, 3, (4, 16), generator=numbers).float()
+
+    def shard():
+        from torch.distributed import fsdp
+
+        fsdp.fully_shard(model, mesh=mesh, dp_mesh_dims=fsdp.DataParallelMeshDims(**named))
+
+    if sizes:
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        mesh = whole_mesh(**sizes)
+        copied = [Replicate()] * (mesh.ndim - 1)
+        placed = ((0, "weight", Shard(0)), (0, "bias", Shard(0)), (2, "weight", Shard(1)))
+        for i, name, place in (*placed, (2, "bias", Replicate())):
+            parts = distribute_tensor(getattr(model[i], name).data, mesh, [*copied, place])
+            setattr(model[i], name, nn.Parameter(parts))
+        x = distribute_tensor(x, mesh, [*copied, Replicate()])
+        if first:
+            shard()
+    chosen = ts.MagnitudeSparsityConfig(
+        schedule=ts.PolynomialSchedule(initial_level=0.0, target_level=0.5),
+        pattern=ts.Block(16, 16),
+        weight_importance="abs",
+        pool="global",
+    )
+    controller = ts.create_controller(model, chosen, dispatch="sparse", process_group=group)
+    if sizes and not first:
+        shard()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.125)
+    found = []
+    for level in (0.25, 0.5):
+        controller.scheduler.step()
+        controller.set_sparsity_level(level)
+        optimizer.zero_grad()
+        y = model(x)
+        y.sum().backward()
+        optimizer.step()
+        infos = controller.sparsified_module_info
+        found += [full(y), *(full(i.weight) for i in infos)]
+        found += [full(i.operand.binary_mask) for i in infos]
+    return found, [info.operand.path for info in infos]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named", "first"),
+    [
+        ({"data": 2, "tensor": 2}, {"shard": "data"}, True),
+        ({"data": 2, "more": 1, "tensor": 2}, {"shard": ("data", "more")}, False),
+        ({"copies": 2, "data": 2, "tensor": 1}, {"replicate": "copies", "shard": "data"}, False),
+    ],
+)
+def test_dimensions_that_fully_shard_is_told_by_name(ranks, sizes, named, first):
+    from torch.distributed import fsdp
+
+    if not hasattr(fsdp, "DataParallelMeshDims"):
+        pytest.skip("this torch takes no names of dimensions")
+    wanted = multiply()
+    assert wanted[1] == ["block-sparse"] * 2
+    for found in ranks.run(4, multiply, sizes, named, first):
+        assert same([*found], [*wanted])
 
 
 def flip(group):
