@@ -122,12 +122,12 @@ def lines_sent(shapes: Sequence[tuple[int, int]]) -> int:
 
 
 def parts_sent(weights: Sequence[Parted], pattern: Block, steps: int) -> list[int]:
-    """Return how many bytes each place of a column of ranks sends to others of the sums that
-    ``"fisher"`` keeps of blocks that begin elsewhere.
+    """Return how many bytes each place of a column of ranks sends to others of sums of its parts
+    of blocks that begin elsewhere, by ``"fisher"`` and ``"taylor"``.
 
     Args:
         weights, pattern: as ``rows_sent``'s.
-        steps: since ranks last sent them.
+        steps: whose sums are sent: of ``"fisher"`` since the last time, of ``"taylor"`` one.
     """
     places = len(weights[0].bounds) - 1
     sent = [0] * places

@@ -1,8 +1,8 @@
-"""Blocks that lie on two ranks, where each step adds the square of a block's sum of w g.
+"""Sums of w g over blocks that lie on two ranks, from the sums of their parts.
 
-The square needs both parts, and a step sends nothing. So each rank keeps the sums of its parts,
-step by step, until ranks talk anyway. As often as these sums take the memory of the rows that they
-are of, a step sends them.
+Where each step adds a sum's square, that needs both parts, and a step sends nothing. So each rank
+keeps the sums of its parts, step by step, until ranks talk anyway. As often as these sums take the
+memory of the rows that they are of, a step sends them.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def whole_rows(shard: Shard | None) -> slice:
     return slice(None) if shard is None else slice(shard.head, shard.sides[0] - shard.tail)
 
 
-def edge_sums(shard: Shard, values: Tensor, slopes: Tensor) -> Tensor:
-    """Return what the groups with parts elsewhere have here of the sums of w g.
+def edge_sums(shard: Shard, values: Tensor, slopes: Tensor | None = None) -> Tensor:
+    """Return what the groups with parts elsewhere have here of their sums.
 
     Args:
-        values, slopes: w and g of all rows here.
+        values: of all rows here: w g, or w with ``slopes`` for g.
 
     Returns:
         float32 ``(units, across)``: a row for each ``Shard.unit`` rows of the first group, then of
@@ -43,7 +43,8 @@ def edge_sums(shard: Shard, values: Tensor, slopes: Tensor) -> Tensor:
     """
     lower, rows = Block(shard.unit, shard.pattern.cols), len(values)
     ends = (slice(0, shard.head), slice(rows - shard.tail, rows))
-    return torch.cat([group_sums(product(values[at], slopes[at]), lower) for at in ends])
+    found = [values[at] if slopes is None else product(values[at], slopes[at]) for at in ends]
+    return torch.cat([group_sums(one, lower) for one in found])
 
 
 def steps_at_most(shard: Shard) -> int:
@@ -72,9 +73,30 @@ def sums_of_whole(
         heads.append(units[:first])
         tails.append(units[first:])
     found = []
-    came = heads_elsewhere(weights, heads, by_unit=True)
+    came = heads_elsewhere(weights, heads, by_unit=True) if heads else []
     for shard, steps, tail, rest in zip(shards, parts, tails, came, strict=True):
         units_of_all = Block(shard.pattern.rows // shard.unit, 1)
         sums = group_sums(torch.cat([tail, *rest]), units_of_all)
         found.append(sums.view(-1, steps[0].shape[1]))
     return found
+
+
+def sums_of_shards(weights: Sequence[SparseWeight], matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Return the ``group_sums`` of the groups that belong here.
+
+    Args:
+        weights: of one block pattern.
+        matrices: float32, of each what is here.
+    """
+    found = {
+        weight: group_sums(matrix[whole_rows(parted(weight))], weight.pattern)
+        for weight, matrix in zip(weights, matrices, strict=True)
+    }
+    edges = {
+        weight: [edge_sums(shard, matrix)]
+        for weight, matrix in zip(weights, matrices, strict=True)
+        if (shard := parted(weight))
+    }
+    for weight, end in zip(edges, sums_of_whole([*edges], [*edges.values()]), strict=True):
+        found[weight] = torch.cat([found[weight], end])
+    return [*found.values()]

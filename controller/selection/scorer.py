@@ -30,13 +30,19 @@ from ..masks.names import canonical
 from ..masks.schema import Maybe, Schema, tensor
 from ..masks.shards import is_sharded, like_shard, local_part
 from ..masks.weight import SparseWeight
-from .astride import edge_sums, parted, steps_at_most, sums_of_whole, whole_rows
+from .astride import (
+    edge_sums,
+    parted,
+    steps_at_most,
+    sums_of_shards,
+    sums_of_whole,
+    whole_rows,
+)
 from .criteria import (
     Evidence,
     Importance,
     Reduction,
     WeightImportance,
-    by_group,
     check_gradients,
     check_sharded,
     check_weights,
@@ -181,11 +187,11 @@ class Scorer:
                 self._refuse_unused(weights)
             if importance in (*BY_GRADIENT, "random"):
                 check_weights(weights)
-            # rows of a block may lie elsewhere: it is added up below
+            # parts of a block may lie elsewhere: it is added up below
             lone = "snip" if importance == "taylor" and not weights[0].packed else importance
             found = [*map(criterion(lone), map(self._evidence, weights))]
         if lone != importance:
-            sums = by_group(weights, [one.values for one in found], _sums_of_parts)
+            sums = sums_of_shards(weights, [one.values for one in found])
             found = [Importance(values, per_group=True) for values in sums]
         return found
 
@@ -304,8 +310,8 @@ class Scorer:
         """
         held = [weight for weight in self._weights if weight.name in self._parts]
         parts = [self._parts.pop(weight.name) for weight in held]
-        sums = sums_of_whole(held, parts) if held else []
-        ends = [(weight, found) for weight, found in zip(held, sums, strict=True) if len(found)]
+        sums = zip(held, sums_of_whole(held, parts), strict=True)
+        ends = [(weight, found) for weight, found in sums if len(found)]
         # of all weights at once: there may be many steps
         for at in alike(len(found) for _, found in ends).values():
             momenta = [self._momenta[ends[i][0].name][-1] for i in at]
@@ -477,10 +483,6 @@ def _decay_and_add(momentum: Tensor, sizes: Tensor, finite: Tensor) -> None:
 def _version(gradient: Tensor) -> int:
     # FSDP2 adds to the local part of a gradient
     return local_part(gradient)._version
-
-
-def _sums_of_parts(parts: Sequence[Tensor], pattern: Pattern) -> list[Tensor]:
-    return [group_sums(part, pattern) for part in parts]
 
 
 def _pattern(weight: SparseWeight) -> Pattern:

@@ -14,11 +14,12 @@ CONFIGS = {
     "magnitude": {"weight_importance": "normed_abs", "pool": "global"},
     "weight": {"weight_importance": "abs", "pool": "weight"},
     "skips": {"weight_importance": "abs", "pool": "weight"},
-    "fisher": {"weight_importance": "fisher", "pool": "weight"},
+    **{i: {"weight_importance": i, "pool": "weight"} for i in ("fisher", "taylor")},
     "set": {},
     "rigl": {},
     "normed": {"growth": "normed_gradient"},
 }
+SUMMED = {"fisher": 2, "taylor": 1}  # of how many steps sums of parts are sent
 BLOCK = ts.Block(16, 2)
 SKIPPED = ts.Block(16, 16)
 
@@ -42,7 +43,7 @@ def update(group, name):
         if moves
         else ts.MagnitudeSparsityConfig(
             schedule=ts.PolynomialSchedule(
-                initial_level=0.1 * (name != "fisher"), target_level=0.5
+                initial_level=0.1 * (name not in SUMMED), target_level=0.5
             ),
             pattern=pattern,
             **CONFIGS[name],
@@ -66,13 +67,14 @@ def update(group, name):
             model(torch.randn(4, 16)).square().sum().backward()
             optimizer.step()
 
-    if name != "fisher":
+    if name not in SUMMED:
         train()
     distributed.all_reduce = counting("all_reduce", 0)
     distributed.all_to_all_single = counting("all_to_all_single", 1)
     try:
-        if name == "fisher":
+        if name in SUMMED:
             train()
+        if name == "fisher":
             # of a weight whose edges part single rows two steps' are sent as soon as made
             assert len(found["all_to_all_single"]) == 1
         controller.scheduler.step() if moves else controller.set_sparsity_level(0.5)
@@ -90,9 +92,9 @@ def test_the_formula_is_what_gloo_is_given(ranks, name, size):
     shapes = [tuple(layer.weight.shape) for layer in net()]
     weights = [wire.Parted(shape, wire.bounds(shape[0], size)) for shape in shapes]
     pattern = SKIPPED if name == "skips" else BLOCK
-    matrices = {"rigl": 2, "normed": 2, "fisher": 0}.get(name, 1)
+    matrices = ({"rigl": 2, "normed": 2} | dict.fromkeys(SUMMED, 0)).get(name, 1)
     rows = wire.rows_sent(weights, pattern, 4, of=matrices)
-    parts = wire.parts_sent(weights, pattern, 2 if name == "fisher" else 0)
+    parts = wire.parts_sent(weights, pattern, SUMMED.get(name, 0))
     grids = wire.grids_sent(shapes, pattern)
     assert grids == (3 + 1 + 4 if name == "skips" else 0)
     for place, (sent, held) in enumerate(ranks.run(size, update, name)):
@@ -106,7 +108,7 @@ def test_the_formula_is_what_gloo_is_given(ranks, name, size):
             shapes,
             pattern,
             moves=name in ("set", "rigl", "normed"),
-            each=name in ("weight", "skips", "fisher"),
+            each=name in ("weight", "skips", *SUMMED),
             normed=name == "magnitude",
             tied=0,
             histograms=0,
@@ -114,12 +116,12 @@ def test_the_formula_is_what_gloo_is_given(ranks, name, size):
         # RigL asks whether some rank has gradients, and whether they overflowed
         asked = 2 * wire.NUMBER if name in ("rigl", "normed") else 0
         asked += wire.lines_sent(shapes) if name == "normed" else 0
-        # Fisher, whether gradients say something
-        asked += wire.FLOAT32 * len(shapes) if name == "fisher" else 0
+        # and these whether gradients say something
+        asked += wire.FLOAT32 * len(shapes) if name in SUMMED else 0
         assert sum(reduced) == numbers + grids + asked
         assert sum(sent["all_to_all_single"]) == rows[place] + parts[place]
     assert any(rows)
-    assert any(parts) == (name == "fisher")
+    assert any(parts) == (name in SUMMED)
 
 
 def test_parts_are_as_torch_makes_them():
@@ -137,6 +139,12 @@ def test_an_update_sends_less_than_10_megabytes_of_numbers_however_many_ranks_th
             assert wire.numbers_sent(shapes, pattern, each=True) < 10e6
     lines = [wire.lines_sent([shape for shape, _ in wire.llama(name)]) for name in wire.LLAMA]
     assert lines == [6_225_920, 31_129_600, 95_477_760]  # as the page has it: for 8B alone
+
+
+def test_sums_of_parts_are_a_hundredth_of_rows():
+    weights = [wire.Parted(shape, wire.bounds(shape[0], 1024)) for shape, _ in wire.llama("400B")]
+    assert max(wire.parts_sent(weights, ts.Block(32, 32), 1)) == 5_483_520  # as the page has it
+    assert max(wire.rows_sent(weights, ts.Block(32, 32), 2)) == 586_414_080
 
 
 def test_the_page_has_the_table():
