@@ -2,10 +2,13 @@
 
 import io
 import math
+import os
+import signal
+import time
 
 import pytest
 import torch
-from ranks import LocalAdamW
+from ranks import PATIENCE, LocalAdamW
 from torch import nn
 
 import triton_sparsity as ts
@@ -352,6 +355,8 @@ def test_a_state_is_that_of_one_process_and_goes_on_at_another_number_of_ranks(r
 def same(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
@@ -379,10 +384,17 @@ def load_shards(group, folder, how):
     set_model_state_dict(model, saved["model"])
     state = torch.load(io.BytesIO(saved["sparsity"]))
     controller = ts.create_controller(model, config(*how), state=state, process_group=group)
-    masks = [full(info.operand.binary_mask) for info in controller.sparsified_module_info]
-    weights = [full(info.weight) for info in controller.sparsified_module_info]
-    tensors = [full(saved["model"][f"{i}.weight"]) for i in (0, 2, 4, 5)]
-    return weights, masks, tensors
+    return model, controller
+
+
+def read_shards(group, folder, how):
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    model, controller = load_shards(group, folder, how)
+    infos, saved = controller.sparsified_module_info, get_model_state_dict(model)
+    weights = [full(info.weight) for info in infos]
+    masks = [full(info.operand.binary_mask) for info in infos]
+    return weights, masks, [full(saved[f"{i}.weight"]) for i in (0, 2, 4, 5)]
 
 
 @pytest.mark.parametrize("how", [("tall", "abs"), ("unstructured", "set")], ids="-".join)
@@ -392,11 +404,42 @@ def test_a_distributed_checkpoint_has_exact_zeros_and_loads_at_another_number_of
     weights, masks = ranks.run(2, save_shards, str(tmp_path), how)[0]
     assert any((~mask).any() for mask in masks)
     for size in (1, 3):
-        for loaded in ranks.run(size, load_shards, str(tmp_path), how):
+        for loaded in ranks.run(size, read_shards, str(tmp_path), how):
             assert all(map(torch.equal, loaded[0], weights))
             assert all(map(torch.equal, loaded[1], masks))
             for tensor, mask in zip(loaded[2], masks, strict=True):
                 assert ((tensor == 0) | mask).all()
+
+
+def save_and_die(group, folder, how):
+    """Save, then lose a rank in the middle of a backward pass."""
+    save_shards(group, folder, how)
+    model = sharded(net(), group)
+    controller = ts.create_controller(model, config(*how), process_group=group)
+    if torch.distributed.get_rank(group) == 1:
+        model[4].register_forward_hook(die_in_the_backward_pass)
+    train(model, controller, 5)
+
+
+def die_in_the_backward_pass(module, inputs, output):
+    output.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def go_on(group, folder, how):
+    model, controller = load_shards(group, folder, how)
+    return train(model, controller, 4)
+
+
+def test_what_a_killed_rank_leaves_goes_on_at_another_number_of_ranks(ranks, tmp_path):
+    how, begun = ("tall", "set"), time.monotonic()
+    # the other rank has told of it, rather than waited
+    with pytest.raises(RuntimeError, match="rank 1 of 2 died in save_and_die"):
+        ranks.run(2, save_and_die, str(tmp_path), how)
+    assert time.monotonic() - begun < PATIENCE
+    (wanted,) = ranks.run(1, go_on, str(tmp_path), how)
+    assert not all(mask.all() for mask in wanted[1])
+    for found in ranks.run(4, go_on, str(tmp_path), how):
+        assert same([*found], [*wanted])
 
 
 def overflow(group, importance, stepped):
