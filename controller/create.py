@@ -170,13 +170,8 @@ def _check_covered(
     for config, found in zip(configs, targets, strict=True):
         algorithm = algorithm_of(config)
         sharded = [target for target in found if is_sharded(target.weight)]
-        if algorithm.controller.learns:
-            check_shards(model, sharded)
-        elif issubclass(algorithm.controller, LearnedController) and sharded:
-            raise ValueError(
-                f"create_controller: {sharded[0].name!r} must not be sharded for "
-                f"{algorithm.name}, got a DTensor; all other algorithms take sharded weights"
-            )
+        if issubclass(algorithm.controller, LearnedController):
+            check_shards(model, sharded, scored=algorithm.controller.learns)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         for found in map(algorithm_of, configs):
             if found.controller.learns:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from ..masks.guard import Guard
 from ..masks.learned import LearnedWeight, ScoredWeight, read_masked
+from ..masks.linear import list_blocks_of_shards
 from ..masks.module import MaskedModule
 from ..masks.schema import Schema, tensor
-from ..masks.shards import is_sharded, reshard
+from ..masks.shards import reshard
 from .base import BaseSparsityAlgoController, Change
 from .loss import CompressionLoss
 from .scheduler import StubScheduler
@@ -82,7 +83,12 @@ class LearnedController(BaseSparsityAlgoController):
         for module, weights in members.items():
             read_masked(module, weights)
         self._steps = 0
-        return [Guard(model, here)]
+        guards = [Guard(model, here)]
+        reshard(model)
+        for weight in self._weights:
+            if weight.in_parts:
+                weight.join(model)
+        return guards
 
     def freeze(self, freeze: bool = True) -> None:
         """Keep the masks of evaluation as they are, in training too, and let the loss be 0; or go
@@ -98,6 +104,7 @@ class LearnedController(BaseSparsityAlgoController):
         reshard(self._model)
         for weight in self._weights:
             weight.freeze(self.frozen)
+        list_blocks_of_shards(self._model, self._weights)
         self._steps = 0  # an epoch that was frozen in part shows nothing
         self._guard.masks_changed()
 
@@ -123,14 +130,6 @@ class LearnedController(BaseSparsityAlgoController):
         self._scheduler = StubScheduler(self.begin_step, self.check_epoch)
 
     def begin_step(self) -> None:
-        for weight in self._weights:
-            scored = isinstance(weight, ScoredWeight)
-            if is_sharded(weight.weight) and not weight.frozen and not scored:
-                raise RuntimeError(
-                    f"{self.name}: the weight of {weight.name!r} must not be sharded while its "
-                    "mask is learned, got a DTensor; use magnitude, SET or RigL there, or "
-                    "DistributedDataParallel"
-                )
         super().begin_step()
         self._steps += 1
 
@@ -167,12 +166,7 @@ class ScoredController(LearnedController):
         self._versions: list[int] = []
         self._samples: list[Tensor] = []
         self._idle = 0
-        guards = super()._guarded(model)
-        reshard(model)
-        for weight in self._weights:
-            if weight.in_parts:
-                weight.join(model)
-        return guards
+        return super()._guarded(model)
 
     def parameters(self) -> list[nn.Parameter]:
         return [weight.scores for weight in self._weights if not weight.absent]

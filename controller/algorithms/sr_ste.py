@@ -21,7 +21,8 @@ from ..config.algorithm import AlgorithmConfig, PatternField
 from ..config.declaration import Level, NotNegative, Whole
 from ..config.schedule import RampSchedule
 from ..masks.exchange import sums_of_parts
-from ..masks.learned import LearnedWeight
+from ..masks.learned import UpdatedWeight
+from ..masks.shards import is_sharded
 from ..masks.weight import SparseWeight, Target
 from ..selection.scorer import Scorer
 from ..selection.thresholds import Scores, is_reachable
@@ -75,28 +76,28 @@ class SRSTEConfig(AlgorithmConfig):
 FOREVER = 2**53  # steps
 
 
-class RefinedWeight(LearnedWeight):
+class RefinedWeight(UpdatedWeight):
     """A weight all of whose elements have the gradient of the masked one."""
 
     def learns(self) -> bool:
         return super().learns() and torch.is_grad_enabled()
 
     def learned(self, weight: Tensor) -> Tensor:
-        matrix = self.matrix(weight)
-        mask = self.mask_for(matrix)
-        masked = apply_mask(matrix.detach(), mask, self.pattern, backend=self.backend)
+        matrix, mask, pattern = self.readable(weight)
+        masked = apply_mask(matrix.detach(), mask, pattern, backend=self.backend)
         # plus 0, with the gradient of the whole
-        return self.like_weight(masked + (matrix - matrix.detach()))
+        return self.reshaped(masked + (matrix - matrix.detach()), weight)
 
     def pruned_square(self) -> Tensor:
         """Return the sum of squares of what the mask prunes, of what is here, with its gradient.
         Where several stages have the weight, whose gradients are added up, the first pulls.
         """
-        weight = self.follow()
+        weight: Any = self.follow()
         copied = self.on_stage and self.shard is not None and not self.shard.counted
-        matrix = self.matrix(weight.detach() if copied else weight)
+        here = weight.to_local() if is_sharded(weight) else weight
+        matrix = self.matrix(here.detach() if copied else here)
         mask = self.mask_for(matrix)
-        rest = matrix - apply_mask(matrix, mask, self.pattern, backend=self.backend)
+        rest = matrix - apply_mask(matrix, mask, self.kind.pattern, backend=self.backend)
         return rest.to(torch.promote_types(rest.dtype, torch.float32)).square().sum()
 
 

@@ -452,9 +452,25 @@ def full_grids(weights: Sequence[Any], grids: Sequence[Tensor]) -> list[Tensor]:
     """Return bool grids of full ``ScoredWeight``s, which are sharded, from the parts of them that
     have their scores here: one bit a group is gathered, of all weights in one exchange.
     """
+    return _full_grids(weights, grids, [weight.scored_parts for weight in weights])
+
+
+def full_masks(weights: Sequence[SparseWeight]) -> list[Tensor]:
+    """Return bool grids of full weights, which are sharded: one bit a group is gathered, of all
+    weights in one exchange.
+    """
+    grids = [own_groups(weight, weight.kept_grid()).contiguous() for weight in weights]
+    shards = [shard for weight in weights if (shard := weight.shard)]
+    sizes = [tuple([cut.stop - cut.start for cut in of] for of in _groups(s)) for s in shards]
+    return _full_grids(weights, grids, sizes)
+
+
+def _full_grids(
+    weights: Sequence[Any], grids: Sequence[Tensor], sizes: Sequence[Sequence[list[int]]]
+) -> list[Tensor]:
+    """Return grids of which each rank has a part; ``sizes`` has the heights and widths of them."""
     ranks, device = weights[0].ranks, grids[0].device
-    scored = [weight.scored_parts for weight in weights]
-    slots = [max(h * ceil_div(w, 8) for h in tall for w in wide) for tall, wide in scored]
+    slots = [max(h * ceil_div(w, 8) for h in tall for w in wide) for tall, wide in sizes]
     ends = [0, *accumulate(slots)]
     sent = torch.zeros(ends[-1], dtype=torch.uint8, device=device)
     for start, grid in zip(ends, grids, strict=False):
@@ -463,7 +479,7 @@ def full_grids(weights: Sequence[Any], grids: Sequence[Tensor]) -> list[Tensor]:
     if ranks.size > 1:
         distributed.all_gather(every, sent, ranks.group)
     found = []
-    for weight, (tall, wide), start in zip(weights, scored, ends, strict=False):
+    for weight, (tall, wide), start in zip(weights, sizes, ends, strict=False):
         widths = [ceil_div(w, 8) for w in wide]
         parts = [
             [

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from ...kernels.grid import ceil_div, side_lengths
 from ...kernels.learned_mask import scale_gradient
+from ...kernels.masked_weight import apply_mask
 from ...kernels.pattern import Block, Pattern, Unstructured
-from .exchange import from_stage, sums_of_parts
+from .exchange import from_stage, full_masks, sums_of_parts
 from .linear import restore_class, skip_blocks
 from .module import MaskedModule, become, unsharded_class
 from .shards import (
@@ -52,6 +53,21 @@ class LearnedWeight(SparseWeight):
     @property
     def holds_zeros(self) -> bool:
         return self.frozen
+
+    @property
+    def is_gathered(self) -> bool:
+        """True where FSDP2 gathers the weight for a forward pass."""
+        return self.in_parts and self.multiplied is not self.shard
+
+    def join(self, model: nn.Module) -> None:
+        """Find out what a forward pass has of the weight, which is sharded already."""
+        over = gathered_over(model).get((id(self.module), self.parameter_name), ())
+        self.multiplied = self.shard_of(self.weight, over) if over else self.shard
+
+    def _become_sharded(self, weight: Any) -> None:
+        before = self.shard
+        super()._become_sharded(weight)
+        self.multiplied = before
 
     def is_passed(self, weight: Tensor) -> bool:
         """Tell whether the module has its weight as a forward pass does: gathered by FSDP2, if
@@ -147,6 +163,67 @@ class LearnedWeight(SparseWeight):
             found = nn.Parameter(value, requires_grad=self.weight.requires_grad)
             self._folded = key, weakref.ref(found)
         return found
+
+
+class UpdatedWeight(LearnedWeight):
+    """A weight that reads under the mask of the last update. Where FSDP2 shards it each rank has
+    the mask of what a forward pass has, beside that of what is here.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._passed: Tensor | None = None  # that of what FSDP2 gathers
+        super().__init__(*args, **options)
+
+    def join(self, model: nn.Module) -> None:
+        super().join(model)
+        if self.is_gathered:
+            self._pass(torch.ones(self.full_grid, dtype=torch.bool, device=self.mask.device))
+
+    def _pass(self, grid: Tensor) -> None:
+        """Let a forward pass read this bool grid of the full weight, of which FSDP2 gathers all or
+        a part.
+        """
+        part = self.multiplied
+        self._passed = self._compact(grid if part is None else self.local_grid(grid, part))
+
+    def readable(self, weight: Tensor) -> tuple[Tensor, Tensor, Pattern]:
+        """Return what a forward pass has of the weight as a matrix, its mask and its pattern."""
+        if self._passed is None:
+            matrix = self.matrix(weight)
+            return matrix, self.mask_for(matrix), self.kind.pattern
+        if self.multiplied is None:
+            return self.target.matrix(weight), self._passed, self.pattern
+        return self.matrix(weight), self._passed, self.multiplied.own_pattern
+
+    def evaluated(self, weight: Tensor) -> Tensor:
+        if not self.in_parts:
+            return super().evaluated(weight)
+        matrix, mask, pattern = self.readable(weight)
+        masked = apply_mask(matrix, mask, pattern, backend=self.backend)
+        return self.reshaped(masked, weight)
+
+    def reshaped(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """Return a matrix (out, in) in the shape of what a forward pass has of the weight."""
+        return (matrix.T if self.transposed else matrix).reshape(weight.shape)
+
+    @staticmethod
+    def masks_changed(owners: Sequence[Any]) -> None:
+        """Gather the masks of shards, where forward passes need those of what is gathered."""
+        SparseWeight.masks_changed(owners)
+        moved = [weight for weight in owners if weight.is_gathered and not weight.frozen]
+        for weight, grid in zip(moved, full_masks(moved) if moved else (), strict=True):
+            weight._pass(grid)
+
+    def _become_sharded(self, weight: Any) -> None:
+        mask = self._compact(self.kept_grid()).clone()
+        super()._become_sharded(weight)
+        self._passed = None if self.frozen else mask
+
+    def freeze(self, frozen: bool) -> None:
+        super().freeze(frozen)
+        self._passed = None
+        if self.shard is not None:
+            self.masks_changed([self])
 
 
 class ScoredWeight(LearnedWeight):
@@ -343,17 +420,15 @@ class ScoredWeight(LearnedWeight):
         """Shard the scores as the weight is already: let FSDP2 do it, and gather them with it; or
         keep those of the groups that tensor parallelism has left here.
         """
+        super().join(model)
         users = [(module, name, _scores_name(name)) for module, name in self.target.users]
-        module, name, _ = users[0]
         weight: Any = self.weight
-        over = gathered_over(model).get((id(module), name), ())
-        self.multiplied = self.shard_of(weight, over) if over else self.shard
         local = self._new_scores("meta")
         if self.multiplied is not None:
             self._check_sides(self.multiplied)
             local = local[self.own_scores[: local.ndim]]
         local = torch.full(local.shape, self.initial_score, device=weight.device)
-        if over:
+        if self.is_gathered:
             shard_beside(model, users, local, self.scores_shape)
         else:
             scores = nn.Parameter(like_shard(weight, local, self.scores_shape))
@@ -363,7 +438,7 @@ class ScoredWeight(LearnedWeight):
 
     @property
     def gathers_scores(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.in_parts and self.multiplied is not self.shard
+        return self.is_gathered
 
     def _check_sides(self, part: Shard) -> None:
         if len(self.scores_shape) != len(self.weight_shape):
@@ -392,9 +467,7 @@ class ScoredWeight(LearnedWeight):
                 f"{weight.placements}; let fully_shard have both"
             )
         _check_shard(self.target, weight, range(dimensions_of(weight) - self._dimensions))
-        before = self.shard
         super()._become_sharded(weight)
-        self.multiplied = before
         self._watch_scores()
 
     def take_part(self, grid: Tensor) -> None:
@@ -418,8 +491,10 @@ class ScoredWeight(LearnedWeight):
         self.note(int(grid.count_nonzero()), here)
 
 
-def check_shards(model: nn.Module, targets: Sequence[Target]) -> None:
-    """Refuse weights that are sharded, where scores cannot be sharded with them."""
+def check_shards(model: nn.Module, targets: Sequence[Target], *, scored: bool) -> None:
+    """Refuse weights that are sharded, of which forward passes cannot be told what they have, or
+    where scores cannot be sharded with them, if they are ``scored``.
+    """
     known, over = (gathered(model), gathered_over(model)) if targets else (set(), {})
     for target in targets:
         module, name = target.users[0]
@@ -430,7 +505,8 @@ def check_shards(model: nn.Module, targets: Sequence[Target]) -> None:
                 "on a mesh of its own beside that of tensor parallelism under a mask that is "
                 f"learned, got {target.weight.placements}; list it in ignored_scopes"  # pyright: ignore[reportAttributeAccessIssue]
             )
-        _check_shard(target, target.weight, over.get(user, ()))
+        if scored:
+            _check_shard(target, target.weight, over.get(user, ()))
 
 
 def _check_shard(target: Target, weight: Any, over: Sequence[int]) -> None:

@@ -82,7 +82,6 @@ def skip_blocks(weight: SparseWeight, module: nn.Module, parameter_name: str) ->
         or isinstance(module, NonDynamicallyQuantizableLinear)
         or "forward" in module.__dict__
         or parameter_name != "weight"
-        or (weight.in_parts and weight.scores is not None)
     ):
         return
     if has_blocks_to_skip(weight.pattern, weight.weight, weight.dispatch):

@@ -440,8 +440,6 @@ class SparseWeight(GroupMask):
         """Return the product of what the module multiplies, without lists; None: there is none."""
         weight, part = self.weight, self.multiplied if self.shard else None
         pattern = self.pattern if part is None else part.own_pattern
-        if part is not None and self.transposed:  # torch parts no such layer by itself
-            return None
         shape = self.full_shape if part is None else part.sides
         if not has_blocks_to_skip(pattern, weight, self.dispatch) or 0 in shape:
             return None
@@ -548,7 +546,7 @@ class SparseWeight(GroupMask):
                 return functional.linear(x, matrix, bias)
         if whole:
             return product(x, matrix, bias)
-        return parallel_linear(product, x, weight, bias)
+        return parallel_linear(product, x, matrix, bias)
 
     def check_blocks(self) -> None:
         """Look once whether pruned blocks are zero; while they are not, products are dense."""

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from ....kernels.bits import expand_mask
 from ....kernels.learned_mask import straight_through
-from ....kernels.masked_weight import apply_mask
-from ....kernels.pattern import MAX_BLOCK_SIDE, Block, Pattern, Unstructured
+from ....kernels.pattern import MAX_BLOCK_SIDE, Block, Unstructured
 from ....kernels.select import kth_smallest
 from ...config.scope import check_scopes, matches
 from ...masks.exchange import full_grid, full_grids, others_of, sums_of_parts
-from ...masks.learned import ScoredWeight
+from ...masks.learned import ScoredWeight, UpdatedWeight
 from ...masks.targets import weights_of
 from ...masks.weight import SparseWeight, Target
 from ..learned import LearnedLoss
@@ -34,7 +33,7 @@ QUANTILE = 98  # percent of a weight that may be pruned at most
 LAYER_FACTOR = 0.5
 
 
-class MovementWeight(ScoredWeight):
+class MovementWeight(UpdatedWeight, ScoredWeight):
     """A mask by importance, of a weight (a matrix) or a bias (a vector).
 
     Args:
@@ -48,8 +47,6 @@ class MovementWeight(ScoredWeight):
         self.factors = factors
         pattern = target.pattern
         self._repeats = factors[0] // pattern.rows, factors[1] // pattern.cols
-        # that of what a forward pass has, where FSDP2 gathers it
-        self._passed: Tensor | None = None
         super().__init__(target, **options)
 
     @property
@@ -65,59 +62,13 @@ class MovementWeight(ScoredWeight):
         down, across = self.factors
         return (across, down) if self._upright else (down, across)
 
-    def join(self, model: nn.Module) -> None:
-        super().join(model)
-        if self.gathers_scores:
-            self._pass(torch.ones(self.full_grid, dtype=torch.bool, device=self.mask.device))
-
-    def _pass(self, grid: Tensor) -> None:
-        """Let a forward pass read this bool grid of the full weight, of which FSDP2 gathers all or
-        a part.
-        """
-        part = self.multiplied
-        self._passed = self._compact(grid if part is None else self.local_grid(grid, part))
-
-    def _readable(self, weight: Tensor) -> tuple[Tensor, Tensor, Pattern]:
-        """Return what a forward pass has of the weight as a matrix, its mask and its pattern."""
-        if self._passed is None:
-            matrix = self.matrix(weight)
-            return matrix, self.mask_for(matrix), self.kind.pattern
-        if self.multiplied is None:
-            return self.target.matrix(weight), self._passed, self.pattern
-        return self.matrix(weight), self._passed, self.multiplied.own_pattern
-
     def learned(self, weight: Tensor) -> Tensor:
         scores = self.trained_scores()
         whole = self._passed is not None and self.multiplied is None
         scores = self.spread(scores) if whole else self.spread_part(scores)
-        matrix, mask, pattern = self._readable(weight)
+        matrix, mask, pattern = self.readable(weight)
         masked = straight_through(matrix, scores, mask, pattern, backend=self.backend)
         return masked.reshape(weight.shape)
-
-    def evaluated(self, weight: Tensor) -> Tensor:
-        if not self.in_parts:
-            return super().evaluated(weight)
-        matrix, mask, pattern = self._readable(weight)
-        return apply_mask(matrix, mask, pattern, backend=self.backend).reshape(weight.shape)
-
-    @staticmethod
-    def masks_changed(owners: Sequence[Any]) -> None:
-        """Gather the masks of shards, where forward passes need those of the full weights."""
-        SparseWeight.masks_changed(owners)
-        for weight in owners:
-            if weight.gathers_scores and not weight.frozen:
-                weight._pass(full_grid(weight))
-
-    def _become_sharded(self, weight: Any) -> None:
-        mask = self._compact(self.kept_grid()).clone()
-        super()._become_sharded(weight)
-        self._passed = None if self.frozen else mask
-
-    def freeze(self, frozen: bool) -> None:
-        super().freeze(frozen)
-        self._passed = None
-        if self.shard is not None:
-            self.masks_changed([self])
 
     def spread(self, scores: Tensor) -> Tensor:
         """Repeat one value an importance for the groups of the mask."""

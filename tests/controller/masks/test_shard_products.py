@@ -58,6 +58,24 @@ def config(algorithm):
     )
 
 
+def frozen(model, algorithm):
+    """Return a state of masks that were learned, and are frozen."""
+    if algorithm == "rb":
+        chosen = ts.RBSparsityConfig(pattern=BLOCK)
+    else:
+        schedule = ts.PolynomialSchedule(initial_level=0.0, target_level=0.5)
+        chosen = ts.MovementSparsityConfig(pattern=BLOCK, schedule=schedule)
+    controller = ts.create_controller(model, chosen)
+    numbers = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for scores in controller.parameters():
+            scores.copy_(torch.randn(scores.shape, generator=numbers))
+    if algorithm == "movement":
+        controller.set_sparsity_level(0.5)
+    controller.freeze()
+    return {"config": chosen, "state": controller.get_state()}
+
+
 def pruned(algorithm):
     model = net()
     if algorithm == "const":
@@ -110,16 +128,20 @@ def train(model, controller, steps=4):
     return losses, weights, [full(i.operand.binary_mask) for i in infos], shapes
 
 
-def train_shards(group, algorithm, first, how, options):
+def train_shards(group, algorithm, some, first, how, options):
     model = pruned(algorithm)
     if first:
         sharded(model, group, how, **options)
-    controller = ts.create_controller(
-        model, config(algorithm), dispatch="sparse", process_group=group
-    )
+    controller = ts.create_controller(model, dispatch="sparse", process_group=group, **some)
     if not first:
         sharded(model, group, how, **options)
     return train(model, controller)
+
+
+def described(algorithm):
+    if algorithm not in ("rb", "movement"):
+        return {"config": config(algorithm)}
+    return frozen(net(), algorithm)
 
 
 def same(a, b):
@@ -133,7 +155,8 @@ CASES = [
     ("magnitude", 2, True, "root", {"reshard_after_forward": False}),
     *((name, 4, False, "each", {}) for name in ("magnitude", "rigl at each step")),
     *((name, 2, False, "each", {}) for name in ("const", "set")),
-    *((name, 2, True, "each", {}) for name in ("const", "rigl")),
+    *((name, 2, True, "each", {}) for name in ("const", "rigl", "rb")),
+    ("movement", 4, False, "each", {}),
 ]
 
 
@@ -142,11 +165,12 @@ def test_gathered_weights_skip_blocks_as_in_one_process(
     ranks, algorithm, size, first, how, options
 ):
     model = pruned(algorithm)
-    controller = ts.create_controller(model, config(algorithm), dispatch="sparse")
+    some = described(algorithm)
+    controller = ts.create_controller(model, dispatch="sparse", **some)
     wanted = train(model, controller)
     assert len(wanted[3]) == 4 * 2 * 3
     assert not all(mask.all() for mask in wanted[2])
-    for found in ranks.run(size, train_shards, algorithm, first, how, options):
+    for found in ranks.run(size, train_shards, algorithm, some, first, how, options):
         assert same([*found], [*wanted])
 
 
@@ -209,21 +233,23 @@ def numbers():
 
 def once(model, controller, part=slice(None), level=0.5):
     """Return a product, its gradients, and which weights the operator has multiplied."""
-    controller.set_sparsity_level(level)
+    if not controller.frozen:
+        controller.set_sparsity_level(level)
     model.zero_grad()
     x = numbers()[:, part].clone().requires_grad_()
     with Counted() as shapes:
         y = model(x)
         y.square().sum().backward()
-    gradients = {name: full(p.grad) for name, p in model.named_parameters()}
+    # frozen scores have none
+    gradients = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     return full(y), x.grad.clone(), gradients, shapes
 
 
-def once_parted(group, kind, pattern, first):
+def once_parted(group, kind, some, first):
     model = FeedForward()
     if first:
         parallel(model, group, kind)
-    controller = ts.create_controller(model, half(pattern), dispatch="sparse", process_group=group)
+    controller = ts.create_controller(model, dispatch="sparse", process_group=group, **some)
     if not first:
         parallel(model, group, kind)
     rank, size = torch.distributed.get_rank(group), group.size()
@@ -243,17 +269,19 @@ TALL = ts.Block(32, 16)
         ("sequence", 2, BLOCK, True, [48, 48]),
         ("fsdp", 4, BLOCK, True, [48] * 4),
         ("fsdp", 4, TALL, False, [48] * 4),
+        ("tensor", 2, "movement", True, [48, 48]),
+        ("fsdp", 4, "rb", True, [48] * 4),
     ],
 )
 def test_parts_of_weights_skip_blocks_and_agree_with_the_dense_product(
     ranks, kind, size, pattern, first, rows
 ):
     model = FeedForward()
-    y, x_grad, gradients, _ = once(
-        model, ts.create_controller(model, half(pattern), dispatch="dense")
-    )
+    learned = isinstance(pattern, str)
+    some = frozen(FeedForward(), pattern) if learned else {"config": half(pattern)}
+    y, x_grad, gradients, _ = once(model, ts.create_controller(model, dispatch="dense", **some))
     assert (gradients["up.weight"] == 0).float().mean() >= 0.4
-    found = ranks.run(size, once_parted, kind, pattern, first)
+    found = ranks.run(size, once_parted, kind, some, first)
     for (part, (own_y, own_x_grad, own, shapes)), tall in zip(found, rows, strict=True):
         assert torch.equal(own_y, y[:, part])
         assert torch.equal(own_x_grad, x_grad[:, part])
@@ -264,7 +292,14 @@ def test_parts_of_weights_skip_blocks_and_agree_with_the_dense_product(
         assert multiplied == [(tall, 64)] * bool(tall) + [(64, wide)]
 
 
-def multiply(group, bias):
+def turned(layer):
+    """Return a linear as Hugging Face's Conv1D, whose weight is stored (in, out)."""
+    found = pytest.importorskip("transformers").pytorch_utils.Conv1D(96, 64)
+    found.weight.data, found.bias.data = layer.weight.data.T.contiguous(), layer.bias.data
+    return found
+
+
+def multiply(group, kind):
     """Return the product of each placement of weight and inputs, and what it has multiplied."""
     from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor
 
@@ -272,9 +307,13 @@ def multiply(group, bias):
     for weight in (Replicate(), Shard(0), Shard(1)):
         layer = FeedForward().up
         own = {"weight": weight, "bias": weight if weight == Shard(0) else Replicate()}
+        if kind == "turned":
+            layer = turned(layer)
+            own["weight"] = Shard(1 - weight.dim) if isinstance(weight, Shard) else weight
         for name, placement in own.items():
             tensor = distribute_tensor(getattr(layer, name).data, mesh, [placement])
-            setattr(layer, name, nn.Parameter(tensor) if bias or name == "weight" else None)
+            bare = kind == "no bias" and name == "bias"
+            setattr(layer, name, None if bare else nn.Parameter(tensor))
         controller = ts.create_controller(
             layer, half(BLOCK), dispatch="sparse", process_group=group
         )
@@ -293,10 +332,11 @@ def multiply(group, bias):
     return found
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_parts_that_do_not_go_together_are_multiplied_dense(ranks, bias):
+@pytest.mark.parametrize("kind", ["bias", "no bias", "turned"])
+def test_parts_that_do_not_go_together_are_multiplied_dense(ranks, kind):
     layer = FeedForward().up
-    layer.bias = layer.bias if bias else None
+    layer = turned(layer) if kind == "turned" else layer
+    layer.bias = None if kind == "no bias" else layer.bias
     ts.create_controller(layer, half(BLOCK), dispatch="dense").set_sparsity_level(0.5)
     x = numbers().requires_grad_()
     y = layer(x)
@@ -304,7 +344,7 @@ def test_parts_that_do_not_go_together_are_multiplied_dense(ranks, bias):
     wanted = [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
     parts = {(None, 0): (48, 64), (2, 1): (96, 32)}
     parts |= dict.fromkeys([(None, None), (0, None), (1, None)], (96, 64))
-    for found in ranks.run(2, multiply, bias):
+    for found in ranks.run(2, multiply, kind):
         for key, (own, shapes) in found.items():
             assert same(own, wanted), key
             assert shapes == ([parts[key]] if key in parts else []), key

@@ -325,6 +325,7 @@ LEARNED = [
     *(("rb", p) for p in ("unstructured", "blocks")),
     *(("hard", p) for p in ("unstructured", "blocks")),
     ("soft", "unstructured"),
+    ("sr_ste", "nm"),
 ]
 
 
@@ -335,6 +336,8 @@ def learned_config(how, pattern):
             masked |= {"targets": "all", "ignored_scopes": []}
         schedule = ts.ExponentialSchedule(target_level=0.4, target_epoch=2)
         return ts.RBSparsityConfig(schedule=schedule, seed=5, **masked)
+    if how == "sr_ste":
+        return ts.SRSTEConfig(level=0.3, decay=0.1, **masked)
     if how == "hard":
         schedule = ts.PolynomialSchedule(initial_level=0.0, target_level=0.5, target_epoch=3)
         return ts.MovementSparsityConfig(schedule=schedule, pool="global", **masked)
@@ -413,7 +416,7 @@ def near(a, b):
     ("how", "kind"),
     [
         *((how, "tensor") for how in LEARNED),
-        *((how, "fsdp") for how in LEARNED[1::2] + LEARNED[4:]),
+        *((how, "fsdp") for how in LEARNED[1:4:2] + LEARNED[4:]),
         *((how, "fsdp later") for how in LEARNED[::3]),
     ],
 )
