@@ -162,6 +162,11 @@ class Shard:
         return bisect_right(self.bounds, first) - 1
 
     @property
+    def leaves_out(self) -> bool:
+        """True where some rank has nothing."""
+        return any(a == b for ends in (self.bounds, self.edges) for a, b in pairwise(ends))
+
+    @property
     def tail(self) -> int:
         """How many rows here are of a group that ends in a later part."""
         (first, last), rows = self.bounds[self.place : self.place + 2], self.shape[0]
@@ -465,6 +470,13 @@ def replicated(weight: Any, tensor: Tensor) -> Tensor:
 
     mesh = weight.device_mesh
     return type(weight).from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def on_all_ranks(tensor: Any) -> Any:
+    """Return a DTensor of which each rank of its mesh has all."""
+    from torch.distributed.tensor import Replicate
+
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
 def shard_beside(

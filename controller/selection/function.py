@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..masks.shards import is_sharded, like_shard, replicated
+from ..masks.exchange import full_matrix
+from ..masks.shards import is_sharded, like_shard, on_all_ranks, replicated
 from ..masks.weight import SparseWeight
 from .criteria import (
     Evidence,
@@ -66,12 +67,12 @@ def _asked(function: Function, weight: SparseWeight, evidence: Evidence) -> Impo
     """Return what is here of what a function returns, in float32: a rank that has nothing of it
     cannot know its type.
     """
-    matrix: Any = weight.target.matrix(weight.weight.detach())
-    if not is_sharded(matrix):
+    if not is_sharded(weight.weight):
         values = asked(function, evidence).float()
-        return Importance(values, per_group=values.shape != matrix.shape)
+        return Importance(values, per_group=values.shape != evidence.weight.shape)
     try:
-        found: Any = asked(function, _of_all_ranks(evidence, weight, matrix))
+        evidence = _of_all_ranks(evidence, weight)
+        found: Any = asked(function, evidence)
     except Exception as error:
         raise ValueError(
             f"weight_importance: {called(function)} must work on DTensors for {weight.name!r}, "
@@ -79,8 +80,9 @@ def _asked(function: Function, weight: SparseWeight, evidence: Evidence) -> Impo
             f"{type(error).__name__}: {error}"
         ) from error
     assert weight.shard is not None
+    matrix: Any = evidence.weight
     whole, sharded = found.shape == matrix.shape, is_sharded(found)
-    if whole and sharded:
+    if whole and sharded and not weight.shard.leaves_out:
         found = found.redistribute(matrix.device_mesh, matrix.placements).to_local()
         return Importance(weight.whole_grid(found).float())
     found = weight.whole_grid(found.full_tensor() if sharded else found)
@@ -88,15 +90,26 @@ def _asked(function: Function, weight: SparseWeight, evidence: Evidence) -> Impo
     return Importance(here.float(), per_group=not whole)
 
 
-def _of_all_ranks(evidence: Evidence, weight: SparseWeight, matrix: Any) -> Evidence:
+def _of_all_ranks(evidence: Evidence, weight: SparseWeight) -> Evidence:
     """Return the evidence on the full weight, as DTensors."""
-    gradient, product, norm = weight.weight.grad, evidence.product, evidence.input_norm
-    own = None if product is None else weight.whole_grid(product).contiguous()
+    parameter, gradient, shard = weight.weight.detach(), weight.weight.grad, weight.shard
+    product, norm = evidence.product, evidence.input_norm
+    # torch's operations fail on the ranks that have nothing, which has no greatest element, and
+    # leave the others waiting
+    copied = shard is not None and shard.leaves_out
+
+    def matrix(tensor: Tensor) -> Tensor:
+        return weight.target.matrix(on_all_ranks(tensor) if copied else tensor)
+
+    whole = matrix(parameter)
+    if product is not None:
+        own = weight.whole_grid(full_matrix(weight, product) if copied else product).contiguous()
+        product = replicated(whole, own) if copied else like_shard(whole, own, whole.shape)
     return evidence._replace(
-        weight=matrix,
-        gradient=None if gradient is None else weight.target.matrix(gradient),
-        product=None if own is None else like_shard(matrix, own, matrix.shape),
-        input_norm=None if norm is None else replicated(matrix, norm),
+        weight=whole,
+        gradient=None if gradient is None else matrix(gradient),
+        product=product,
+        input_norm=None if norm is None else replicated(whole, norm),
         groups=(slice(None), slice(None)),
     )
 

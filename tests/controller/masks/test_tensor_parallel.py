@@ -687,7 +687,13 @@ class Odd(nn.Module):
         self.turned = pytest.importorskip("transformers").pytorch_utils.Conv1D(24, 16)
 
 
-def odd(group, placements):
+def by_peaks(evidence):
+    """Peaks are the same in any order."""
+    sizes = evidence.weight.abs()
+    return sizes / (sizes.amax(0, keepdim=True) + sizes.amax(1, keepdim=True))
+
+
+def odd(group, placements, importance):
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -702,7 +708,7 @@ def odd(group, placements):
         model,
         ts.MagnitudeSparsityConfig(
             schedule=ts.PolynomialSchedule(initial_level=0.0, target_level=0.5),
-            weight_importance="abs",
+            weight_importance=importance,
             overrides=[ts.Override(scope="turned", pattern=ts.Block(8, 4))],
         ),
         process_group=group,
@@ -715,12 +721,13 @@ def odd(group, placements):
     return *found, state, masks
 
 
+@pytest.mark.parametrize("importance", ["abs", by_peaks])
 @pytest.mark.parametrize("dims", [(1, 1, 0), (0, 0, 1)])
-def test_odd_shapes_are_pruned_as_one_process_prunes(ranks, dims):
+def test_odd_shapes_are_pruned_as_one_process_prunes(ranks, dims, importance):
     pytest.importorskip("transformers")
-    *wanted, state, masks = odd(None, {})
+    *wanted, state, masks = odd(None, {}, importance)
     placements = dict(zip(("narrow", "image", "turned"), dims, strict=True))
-    for *found, own, loaded in ranks.run(2 if dims[0] == 0 else 4, odd, placements):
+    for *found, own, loaded in ranks.run(2 if dims[0] == 0 else 4, odd, placements, importance):
         check([found], wanted)
         assert same(own, state)
         assert same(loaded, masks)
