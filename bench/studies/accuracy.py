@@ -3,7 +3,7 @@
 ``python -m triton_sparsity.bench.studies.accuracy --task minilm``. Each cell is a run of
 ``finetune`` from the same dense model of its seed. Those that have ended are in the record, which
 is written anew after each; a study that was stopped, or is asked for more seeds, goes on from it.
-Cells come by seed, then by level, 80 % first: what there is of a study can be compared.
+Cells come by level, 80 % first, then by seed: what there is of a study can be compared.
 """
 
 from __future__ import annotations
@@ -74,8 +74,6 @@ def cells(
 
     Snip and taylor score a single element alike, so taylor runs in blocks only.
     """
-    for seed in seeds:
-        yield Cell(seed, 0.0, "unstructured", "dense", "normed_abs")
     for i, level in enumerate(levels):
         for seed in seeds:
             for pattern in patterns:
@@ -90,6 +88,8 @@ def cells(
                         is_new = importance != "taylor" or pattern.startswith("block:")
                         if importance in criteria and is_new:
                             yield Cell(seed, at, pattern, method, importance)
+    for seed in seeds:
+        yield Cell(seed, 0.0, "unstructured", "dense", "normed_abs")
 
 
 def run(cell: Cell, base: Options, work: Path) -> dict[str, Any]:
@@ -228,8 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs", "accuracy"))
     parser.add_argument("--steps-per-epoch", type=int)
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--ramp", type=float, help="share of the steps in which the level rises")
     asked = parser.parse_args(arguments)
-    given = {name: getattr(asked, name) for name in ("epochs", "steps_per_epoch")}
+    given = {name: getattr(asked, name) for name in ("epochs", "steps_per_epoch", "ramp")}
     budget = TASKS[asked.task] | {k: v for k, v in given.items() if v is not None}
     # one thread, so that as many studies can run side by side as there are cores
     base = Options(task=asked.task, threads=1, save_every=10**6, **budget)

@@ -66,7 +66,9 @@ def studies(results: Path) -> str:
         options = record["options"]
         steps = round(options["epochs"] * options["steps_per_epoch"])
         commits = ", ".join(dict.fromkeys(str(one["commit"]) for one in record["runs"]))
-        parts.append(f"### {record['task']}: {record['metric']} after {steps} steps")
+        ramp = options["ramp"]
+        rising = "" if ramp is None else f", the level reached after {round(ramp * steps)}"
+        parts.append(f"### {record['task']}: {record['metric']} after {steps:,} steps{rising}")
         parts.append(f"{better.capitalize()} is better. {dense(record)} Commits {commits}.")
         parts.append(tables(record))
     return "\n\n".join(parts or ["Nothing was recorded yet."])

@@ -41,11 +41,14 @@ def test_each_cell_is_run_once_from_the_dense_model_of_its_seed(finetune, tmp_pa
     record = study(tmp_path)
     # a dense run a seed; 11 of blocks at both levels; 2:4 has one level, no RigL and no taylor
     assert len(finetune) == len(record["runs"]) == 2 * (1 + 2 * 11 + 8)
-    assert [o.checkpoint is None for o in finetune[:3]] == [True, True, False]
-    for options in finetune[2:]:
-        assert options.checkpoint.endswith(f"dense-stdlib-lm-{options.seed}.safetensors")
-        assert options.dense_epochs == 0
-    methods = {(o.algorithm, o.importance) for o in finetune[2:]}
+    # the first run of a seed trains it
+    assert [options.seed for options in finetune if options.checkpoint is None] == [0, 1]
+    for options in finetune:
+        if options.checkpoint is not None:
+            assert options.checkpoint.endswith(f"dense-stdlib-lm-{options.seed}.safetensors")
+            assert options.dense_epochs == 0
+    assert [run["method"] for run in record["runs"][-2:]] == ["dense"] * 2
+    methods = {(o.algorithm, o.importance) for o in finetune[:-2]}
     assert len(methods) == 11
     assert {o.level for o in finetune if o.pattern == "nm:2:4"} == {0.5}
     assert {o.ramp for o in finetune if o.algorithm == "rigl"} == {0.75}
@@ -75,7 +78,8 @@ def test_a_study_goes_on_from_its_record(finetune, tmp_path):
 
 
 def test_some_criteria_can_be_studied_before_others(finetune, tmp_path, capsys):
-    record = study(tmp_path, "--criteria=obs,fisher")
+    record = study(tmp_path, "--criteria=obs,fisher", "--ramp=0.3")
+    assert {options.ramp for options in finetune} == {0.3}
     subjects = {(one["method"], one["importance"]) for one in record["runs"]}
     assert subjects == {("dense", "normed_abs"), ("one-shot", "obs"), ("gradual", "fisher")}
     with pytest.raises(SystemExit):
