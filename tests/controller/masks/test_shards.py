@@ -586,7 +586,6 @@ def refuse(group, what):
         ts.prune_obs(model, [torch.ones(2, 16)], ts.ConstSparsityConfig(), level=0.5)
     chosen = {
         "split": ts.RBSparsityConfig(),
-        "sr_ste": ts.SRSTEConfig(target_scopes=["0"]),
         "plain": config("blocks", of_plain_tensors),
         "equal": config("blocks", of_one_value),
         "assign": config("blocks"),
@@ -612,7 +611,6 @@ def refuse(group, what):
     [
         ("obs", "ValueError", "prune_obs: '0' must not be sharded"),
         ("split", "ValueError", "'0' must not be parted by tensor parallelism under a mask that"),
-        ("sr_ste", "ValueError", "'0' must not be sharded for sr_ste, got a DTensor"),
         (
             "plain",
             "ValueError",
