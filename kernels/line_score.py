@@ -147,15 +147,15 @@ def _squares(matrix: Tensor, peaks: Tensor, first: int, length: int) -> Tensor:
         first: the place of the first row in a line.
         length: of a line.
     """
-    total = torch.zeros(matrix.shape[1], dtype=torch.int64, device=matrix.device)
+    total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
     below = 1 / _power_above(peaks)
     places = torch.arange(first, first + len(matrix), device=matrix.device)[:, None]
     offsets = (places * GOLDEN & 2**32 - 1) * 2.0**-32
     step = _lines(matrix, 1)
     for lines, above in zip(_some(matrix, 1), offsets.split(step), strict=True):
-        squares = (lines.double() * below).nan_to_num_(0, 0, 0).square_() * 2.0 ** _bits(length)
-        total += (squares + above).int().sum(0)
-    return total.int()
+        squares = (lines.double() * below).square_().mul_(2.0 ** _bits(length))
+        total += squares.add_(above).floor_().sum(0)  # of integers, exact
+    return total.nan_to_num_(0, 0, 0).int()
 
 
 def _size(squares: Tensor, peaks: Tensor, length: int) -> Tensor:
