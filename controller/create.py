@@ -108,7 +108,6 @@ def create_controller(
         _check_covered(model, configs, targets)
     if stages:
         targets = [on_stages(found, ranks, device) for found in targets]
-        _check_copies(configs, targets)
     with ranks.together(device):
         options = {"backend": backend, "dispatch": dispatch, "ranks": ranks}
         weights = [
@@ -150,17 +149,6 @@ def _told(model: nn.Module, configs: Sequence[AlgorithmConfig], *, stages: bool)
     shapes = [f"{canonical(name)} {tuple(p.shape)}" for name, p in model.named_parameters()]
     told: dict[str, Any] = {"stages": stages, "config": [repr(one) for one in configs]}
     return told if stages else told | {"the model's parameters": shapes}
-
-
-def _check_copies(configs: Sequence[AlgorithmConfig], targets: Sequence[Sequence[Target]]) -> None:
-    """Refuse RigL of a weight whose dense gradient would have to be added up over stages."""
-    for config, found in zip(configs, targets, strict=True):
-        copied = [target for target in found if len(target.holders) > 1]
-        if copied and algorithm_of(config).name == "rigl":
-            raise ValueError(
-                f"create_controller: {copied[0].name!r} must be on one stage for rigl with "
-                f"stages=True, got it on the ranks {copied[0].holders}; list it in ignored_scopes"
-            )
 
 
 def _check_covered(

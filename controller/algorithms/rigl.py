@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from ...kernels.line_score import line_scores
 from ...kernels.pattern import Unstructured
-from ..masks.exchange import full_tensor, grown, known_anywhere, lines_of_all, own_part
+from ..masks.exchange import (
+    full_tensor,
+    grown,
+    known_anywhere,
+    lines_of_all,
+    over_stages,
+    own_part,
+)
 from ..masks.schema import FLAG, FLOATS, Maybe, Schema, tensor
 from ..masks.shards import local_part
 from ..masks.weight import SparseWeight
@@ -105,7 +112,9 @@ class RigLController(SETController):
             if used:
                 zeros = torch.zeros_like(weight.weight)
                 gradient = self._gradients.setdefault(weight.name, zeros)
-                if weight.shard is None:  # else one stage has all of it
+                if weight.on_stage:
+                    self._gradients[weight.name] = over_stages(weight, gradient)
+                else:
                     ranks.sum(gradient)
         self._overdue = not super()._regrow(step)
         return not self._overdue
@@ -169,8 +178,7 @@ class RigLController(SETController):
 
     def _own_state(self) -> dict[str, Any]:
         gradients = {
-            # of a weight on another stage there is nothing here
-            i.name: full_tensor(i, i.weight if i.absent else self._gradients[i.name])
+            i.name: full_tensor(i, self._dense_gradient(i))
             for i in known_anywhere(self._weights, self._gradients)
         }
         return super()._own_state() | {
@@ -178,6 +186,12 @@ class RigLController(SETController):
             "watching": self._watching,
             "dense_gradients": gradients,
         }
+
+    def _dense_gradient(self, weight: SparseWeight) -> Tensor:
+        # of a weight on another stage there is nothing here, nor on one that has not used it
+        found = self._gradients.get(weight.name)
+        found = torch.zeros_like(weight.weight) if found is None else found
+        return over_stages(weight, found) if weight.on_stage else found
 
     def _own_schema(self) -> dict[str, Schema]:
         gradients: Schema = {
@@ -195,6 +209,11 @@ class RigLController(SETController):
         self._overdue = state["overdue"]
         weights = {weight.name: weight for weight in self._weights}
         self._gradients = {
-            name: own_part(weights[name], gradient)
+            name: own_part(weights[name], gradient) * _holds_sum(weights[name])
             for name, gradient in state["dense_gradients"].items()
         }
+
+
+def _holds_sum(weight: SparseWeight) -> bool:
+    """Tell whether a sum over stages of a pipeline, which a state has, is to be held here."""
+    return not weight.on_stage or weight.shard is None or weight.shard.counted

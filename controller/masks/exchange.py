@@ -389,6 +389,23 @@ def from_stage(weight: SparseWeight, tensor: Tensor, shape: Sequence[int]) -> Te
     return whole
 
 
+def over_stages(weight: SparseWeight, tensor: Tensor) -> Tensor:
+    """Return the sum over the stages of a pipeline that have a weight of what each has for it, the
+    same on all of them; of another rank, which must call this too, its own tensor. Whole tensors
+    are sent, between these stages alone.
+    """
+    ranks, holders = weight.ranks, weight.target.holders
+    if len(holders) == 1:
+        return tensor
+    size = 0 if weight.absent else tensor.numel()
+    sizes = [size if rank in holders else 0 for rank in range(ranks.size)]
+    given = tensor.contiguous().view(-1)
+    sent = given.repeat(len(holders)) if size else given[:0]
+    got = torch.empty_like(sent)
+    distributed.all_to_all_single(got, sent, sizes, sizes, ranks.group)
+    return tensor if weight.absent else got.view(len(holders), *tensor.shape).sum(0)
+
+
 def _gathered(
     weight: SparseWeight, part: Tensor, bounds: Sequence[slice], sides: Sequence[slice]
 ) -> list[list[Tensor]]:
