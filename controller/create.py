@@ -68,7 +68,8 @@ def create_controller(
         stages: the ranks have stages of a pipeline, each its own weights, under the names that
             they have in the whole model: these are one pool, by rank and then in module order. A
             weight that several ranks have is one. ``sparsified_module_info`` has those of other
-            stages too, of no rows here.
+            stages too, of no rows here. Stages may be sharded themselves, before this, for const
+            and for magnitude by "abs", "normed_abs" and "random".
 
     Raises:
         ValueError, TypeError: the configuration, a weight or the state does not fit, see the
@@ -108,6 +109,7 @@ def create_controller(
         _check_covered(model, configs, targets)
     if stages:
         targets = [on_stages(found, ranks, device) for found in targets]
+        _check_parts(configs, targets)
     with ranks.together(device):
         options = {"backend": backend, "dispatch": dispatch, "ranks": ranks}
         weights = [
@@ -149,6 +151,22 @@ def _told(model: nn.Module, configs: Sequence[AlgorithmConfig], *, stages: bool)
     shapes = [f"{canonical(name)} {tuple(p.shape)}" for name, p in model.named_parameters()]
     told: dict[str, Any] = {"stages": stages, "config": [repr(one) for one in configs]}
     return told if stages else told | {"the model's parameters": shapes}
+
+
+def _check_parts(configs: Sequence[AlgorithmConfig], targets: Sequence[Sequence[Target]]) -> None:
+    """Refuse what would send within a stage of a pipeline alone, where it is sharded itself."""
+    for config, found in zip(configs, targets, strict=True):
+        parts = [target.name for target in found if target.part is not None]
+        name, importance = algorithm_of(config).name, getattr(config, "weight_importance", "abs")
+        covered = name in ("magnitude_sparsity", "const_sparsity")
+        if parts and not (covered and importance in ("abs", "normed_abs", "random")):
+            chosen = name if not covered else f"weight_importance={importance!r}"
+            raise ValueError(
+                "create_controller: stages=True with stages that are sharded themselves must be "
+                "of const, or of magnitude by 'abs', 'normed_abs' or 'random', got "
+                f"{chosen} and a DTensor for {parts[0]!r}; give each stage a process_group, for "
+                "pools of their own"
+            )
 
 
 def _check_covered(

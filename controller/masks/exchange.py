@@ -418,7 +418,7 @@ def _gathered(
     if shard.on_stages:
         return [[from_stage(weight, part, (heights[0], widths[0]))]]
     padded = part.new_zeros(max(heights), max(widths))
-    padded[: part.shape[0], : part.shape[1]] = part
+    padded[: part.shape[0], : part.shape[1]] = part[:, : padded.shape[1]]
     every = [torch.empty_like(padded) for _ in range(weight.ranks.size)]
     if weight.ranks.size > 1:
         distributed.all_gather(every, padded, weight.ranks.group)

@@ -14,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ...kernels.product import has_blocks_to_skip
 from .exchange import whole_grids
 from .module import MaskedModule, become, unsharded_class
+from .names import canonical
 from .shards import gathered_over, local_grid
 from .weight import SparseWeight
 
@@ -109,7 +110,8 @@ def list_blocks_of_shards(
         grids: bool, one a weight: the grids of the full weights, if they are known.
     """
     served = [weight for weight in weights if weight.in_parts and weight.skips_blocks]
-    if not served:
+    staged = [weight for weight in weights if weight.in_parts and weight.target.holders]
+    if not (served or staged):
         return
     over = gathered_over(model)
     known = {} if grids is None else dict(zip(weights, grids, strict=True))
@@ -120,6 +122,10 @@ def list_blocks_of_shards(
             weight.product = None
         weight.multiplied, weight.unlisted = part, None
     gathered = [w for w in served if w.multiplied is not w.shard and w not in known]
+    if staged:  # stages that have none of a weight take part, too
+        names = {canonical(weight.name) for weight in gathered}
+        names = {name for theirs in weights[0].ranks.gather(names) for name in theirs}
+        gathered = [w for w in weights if canonical(w.name) in names]
     if gathered:
         known |= dict(zip(gathered, whole_grids(gathered), strict=True))
     masks = []
@@ -130,6 +136,8 @@ def list_blocks_of_shards(
             masks.append(known[weight])
         else:
             masks.append(local_grid(weight.multiplied, known[weight]).contiguous())
+    if not served:
+        return
     kept = torch.stack([mask.count_nonzero() for mask in masks]).tolist()
     SparseWeight.list_blocks(served, masks, kept)
 

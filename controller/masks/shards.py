@@ -13,7 +13,7 @@ import operator
 import sys
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import accumulate, pairwise, product
 from typing import Any, NamedTuple
@@ -216,6 +216,7 @@ def shard_of(
     transposed: bool,
     experts: bool,
     gathered: Sequence[int] = (),
+    holders: Sequence[int] = (),
 ) -> Shard | None:
     """Return which part of a weight is here; None if it is not sharded.
 
@@ -227,6 +228,7 @@ def shard_of(
         transposed, experts: as ``Target``'s.
         gathered: dimensions of the mesh. Over these what is here is put together first: the part
             is then the one that a forward pass has, None if that is the whole.
+        holders: those of ``ranks`` that have parts of it, on stages of a pipeline; none: all.
 
     Raises:
         ValueError: it is sharded in a way that masks do not cover.
@@ -247,10 +249,11 @@ def shard_of(
     known = distributed.get_process_group_ranks(ranks.group) if ranks.group else [0]
     members, index = mesh.mesh.numpy(), {rank: i for i, rank in enumerate(known)}
     parts = len(below.places) * len(beside.places)
-    if not set(members.flatten().tolist()) <= set(known) or len(known) % parts:
+    having = [known[rank] for rank in holders] or known
+    if not set(members.flatten().tolist()) <= set(having) or len(having) % parts:
         raise ValueError(
             f"create_controller: process_group must hold all ranks of {name!r}, "
-            f"{members.tolist()}, and as many of each, got {known}"
+            f"{members.tolist()}, and as many of each, got {having}"
         )
 
     def rank_of(place: tuple[int, ...], side: tuple[int, ...]) -> int:
@@ -267,8 +270,8 @@ def shard_of(
         place=below.places.index(tuple(here[i] for i in below.split)),
         side=beside.places.index(tuple(here[i] for i in beside.split)),
         ranks=tuple(tuple(rank_of(p, s) for p in below.places) for s in beside.places),
-        counted=not any(copied) and known[0] in members,
-        copies=len(known) // parts,
+        counted=not any(copied) and having[0] in members,
+        copies=len(having) // parts,
         pattern=pattern,
     )
 
@@ -296,6 +299,20 @@ def stage_of(
         copies=len(holders),
         pattern=pattern,
         on_stages=True,
+    )
+
+
+def part_of_stage(shard: Shard, *, here: bool) -> Shard:
+    """Return a shard of a weight that other stages of a pipeline have nothing of: behind its parts
+    is one of no rows, which is what is not ``here``.
+    """
+    return replace(
+        shard,
+        bounds=(*shard.bounds, shard.bounds[-1]),
+        ranks=tuple((*below, below[0]) for below in shard.ranks),
+        place=shard.place if here else len(shard.bounds) - 1,
+        side=shard.side if here else 0,
+        counted=shard.counted and here,
     )
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from .names import canonical
 from .ranks import Ranks, fingerprint
-from .shards import is_sharded
+from .shards import Shard, is_sharded, local_part, part_of_stage, shard_of
 from .weight import SparseWeight, Target
 
 
@@ -25,6 +25,7 @@ class _Known(NamedTuple):
     target: Target
     shape: tuple[int, ...]
     dtype: torch.dtype
+    sharded: bool
 
 
 class _Place(NamedTuple):
@@ -39,16 +40,9 @@ def on_stages(targets: Sequence[Target], ranks: Ranks, device: torch.device) -> 
     have one of the same name have copies of one weight. All ranks must call this.
 
     Raises:
-        ValueError: weights of one name differ; a weight is a DTensor; there is none.
+        ValueError: weights of one name differ; there is none; one is sharded otherwise than masks
+            cover.
     """
-    with ranks.together(device):
-        for target in targets:
-            if is_sharded(target.weight):
-                raise ValueError(
-                    f"create_controller: {target.name!r} must be whole on its stage with "
-                    "stages=True, got a DTensor; give each stage a process_group, for pools of "
-                    "their own"
-                )
     known: dict[str, _Known] = {}
     places: dict[str, tuple[int, _Place]] = {}
     holders: dict[str, list[int]] = {}
@@ -72,7 +66,10 @@ def on_stages(targets: Sequence[Target], ranks: Ranks, device: torch.device) -> 
     if not known:
         raise ValueError("create_controller: no weight to sparsify is left on any stage")
     here = {canonical(target.name): target for target in targets}
-    _check_copies(here, [name for name, held in holders.items() if len(held) > 1], ranks)
+    sharded = [name for name, found in known.items() if found.sharded]
+    parts = _parts(here, holders, sharded, ranks, device)
+    copied = [name for name, held in holders.items() if len(held) > 1]
+    _check_copies(here, parts, copied, ranks)
     # weights of one module are so here too
     stand_ins: dict[tuple[int, int], nn.Module] = {}
     targets = []
@@ -81,19 +78,53 @@ def on_stages(targets: Sequence[Target], ranks: Ranks, device: torch.device) -> 
             rank, place = places[name]
             module = stand_ins.setdefault((rank, place.module), nn.Module())
             here[name] = _stand_in(found, module, place.parameter, device)
-        targets.append(replace(here[name], holders=tuple(holders[name])))
+        held = tuple(holders[name])
+        targets.append(replace(here[name], holders=held, part=parts.get(name)))
     return targets
 
 
-def _check_copies(here: Mapping[str, Target], shared: Sequence[str], ranks: Ranks) -> None:
+def _parts(
+    here: Mapping[str, Target],
+    holders: Mapping[str, Sequence[int]],
+    sharded: Sequence[str],
+    ranks: Ranks,
+    device: torch.device,
+) -> dict[str, Shard]:
+    """Return what is here of the weights whose stages are sharded themselves."""
+    if not sharded:
+        return {}
+    own: dict[str, Shard] = {}
+    with ranks.together(device):
+        for name in sharded:
+            if name in here:
+                target = here[name]
+                layout = {"transposed": target.transposed, "experts": target.experts}
+                options: Any = layout | {"holders": holders[name]}
+                found = shard_of(name, target.weight, target.pattern, ranks, **options)
+                assert found is not None
+                own[name] = found
+    known: dict[str, Shard] = {}
+    for theirs in ranks.gather(own):
+        known = theirs | known
+    return {name: part_of_stage(own.get(name, known[name]), here=name in own) for name in sharded}
+
+
+def _check_copies(
+    here: Mapping[str, Target], parts: Mapping[str, Shard], shared: Sequence[str], ranks: Ranks
+) -> None:
     """Refuse weights of one name that hold other numbers, as of stages that each count anew."""
     if not shared:
         return
-    prints = {name: int(fingerprint(here[name].weight)) for name in shared if name in here}
-    seen: dict[str, int] = {}
+    prints: dict[tuple[str, str], int] = {}
+    for name in shared:
+        if name in here:
+            part = parts[name].here if name in parts else None
+            place = None if part is None else [(at.start, at.stop) for at in part]
+            prints[name, str(place)] = int(fingerprint(local_part(here[name].weight)))
+    seen: dict[tuple[str, str], int] = {}
     for rank, theirs in enumerate(ranks.gather(prints)):
-        for name, found in theirs.items():
-            if seen.setdefault(name, found) != found:
+        for (name, place), found in theirs.items():
+            if seen.setdefault((name, place), found) != found:
                 raise ValueError(
                     f"create_controller: {name!r} must be the same weight on every stage that has "
                     f"it, got other numbers on rank {rank}; let modules have the names that they "
@@ -104,14 +135,14 @@ def _check_copies(here: Mapping[str, Target], shared: Sequence[str], ranks: Rank
 def _known_of(target: Target) -> _Known:
     weight = target.weight
     of_none = replace(target, name=canonical(target.name), users=())
-    return _Known(of_none, tuple(weight.shape), weight.dtype)
+    return _Known(of_none, tuple(weight.shape), weight.dtype, is_sharded(weight))
 
 
 def _stand_in(known: _Known, module: nn.Module, parameter: str, device: torch.device) -> Target:
     """Return the target of a weight that is on other stages alone; it becomes a parameter of a
     module that has none of it.
     """
-    target, shape, dtype = known
+    target, shape, dtype, _ = known
     nothing = (*shape[:-1], 0) if target.transposed else (0, *shape[1:])
     empty = torch.empty(nothing, dtype=dtype, device=device)
     module.register_parameter(parameter, nn.Parameter(empty, requires_grad=False))
@@ -127,7 +158,7 @@ def parameters_of_all(
     left_out = {id(parameter) for parameter in ignored}
     named = [(canonical(name), p) for name, p in model.named_parameters()]
     own = {name: p.numel() for name, p in named if id(p) not in left_out}
-    if any(weight.on_stage for weight in weights):
+    if any(weight.target.holders for weight in weights):
         own = dict(pair for theirs in weights[0].ranks.gather(own) for pair in theirs.items())
     return sum(own.values())
 
@@ -137,6 +168,6 @@ def paths_of_all(weights: Sequence[SparseWeight]) -> list[str]:
     as the stage does that has it.
     """
     own = {canonical(weight.name): weight.path for weight in weights if not weight.absent}
-    if any(weight.on_stage for weight in weights):
+    if any(weight.target.holders for weight in weights):
         own = dict(pair for theirs in weights[0].ranks.gather(own) for pair in theirs.items())
     return [own[canonical(weight.name)] for weight in weights]

@@ -64,6 +64,7 @@ class Target:
         minimum_level, maximum_level: limits of its level; None: the default of all.
         holders: the ranks that have it, of those that have stages of a pipeline; none: all.
         absent_shape: its shape, where it is on other stages alone, and here of no rows.
+        part: what is here of it, where its stage is sharded itself.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Target:
     maximum_level: float | None = None
     holders: tuple[int, ...] = ()
     absent_shape: tuple[int, ...] | None = None
+    part: Shard | None = None
 
     @property
     def weight(self) -> nn.Parameter:
@@ -174,11 +176,19 @@ class SparseWeight(GroupMask):
         pattern = target.pattern
         if weight.ndim == 1 and isinstance(pattern, Block):  # what is parted are rows
             pattern = Block(pattern.cols, pattern.rows)
-        if target.holders:
+        if target.part is not None and not gathered:
+            return target.part
+        if target.holders and target.part is None:
+            if is_sharded(weight):
+                raise ValueError(
+                    f"the weight of {self.name!r}, which is on a stage of a pipeline, must be "
+                    f"sharded before create_controller(stages=True), got {weight.placements}"  # pyright: ignore[reportAttributeAccessIssue]
+                )
             matrix = target.matrix(torch.empty(self.weight_shape, device="meta"))
             rows, cols = matrix.T.shape if weight.ndim == 1 else matrix.shape
             return stage_of(target.holders, (rows, cols), pattern, self.ranks)
-        return shard_of(self.name, weight, pattern, self.ranks, gathered=gathered, **layout)
+        options: Any = layout | {"gathered": gathered, "holders": target.holders}
+        return shard_of(self.name, weight, pattern, self.ranks, **options)
 
     def _begin(self, weight: nn.Parameter, backend: Backend) -> None:
         """Keep everything of what is here of a parameter."""
@@ -384,7 +394,8 @@ class SparseWeight(GroupMask):
                 many of one.
         """
         kept = self.like_weight(self.kept_elements())
-        return like_shard(self.weight, kept, self.weight_shape) if self.in_parts else kept
+        parts = self.in_parts and not self.absent
+        return like_shard(self.weight, kept, self.weight_shape) if parts else kept
 
     @binary_mask.setter
     def binary_mask(self, mask: Tensor) -> None:

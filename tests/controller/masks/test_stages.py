@@ -45,9 +45,10 @@ def net(dtype=torch.float32, ties=False, channels=False):
     return model
 
 
-def stage(model, group):
+def stage(model, group, here=None):
     """Return the layers that a rank has, under the names that they have in the model."""
-    here = STAGES[group.size()][torch.distributed.get_rank(group)]
+    if here is None:
+        here = STAGES[group.size()][torch.distributed.get_rank(group)]
     part = nn.Sequential()
     for name in here:
         if name in model._modules:
@@ -86,10 +87,15 @@ def run(model, dtype=torch.float32, halves=(0, 1)):
     return losses
 
 
+def full(tensor):
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
 def outcome(controller):
     infos = controller.sparsified_module_info
     here = {
-        info.module_node_name: (info.weight.detach().clone(), info.operand.binary_mask)
+        info.module_node_name: (full(info.weight), full(info.operand.binary_mask))
         for info in infos
         if not info.operand.absent
     }
@@ -178,6 +184,52 @@ def test_stages_are_pruned_as_one_process_prunes(ranks, how):
     found = ranks.run(size, prune_stages, how, dtype, ties)
     check([outcomes for outcomes, _ in found], wanted)
     assert all(same(own, states) for _, own in found)
+
+
+def sharded_stage(group, kind):
+    """Return a stage that two ranks share: FSDP2 shards it, or tensor parallelism some layers."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "inner"))
+    here = STAGES[2][torch.distributed.get_rank(group) // 2]
+    model = stage(net(torch.bfloat16, ties=True), group, here)
+    if kind == "fsdp":
+        return fully_shard(model, mesh=mesh["inner"])
+    plan = {"0": ColwiseParallel(), "1": ColwiseParallel(), "3": RowwiseParallel()}
+    return parallelize_module(model, mesh["inner"], {n: p for n, p in plan.items() if n in here})
+
+
+def prune_sharded_stages(group, how, kind):
+    model = sharded_stage(group, kind)
+    options = {"dispatch": "sparse", "process_group": group, "stages": True}
+    found = prune(model, ts.create_controller(model, config(*how), **options))
+    skips = [m for m in model.modules() if "BlockSparse" in type(m).__name__]
+    return *found, len(skips)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        (("large", "abs"), "fsdp"),
+        (("unstructured", "normed_abs"), "fsdp"),
+        (("blocks", "abs", "row"), "tensor"),
+    ],
+)
+def test_stages_that_are_sharded_themselves_are_one_pool_too(ranks, how, kind):
+    model = net(torch.bfloat16, ties=True)
+    controller = ts.create_controller(model, config(*how), dispatch="sparse")
+    wanted, states = prune(model, controller)
+    found = ranks.run(4, prune_sharded_stages, how, kind)
+    check([outcomes for outcomes, *_ in found], wanted)
+    for _, own, skips in found:
+        assert same(own, states)
+        assert (skips > 0) == (how[0] == "large")
 
 
 def holed():
@@ -414,4 +466,33 @@ def refuse(group, what):
 def test_what_stages_refuse_is_named_on_every_rank(ranks, what, kind, message):
     for raised, text in ranks.errors(3 if what == "copies" else 2, refuse, what):
         assert raised == kind
+        assert message in text
+
+
+def refuse_sharded(group, what):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if what == "within":
+        model, chosen = sharded_stage(group, "fsdp"), config("blocks", "set")
+        ts.create_controller(model, chosen, process_group=group, stages=True)
+    else:
+        here = STAGES[2][torch.distributed.get_rank(group) // 2]
+        model, chosen = stage(net(), group, here), config("blocks")
+        controller = ts.create_controller(model, chosen, process_group=group, stages=True)
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "inner"))
+        fully_shard(model, mesh=mesh["inner"])
+        controller.set_sparsity_level(0.5)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("within", "got set and a DTensor for '0'; give each stage a process_group"),
+        ("later", "must be sharded before create_controller(stages=True), got"),
+    ],
+)
+def test_what_sharded_stages_refuse_is_named_on_every_rank(ranks, what, message):
+    for raised, text in ranks.errors(4, refuse_sharded, what):
+        assert raised == "ValueError"
         assert message in text
