@@ -184,15 +184,9 @@ def by_product(evidence):
 by_product.needs = ("gradients",)
 
 
-@pytest.mark.parametrize(
-    ("function", "pattern"),
-    [
-        *((by_columns, p) for p in ("unstructured", "tall")),
-        (by_inputs, "tall"),
-    ],
-)
-def test_a_function_sees_full_weights_as_dtensors(ranks, function, pattern):
-    how = (pattern, function, "weight")
+@pytest.mark.parametrize("function", [by_columns, by_inputs])
+def test_a_function_sees_full_weights_as_dtensors(ranks, function):
+    how = ("tall", function, "weight")
     ties = function is by_columns
     wanted = prune((model := net(ties=ties)), ts.create_controller(model, config(*how)))
     check(ranks.run(4, prune_shards, how, torch.float32, ties, True), wanted)
@@ -205,7 +199,6 @@ EVIDENCE = [
         for p in ("unstructured", "tall")
     ),
     ("fisher", "unstructured"),
-    ("fisher", "wide"),  # none lies on two ranks
     ("fisher", "tall"),
 ]
 
