@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from ranks import LocalAdamW
 from torch import nn
 
 import triton_sparsity as ts
@@ -377,7 +378,7 @@ def trained(model, algorithm, **options):
     controller = ts.create_controller(model, config(algorithm), dispatch="sparse", **options)
     for info in controller.sparsified_module_info:
         info.module.operand = info.operand
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1, foreach=False)
+    optimizer = LocalAdamW(model.parameters(), lr=0.02, weight_decay=0.1, foreach=False)
     losses, numbers = [], torch.Generator().manual_seed(1)
     for step in range(6):
         if step % 3 == 0:

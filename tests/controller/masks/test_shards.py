@@ -76,7 +76,7 @@ def config(pattern, importance="abs", pool="global", distribution="uniform", red
 
 def prune(model, controller, rank=0, size=1):
     """Prune at several levels, up and down, with training in between; return what became of it."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    optimizer = LocalAdamW(model.parameters(), lr=0.0, foreach=False)
     found = []
     for step, level in enumerate((0.3, 0.45, 0.2)):
         numbers = torch.Generator().manual_seed(step)
