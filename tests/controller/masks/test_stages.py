@@ -200,17 +200,36 @@ def sharded_stage(group, kind):
     here = STAGES[2][torch.distributed.get_rank(group) // 2]
     model = stage(net(torch.bfloat16, ties=True), group, here)
     if kind == "fsdp":
+        for layer in model:
+            fully_shard(layer, mesh=mesh["inner"])
         return fully_shard(model, mesh=mesh["inner"])
     plan = {"0": ColwiseParallel(), "1": ColwiseParallel(), "3": RowwiseParallel()}
     return parallelize_module(model, mesh["inner"], {n: p for n, p in plan.items() if n in here})
 
 
+def step(model, controller):
+    """Take a step; return the weights and masks after it, and after one more update."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, foreach=False)
+    found = []
+    for level in (None, 0.55):
+        controller.scheduler.step()
+        if level:
+            controller.set_sparsity_level(level)
+        model.zero_grad()
+        sum(run(model, torch.bfloat16)).backward()
+        optimizer.step()
+        found.append(outcome(controller))
+    return found
+
+
 def prune_sharded_stages(group, how, kind):
     model = sharded_stage(group, kind)
     options = {"dispatch": "sparse", "process_group": group, "stages": True}
-    found = prune(model, ts.create_controller(model, config(*how), **options))
+    controller = ts.create_controller(model, config(*how), **options)
+    found, states = prune(model, controller)
+    found += step(model, controller) if kind == "fsdp" else []
     skips = [m for m in model.modules() if "BlockSparse" in type(m).__name__]
-    return *found, len(skips)
+    return found, states, len(skips)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +244,7 @@ def test_stages_that_are_sharded_themselves_are_one_pool_too(ranks, how, kind):
     model = net(torch.bfloat16, ties=True)
     controller = ts.create_controller(model, config(*how), dispatch="sparse")
     wanted, states = prune(model, controller)
+    wanted += step(model, controller) if kind == "fsdp" else []
     found = ranks.run(4, prune_sharded_stages, how, kind)
     check([outcomes for outcomes, *_ in found], wanted)
     for _, own, skips in found:
