@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import mesh_of
 from torch import nn
 
 import triton_sparsity as ts
@@ -32,10 +33,9 @@ def net():
 def update(group, name):
     """Return what this rank gives to collectives in an update, by collective; bytes of lists."""
     from torch import distributed
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
-    model = fully_shard(net(), mesh=DeviceMesh.from_group(group, "cpu"))
+    model = fully_shard(net(), mesh=mesh_of(group))
     moves = {"set": ts.SETConfig, "rigl": ts.RigLConfig, "normed": ts.RigLConfig}.get(name)
     pattern = SKIPPED if name == "skips" else BLOCK
     config = (

@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from ranks import LocalAdamW
+from ranks import LocalAdamW, mesh_of
 from torch import nn
 
 import triton_sparsity as ts
@@ -106,14 +106,9 @@ def config(how, pattern):
 
 
 def sharded(model, group, hybrid=False, **options):
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = (
-        init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        if hybrid
-        else DeviceMesh.from_group(group, "cpu")
-    )
+    mesh = mesh_of(group, "replicate", "shard") if hybrid else mesh_of(group)
     for layer in (model[1], model[2]):
         fully_shard(layer, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
@@ -444,12 +439,11 @@ def test_a_step_moves_counts_and_an_update_one_bit_a_group(ranks):
 
 
 def refuse(group, what):
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard, distribute_tensor
 
     model = net()
-    mesh = DeviceMesh.from_group(group, "cpu")
+    mesh = mesh_of(group)
     if what in ("bits", "columns"):
         model.to(torch.bfloat16 if what == "bits" else torch.float32)
         fully_shard(

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from ranks import LocalAdamW
+from ranks import LocalAdamW, mesh_of
 from torch import nn
 
 import triton_sparsity as ts
@@ -29,14 +29,9 @@ def net():
 
 
 def sharded(model, group, how="each", **options):
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = (
-        init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        if how == "copies"
-        else DeviceMesh.from_group(group, "cpu")
-    )
+    mesh = mesh_of(group, "replicate", "shard") if how == "copies" else mesh_of(group)
     for layer in (model[0], model[4]) if how != "root" else ():
         fully_shard(layer, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
@@ -195,9 +190,8 @@ def parallel(model, group, kind):
     """Part a model over "tensor" ranks, by "sequence" around it, or by "fsdp" beside; or the
     first weight's "columns" alone.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DeviceMesh, Replicate, Shard
+    from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,
@@ -211,11 +205,11 @@ def parallel(model, group, kind):
             RowwiseParallel(output_layouts=Shard(1)),
         )
     if kind != "fsdp":
-        mesh = DeviceMesh.from_group(group, "cpu")
+        mesh = mesh_of(group)
         if kind == "columns":
             return parallelize_module(model.up, mesh, ColwiseParallel(output_layouts=Replicate()))
         return parallelize_module(model, mesh, {"up": up, "down": down})
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    mesh = mesh_of(group, "data", "tensor")
     parallelize_module(model, mesh["tensor"], {"up": up, "down": down})
     return fully_shard(model, mesh=mesh["data"])
 
@@ -302,9 +296,9 @@ def turned(layer):
 
 def multiply(group, kind):
     """Return the product of each placement of weight and inputs, and what it has multiplied."""
-    from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    mesh, found = DeviceMesh.from_group(group, "cpu"), {}
+    mesh, found = mesh_of(group), {}
     for weight in (Replicate(), Shard(0), Shard(1)):
         layer = FeedForward().up
         own = {"weight": weight, "bias": weight if weight == Shard(0) else Replicate()}
@@ -415,20 +409,18 @@ def test_training_by_parts_is_that_of_one_process_which_multiplies_by_parts(
 
 
 def gather(model, group):
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = DeviceMesh.from_group(group, "cpu")
+    mesh = mesh_of(group)
     for layer in (model.up, model.down):
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
 def whole(model, group, **options):
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
-    return fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"), **options)
+    return fully_shard(model, mesh=mesh_of(group), **options)
 
 
 def compute_in_bfloat16(group, dispatch):

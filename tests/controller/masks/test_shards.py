@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from ranks import PATIENCE, LocalAdamW
+from ranks import PATIENCE, LocalAdamW, mesh_of
 from torch import nn
 
 import triton_sparsity as ts
@@ -41,14 +41,9 @@ def net(dtype=torch.float32, ties=False):
 
 
 def sharded(model, group, hybrid=False):
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = (
-        init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-        if hybrid
-        else DeviceMesh.from_group(group, "cpu")
-    )
+    mesh = mesh_of(group, "replicate", "shard") if hybrid else mesh_of(group)
     for layer in (model[0], model[4]):
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -568,11 +563,10 @@ def of_one_value(evidence):
 
 
 def refuse(group, what):
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
     model = net()
-    mesh = DeviceMesh.from_group(group, "cpu")
+    mesh = mesh_of(group)
     if what != "split":
         fully_shard(model, mesh=mesh)
     if what == "obs":

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from ranks import mesh_of
 from torch import nn
 
 import triton_sparsity as ts
@@ -188,7 +189,6 @@ def test_stages_are_pruned_as_one_process_prunes(ranks, how):
 
 def sharded_stage(group, kind):
     """Return a stage that two ranks share: FSDP2 shards it, or tensor parallelism some layers."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -196,7 +196,7 @@ def sharded_stage(group, kind):
         parallelize_module,
     )
 
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "inner"))
+    mesh = mesh_of(group, "stage", "inner")
     here = STAGES[2][torch.distributed.get_rank(group) // 2]
     model = stage(net(torch.bfloat16, ties=True), group, here)
     if kind == "fsdp":
@@ -490,7 +490,6 @@ def test_what_stages_refuse_is_named_on_every_rank(ranks, what, kind, message):
 
 
 def refuse_sharded(group, what):
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     if what == "within":
@@ -500,7 +499,7 @@ def refuse_sharded(group, what):
         here = STAGES[2][torch.distributed.get_rank(group) // 2]
         model, chosen = stage(net(), group, here), config("blocks")
         controller = ts.create_controller(model, chosen, process_group=group, stages=True)
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "inner"))
+        mesh = mesh_of(group, "stage", "inner")
         fully_shard(model, mesh=mesh["inner"])
         controller.set_sparsity_level(0.5)
 

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from ranks import LocalAdamW
+from ranks import LocalAdamW, mesh_of
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -77,12 +77,11 @@ def net(dtype=torch.float32, ties=False, as_two=False):
     return model
 
 
-def mesh_of(group, kind):
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+def mesh_by(group, kind):
 
     if kind == "tensor":
-        return DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tensor",))
-    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        return mesh_of(group, "tensor")
+    return mesh_of(group, "data", "tensor")
 
 
 def part(model, mesh):
@@ -107,7 +106,7 @@ def wrapped(model, group, kind="tensor"):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    mesh = mesh_of(group, kind)
+    mesh = mesh_by(group, kind)
     part(model, mesh)
     if kind == "fsdp":
         return fully_shard(model, mesh=mesh["data"])
@@ -229,7 +228,7 @@ def test_two_dimensions_are_pruned_as_one_process_prunes(ranks, kind, first, how
 def shard_parts(group, how):
     from torch.distributed.fsdp import fully_shard
 
-    model, mesh = net(torch.bfloat16, True), mesh_of(group, "fsdp")
+    model, mesh = net(torch.bfloat16, True), mesh_by(group, "fsdp")
     part(model, mesh)
     controller = ts.create_controller(model, config(*how), process_group=group)
     controller.set_sparsity_level(0.4)
@@ -357,7 +356,7 @@ def learn_masks(model, controller, steps):
     scores = controller.parameters()
     own = [p for p in model.parameters() if not any(p is score for score in scores)]
     groups = [{"params": own}, {"params": scores, "lr": 1.0, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.02, weight_decay=0.1, foreach=False)
+    optimizer = LocalAdamW(groups, lr=0.02, weight_decay=0.1, foreach=False)
     outputs = []
     for step in range(steps):
         if step % 3 == 0:
@@ -386,12 +385,12 @@ def learn_parts_of_masks(group, how, steps, kind, state=None):
         model.load_state_dict(state[0])
     later = kind == "fsdp later"
     if later:
-        part(model, mesh_of(group, "fsdp"))
+        part(model, mesh_by(group, "fsdp"))
     else:
         wrapped(model, group, kind)
     controller = ts.create_controller(model, learned_config(*how), process_group=group)
     if later:
-        fully_shard(model, mesh=mesh_of(group, "fsdp")["data"])
+        fully_shard(model, mesh=mesh_by(group, "fsdp")["data"])
     if state is not None:
         controller.load_state(state[1])
     found, state = learn_masks(model, controller, steps), controller.get_state()
@@ -489,14 +488,14 @@ def test_passes_under_learned_masks_send_what_dense_ones_do(ranks, how):
 def learn_turned(group, dim):
     """Learn a mask of a weight stored (in, out), of small integers, whose sums are exact."""
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     torch.manual_seed(0)
     layer = pytest.importorskip("transformers").pytorch_utils.Conv1D(24, 16)
     layer.weight.data.mul_(50).round_()
     model = nn.Sequential(layer, nn.ReLU())  # FSDP2 warns of views
     x = torch.randint(-2, 3, (6, 16)).float()
-    mesh = None if group is None else DeviceMesh.from_group(group, "cpu")
+    mesh = None if group is None else mesh_of(group)
     if dim == "rows":
         fully_shard(model, mesh=mesh)
     elif mesh is not None:
@@ -558,7 +557,6 @@ class Transformer(nn.Module):
 
 def learn(wrap, how, group=None):
     """Train for 30 steps; return the losses, and three times weights and masks."""
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -572,7 +570,7 @@ def learn(wrap, how, group=None):
     with torch.no_grad():
         for weight in (model.q.weight, model.o.weight, model.down.weight):
             weight[4:, 10:31] = 0 if how[1] == "const" else weight[4:, 10:31]
-    mesh = None if group is None else DeviceMesh.from_group(group, "cpu")
+    mesh = None if group is None else mesh_of(group)
     if tensor:
         plan = {name: ColwiseParallel() for name in ("q", "k", "v", "up")}
         plan |= {name: RowwiseParallel() for name in ("o", "down")}
@@ -696,13 +694,12 @@ def by_peaks(evidence):
 
 
 def odd(group, placements, importance):
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     torch.manual_seed(0)
     model = Odd()
     if group is not None:
-        mesh = DeviceMesh.from_group(group, "cpu")
+        mesh = mesh_of(group)
         for name, dim in placements.items():
             module = model.get_submodule(name)
             module.weight = nn.Parameter(distribute_tensor(module.weight.data, mesh, [Shard(dim)]))
@@ -748,7 +745,7 @@ def uneven(group, kind):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 35), nn.Linear(35, 16), nn.Linear(16, 9))
     if kind:
-        mesh = mesh_of(group, "fsdp")
+        mesh = mesh_by(group, "fsdp")
         plan = {"0": ColwiseParallel(), "1": RowwiseParallel(), "2": ColwiseParallel()}
         parallelize_module(model, mesh["tensor"], plan)
     if kind == "parts":
@@ -869,7 +866,7 @@ def refuse(group, what):
         chosen = chosen.model_copy(update={"pattern": ts.Block(4, 32)})
     elif what == "dimension":
         model.image = nn.Conv2d(6, 8, 3)
-        weight = distribute_tensor(model.image.weight.data, mesh_of(group, "tensor"), [Shard(2)])
+        weight = distribute_tensor(model.image.weight.data, mesh_by(group, "tensor"), [Shard(2)])
         model.image.weight = nn.Parameter(weight)
     elif what == "sixteenths":
         chosen = config("unstructured", "normed_abs")
