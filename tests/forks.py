@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import warnings
 from dataclasses import dataclass
@@ -50,6 +51,21 @@ def fork(function, *args, folder, name="program", environment=None):
     return Fork(process, out, err)
 
 
+def fork_ranks(ranks, function, *args, folder):
+    """Start a fork for each rank, as torchrun starts processes; return them by rank."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        _, port = free.getsockname()
+    forks = []
+    for rank in range(ranks):
+        said = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        said |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        environment = {key: str(value) for key, value in said.items()}
+        where = {"folder": folder, "name": f"rank{rank}", "environment": environment}
+        forks.append(fork(function, *args, **where))
+    return forks
+
+
 def _run(function, args, folder, out, err, environment):
     os.chdir(folder)
     os.environ.update(environment)
@@ -60,6 +76,9 @@ def _run(function, args, folder, out, err, environment):
         warnings.resetwarnings()
         # what a shell starts in the background, as these tests may be, ignores the signal
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if "accelerate" in sys.modules:  # it says what the process is, once
+            state = sys.modules["accelerate.state"].AcceleratorState
+            state._reset_state(reset_partial_state=True)
         function(*args)
 
 

@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import socket
 import subprocess
 import sys
 import warnings
@@ -12,26 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from forks import fork, run_script
+from forks import fork, fork_ranks, run_script
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 SECONDS = 120  # a run takes a few; a machine may be busy
 TORCHRUN = (sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone")
 
 
-def run(name, folder, ranks=1):
-    """Return what an example prints, on as many ranks as torchrun would start."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        _, port = free.getsockname()
-    started = []
-    for rank in range(ranks):
-        of_ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
-        of_ranks |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        environment = {key: str(value) for key, value in of_ranks.items()} if ranks > 1 else {}
-        where = {"folder": folder, "name": f"rank{rank}", "environment": environment}
-        started.append(fork(run_script, EXAMPLES / name, str(folder), **where))
-    return [line for process in started for line in process.lines()]
+def run(name, folder):
+    script = run_script, EXAMPLES / name, str(folder)
+    if name != "tensor_parallel.py":
+        return fork(*script, folder=folder).lines()
+    return [line for rank in fork_ranks(2, *script, folder=folder) for line in rank.lines()]
 
 
 @pytest.mark.slow
@@ -43,7 +34,7 @@ def test_an_example_runs(name, tmp_path):
             pytest.skip(f"needs {module}")
         with warnings.catch_warnings(action="ignore"):
             importlib.import_module(module)
-    lines = run(name, tmp_path, ranks=2 if name == "tensor_parallel.py" else 1)
+    lines = run(name, tmp_path)
     assert lines
     if name in ("fsdp2.py", "tensor_parallel.py"):
         assert all(line.endswith("products block-sparse") for line in lines if "loss" in line)

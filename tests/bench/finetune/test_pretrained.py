@@ -1,12 +1,10 @@
 """``finetune --model``: a folder and data in, a sparse folder out."""
 
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -15,7 +13,7 @@ import safetensors.torch
 import torch
 import transformers as hf
 
-from forks import fork
+from forks import fork, fork_ranks
 from tiny_folders import CAUSAL, save_images, save_model, save_rows, save_text
 from triton_sparsity.bench.cli import main
 from triton_sparsity.bench.finetune import pretrained
@@ -486,16 +484,10 @@ def test_a_stopped_run_saves_its_step_and_tells_how_to_go_on(place, tmp_path, ca
 @pytest.mark.slow
 def test_of_several_processes_one_writes_and_all_train(place, tmp_path):
     folder = tmp_path / "run"
-    arguments = map(str, command(place, "Llama", "--batch-size=2", "-o", folder, "--json"))
-    launch = ("torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone")
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, "-m", "triton_sparsity.bench.cli", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    arguments = [*map(str, command(place, "Llama", "--batch-size=2", "-o", folder, "--json"))]
+    first, second = fork_ranks(2, main, arguments, folder=tmp_path)
+    report = json.loads("\n".join(first.lines()))
+    assert second.lines() == []
     assert report["processes"] == 2
     assert report["results"]["stripped"]["level"] == pytest.approx(0.75, abs=0.01)
     # as many steps as one process with batches twice as large

@@ -1,11 +1,8 @@
 """Under ``transformers.Trainer`` one callback does what a loop of one's own would."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import torch
 import transformers as hf
 
 import triton_sparsity as ts
+from forks import fork_ranks
 from tiny_models import FAMILIES, Examples, llama
 
 BLOCKS = ts.Block(16, 16)
@@ -352,61 +350,30 @@ def test_a_base_under_adapters_gets_sparse_and_adapters_do_not(tmp_path):
     assert (base.base_layer.weight == 0).float().mean() > 0.3
 
 
-SCRIPT = """
-import sys
-import torch
-import transformers as hf
-import triton_sparsity as ts
-from tiny_models import Examples, llama
+def train_a_rank(folder):
+    arguments = hf.TrainingArguments(
+        output_dir=folder, num_train_epochs=2, per_device_train_batch_size=4, report_to=[],
+        disable_tqdm=True, use_cpu=True, ddp_backend="gloo", save_strategy="no",
+    )  # fmt: skip
 
-folder = sys.argv[1]
-half = ts.PolynomialSchedule(target_level=0.5, target_epoch=1)
-arguments = hf.TrainingArguments(
-    output_dir=folder, num_train_epochs=2, per_device_train_batch_size=4, report_to=[],
-    disable_tqdm=True, use_cpu=True, ddp_backend="gloo", save_strategy="no",
-)
+    def trained(config):
+        torch.manual_seed(0)
+        model, callback = llama(), ts.TransformersCallback(config)
+        data = Examples(count=32)
+        hf.Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+        return model.state_dict()
 
-def train(config):
-    torch.manual_seed(0)
-    model = llama()
-    callbacks = [ts.TransformersCallback(config)]
-    data = Examples(count=32)
-    hf.Trainer(model, arguments, train_dataset=data, callbacks=callbacks).train()
-    return model.state_dict()
-
-found = {
-    "weights": train(ts.MagnitudeSparsityConfig(schedule=half, weight_importance="wanda"))
-}
-try:
-    train(ts.RBSparsityConfig(schedule=half))
-except ValueError as error:
-    found["refused"] = str(error)
-torch.save(found, f"{folder}/rank{arguments.process_index}.pt")
-"""
-
-
-def torchrun(folder):
-    (folder / "script.py").write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    tests = Path(__file__).parents[2]
-    paths = os.pathsep.join(filter(None, [str(tests), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [*launcher, "--nproc-per-node=2", str(folder / "script.py"), str(folder)],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-    )
+    found = {"weights": trained(ALGORITHMS["wanda"])}
+    with pytest.raises(ValueError, match="rb_sparsity must be trained by one process, got 2"):
+        trained(ts.RBSparsityConfig(schedule=HALF))
+    torch.save(found, f"{folder}/rank{arguments.process_index}.pt")
 
 
 @pytest.mark.slow
 def test_two_processes_end_with_the_same_weights_and_learn_no_masks(tmp_path):
-    done = torchrun(tmp_path)
-    assert done.returncode == 0, done.stderr
+    for rank in fork_ranks(2, train_a_rank, tmp_path, folder=tmp_path):
+        rank.lines()
     found = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
-    for one in found:
-        assert "rb_sparsity must be trained by one process, got 2" in one["refused"]
     ours, theirs = (one["weights"] for one in found)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     weight = ours["model.layers.0.mlp.up_proj.weight"]
