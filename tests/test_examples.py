@@ -15,6 +15,8 @@ from forks import fork, fork_ranks, run_script
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 SECONDS = 120  # a run takes a few; a machine may be busy
+# gloo's threads may abort a process that has done all and ends: torch's pull request 179291
+ABORTED = "terminate called without an active exception"
 TORCHRUN = (sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone")
 
 
@@ -43,7 +45,7 @@ def test_an_example_runs(name, tmp_path):
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=SECONDS
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 or ABORTED in done.stderr, done.stderr
         again = done.stdout.splitlines()
         assert sorted(again)[-2:] == [f"rank {rank} of 2 goes on in epoch 3" for rank in (0, 1)]
         assert any(line.startswith("73728 weights are exactly zero") for line in again)
