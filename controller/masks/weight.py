@@ -606,8 +606,14 @@ class SparseWeight(GroupMask):
         self._as_left = self._as_left[:1]
 
     def knows(self, weight: Tensor) -> bool:
-        """Tell whether this is the parameter that was left."""
-        return self._as_left[:1] == (id(weight),)
+        """Tell whether this is the parameter that was left. A new one that has its address in
+        memory has not been written as often.
+        """
+        left = self._as_left
+        if left[:1] != (id(weight),):
+            return False
+        # of one that somebody may have written the version is not known
+        return left[2:3] <= (0 if weight.is_inference() else weight._version,)
 
     def is_back(self, weight: Tensor) -> bool:
         """Tell that a parameter which its module had not for a while is the one that was left. A
