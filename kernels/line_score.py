@@ -188,6 +188,16 @@ def _gradient(entry, DTYPE: tl.constexpr, INDEX: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def _tile(x_ptr, offs_r, offs_c, R, C, stride_r, stride_c):
+    """Read some rows of some columns, 0 past the edges."""
+    return tl.load(
+        x_ptr + offs_r[:, None] * stride_r + offs_c[None, :] * stride_c,
+        mask=(offs_r < R)[:, None] & (offs_c < C)[None, :],
+        other=0,
+    )  # [TILE_R, TILE_C]
+
+
+@triton.jit
 def _divide(x, size, DTYPE: tl.constexpr):
     # a double becomes half or bfloat16 by way of a float, as in torch
     return (x.to(tl.float64) / size).to(tl.float32).to(DTYPE)
@@ -240,11 +250,7 @@ def _row_size_kernel(
     peaks = tl.zeros((TILE_R, TILE_C), tl.float32)
     for start in range(0, C, TILE_C):
         offs_c = start + tl.arange(0, TILE_C)
-        x = tl.load(
-            x_ptr + offs_r[:, None] * stride_r + offs_c[None, :] * stride_c,
-            mask=in_r[:, None] & (offs_c < C)[None, :],
-            other=0,
-        )  # [TILE_R, TILE_C]
+        x = _tile(x_ptr, offs_r, offs_c, R, C, stride_r, stride_c)
         peaks = tl.maximum(peaks, _magnitude(x))
     exponent = tl.max(peaks, axis=1).to(tl.int32, bitcast=True) >> 23  # [TILE_R]
     below = _power(126 - exponent)
@@ -252,12 +258,7 @@ def _row_size_kernel(
     squares = tl.zeros((TILE_R, TILE_C), tl.int32)
     for start in range(0, C, TILE_C):
         offs_c = start + tl.arange(0, TILE_C)
-        in_c = offs_c < C
-        x = tl.load(
-            x_ptr + offs_r[:, None] * stride_r + offs_c[None, :] * stride_c,
-            mask=in_r[:, None] & in_c[None, :],
-            other=0,
-        )  # [TILE_R, TILE_C]
+        x = _tile(x_ptr, offs_r, offs_c, R, C, stride_r, stride_c)
         squares += _square(x, below[:, None], scale, offs_c[None, :], GOLDEN)
     factor = tl.load(entry + 11 * N).to(tl.float64, bitcast=True)
     size = _root(tl.sum(squares, axis=1), exponent, scale, factor)
@@ -286,11 +287,7 @@ def _col_size_kernel(
     for start in range(0, R, TILE_R):
         offs_r = start + tl.arange(0, TILE_R)
         in_r = offs_r < R
-        x = tl.load(
-            x_ptr + offs_r[:, None] * stride_r + offs_c[None, :] * stride_c,
-            mask=in_r[:, None] & in_c[None, :],
-            other=0,
-        )  # [TILE_R, TILE_C]
+        x = _tile(x_ptr, offs_r, offs_c, R, C, stride_r, stride_c)
         row = tl.load(rows_ptr + offs_r, mask=in_r, other=1)  # [TILE_R]
         peaks = tl.maximum(peaks, _magnitude(_divide(x, row[:, None], DTYPE)))
     exponent = tl.max(peaks, axis=0).to(tl.int32, bitcast=True) >> 23  # [TILE_C]
@@ -300,11 +297,7 @@ def _col_size_kernel(
     for start in range(0, R, TILE_R):
         offs_r = start + tl.arange(0, TILE_R)
         in_r = offs_r < R
-        x = tl.load(
-            x_ptr + offs_r[:, None] * stride_r + offs_c[None, :] * stride_c,
-            mask=in_r[:, None] & in_c[None, :],
-            other=0,
-        )  # [TILE_R, TILE_C]
+        x = _tile(x_ptr, offs_r, offs_c, R, C, stride_r, stride_c)
         row = tl.load(rows_ptr + offs_r, mask=in_r, other=1)  # [TILE_R]
         y = _divide(x, row[:, None], DTYPE)
         squares += _square(y, below[None, :], scale, offs_r[:, None], GOLDEN)
@@ -343,11 +336,7 @@ def _line_score_kernel(
     for start in range(0, SPAN, TILE_R):
         offs_r = pid_r * SPAN + start + tl.arange(0, TILE_R)
         in_r = offs_r < R
-        x = tl.load(
-            x_ptr + offs_r[:, None] * stride_r + offs_c[None, :] * stride_c,
-            mask=in_r[:, None] & in_c[None, :],
-            other=0,
-        )  # [TILE_R, TILE_C]
+        x = _tile(x_ptr, offs_r, offs_c, R, C, stride_r, stride_c)
         row = tl.load(rows_ptr + offs_r, mask=in_r, other=1)  # [TILE_R]
         y = _divide(_divide(x, row[:, None], DTYPE), col[None, :], DTYPE)
         total += tl.abs(y.to(tl.float32))
