@@ -41,18 +41,25 @@ def found_by_function(
         evidence_of: of a weight, of what is here.
 
     Raises:
-        ValueError: on every rank: it does not work on DTensors, or returns what it must not.
+        ValueError: on every rank: it raises on one, does not work on DTensors, or returns what it
+            must not. One that raises between collectives of its own leaves the others waiting.
     """
     ranks, device = weights[0].ranks, weights[0].mask.device
     with ranks.together(device):
         check_weights(weights)
         evidence = [evidence_of(weight) for weight in weights]
-    # an error of the function is one of all ranks, which it asks alike
     with ranks.together(device):
-        found = [
+        seen = [*map(_of_all_ranks, evidence, weights)]
+    # before anything else is sent: what one rank raises, and others do not, is told to all
+    with ranks.together(device):
+        returned = [
             None if weight.absent else _asked(function, weight, own)
-            for weight, own in zip(weights, evidence, strict=True)
+            for weight, own in zip(weights, seen, strict=True)
         ]
+    each = zip(weights, seen, returned, strict=True)
+    found = [
+        None if values is None else _here(weight, own, values) for weight, own, values in each
+    ]
     ends = ranks.most(torch.stack([_ends(own, device) for own in found])).tolist()
     importances = []
     for weight, own, (minus_least, most, grouped) in zip(weights, found, ends, strict=True):
@@ -63,25 +70,29 @@ def found_by_function(
     return importances
 
 
-def _asked(function: Function, weight: SparseWeight, evidence: Evidence) -> Importance:
-    """Return what is here of what a function returns, in float32: a rank that has nothing of it
-    cannot know its type.
-    """
+def _asked(function: Function, weight: SparseWeight, evidence: Evidence) -> Any:
+    """Return what a function returns of a weight; of a sharded one mostly a DTensor."""
     if not is_sharded(weight.weight):
-        values = asked(function, evidence).float()
-        return Importance(values, per_group=values.shape != evidence.weight.shape)
+        return asked(function, evidence)
     try:
-        evidence = _of_all_ranks(evidence, weight)
-        found: Any = asked(function, evidence)
+        return asked(function, evidence)
     except Exception as error:
         raise ValueError(
             f"weight_importance: {called(function)} must work on DTensors for {weight.name!r}, "
             "which is sharded: by torch's operations on what its Evidence has, got "
             f"{type(error).__name__}: {error}"
         ) from error
-    assert weight.shard is not None
+
+
+def _here(weight: SparseWeight, evidence: Evidence, found: Any) -> Importance:
+    """Return what is here of what a function has returned, in float32: a rank that has nothing of
+    it cannot know its type.
+    """
     matrix: Any = evidence.weight
     whole, sharded = found.shape == matrix.shape, is_sharded(found)
+    if not is_sharded(weight.weight):
+        return Importance(found.float(), per_group=not whole)
+    assert weight.shard is not None
     if whole and sharded and not weight.shard.leaves_out:
         found = found.redistribute(matrix.device_mesh, matrix.placements).to_local()
         return Importance(weight.whole_grid(found).float())
@@ -91,7 +102,9 @@ def _asked(function: Function, weight: SparseWeight, evidence: Evidence) -> Impo
 
 
 def _of_all_ranks(evidence: Evidence, weight: SparseWeight) -> Evidence:
-    """Return the evidence on the full weight, as DTensors."""
+    """Return the evidence on the full weight, as DTensors if it is sharded."""
+    if not is_sharded(weight.weight):
+        return evidence
     parameter, gradient, shard = weight.weight.detach(), weight.weight.grad, weight.shard
     product, norm = evidence.product, evidence.input_norm
     # torch's operations fail on the ranks that have nothing, which has no greatest element, and

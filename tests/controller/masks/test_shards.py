@@ -562,6 +562,14 @@ def of_one_value(evidence):
     return evidence.weight * 0 + (3 if evidence.name == "4" else evidence.weight)
 
 
+def on_one_rank_alone(evidence):
+    """Sends nothing; its groups' scores are gathered where it returns some."""
+    if torch.distributed.get_rank() == 1 and evidence.name == "0":
+        raise KeyError("no such table here")
+    whole = evidence.weight
+    return whole if evidence.name == "2" else whole.unflatten(1, (-1, 8)).abs().mean(2)
+
+
 def refuse(group, what):
     from torch.distributed.fsdp import fully_shard
 
@@ -575,6 +583,7 @@ def refuse(group, what):
         "split": ts.RBSparsityConfig(),
         "plain": config("blocks", of_plain_tensors),
         "equal": config("blocks", of_one_value),
+        "alone": config("wide", on_one_rank_alone),
         "assign": config("blocks"),
         "nan": config("tall"),
         "inf": config("unstructured"),
@@ -604,6 +613,7 @@ def refuse(group, what):
             "of_plain_tensors must work on DTensors for '0', which is sharded: by torch's oper",
         ),
         ("equal", "ValueError", "of_one_value must return values that tell groups of '4' apart"),
+        ("alone", "ValueError", "what its Evidence has, got KeyError: 'no such table here'"),
         ("assign", "ValueError", "the mask of '4', which is sharded, must not be assigned"),
         ("nan", "ValueError", "of '4' holds NaN or Inf"),
         ("inf", "ValueError", "the weight of '4' holds NaN or Inf"),
