@@ -78,7 +78,7 @@ class Guard:
             hook = _ModuleHook(self, "after_load")
             self._handles.append(module.register_load_state_dict_post_hook(hook))
         _hook_torch()
-        _GUARDS.add(self)
+        _GUARDS[self] = None
         for parent in model.modules():
             for child in parent.children():
                 note_adapter(parent, child)
@@ -89,7 +89,7 @@ class Guard:
     def release(self) -> None:
         """Let go of model and weights."""
         self.released = True
-        _GUARDS.discard(self)
+        _GUARDS.pop(self, None)
         for handle in (*self._handles, *self._gradient_hooks.values()):
             handle.remove()
         self._handles.clear()
@@ -384,7 +384,9 @@ def drop_remains(model: nn.Module) -> None:
 
 # Torch tells these of every optimiser and module of the process. Its hooks are hung up with the
 # first guard, and never taken down: a guard may be collected while torch goes through them.
-_GUARDS: weakref.WeakSet[Guard] = weakref.WeakSet()
+# They are told in the order in which they were made, which is that of other ranks too. The guards
+# of two algorithms on one model talk to other ranks before a step.
+_GUARDS: weakref.WeakKeyDictionary[Guard, None] = weakref.WeakKeyDictionary()
 
 
 @cache

@@ -711,6 +711,19 @@ def test_an_overflow_in_what_is_pruned_is_none():
 # several controllers, and none
 
 
+def test_guards_are_told_of_a_step_in_the_order_in_which_they_were_made():
+    """Before a step ranks talk of each guard's weights, and must not mix them up."""
+    model, told = nn.Sequential(*(nn.Linear(8, 8) for _ in range(8))), []
+    order = ["5", "2", "7", "0", "3", "6", "1", "4"]
+    configs = [magnitude(ts.Unstructured(), HALF, target_scopes=[name]) for name in order]
+    controllers = [ts.create_controller(model, config) for config in configs]
+    for name, controller in zip(order, controllers, strict=True):
+        controller._guard.before_step = lambda *_, name=name: told.append(name)
+    model(torch.randn(2, 8)).sum().backward()
+    optim.AdamW(model.parameters()).step()
+    assert told == order
+
+
 def test_two_controllers_on_weights_of_their_own_hold_both():
     model = net()
     first = ts.create_controller(model, magnitude(ts.Unstructured(), target_scopes=["0"]))
