@@ -20,10 +20,12 @@ import torch
 from torch import distributed
 
 SIZE = 4
-# what cases import, each of which takes a rank a second, so that they are forked with it
+# what cases import, which takes each rank up to a second, so that they are forked with it; torch's
+# compiler too, which DDP and FSDP2 ask whether it traces
 IMPORTED = (
     *("torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"),
-    *("torch.distributed.tensor.parallel", "transformers.pytorch_utils"),
+    *("torch.distributed.tensor.parallel", "torch._dynamo.backends.debugging", "fsspec"),
+    "transformers.pytorch_utils",
 )
 PATIENCE = 20  # seconds that a collective waits, and a third of what a case may take
 
