@@ -2,9 +2,9 @@
 
 Numbers are a function of seed, draw, stream (which weight) and group alone, so that every run and
 every rank draws the same. A GPU takes them from Philox4x32-10 (Salmon et al., SC'11), whose
-numbers the kernels of ``learned_mask.py`` make anew wherever they need them. A CPU keeps what it
-has drawn and takes numpy's SFC64 (Doty-Humphrey), which is many times faster there: one generator
-for each run of ``RUN`` groups.
+numbers the kernels of ``learned_mask_triton.py`` make anew wherever they need them. A CPU keeps
+what it has drawn and takes numpy's SFC64 (Doty-Humphrey), which is many times faster there: one
+generator for each run of ``RUN`` groups.
 
 What is compared is exact, and e^-s is added and multiplied up in float32 in one order: given the
 numbers, plain torch, which defines the mask, numpy and the kernels agree on it to the bit.

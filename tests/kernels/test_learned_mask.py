@@ -8,6 +8,7 @@ import aot
 import oracle
 from triton_sparsity.kernels import draw as drawing
 from triton_sparsity.kernels import learned_mask as module
+from triton_sparsity.kernels import learned_mask_triton as kernels
 from triton_sparsity.kernels.draw import uniform
 from triton_sparsity.kernels.launch import INTERPRET, tl
 from triton_sparsity.kernels.learned_mask import (
@@ -518,9 +519,9 @@ def compile_kernel(kernel, arch, width, *, sampled, block, aligned):
     types = dict.fromkeys(("w_ptr", "out_ptr", "g_ptr", "grad_w_ptr"), weight)
     types |= {"logit_ptr": "*fp32", "grad_s_ptr": "*fp32"}
     types |= {"random_ptr": "*i64", "mask_ptr": "*fp32" if sampled else "*u8"}
-    layout = module.TILE
+    layout = kernels.TILE
     if block is not None:
-        layout = {"ROWS": block[0], "COLS": block[1], **module.BLOCK_TILE}
+        layout = {"ROWS": block[0], "COLS": block[1], **kernels.BLOCK_TILE}
     constants = {"SAMPLED": sampled, "INDEX": tl.int32 if aligned else tl.int64, **layout}
     ones = ("stride_wc", "stride_lc", "stride_oc", "stride_gc", "stride_dc")
     return aot.compile_for(
@@ -536,14 +537,14 @@ def compile_kernel(kernel, arch, width, *, sampled, block, aligned):
 
 
 VARIANTS = {
-    "sample": (module._sample_kernel, True, None),
-    "sample 4x4": (module._sample_blocks_kernel, True, (4, 4)),
-    "sample 64x64": (module._sample_blocks_kernel, True, (64, 64)),
-    "sampled gradients": (module._grad_kernel, True, None),
-    "sampled gradients 4x4": (module._grad_blocks_kernel, True, (4, 4)),
-    "sampled gradients 64x64": (module._grad_blocks_kernel, True, (64, 64)),
-    "gradients": (module._grad_kernel, False, None),
-    "gradients 64x64": (module._grad_blocks_kernel, False, (64, 64)),
+    "sample": (kernels._sample_kernel, True, None),
+    "sample 4x4": (kernels._sample_blocks_kernel, True, (4, 4)),
+    "sample 64x64": (kernels._sample_blocks_kernel, True, (64, 64)),
+    "sampled gradients": (kernels._grad_kernel, True, None),
+    "sampled gradients 4x4": (kernels._grad_blocks_kernel, True, (4, 4)),
+    "sampled gradients 64x64": (kernels._grad_blocks_kernel, True, (64, 64)),
+    "gradients": (kernels._grad_kernel, False, None),
+    "gradients 64x64": (kernels._grad_blocks_kernel, False, (64, 64)),
 }
 
 
