@@ -64,6 +64,8 @@ class BaseSparsityAlgoController:
     name: ClassVar[str]
     # whether masks follow from scores that are trained
     learns: ClassVar[bool] = False
+    # whether ranks add something up as an optimiser steps
+    _adds_up: ClassVar[bool] = False
     config: Any  # of the algorithm's own class
 
     def __init__(
@@ -94,7 +96,7 @@ class BaseSparsityAlgoController:
         self._batchnorm = None if config is None else config.batchnorm_adaptation
         self._batchnorm_data = batchnorm_data
         self._set_up()
-        if self._scorer is not None and self._scorer.needs_gradients:
+        if self._scorer is not None and (self._scorer.needs_gradients or self._adds_up):
             self._guard.before_step = _told_by(weakref.ref(self))
 
     def _set_up(self) -> None:
@@ -239,6 +241,15 @@ class BaseSparsityAlgoController:
     def needs_gradients(self) -> bool:
         """True if the importance looks at the gradients of the last backward pass."""
         return self._scorer is not None and self._scorer.needs_gradients
+
+    def before_optimizer_step(
+        self, weights: Sequence[SparseWeight], overflowed: Tensor | None
+    ) -> None:
+        """Look at the gradients by which an optimiser is about to step weights; the guard calls
+        it, with what a gradient scaler has told the optimiser.
+        """
+        if self._scorer is not None and self._scorer.needs_gradients and not self.frozen:
+            self._scorer.before_step(weights, overflowed)
 
     def begin_step(self) -> None:
         """Look at what the step that has ended left; called at each ``scheduler.step()``."""
@@ -716,7 +727,7 @@ def _told_by(
 
     def before_step(weights: list[SparseWeight], overflowed: Tensor | None) -> None:
         found = controller()
-        if found is not None and found._scorer is not None and not found.frozen:
-            found._scorer.before_step(weights, overflowed)
+        if found is not None:
+            found.before_optimizer_step(weights, overflowed)
 
     return before_step

@@ -54,21 +54,26 @@ class RigLController(SETController):
     clipped norm sees it. An update whose gradients overflowed, as with AMP, or were not asked for,
     because steps were skipped, waits for the next step.
 
-    Ranks that see different data grow by the sum of their gradients.
+    Ranks that see different data grow by the sum of their gradients. They add these up as an
+    optimiser of torch's steps, else at the update.
     """
 
     name = "rigl"
+    _adds_up = True
 
     def _set_up(self) -> None:
         self._normed = self.config.growth == "normed_gradient"
         self._gradients: dict[str, Tensor] = {}
+        self._summed: set[str] = set()  # of these, what is the sum of all ranks
+        self._asked: set[str] = set()  # what an optimiser has stepped, the same on every rank
         self._watching = False
         self._overdue = False
         super()._set_up()
 
     def update(self, step: int) -> None:
         super().update(step)
-        self._gradients.clear()
+        for known in (self._gradients, self._summed, self._asked):
+            known.clear()
         self._watch_if_due_next()
 
     def _is_due(self, step: int) -> bool:
@@ -104,20 +109,53 @@ class RigLController(SETController):
             # the step before was not known to be one: unfrozen since, or steps were skipped
             self._overdue = True
             return False
-        # of a shard FSDP2 has reduced the gradient
-        whole = [i for i in growing if not i.in_parts]
-        for weight in whole if ranks.size > 1 else ():
-            # in the same order on every rank, also where this one has not used a weight
-            used = ranks.any(weight.name in self._gradients, self._device)
-            if used:
-                zeros = torch.zeros_like(weight.weight)
-                gradient = self._gradients.setdefault(weight.name, zeros)
-                if weight.on_stage:
-                    self._gradients[weight.name] = over_stages(weight, gradient)
-                else:
-                    ranks.sum(gradient)
+        self._add_up(self._whole)
         self._overdue = not super()._regrow(step)
         return not self._overdue
+
+    @property
+    def _whole(self) -> list[SparseWeight]:
+        """The weights that may grow and of which each rank has a gradient of its own: of a shard
+        FSDP2 has reduced it.
+        """
+        return [weight for weight in super()._regrowing() if not weight.in_parts]
+
+    def before_optimizer_step(
+        self, weights: Sequence[SparseWeight], overflowed: Tensor | None
+    ) -> None:
+        super().before_optimizer_step(weights, overflowed)
+        if not self._watching:
+            return
+        # an optimiser that parts its work steps some weights once more, on each rank others
+        stepped = {weight.name for weight in weights} - self._asked
+        new = [weight for weight in self._whole if weight.name in stepped]
+        self._asked.update(weight.name for weight in new)
+        # stages of a pipeline step weights of their own
+        self._add_up([weight for weight in new if not weight.on_stage])
+
+    def _add_up(self, weights: Sequence[SparseWeight]) -> None:
+        """Let gradients be the sums of all ranks', which must call this with the same weights."""
+        ranks = self.ranks
+        if ranks.size == 1 or not weights:
+            return
+        lacks = [w.name in self._gradients and w.name not in self._summed for w in weights]
+        asked = ranks.most(torch.tensor(lacks, dtype=torch.uint8, device=self._device)).tolist()
+        for weight in (weight for weight, ask in zip(weights, asked, strict=True) if ask):
+            if weight.name not in self._gradients:  # this rank has not used it
+                self._gradients[weight.name] = torch.zeros_like(weight.weight)
+            own = self._own_share(weight.name)
+            if weight.on_stage:
+                self._gradients[weight.name] = over_stages(weight, own)
+            else:
+                ranks.sum(own)
+                self._summed.add(weight.name)
+
+    def _own_share(self, name: str) -> Tensor:
+        """Return what a rank adds to a sum, which may hold an earlier one: that counts once."""
+        if name in self._summed and self.ranks.rank > 0:
+            self._gradients[name].zero_()
+        self._summed.discard(name)
+        return self._gradients[name]
 
     def _spoilt(self) -> list[Tensor]:
         if not self._gradients:
@@ -149,7 +187,7 @@ class RigLController(SETController):
             dense = local_part(gradient).clone()
             if name in self._gradients:
                 # a further micro-batch: of kept elements the gradient is the sum of all already
-                pruned = self._gradients[name]
+                pruned = self._own_share(name)
                 dense += pruned.masked_fill_(weight.like_weight(weight.kept_elements()), 0)
             self._gradients[name] = dense
 
@@ -185,7 +223,15 @@ class RigLController(SETController):
             "overdue": self._overdue,
             "watching": self._watching,
             "dense_gradients": gradients,
+            "gradients_of_all": all(w.name not in self._gradients for w in self._unshared),
         }
+
+    @property
+    def _unshared(self) -> list[SparseWeight]:
+        """The weights whose gradients are yet to be added up, and are not as a state is made."""
+        alone = self.ranks.size == 1
+        every = [] if alone else [w for w in self._whole if not w.on_stage]
+        return [weight for weight in every if weight.name not in self._summed]
 
     def _dense_gradient(self, weight: SparseWeight) -> Tensor:
         # of a weight on another stage there is nothing here, nor on one that has not used it
@@ -202,6 +248,7 @@ class RigLController(SETController):
             "overdue": FLAG,
             "watching": FLAG,
             "dense_gradients": gradients,
+            "gradients_of_all": FLAG,
         }
 
     def _take_own(self, state: Mapping[str, Any]) -> None:
@@ -212,6 +259,9 @@ class RigLController(SETController):
             name: own_part(weights[name], gradient) * _holds_sum(weights[name])
             for name, gradient in state["dense_gradients"].items()
         }
+        sums = self._gradients if state["gradients_of_all"] else ()
+        self._summed = {name for name in sums if not weights[name].on_stage}
+        self._asked.clear()
 
 
 def _holds_sum(weight: SparseWeight) -> bool:

@@ -114,6 +114,86 @@ def test_under_ddp_ranks_agree_where_gradients_and_draws_decide(ranks, name):
     assert any((own == 0).any() for own in found[0][2])
 
 
+def go_on_from_the_first_rank(group, name):
+    """Load the first rank's state just before an update on all; return both runs' masks, and what
+    is added up from the step of the optimiser on.
+    """
+    rank, size = torch.distributed.get_rank(group), group.size()
+    model = net()
+    controller = ts.create_controller(model, CONFIGS[name](), process_group=group)
+    wrapped = DistributedDataParallel(model, process_group=group)
+    train(wrapped, controller, rank, size, 2)
+    state = [controller.get_state(), model.state_dict()] if rank == 0 else [None, None]
+    torch.distributed.broadcast_object_list(state, 0, group)
+    before = masks(controller)
+    controller.scheduler.step()
+    resumed = net(1)
+    resumed.load_state_dict(state[1])
+    other = ts.create_controller(resumed, CONFIGS[name](), process_group=group)
+    other.load_state(state[0])
+    assert all(map(torch.equal, masks(other), before))
+    other.scheduler.step()
+    assert not all(map(torch.equal, masks(other), before))
+    return masks(controller), masks(other)
+
+
+@pytest.mark.parametrize("name", ["rigl", "rigl blocks"])
+def test_under_ddp_the_first_ranks_state_just_before_an_update_is_everybodys(ranks, name):
+    for wanted, found in ranks.run(2, go_on_from_the_first_rank, name):
+        assert all(map(torch.equal, found, wanted))
+
+
+class PartedSGD(torch.optim.SGD):
+    """Has an optimiser inside for some weights, on each rank others, as torch's ZeRO does."""
+
+    def step(self):
+        rank = torch.distributed.get_rank()
+        torch.optim.SGD(self.param_groups[0]["params"][rank::2], lr=0.0).step()
+
+
+def grow_by_thirds(group, parted):
+    """Let two ranks have a batch each in the step before an update, and one of them another one
+    behind the optimiser's step; one process has all three.
+    """
+    rank, size = torch.distributed.get_rank(group), group.size()
+    model = net()
+    controller = ts.create_controller(model, CONFIGS["rigl"](), process_group=group)
+    optimizer = (PartedSGD if parted else torch.optim.SGD)(model.parameters(), lr=0.0)
+    batches = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(0))
+    sizes, plain = [], torch.distributed.all_reduce
+
+    def counting(tensor, *args, **options):
+        sizes.append(tensor.nbytes)
+        return plain(tensor, *args, **options)
+
+    controller.scheduler.step()
+    controller.scheduler.step()
+    torch.distributed.all_reduce = counting
+    try:
+        for batch in batches[rank : rank + 1] if size > 1 else batches:
+            model(batch).square().mean().backward()
+        optimizer.step()
+        at_step = [*sizes]
+        optimizer.zero_grad()
+        if rank == 1:
+            model(batches[2]).square().mean().backward()
+        controller.scheduler.step()
+    finally:
+        torch.distributed.all_reduce = plain
+    return masks(controller), at_step
+
+
+@pytest.mark.parametrize("parted", [False, True])
+def test_gradients_behind_an_optimisers_step_are_added_to_those_before(ranks, parted):
+    ((wanted, nothing),) = ranks.run(1, grow_by_thirds, False)
+    assert nothing == []
+    for found, sizes in ranks.run(2, grow_by_thirds, parted):
+        assert all(map(torch.equal, found, wanted))
+        # who has a gradient, a byte a weight; then each gradient once
+        dense = [4 * mask.numel() for mask in wanted if not mask.all()]
+        assert sizes == [len(dense), *dense]
+
+
 def prune_before_wrapping(group):
     rank = torch.distributed.get_rank(group)
     model = net(rank)  # as under a seed of each rank's own
