@@ -356,7 +356,7 @@ def test_the_int64_path_matches_the_int32_path(pattern, monkeypatch):
         want = function(weight, logits, extra, pattern)
         want = (want, *torch.autograd.grad(want, (weight, logits), grad))
         with monkeypatch.context() as patch:
-            patch.setattr(module, "index_type", lambda *_: tl.int64)
+            patch.setattr(kernels, "index_type", lambda *_: tl.int64)
             got = function(weight, logits, extra, pattern)
             got = (got, *torch.autograd.grad(got, (weight, logits), grad))
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
