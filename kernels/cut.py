@@ -126,7 +126,7 @@ def find_cut(
     Args:
         tensors: scores of groups, or under N:M of elements.
         k: how many groups are pruned, or tuples; a list, where each tensor is a pool by itself,
-            which no tensor under N:M is.
+            which no tensor under N:M is that is all here.
         rows: each row of each tensor is a pool by itself, of the tensor's share; ``k`` is a list,
             and under N:M counts tuples.
         pattern: of all tensors.
@@ -177,9 +177,10 @@ def _find_among(
     scores = tensors
     if isinstance(pattern, NM):
         rows, cols = pattern.group
-        tuples = [t.numel() // (rows * cols) for t in tensors]
-        if isinstance(k, int) and k == sum(_of_all(tuples, tensors[0], others)):
-            whole = find_cut(tensors, sum(tuples), pattern, scales, backend)
+        every = [down.rows * across.rows for down, across in others.places]
+        if k == (sum(every) if isinstance(k, int) else every):
+            tuples = sum(tensor.numel() // (rows * cols) for tensor in tensors)
+            whole = find_cut(tensors, tuples, pattern, scales, backend)
             counted = [int(end) for end in others.counted]
             bad = [nm_mask(t, pattern, backend=backend).nonfinite for t in tensors]
             bad = others.reduce(torch.stack(bad) * whole.nonfinite.new_tensor(counted))

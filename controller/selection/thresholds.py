@@ -228,9 +228,13 @@ def _prune_each(
     alone: Sequence[tuple[SparseWeight, int]], scores: ScoresOf, rows: bool = False
 ) -> list[Pruning]:
     found = []
-    # shards by pattern: they may be of several kinds, and of others on other ranks
-    kinds = [(w.kind if w.shard is None else w.pattern, count > 0) for w, count in alone]
-    for (kind, prunes), places in alike(kinds).items():
+    # shards by pattern: they may be of several kinds, and of others on other ranks; what is pruned
+    # completely, which N:M may be, has no threshold
+    kinds = [
+        (w.kind if w.shard is None else w.pattern, count > 0, count == w.choices)
+        for w, count in alone
+    ]
+    for (kind, prunes, _), places in alike(kinds).items():
         pattern = kind if isinstance(kind, Pattern) else kind.pattern
         if isinstance(pattern, NM) and not rows and not isinstance(kind, Pattern):
             found += [_prune([alone[place][0]], alone[place][1], scores) for place in places]

@@ -155,6 +155,34 @@ def test_shards_are_pruned_as_one_process_prunes(ranks, how, ties):
     check(ranks.run(4 if ties else 3, prune_shards, how, dtype, ties, ties), wanted)
 
 
+def thresholds(model, pool, group=None):
+    """Return thresholds of N:M weights, of which one goes no further, by level."""
+    least = ts.Override(scope="4", maximum_level=0.25)
+    schedule = ts.PolynomialSchedule(initial_level=0.0, target_level=0.413)
+    chosen = ts.MagnitudeSparsityConfig(
+        pattern=ts.NM(2, 4), ignored_scopes=["2"], schedule=schedule, pool=pool, overrides=[least]
+    )
+    controller = ts.create_controller(model, chosen, process_group=group)
+    found = []
+    for level in (0.2, 0.413):
+        controller.set_sparsity_level(level)
+        layers = controller.statistics().magnitude_sparsity.model_statistics
+        found.append([one.threshold for one in layers.sparsified_layers_summary])
+    return found
+
+
+def thresholds_of_shards(group, pool):
+    return thresholds(sharded(net(), group), pool, group)
+
+
+@pytest.mark.parametrize("pool", ["global", "weight"])
+def test_statistics_have_the_thresholds_of_one_process(ranks, pool):
+    wanted = thresholds(net(), pool)
+    assert [None in found for found in wanted] == [False, True]
+    assert wanted[1][1] is not None  # the one with a limit
+    assert ranks.run(2, thresholds_of_shards, pool) == [wanted] * 2
+
+
 def by_columns(evidence):
     """Sums that are exact in any order; of elements, and of groups, which are plain or not."""
     weight, grid = evidence.weight.float(), evidence.grid
