@@ -37,7 +37,7 @@ def _core():
     return cores[int(worker) % len(cores)]
 
 
-def _serve(rank, folder, pipe):
+def _serve(rank, size, folder, pipe):
     # ranks wait for one another all the time. On one core, where nothing wakes another core, a
     # collective takes a quarter of the time, and half where threads do not preempt one another
     if hasattr(os, "sched_setaffinity"):
@@ -45,16 +45,16 @@ def _serve(rank, folder, pipe):
             os.sched_setaffinity(0, {_core()})
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     torch.set_num_threads(1)
-    store = distributed.FileStore(f"{folder}/store", SIZE)
+    store = distributed.FileStore(f"{folder}/store", size)
     options = {"timeout": datetime.timedelta(seconds=PATIENCE)}
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=SIZE, **options)
-    groups = {n: distributed.new_group(list(range(n))) for n in range(1, SIZE)}
-    groups[SIZE] = distributed.group.WORLD
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, **options)
+    groups = {n: distributed.new_group(list(range(n))) for n in range(1, size)}
+    groups[size] = distributed.group.WORLD
     while (task := pipe.recv()) is not None:
-        function, size, args = pickle.loads(task)
+        function, members, args = pickle.loads(task)
         torch.manual_seed(rank)
         try:
-            answer = None, function(groups[size], *args)
+            answer = None, function(groups[members], *args)
         except Exception as error:
             answer = (type(error).__name__, str(error), traceback.format_exc()), None
         pipe.send(pickle.dumps(answer))
@@ -62,9 +62,10 @@ def _serve(rank, folder, pipe):
 
 
 class Ranks:
-    """Up to four ranks. ``run`` returns what a function returned on each."""
+    """Ranks, forked when first asked for. ``run`` returns what a function returned on each."""
 
-    def __init__(self):
+    def __init__(self, size=SIZE):
+        self._size = size
         self._workers = []
 
     def _start(self):
@@ -76,9 +77,10 @@ class Ranks:
         gc.collect()
         gc.freeze()  # nor do ranks look at what was imported, and copy it
         self._folder = tempfile.mkdtemp()
-        for rank in range(SIZE):
+        for rank in range(self._size):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=_serve, args=(rank, self._folder, theirs), daemon=True)
+            args = rank, self._size, self._folder, theirs
+            worker = context.Process(target=_serve, args=args, daemon=True)
             worker.start()
             self._workers.append((worker, ours))
 

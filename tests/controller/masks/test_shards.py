@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from ranks import PATIENCE, LocalAdamW, mesh_of
+from ranks import PATIENCE, LocalAdamW, Ranks, mesh_of
 from torch import nn
 
 import triton_sparsity as ts
@@ -49,23 +49,64 @@ def sharded(model, group, hybrid=False):
     return fully_shard(model, mesh=mesh)
 
 
-def config(pattern, importance="abs", pool="global", distribution="uniform", reduction="mean"):
+EVIDENCE = ("snip", "snip_momentum", "wanda", "taylor", "fisher")
+# algorithms and patterns, each on layers of its own in one model
+TOGETHER = {
+    "weight": {
+        ("blocks", "abs", "weight"): ["0", "2"],
+        ("unstructured", "abs", "weight"): ["4"],
+        ("nm", "abs", "weight"): ["5"],
+    },
+    "row": {
+        ("blocks", "abs", "row"): ["0", "2"],
+        ("unstructured", "normed_abs", "row"): ["4"],
+        ("nm", "abs", "row"): ["5"],
+    },
+    **{
+        i: {("unstructured", i): ["0", "4"], ("tall", i): ["2", "5"]}
+        for i in (*("normed_abs", "random"), *EVIDENCE)
+    },
+    "reductions": {
+        ("tall", "abs", "weight", "erk", "max"): ["0", "2"],
+        ("tall", "normed_abs", "weight", "erk", "l2"): ["4", "5"],
+    },
+    "magnitude and draws": {
+        ("tall", "abs"): ["0"],
+        ("unstructured", "abs"): ["5"],
+        ("tall", "set"): ["2"],
+        ("unstructured", "set"): ["4"],
+    },
+    "gradients": {
+        ("tall", "gradient"): ["0"],
+        ("unstructured", "gradient"): ["5"],
+        ("tall", "normed_gradient"): ["2"],
+        ("unstructured", "normed_gradient"): ["4"],
+    },
+    "sums": {
+        ("tall", "taylor"): ["0"],
+        ("tall", "gradient"): ["2"],
+        ("tall", "snip_momentum"): ["4"],
+        ("tall", "fisher"): ["5"],
+    },
+    "saved": {("tall", "abs"): ["0", "4"], ("unstructured", "set"): ["2", "5"]},
+}
+
+
+def config(pattern, importance="abs", pool="global", *more, layers=None):
+    """Return a configuration; ``more`` is a distribution, and a reduction of blocks."""
+    if pattern in TOGETHER:
+        return [config(*how, layers=own) for how, own in TOGETHER[pattern].items()]
+    some = {"pattern": PATTERNS[pattern], "ignored_scopes": ["2"] if pattern == "nm" else []}
+    if layers:
+        some = {"pattern": PATTERNS[pattern], "target_scopes": layers}
     if importance == "set":
-        return ts.SETConfig(level=0.6, t_end=20, delta_t=2, pattern=PATTERNS[pattern])
+        return ts.SETConfig(level=0.6, t_end=20, delta_t=2, **some)
     if importance in ("gradient", "normed_gradient"):
-        return ts.RigLConfig(
-            level=0.6, t_end=20, delta_t=2, pattern=PATTERNS[pattern], growth=importance
-        )
+        return ts.RigLConfig(level=0.6, t_end=20, delta_t=2, growth=importance, **some)
     schedule = ts.PolynomialSchedule(initial_level=0.0, target_level=0.5, target_epoch=3)
-    ignored = ["2"] if pattern == "nm" else []
+    some |= dict(zip(("distribution", "block_reduction"), more, strict=False))
     return ts.MagnitudeSparsityConfig(
-        pattern=PATTERNS[pattern],
-        schedule=schedule,
-        weight_importance=importance,
-        pool=pool,
-        ignored_scopes=ignored,
-        distribution=distribution,
-        block_reduction=reduction,
+        schedule=schedule, weight_importance=importance, pool=pool, **some
     )
 
 
@@ -73,7 +114,7 @@ def prune(model, controller, rank=0, size=1):
     """Prune at several levels, up and down, with training in between; return what became of it."""
     optimizer = LocalAdamW(model.parameters(), lr=0.0, foreach=False)
     found = []
-    for step, level in enumerate((0.3, 0.45, 0.2)):
+    for step, level in enumerate((0.45, 0.2)):
         numbers = torch.Generator().manual_seed(step)
         x = torch.randint(-2, 3, (12, 16), generator=numbers).to(next(model.parameters()).dtype)
         if controller.needs_calibration:
@@ -89,7 +130,7 @@ def prune(model, controller, rank=0, size=1):
             (full_grid(i.operand).clone(), i.operand.kept, i.operand.pruned_elements())
             for i in infos
         ]
-        last = [(full(i.weight), full(i.operand.binary_mask)) for i in infos if step == 2]
+        last = [(full(i.weight), full(i.operand.binary_mask)) for i in infos if step == 1]
         optimizer.step()
     return found, last, controller.mask_level()
 
@@ -107,11 +148,11 @@ def outlying():
     return model
 
 
-def prune_shards(group, how, dtype, ties, wrap_first, hybrid=False):
-    model = outlying() if "owl" in how else net(dtype, ties)
+def prune_shards(group, chosen, dtype, ties, wrap_first, hybrid=False, outliers=False):
+    model = outlying() if outliers else net(dtype, ties)
     if wrap_first:
         sharded(model, group, hybrid)
-    controller = ts.create_controller(model, config(*how), process_group=group)
+    controller = ts.create_controller(model, chosen, process_group=group)
     if not wrap_first:
         sharded(model, group, hybrid)
     rank, size = torch.distributed.get_rank(group), group.size()
@@ -130,29 +171,19 @@ def check(found, wanted):
             assert torch.equal(mask, whole[1])
 
 
-HOWS = [
-    *((name, "abs", "global") for name in PATTERNS),
-    ("blocks", "abs", "weight"),
-    ("unstructured", "abs", "weight"),
-    ("nm", "abs", "weight"),
-    ("blocks", "abs", "row"),
-    ("unstructured", "normed_abs", "row"),
-    ("nm", "abs", "row"),
-    ("blocks", "normed_abs", "global"),
-    ("unstructured", "normed_abs", "global"),
-    ("blocks", "random", "global"),
-    ("unstructured", "random", "global"),
-]
+@pytest.mark.parametrize("how", [*PATTERNS, "weight", "row", "normed_abs", "random"])
+def test_shards_are_pruned_as_one_process_prunes(ranks, how):
+    model = net(torch.bfloat16, ties=True)
+    wanted = prune(model, ts.create_controller(model, config(how)))
+    size = 4 if how in PATTERNS else 3
+    check(ranks.run(size, prune_shards, config(how), torch.bfloat16, True, True), wanted)
 
 
-@pytest.mark.parametrize(
-    ("how", "ties"), [*((how, True) for how in HOWS), *((how, False) for how in HOWS[1::4])]
-)
-def test_shards_are_pruned_as_one_process_prunes(ranks, how, ties):
-    dtype = torch.bfloat16 if ties else torch.float32
-    model = net(dtype, ties)
-    wanted = prune(model, ts.create_controller(model, config(*how)))
-    check(ranks.run(4 if ties else 3, prune_shards, how, dtype, ties, ties), wanted)
+@pytest.mark.parametrize("how", ["blocks", "weight", "row", "random"])
+def test_a_model_may_be_sharded_when_it_is_pruned_already(ranks, how):
+    model = net()
+    wanted = prune(model, ts.create_controller(model, config(how)))
+    check(ranks.run(2, prune_shards, config(how), torch.float32, False, False), wanted)
 
 
 def thresholds(model, pool, group=None):
@@ -209,63 +240,53 @@ by_product.needs = ("gradients",)
 
 @pytest.mark.parametrize("function", [by_columns, by_inputs])
 def test_a_function_sees_full_weights_as_dtensors(ranks, function):
-    how = ("tall", function, "weight")
+    chosen = config("tall", function, "weight")
     ties = function is by_columns
-    wanted = prune((model := net(ties=ties)), ts.create_controller(model, config(*how)))
-    check(ranks.run(4, prune_shards, how, torch.float32, ties, True), wanted)
+    wanted = prune((model := net(ties=ties)), ts.create_controller(model, chosen))
+    check(ranks.run(4, prune_shards, chosen, torch.float32, ties, True), wanted)
 
 
-EVIDENCE = [
-    *(
-        (i, p)
-        for i in ("snip", "snip_momentum", "wanda", "taylor")
-        for p in ("unstructured", "tall")
-    ),
-    ("fisher", "unstructured"),
-    ("fisher", "tall"),
-]
-
-
-@pytest.mark.parametrize(("importance", "pattern"), EVIDENCE)
-def test_evidence_on_shards_is_that_of_one_process(ranks, importance, pattern):
-    how = (pattern, importance, "global")
+@pytest.mark.parametrize("importance", EVIDENCE)
+def test_evidence_on_shards_is_that_of_one_process(ranks, importance):
     model = net()
-    wanted = prune(model, ts.create_controller(model, config(*how)))
-    check(ranks.run(4, prune_shards, how, torch.float32, False, True), wanted)
+    wanted = prune(model, ts.create_controller(model, config(importance)))
+    check(ranks.run(4, prune_shards, config(importance), torch.float32, False, True), wanted)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "importance"),
+    ("one", "other"),
     [
-        *(("tall", i) for i in ("abs", "normed_abs", "taylor", "random", "wanda")),
-        ("unstructured", "snip"),
-        ("tall", "fisher"),
+        *((("tall", "abs"), ("tall", "normed_abs")), (("tall", "wanda"), ("tall", "random"))),
+        *((("tall", "taylor"), ("unstructured", "snip")), (("tall", "fisher"), ("tall", "abs"))),
     ],
+    ids="-".join,
 )
-def test_outliers_are_counted_over_all_shards(ranks, pattern, importance):
-    how = (pattern, importance, "weight", "owl")
-    uniform = prune((model := outlying()), ts.create_controller(model, config(*how[:3])))
-    wanted = prune((model := outlying()), ts.create_controller(model, config(*how)))
-    if importance in ("abs", "normed_abs", "wanda"):
-        assert [kept for _, kept, *_ in wanted[0]] != [kept for _, kept, *_ in uniform[0]]
-    check(ranks.run(3, prune_shards, how, torch.float32, False, True), wanted)
+def test_outliers_are_counted_over_all_shards(ranks, one, other):
+    found = {}
+    for distribution in ("uniform", "owl"):
+        chosen = [
+            config(*how, "weight", distribution, layers=layers)
+            for how, layers in ((one, ["0", "2"]), (other, ["4", "5"]))
+        ]
+        found[distribution] = prune((model := outlying()), ts.create_controller(model, chosen))
+    kept = {name: [kept for _, kept, *_ in grids] for name, (grids, *_) in found.items()}
+    assert kept["owl"] != kept["uniform"]
+    shards = ranks.run(3, prune_shards, chosen, torch.float32, False, True, False, True)
+    check(shards, found["owl"])
 
 
-@pytest.mark.parametrize(
-    ("reduction", "importance"), [("max", "abs"), ("sum", "snip"), ("l2", "normed_abs")]
-)
-def test_blocks_across_edges_are_reduced_as_in_one_process(ranks, reduction, importance):
-    how = ("tall", importance, "weight", "erk", reduction)
+@pytest.mark.parametrize("how", [("reductions",), ("tall", "snip", "weight", "erk", "sum")])
+def test_blocks_across_edges_are_reduced_as_in_one_process(ranks, how):
     wanted = prune((model := net()), ts.create_controller(model, config(*how)))
-    check(ranks.run(3, prune_shards, how, torch.float32, False, True), wanted)
+    check(ranks.run(3, prune_shards, config(*how), torch.float32, False, True), wanted)
 
 
 @pytest.mark.parametrize("wrap_first", [True, False])
 def test_copies_of_shards_count_once(ranks, wrap_first):
-    how = ("tall", "abs", "global")
+    chosen = config("tall")
     model = net(ties=True)
-    wanted = prune(model, ts.create_controller(model, config(*how)))
-    check(ranks.run(4, prune_shards, how, torch.float32, True, wrap_first, True), wanted)
+    wanted = prune(model, ts.create_controller(model, chosen))
+    check(ranks.run(4, prune_shards, chosen, torch.float32, True, wrap_first, True), wanted)
 
 
 def keep_zeros(group, pattern):
@@ -312,14 +333,14 @@ def train(model, controller, steps):
     return weights, [full(i.operand.binary_mask) for i in controller.sparsified_module_info]
 
 
-def trained_net(importance):
+def trained_net(how):
     """For a function with a head of 5 rows, of which the last of 4 ranks has none."""
     torch.manual_seed(0)
-    return net().append(nn.Linear(20, 5)) if callable(importance) else net()
+    return net().append(nn.Linear(20, 5)) if by_product in how else net()
 
 
 def train_shards(group, how, steps, state=None, wrap_first=True):
-    model = trained_net(how[1])
+    model = trained_net(how)
     if state is not None:
         model.load_state_dict(state[0])
     if wrap_first:
@@ -334,35 +355,36 @@ def train_shards(group, how, steps, state=None, wrap_first=True):
     return found, (weights, controller.get_state())
 
 
-TRAINED = [
-    *((p, i) for i in ("abs", "set", "gradient") for p in ("unstructured", "tall")),
-    *((p, "normed_gradient") for p in ("unstructured", "tall")),
-]
-
-
-@pytest.mark.parametrize("how", [*TRAINED, ("unstructured", by_product)])
+@pytest.mark.parametrize(
+    "how", [("magnitude and draws",), ("gradients",), ("unstructured", by_product)]
+)
 def test_training_on_shards_is_that_of_one_process(ranks, how):
-    model = trained_net(how[1])
-    wanted = train(model, ts.create_controller(model, config(*how)), 6)
-    for (weights, masks), _ in ranks.run(4, train_shards, how, 6, None, False):
+    model = trained_net(how)
+    controller = ts.create_controller(model, config(*how))
+    wanted = train(model, controller, 5)
+    for (weights, masks), _ in ranks.run(4, train_shards, how, 5, None, False):
         assert all(map(torch.equal, masks, wanted[1]))
         assert all(map(torch.equal, weights, wanted[0]))
-    assert not all(mask.all() for mask in wanted[1])
+    assert any_pruned_by_each(controller)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [*TRAINED[1::4], ("tall", "snip_momentum"), ("tall", "taylor"), ("tall", "fisher")],
-    ids="-".join,
-)
-def test_a_state_is_that_of_one_process_and_goes_on_at_another_number_of_ranks(ranks, how):
-    model = net()
+def any_pruned_by_each(controller):
+    each = getattr(controller, "controllers", {"": controller}).values()
+    return all(
+        not all(info.operand.binary_mask.all() for info in one.sparsified_module_info)
+        for one in each
+    )
+
+
+def test_a_state_is_that_of_one_process_and_goes_on_at_another_number_of_ranks(ranks):
+    how, model = ("sums",), net()
     controller = ts.create_controller(model, config(*how))
     train(model, controller, 4)
     own = controller.get_state()
     found = ranks.run(2, train_shards, how, 4)
     for _, (_, state) in found:
         assert same(state, own)
+    assert any_pruned_by_each(controller)
     saved = found[0][1]
     more = net()
     more.load_state_dict(saved[0])
@@ -387,7 +409,7 @@ def save_shards(group, folder, how):
 
     model = sharded(net(), group)
     controller = ts.create_controller(model, config(*how), process_group=group)
-    found = train(model, controller, 5)
+    found = train(model, controller, 3)
     state = io.BytesIO()
     torch.save(controller.get_state(), state)
     saved = {"model": get_model_state_dict(model), "sparsity": state.getvalue()}
@@ -415,13 +437,14 @@ def read_shards(group, folder, how):
     infos, saved = controller.sparsified_module_info, get_model_state_dict(model)
     weights = [full(info.weight) for info in infos]
     masks = [full(info.operand.binary_mask) for info in infos]
-    return weights, masks, [full(saved[f"{i}.weight"]) for i in (0, 2, 4, 5)]
+    names = [f"{info.module_node_name}.weight" for info in infos]
+    return weights, masks, [full(saved[name]) for name in names]
 
 
-@pytest.mark.parametrize("how", [("tall", "abs"), ("unstructured", "set")], ids="-".join)
 def test_a_distributed_checkpoint_has_exact_zeros_and_loads_at_another_number_of_ranks(
-    ranks, how, tmp_path
+    ranks, tmp_path
 ):
+    how = ("saved",)
     weights, masks = ranks.run(2, save_shards, str(tmp_path), how)[0]
     assert any((~mask).any() for mask in masks)
     for size in (1, 3):
@@ -448,14 +471,14 @@ def die_in_the_backward_pass(module, inputs, output):
 
 def go_on(group, folder, how):
     model, controller = load_shards(group, folder, how)
-    return train(model, controller, 4)
+    return train(model, controller, 3)
 
 
 def test_what_a_killed_rank_leaves_goes_on_at_another_number_of_ranks(ranks, tmp_path):
     how, begun = ("tall", "set"), time.monotonic()
     # the other rank has told of it, rather than waited
     with pytest.raises(RuntimeError, match="rank 1 of 2 died in save_and_die"):
-        ranks.run(2, save_and_die, str(tmp_path), how)
+        Ranks(2).run(2, save_and_die, str(tmp_path), how)
     assert time.monotonic() - begun < PATIENCE
     (wanted,) = ranks.run(1, go_on, str(tmp_path), how)
     assert not all(mask.all() for mask in wanted[1])
