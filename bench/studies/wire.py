@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from math import prod
 from typing import NamedTuple
@@ -45,6 +46,7 @@ class Parted(NamedTuple):
     bounds: tuple[int, ...]
 
 
+@cache
 def bounds(rows: int, *shares: int) -> tuple[int, ...]:
     """Return first rows as torch parts them: by each number of ranks in turn, rounded up."""
     lengths = [rows]
