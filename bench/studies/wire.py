@@ -135,8 +135,9 @@ def parts_sent(weights: Sequence[Parted], pattern: Block, steps: int) -> list[in
     sent = [0] * places
     for ((rows, cols), ends), times in Counter(weights).items():
         shard = Shard((rows, cols), ends, (0, cols), 0, 0, ((0,) * places,), True, 1, pattern)
+        unit = shard.unit
         for place in range(places):
-            units = ceil_div(shard.head_of(place), shard.unit)
+            units = ceil_div(shard.head_of(place), unit)
             sent[place] += times * steps * units * shard.grid[1] * FLOAT32
     return sent
 

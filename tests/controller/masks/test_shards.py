@@ -243,14 +243,15 @@ def test_a_function_sees_full_weights_as_dtensors(ranks, function):
     chosen = config("tall", function, "weight")
     ties = function is by_columns
     wanted = prune((model := net(ties=ties)), ts.create_controller(model, chosen))
-    check(ranks.run(4, prune_shards, chosen, torch.float32, ties, True), wanted)
+    check(ranks.run(3 if ties else 2, prune_shards, chosen, torch.float32, ties, True), wanted)
 
 
 @pytest.mark.parametrize("importance", EVIDENCE)
 def test_evidence_on_shards_is_that_of_one_process(ranks, importance):
     model = net()
     wanted = prune(model, ts.create_controller(model, config(importance)))
-    check(ranks.run(4, prune_shards, config(importance), torch.float32, False, True), wanted)
+    size = 4 if importance in ("taylor", "fisher") else 2  # sums of parts, of three ranks too
+    check(ranks.run(size, prune_shards, config(importance), torch.float32, False, True), wanted)
 
 
 @pytest.mark.parametrize(
@@ -356,13 +357,14 @@ def train_shards(group, how, steps, state=None, wrap_first=True):
 
 
 @pytest.mark.parametrize(
-    "how", [("magnitude and draws",), ("gradients",), ("unstructured", by_product)]
+    ("how", "size"),
+    [(("magnitude and draws",), 2), (("gradients",), 4), (("unstructured", by_product), 4)],
 )
-def test_training_on_shards_is_that_of_one_process(ranks, how):
+def test_training_on_shards_is_that_of_one_process(ranks, how, size):
     model = trained_net(how)
     controller = ts.create_controller(model, config(*how))
     wanted = train(model, controller, 5)
-    for (weights, masks), _ in ranks.run(4, train_shards, how, 5, None, False):
+    for (weights, masks), _ in ranks.run(size, train_shards, how, 5, None, False):
         assert all(map(torch.equal, masks, wanted[1]))
         assert all(map(torch.equal, weights, wanted[0]))
     assert any_pruned_by_each(controller)
