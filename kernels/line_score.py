@@ -6,7 +6,8 @@ is three launches on a GPU for each dtype: rows, columns, scores; no copy of a g
 
 Squares are added up as integers, as multiples of a power of two that the greatest of a line says:
 ranks that have parts of a line send an exponent and a sum of these, 5 bytes, and get the bits of
-who has it whole.
+who has it whole. In models of very many lines some neighbours, a band, have one size in common, so
+that ranks send no more than ``MOST_BANDS`` of them: ``lines_a_band`` says how many a band has.
 
 Floor: five reads of the gradients.
 
@@ -30,9 +31,8 @@ from .pattern import Pattern
 from .search import Reduce
 from .table import Matrices, alike, device_table, find_tensor, first_of, list_index_type
 
-# of a program that adds up rows, or columns
-ROWS_TILE = {"TILE_R": 8, "TILE_C": 256}
-COLS_TILE = {"TILE_R": 32, "TILE_C": 64}
+# 8 MB on the wire; a model of 8 billion parameters has fewer columns
+MOST_BANDS = 1_650_000
 GOLDEN = 2654435769  # the golden section of 2^32: its multiples fill a circle evenly
 
 
@@ -42,7 +42,7 @@ class Piece(NamedTuple):
     Attributes:
         first: its first row and column there.
         shape: of the other one.
-        parted: whether its rows, and its columns, lie on several ranks.
+        parted: whether columns, and rows, or bands of these, lie on several ranks.
         counted: this is the first copy.
     """
 
@@ -52,48 +52,90 @@ class Piece(NamedTuple):
     counted: bool = True
 
 
-def norm_(gradient: Tensor) -> None:
-    """Divide a matrix by the root mean square of each row, then of each column, in place."""
+def lines_a_band(shapes: Sequence[tuple[int, int]]) -> int:
+    """Return how many neighbouring lines of a model's matrices have one size in common: a power of
+    two; 1 where there are few columns. Each rank has whole rows then, as a rule; but not whole
+    bands of rows, so that beyond 1 rows count too.
+
+    Args:
+        shapes: of all matrices, in full.
+    """
+    rows, cols = map(sum, zip(*shapes, strict=True))
+    if cols <= MOST_BANDS:
+        return 1
+    return 1 << (ceil_div(rows + cols, MOST_BANDS) - 1).bit_length()
+
+
+def norm_(gradient: Tensor, band: int = 1) -> None:
+    """Divide a matrix by the root mean square of each row, then of each column, in place; of each
+    ``band`` of so many rows, and of columns.
+    """
     rows, cols = gradient.shape
-    norm_all_([gradient], [Piece((0, 0), (rows, cols))])
+    norm_all_([gradient], [Piece((0, 0), (rows, cols))], band)
 
 
 def norm_all_(
     gradients: Sequence[Tensor],
     pieces: Sequence[Piece],
+    band: int = 1,
     most: Reduce | None = None,
     add: Reduce | None = None,
 ) -> None:
-    """``norm_`` matrices of which other ranks may have the rest: 5 bytes a line that is parted.
+    """``norm_`` matrices of which other ranks may have the rest: 5 bytes a band that is parted.
 
     Args:
         gradients: what is here.
         pieces: where each lies.
+        band: of how many lines. The first band begins with the first line of the whole matrix.
         most, add: the greatest of uint8 vectors, and the sum of int32 vectors, of all ranks; None:
             all is here.
     """
     for dim in (1, 0):
         lines = [gradient.T if dim == 1 else gradient for gradient in gradients]
-        peaks = _of_all([*map(_peaks, lines)], pieces, dim, most)
-        each = zip(lines, peaks, pieces, strict=True)
-        squares = [_squares(own, peak, of.first[dim], of.shape[dim]) for own, peak, of in each]
-        each = zip(lines, peaks, _of_all(squares, pieces, dim, add), pieces, strict=True)
-        for own, peak, total, of in each:
-            size = _size(total, peak, of.shape[dim])
+        firsts = [piece.first[1 - dim] for piece in pieces]
+        each = zip(lines, firsts, strict=True)
+        peaks = [_by_band(_peaks(own), first, band).amax(1) for own, first in each]
+        peaks = _of_all(peaks, pieces, dim, band, most)
+        squares = []
+        for own, first, peak, of in zip(lines, firsts, peaks, pieces, strict=True):
+            peak = _by_line(peak, first, band, own.shape[1])
+            found = _squares(own, peak, of.first[dim], of.shape[dim] * band)
+            squares.append(_by_band(found, first, band).sum(1, dtype=torch.int32))
+        squares = _of_all(squares, pieces, dim, band, add)
+        for own, first, peak, total, of in zip(lines, firsts, peaks, squares, pieces, strict=True):
+            size = _size(total, peak, first // band, of.shape[1 - dim], of.shape[dim], band)
+            size = _by_line(size, first, band, own.shape[1])
             for some, sizes in zip(_some(own, 0), size.split(_lines(own, 0)), strict=True):
                 some.div_(sizes)
 
 
+def _by_band(numbers: Tensor, first: int, band: int) -> Tensor:
+    """Return a row for each band of what lines have, from line ``first`` on; 0 where none is."""
+    before = first % band
+    padded = torch.nn.functional.pad(numbers, (before, -(before + len(numbers)) % band))
+    return padded.view(-1, band)
+
+
+def _by_line(numbers: Tensor, first: int, band: int, count: int) -> Tensor:
+    """Return what each of ``count`` lines, from ``first`` on, has of its band."""
+    return numbers.repeat_interleave(band)[first % band :][:count] if band > 1 else numbers
+
+
 def _of_all(
-    vectors: Sequence[Tensor], pieces: Sequence[Piece], dim: int, reduce: Reduce | None
+    vectors: Sequence[Tensor],
+    pieces: Sequence[Piece],
+    dim: int,
+    band: int,
+    reduce: Reduce | None,
 ) -> list[Tensor]:
-    """Reduce numbers, one a line along ``dim``, of the lines that several ranks have parts of."""
+    """Reduce numbers, one a band of lines along ``dim``, of which several ranks have parts."""
     places = [i for i, piece in enumerate(pieces) if piece.parted[dim]]
     found = list(vectors)
     if reduce is None or not places:
         return found
-    full = [vectors[i].new_zeros(pieces[i].shape[1 - dim]) for i in places]
-    here = [slice(f := pieces[i].first[1 - dim], f + len(vectors[i])) for i in places]
+    full = [vectors[i].new_zeros(ceil_div(pieces[i].shape[1 - dim], band)) for i in places]
+    starts = [pieces[i].first[1 - dim] // band for i in places]
+    here = [slice(f, f + len(vectors[i])) for f, i in zip(starts, places, strict=True)]
     for whole, at, i in zip(full, here, places, strict=True):
         whole[at] = vectors[i] * pieces[i].counted
     reduced = reduce(torch.cat(full)).split([len(whole) for whole in full])
@@ -118,8 +160,11 @@ def _bits(length: int) -> int:
     return 31 - length.bit_length()
 
 
-def _factor(length: int) -> float:
-    return max(length, 1) ** -0.5
+def _factors(lines: int, length: int, band: int) -> tuple[float, float]:
+    """Return the factors of the norms of full bands and of the last, which may have less lines."""
+    last = lines - (ceil_div(lines, band) - 1) * band
+    full, rest = (max(length * n, 1) ** -0.5 for n in (band, last))
+    return full, rest
 
 
 def _power_above(peaks: Tensor) -> Tensor:
@@ -145,7 +190,7 @@ def _squares(matrix: Tensor, peaks: Tensor, first: int, length: int) -> Tensor:
 
     Args:
         first: the place of the first row in a line.
-        length: of a line.
+        length: of all lines whose sums are added up.
     """
     total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
     below = 1 / _power_above(peaks)
@@ -158,24 +203,39 @@ def _squares(matrix: Tensor, peaks: Tensor, first: int, length: int) -> Tensor:
     return total.nan_to_num_(0, 0, 0).int()
 
 
-def _size(squares: Tensor, peaks: Tensor, length: int) -> Tensor:
-    """Return float64, the root mean square of each column; 1 of zeros, NaN of Inf and NaN."""
-    size = (squares.double() * 2.0 ** -_bits(length)).sqrt() * _power_above(peaks)
-    size = (size * _factor(length)).where(squares != 0, 1)
+def _size(
+    squares: Tensor, peaks: Tensor, first: int, lines: int, length: int, band: int
+) -> Tensor:
+    """Return float64, the root mean square of each band from ``first`` on; 1 of zeros, NaN of Inf
+    and NaN.
+
+    Args:
+        squares, peaks: one a band.
+        lines: how many the matrix has.
+        length: of one.
+    """
+    full, last = _factors(lines, length, band)
+    factors = torch.full_like(squares, full, dtype=torch.float64)
+    factors[ceil_div(lines, band) - 1 - first :] = last
+    size = (squares.double() * 2.0 ** -_bits(length * band)).sqrt() * _power_above(peaks)
+    size = (size * factors).where(squares != 0, 1)
     return size.where(peaks < 255, torch.nan)
 
 
-def line_scores_reference(gradient: Tensor, pattern: Pattern, backend: Backend) -> Tensor:
+def line_scores_reference(
+    gradient: Tensor, pattern: Pattern, backend: Backend, band: int = 1
+) -> Tensor:
     """Define the semantics: plain PyTorch, any device, any float dtype."""
     gradient = gradient.clone()
-    norm_(gradient)
+    norm_(gradient, band)
     (scores,), _ = block_scores([gradient], pattern, normed=False, backend=backend)
     return scores
 
 
 # A table's columns: first program of the rows, of the columns and of the scores, the gradient's
 # address, rows, columns, its strides, the first row, column and score, and of rows and columns the
-# factors of the norms and the scales of the squares, as the bits of a float64.
+# factors of the norms, those of the last band, and the scales of the squares, as the bits of a
+# float64.
 
 
 @triton.jit
@@ -224,6 +284,34 @@ def _square(x, below, scale, places, GOLDEN: tl.constexpr):
 
 
 @triton.jit
+def _to_lines(x, BAND: tl.constexpr, LINES: tl.constexpr):
+    """Give each line what its band has."""
+    return tl.reshape(tl.broadcast_to(x[:, None], (LINES // BAND, BAND)), (LINES,))
+
+
+@triton.jit
+def _peak_of_band(x, BAND: tl.constexpr, LINES: tl.constexpr):
+    if BAND > 1:
+        x = _to_lines(tl.max(tl.reshape(x, (LINES // BAND, BAND)), axis=1), BAND, LINES)
+    return x
+
+
+@triton.jit
+def _sum_of_band(x, BAND: tl.constexpr, LINES: tl.constexpr):
+    if BAND > 1:
+        x = _to_lines(tl.sum(tl.reshape(x, (LINES // BAND, BAND)), axis=1), BAND, LINES)
+    return x
+
+
+@triton.jit
+def _factor(entry, offs, lines, BAND: tl.constexpr, N: tl.constexpr):
+    """Read the factor of each line's norm; ``entry`` is that of all but the last band."""
+    full = tl.load(entry).to(tl.float64, bitcast=True)
+    last = tl.load(entry + 2 * N).to(tl.float64, bitcast=True)
+    return tl.where(offs // BAND == (lines - 1) // BAND, last, full)
+
+
+@triton.jit
 def _root(squares, exponent, scale, factor):
     """Return ``_size``."""
     size = tl.sqrt(squares.to(tl.float64) / scale) * _power(exponent - 126) * factor
@@ -239,6 +327,7 @@ def _row_size_kernel(
     INDEX: tl.constexpr,
     N: tl.constexpr,
     GOLDEN: tl.constexpr,
+    BAND: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
@@ -252,16 +341,18 @@ def _row_size_kernel(
         offs_c = start + tl.arange(0, TILE_C)
         x = _tile(x_ptr, offs_r, offs_c, R, C, stride_r, stride_c)
         peaks = tl.maximum(peaks, _magnitude(x))
-    exponent = tl.max(peaks, axis=1).to(tl.int32, bitcast=True) >> 23  # [TILE_R]
+    peak = _peak_of_band(tl.max(peaks, axis=1), BAND, TILE_R)
+    exponent = peak.to(tl.int32, bitcast=True) >> 23  # [TILE_R]
     below = _power(126 - exponent)
-    scale = tl.load(entry + 13 * N).to(tl.float64, bitcast=True)
+    scale = tl.load(entry + 15 * N).to(tl.float64, bitcast=True)
     squares = tl.zeros((TILE_R, TILE_C), tl.int32)
     for start in range(0, C, TILE_C):
         offs_c = start + tl.arange(0, TILE_C)
         x = _tile(x_ptr, offs_r, offs_c, R, C, stride_r, stride_c)
         squares += _square(x, below[:, None], scale, offs_c[None, :], GOLDEN)
-    factor = tl.load(entry + 11 * N).to(tl.float64, bitcast=True)
-    size = _root(tl.sum(squares, axis=1), exponent, scale, factor)
+    factor = _factor(entry + 11 * N, offs_r, R, BAND, N)
+    total = _sum_of_band(tl.sum(squares, axis=1), BAND, TILE_R)
+    size = _root(total, exponent, scale, factor)
     tl.store(rows_ptr + tl.load(entry + 8 * N) + offs_r, size, mask=in_r)
 
 
@@ -274,6 +365,7 @@ def _col_size_kernel(
     INDEX: tl.constexpr,
     N: tl.constexpr,
     GOLDEN: tl.constexpr,
+    BAND: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
 ):
@@ -290,9 +382,10 @@ def _col_size_kernel(
         x = _tile(x_ptr, offs_r, offs_c, R, C, stride_r, stride_c)
         row = tl.load(rows_ptr + offs_r, mask=in_r, other=1)  # [TILE_R]
         peaks = tl.maximum(peaks, _magnitude(_divide(x, row[:, None], DTYPE)))
-    exponent = tl.max(peaks, axis=0).to(tl.int32, bitcast=True) >> 23  # [TILE_C]
+    peak = _peak_of_band(tl.max(peaks, axis=0), BAND, TILE_C)
+    exponent = peak.to(tl.int32, bitcast=True) >> 23  # [TILE_C]
     below = _power(126 - exponent)
-    scale = tl.load(entry + 14 * N).to(tl.float64, bitcast=True)
+    scale = tl.load(entry + 16 * N).to(tl.float64, bitcast=True)
     squares = tl.zeros((TILE_R, TILE_C), tl.int32)
     for start in range(0, R, TILE_R):
         offs_r = start + tl.arange(0, TILE_R)
@@ -301,8 +394,9 @@ def _col_size_kernel(
         row = tl.load(rows_ptr + offs_r, mask=in_r, other=1)  # [TILE_R]
         y = _divide(x, row[:, None], DTYPE)
         squares += _square(y, below[None, :], scale, offs_r[:, None], GOLDEN)
-    factor = tl.load(entry + 12 * N).to(tl.float64, bitcast=True)
-    size = _root(tl.sum(squares, axis=0), exponent, scale, factor)
+    factor = _factor(entry + 12 * N, offs_c, C, BAND, N)
+    total = _sum_of_band(tl.sum(squares, axis=0), BAND, TILE_C)
+    size = _root(total, exponent, scale, factor)
     tl.store(cols_ptr + tl.load(entry + 9 * N) + offs_c, size, mask=in_c)
 
 
@@ -358,7 +452,14 @@ def _line_score_kernel(
     )  # [DOWN, ACROSS]
 
 
-def _launch(gradients: Sequence[Tensor], rows: int, cols: int) -> list[Tensor]:
+def sizing_tiles(band: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the tiles of programs that add up rows, and columns: of whole bands."""
+    tall, wide, elements = max(8, band), max(64, band), 2048
+    rows = {"TILE_R": tall, "TILE_C": max(elements // tall, 1)}
+    return rows, {"TILE_R": max(elements // wide, 1), "TILE_C": wide}
+
+
+def _launch(gradients: Sequence[Tensor], rows: int, cols: int, band: int) -> list[Tensor]:
     first, own = gradients[0], Matrices.of(gradients)
     down, across = ceil_div(own.rows, rows), ceil_div(own.cols, cols)
     starts = first_of(down * across)
@@ -366,18 +467,20 @@ def _launch(gradients: Sequence[Tensor], rows: int, cols: int) -> list[Tensor]:
     by_row, by_col = (
         first.new_empty(int(sides.sum()), dtype=torch.float64) for sides in (own.rows, own.cols)
     )
-    lengths = [sides.tolist() for sides in (own.cols, own.rows)]
-    factors = [[_factor(n) for n in sides] for sides in lengths]
-    scales = [[2.0 ** _bits(n) for n in sides] for sides in lengths]
+    by_lines = [(own.rows.tolist(), own.cols.tolist()), (own.cols.tolist(), own.rows.tolist())]
+    factors = [[*map(_factors, *both, [band] * len(gradients))] for both in by_lines]
+    scales = [[2.0 ** _bits(n * band) for n in lengths] for _, lengths in by_lines]
+    ends = [[pair[i] for pair in pairs] for i in (0, 1) for pairs in factors]
+    rows_tile, cols_tile = sizing_tiles(band)
     tiles = ceil_div(own.rows, max(rows, TILE["TILE_R"])) * ceil_div(own.cols, TILE["TILE_C"])
     counts = (
-        ceil_div(own.rows, ROWS_TILE["TILE_R"]),
-        ceil_div(own.cols, COLS_TILE["TILE_C"]),
+        ceil_div(own.rows, rows_tile["TILE_R"]),
+        ceil_div(own.cols, cols_tile["TILE_C"]),
         tiles,
     )
     columns = (
         *(*own, first_of(own.rows), first_of(own.cols), starts),
-        *(np.array(numbers).view(np.int64) for numbers in (*factors, *scales)),
+        *(np.array(numbers).view(np.int64) for numbers in (*ends, *scales)),
     )
     with on_device(first):
         for dtype, at in alike(gradient.dtype for gradient in gradients).items():
@@ -398,7 +501,8 @@ def _launch(gradients: Sequence[Tensor], rows: int, cols: int) -> list[Tensor]:
                 by_row,
                 GOLDEN=GOLDEN,
                 **meta,
-                **ROWS_TILE,
+                BAND=band,
+                **rows_tile,
                 **FUSED,
             )
             _col_size_kernel[(int(here[1].sum()),)](
@@ -407,7 +511,8 @@ def _launch(gradients: Sequence[Tensor], rows: int, cols: int) -> list[Tensor]:
                 by_col,
                 GOLDEN=GOLDEN,
                 **meta,
-                **COLS_TILE,
+                BAND=band,
+                **cols_tile,
                 **FUSED,
             )
             _line_score_kernel[(int(here[2].sum()),)](
@@ -428,7 +533,7 @@ def _launch(gradients: Sequence[Tensor], rows: int, cols: int) -> list[Tensor]:
 
 @torch.no_grad()
 def line_scores(
-    gradients: Sequence[Tensor], pattern: Pattern, *, backend: Backend = "auto"
+    gradients: Sequence[Tensor], pattern: Pattern, *, band: int = 1, backend: Backend = "auto"
 ) -> list[Tensor]:
     """Score every group by the mean size of its elements against their rows and columns.
 
@@ -436,6 +541,7 @@ def line_scores(
         gradients: one or more, float, shape ``(R, C)``, any strides, on one device. The Triton
             kernels take 16- and 32-bit floats; others go through plain torch.
         pattern: ``Block``, or ``Unstructured``.
+        band: how many neighbouring rows, and columns, have one size in common; a power of two.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -448,6 +554,6 @@ def line_scores(
     """
     wide = any(gradient.dtype == torch.float64 for gradient in gradients)
     if use_triton("line_scores", backend, gradients[0]) and not wide:
-        return _launch(gradients, pattern.rows, pattern.cols)
+        return _launch(gradients, pattern.rows, pattern.cols, band)
     # one by one: no more than one gradient's copy is there at a time
-    return [line_scores_reference(gradient, pattern, backend) for gradient in gradients]
+    return [line_scores_reference(gradient, pattern, backend, band) for gradient in gradients]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from ...controller.masks.shards import Shard
 from ...kernels.grid import ceil_div
+from ...kernels.line_score import lines_a_band
 from ...kernels.pattern import Block, Pattern, Unstructured, grid_shape, is_skippable
 from ...kernels.search import BINS_SHARED
 from ...kernels.topology import capacities
@@ -116,11 +117,21 @@ def rows_sent(
     return sent
 
 
-def lines_sent(shapes: Sequence[tuple[int, int]]) -> int:
-    """Return how many bytes of norms of columns a rank gives to reductions at an update by
-    ``growth="normed_gradient"``, where rows lie on several ranks.
+def lines_sent(
+    shapes: Sequence[tuple[int, int]], *, parted: Sequence[tuple[int, int]] = ()
+) -> int:
+    """Return how many bytes of sizes of lines a rank gives to reductions at an update by
+    ``growth="normed_gradient"``, where rows lie on several ranks, at most.
+
+    Args:
+        shapes: of all weights.
+        parted: of those whose columns lie on several ranks.
     """
-    return sum(cols for _, cols in shapes) * (1 + INT32)  # an exponent and a sum
+    band = lines_a_band(shapes)
+    # a rank has whole rows where columns are not parted, but not whole bands of rows
+    rows = parted if band == 1 else shapes
+    bands = sum(ceil_div(n, band) for n, _ in rows) + sum(ceil_div(n, band) for _, n in shapes)
+    return bands * (1 + INT32)  # an exponent and a sum
 
 
 def parts_sent(weights: Sequence[Parted], pattern: Block, steps: int) -> list[int]:

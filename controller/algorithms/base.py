@@ -64,8 +64,8 @@ class BaseSparsityAlgoController:
     name: ClassVar[str]
     # whether masks follow from scores that are trained
     learns: ClassVar[bool] = False
-    # whether ranks add something up as an optimiser steps
-    _adds_up: ClassVar[bool] = False
+    # whether ranks average something as an optimiser steps
+    _averages: ClassVar[bool] = False
     config: Any  # of the algorithm's own class
 
     def __init__(
@@ -96,7 +96,7 @@ class BaseSparsityAlgoController:
         self._batchnorm = None if config is None else config.batchnorm_adaptation
         self._batchnorm_data = batchnorm_data
         self._set_up()
-        if self._scorer is not None and (self._scorer.needs_gradients or self._adds_up):
+        if self._scorer is not None and (self._scorer.needs_gradients or self._averages):
             self._guard.before_step = _told_by(weakref.ref(self))
 
     def _set_up(self) -> None:

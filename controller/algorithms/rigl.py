@@ -4,6 +4,7 @@ That is where |g| is, as published. In a linear layer whole rows and columns hav
 outputs that the loss is sensitive to, inputs that are large, and growth heaps up there (measured
 on a transformer: two thirds of a layer's in a tenth of its rows). ``"normed_gradient"`` divides g
 by the root mean square of its row, then of its column; docs/algorithms.md says when that helps.
+In very large models neighbouring lines have one size in common, a band of them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...kernels.line_score import line_scores
+from ...kernels.line_score import line_scores, lines_a_band
 from ...kernels.pattern import Unstructured
 from ..masks.exchange import (
     full_tensor,
@@ -39,7 +40,7 @@ class RigLConfig(RegrowthConfig):
 
     Args:
         growth: ``"gradient"``: grow where |g| is greatest, as published; ``"normed_gradient"``:
-            where it is greatest against its row's and its column's.
+            where it is greatest against its row's and its column's, or bands' of these.
     """
 
     algorithm: Literal["rigl"] = "rigl"
@@ -54,17 +55,18 @@ class RigLController(SETController):
     clipped norm sees it. An update whose gradients overflowed, as with AMP, or were not asked for,
     because steps were skipped, waits for the next step.
 
-    Ranks that see different data grow by the sum of their gradients. They add these up as an
+    Ranks that see different data grow by the mean of their gradients. They find it as an
     optimiser of torch's steps, else at the update.
     """
 
     name = "rigl"
-    _adds_up = True
+    _averages = True
 
     def _set_up(self) -> None:
         self._normed = self.config.growth == "normed_gradient"
+        self._band = lines_a_band([weight.full_shape for weight in self._weights])
         self._gradients: dict[str, Tensor] = {}
-        self._summed: set[str] = set()  # of these, what is the sum of all ranks
+        self._averaged: set[str] = set()  # of these, what is the mean of all ranks
         self._asked: set[str] = set()  # what an optimiser has stepped, the same on every rank
         self._watching = False
         self._overdue = False
@@ -72,7 +74,7 @@ class RigLController(SETController):
 
     def update(self, step: int) -> None:
         super().update(step)
-        for known in (self._gradients, self._summed, self._asked):
+        for known in (self._gradients, self._averaged, self._asked):
             known.clear()
         self._watch_if_due_next()
 
@@ -86,9 +88,10 @@ class RigLController(SETController):
         gradients = [weight.matrix(self._gradients[weight.name]) for weight in weights]
         if self._normed and not any(weight.shard for weight in weights):
             pattern = Unstructured() if first.packed else first.pattern
-            scores = line_scores(gradients, pattern, backend=first.backend)
+            scores = line_scores(gradients, pattern, band=self._band, backend=first.backend)
         else:
-            gradients = lines_of_all(weights, gradients) if self._normed else gradients
+            if self._normed:
+                gradients = lines_of_all(weights, gradients, self._band)
             scores = scores_by_group(weights, [*map(Importance, gradients)]).tensors
         # the gradients themselves are wanted again where the update is refused
         spend = self._normed or not first.packed
@@ -109,7 +112,7 @@ class RigLController(SETController):
             # the step before was not known to be one: unfrozen since, or steps were skipped
             self._overdue = True
             return False
-        self._add_up(self._whole)
+        self._average(self._whole)
         self._overdue = not super()._regrow(step)
         return not self._overdue
 
@@ -131,31 +134,27 @@ class RigLController(SETController):
         new = [weight for weight in self._whole if weight.name in stepped]
         self._asked.update(weight.name for weight in new)
         # stages of a pipeline step weights of their own
-        self._add_up([weight for weight in new if not weight.on_stage])
+        self._average([weight for weight in new if not weight.on_stage])
 
-    def _add_up(self, weights: Sequence[SparseWeight]) -> None:
-        """Let gradients be the sums of all ranks', which must call this with the same weights."""
+    def _average(self, weights: Sequence[SparseWeight]) -> None:
+        """Let gradients be the means of all ranks', which must call this with the same weights; of
+        stages of a pipeline the sums.
+        """
         ranks = self.ranks
         if ranks.size == 1 or not weights:
             return
-        lacks = [w.name in self._gradients and w.name not in self._summed for w in weights]
+        lacks = [w.name in self._gradients and w.name not in self._averaged for w in weights]
         asked = ranks.most(torch.tensor(lacks, dtype=torch.uint8, device=self._device)).tolist()
         for weight in (weight for weight, ask in zip(weights, asked, strict=True) if ask):
             if weight.name not in self._gradients:  # this rank has not used it
                 self._gradients[weight.name] = torch.zeros_like(weight.weight)
-            own = self._own_share(weight.name)
+            own = self._gradients[weight.name]
             if weight.on_stage:
                 self._gradients[weight.name] = over_stages(weight, own)
             else:
-                ranks.sum(own)
-                self._summed.add(weight.name)
-
-    def _own_share(self, name: str) -> Tensor:
-        """Return what a rank adds to a sum, which may hold an earlier one: that counts once."""
-        if name in self._summed and self.ranks.rank > 0:
-            self._gradients[name].zero_()
-        self._summed.discard(name)
-        return self._gradients[name]
+                # a mean: of those who have an earlier one already it is that
+                ranks.sum(own).div_(ranks.size)
+                self._averaged.add(weight.name)
 
     def _spoilt(self) -> list[Tensor]:
         if not self._gradients:
@@ -185,11 +184,14 @@ class RigLController(SETController):
         @torch.no_grad()
         def take(gradient: Tensor) -> None:
             dense = local_part(gradient).clone()
-            if name in self._gradients:
-                # a further micro-batch: of kept elements the gradient is the sum of all already
-                pruned = self._own_share(name)
-                dense += pruned.masked_fill_(weight.like_weight(weight.kept_elements()), 0)
+            earlier = self._gradients.get(name)
+            if earlier is not None and name not in self._averaged:
+                # a further micro-batch: of kept elements the gradient is the sum of all already;
+                # behind an optimiser's step it has begun anew
+                earlier.masked_fill_(weight.like_weight(weight.kept_elements()), 0)
+            dense = dense if earlier is None else dense.add_(earlier)
             self._gradients[name] = dense
+            self._averaged.discard(name)
 
         return take
 
@@ -228,10 +230,10 @@ class RigLController(SETController):
 
     @property
     def _unshared(self) -> list[SparseWeight]:
-        """The weights whose gradients are yet to be added up, and are not as a state is made."""
+        """The weights whose gradients are yet to be averaged, and are not as a state is made."""
         alone = self.ranks.size == 1
         every = [] if alone else [w for w in self._whole if not w.on_stage]
-        return [weight for weight in every if weight.name not in self._summed]
+        return [weight for weight in every if weight.name not in self._averaged]
 
     def _dense_gradient(self, weight: SparseWeight) -> Tensor:
         # of a weight on another stage there is nothing here, nor on one that has not used it
@@ -260,7 +262,7 @@ class RigLController(SETController):
             for name, gradient in state["dense_gradients"].items()
         }
         sums = self._gradients if state["gradients_of_all"] else ()
-        self._summed = {name for name in sums if not weights[name].on_stage}
+        self._averaged = {name for name in sums if not weights[name].on_stage}
         self._asked.clear()
 
 

@@ -124,21 +124,25 @@ def norms_of_all(weights: Sequence[SparseWeight], matrices: Sequence[Tensor]) ->
     return inverse_norms(norms, ranks.most, ranks.sum)
 
 
-def lines_of_all(weights: Sequence[SparseWeight], matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Return gradients of what is here of weights against their rows and columns, as ``norm_``;
-    5 bytes a line that lies on several ranks.
+def lines_of_all(
+    weights: Sequence[SparseWeight], matrices: Sequence[Tensor], band: int
+) -> list[Tensor]:
+    """Return gradients of what is here of weights against their rows and columns, as ``norm_`` by
+    bands; 5 bytes a band that lies on several ranks.
     """
     ranks, found = weights[0].ranks, [matrix.clone() for matrix in matrices]
-    norm_all_(found, [*map(_piece_of, weights)], ranks.most, ranks.sum)
+    pieces = [_piece_of(weight, band) for weight in weights]
+    norm_all_(found, pieces, band, ranks.most, ranks.sum)
     return found
 
 
-def _piece_of(weight: SparseWeight) -> Piece:
+def _piece_of(weight: SparseWeight, band: int) -> Piece:
     shard = weight.shard
     if shard is None or shard.on_stages:
         return Piece((0, 0), weight.full_shape)
     rows, cols = shard.here
-    parted = len(shard.peers) > 1, shard.split
+    by_row, by_col = (any(end % band for end in ends[:-1]) for ends in (shard.bounds, shard.edges))
+    parted = len(shard.peers) > 1 or by_col, shard.split or by_row
     return Piece((rows.start, cols.start), shard.shape, parted, shard.counted)
 
 

@@ -2,6 +2,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,8 +13,10 @@ from triton_sparsity.kernels.line_score import (
     Piece,
     line_scores,
     line_scores_reference,
+    lines_a_band,
     norm_,
     norm_all_,
+    sizing_tiles,
 )
 from triton_sparsity.kernels.pattern import Block, Unstructured
 
@@ -33,24 +36,35 @@ def gradients(dtype=torch.float32):
     return [g.to(DEVICE, dtype) for g in found] + [found[2].to(DEVICE, dtype)[:, ::3]]
 
 
+def normed(gradient, band):
+    """Divide in float64 by the root mean square of each band of lines, and what is zero by 1."""
+    exact = gradient.double().numpy()
+    for axis in (1, 0):
+        squares = np.square(exact).mean(axis)
+        starts = np.arange(0, len(squares), band)
+        counts = np.diff([*starts, len(squares)])
+        sizes = np.sqrt(np.add.reduceat(squares, starts) / counts).repeat(counts)
+        exact = exact / np.expand_dims(np.where(sizes > 0, sizes, 1), axis)
+    return torch.from_numpy(exact)
+
+
+@pytest.mark.parametrize("band", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_norms_of_tiny_and_zero_rows(dtype):
+def test_norms_of_tiny_and_zero_rows(dtype, band):
     gradient = torch.randn(6, 5).to(dtype)
     gradient[1] = 0
     gradient[:, 3] = 0
     gradient[2] *= 1e-3 if dtype == torch.float16 else 1e-36
-    exact = gradient.double()
-    for dim in (1, 0):
-        size = exact.square().mean(dim, keepdim=True).sqrt()
-        exact = exact / size.where(size > 0, 1)
-    norm_(gradient)
+    exact = normed(gradient, band)
+    norm_(gradient, band)
     # squares are added up as integers
     eps = max(8 * torch.finfo(dtype).eps, 2**-20)
     assert torch.allclose(gradient.double(), exact, rtol=eps, atol=0)
 
 
+@pytest.mark.parametrize("band", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_parts_are_normed_as_the_whole(dtype):
+def test_parts_are_normed_as_the_whole(dtype, band):
     """Four threads are the ranks; of a copy of the whole a fifth has no say."""
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn(40_000, 6, generator=generator)
@@ -70,31 +84,32 @@ def test_parts_are_normed_as_the_whole(dtype):
         barrier.wait()
         return found
 
-    def normed(rank):
+    def norm_part(rank):
         piece = Piece(firsts[rank], tuple(whole.shape), (True, True), rank < 4)
         most = partial(reduce, rank, lambda all: all.amax(0))
         add = partial(reduce, rank, lambda all: all.sum(0, dtype=all.dtype))
-        norm_all_([parts[rank]], [piece], most, add)
+        norm_all_([parts[rank]], [piece], band, most, add)
 
     with ThreadPoolExecutor(len(parts)) as ranks:
-        list(ranks.map(normed, range(len(parts))))
-    exact = whole.double()
-    for dim in (1, 0):
-        exact = exact / exact.square().mean(dim, keepdim=True).sqrt()
-    norm_(whole)
+        list(ranks.map(norm_part, range(len(parts))))
+    exact = normed(whole, band)
+    norm_(whole, band)
     for part, at in zip(parts, [*bounds, (slice(None), slice(None))], strict=True):
         assert torch.equal(part, whole[at])
     assert torch.allclose(whole.double(), exact, rtol=max(2e-3, 4 * torch.finfo(dtype).eps))
 
 
+PATTERNS = [(Block(16, 16), 1), (Block(64, 8), 1), (Unstructured(), 1), (Unstructured(), 16)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pattern", [Block(16, 16), Block(64, 8), Unstructured()], ids=str)
-def test_a_list_has_the_scores_of_each(pattern, dtype):
+@pytest.mark.parametrize(("pattern", "band"), PATTERNS, ids=str)
+def test_a_list_has_the_scores_of_each(pattern, band, dtype):
     given = gradients(dtype)
     before = [g.clone() for g in given]
-    found = line_scores(given, pattern)
+    found = line_scores(given, pattern, band=band)
     for gradient, copy, scores in zip(given, before, found, strict=True):
-        want = line_scores_reference(gradient, pattern, "torch")
+        want = line_scores_reference(gradient, pattern, "torch", band)
         assert scores.shape == want.shape
         assert torch.allclose(
             scores.float().abs(), want.float().abs(), rtol=TOLERANCE[dtype], atol=0
@@ -124,16 +139,27 @@ def test_what_is_not_finite_shows(bad):
 @pytest.mark.aot
 @pytest.mark.skipif(INTERPRET, reason="the interpreter replaces the compiler")
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
-@pytest.mark.parametrize("name", ["row_size", "col_size", "line_score"])
-def test_the_kernels_are_lean(name, arch):
+@pytest.mark.parametrize(
+    ("name", "band"), [("row_size", 1), ("col_size", 1), ("line_score", 1), ("row_size", 32)]
+)
+def test_the_kernels_are_lean(name, band, arch):
     kernel = getattr(module, f"_{name}_kernel")
     types = {"table_ptr": "*i64", "rows_ptr": "*fp64", "cols_ptr": "*fp64", "score_ptr": "*fp32"}
     types = {key: types[key] for key in kernel.arg_names if key in types}
     constants = {"DTYPE": tl.bfloat16, "INDEX": tl.int32, "N": 256}
-    constants |= {"GOLDEN": module.GOLDEN} if name != "line_score" else {}
-    tiles = {"row_size": module.ROWS_TILE, "col_size": module.COLS_TILE}
+    constants |= {"GOLDEN": module.GOLDEN, "BAND": band} if name != "line_score" else {}
+    tiles = dict(zip(("row_size", "col_size"), sizing_tiles(band), strict=True))
     constants |= tiles.get(name) or {"ROWS": 64, "COLS": 64, **module.TILE}
     warps = 8 if name == "line_score" else 4
     compiled = aot.compile_for(arch, kernel, types, constants, num_warps=warps)
     # sums of squares are float64, so that they are the reference's
     aot.assert_lean(compiled, arch, double=True)
+
+
+def test_bands_are_of_one_line_until_ranks_would_send_more_than_8_megabytes():
+    assert lines_a_band([(8, 2), (3, 5)]) == 1
+    most = module.MOST_BANDS
+    assert lines_a_band([(10 * most, most)]) == 1  # a rank has whole rows
+    assert lines_a_band([(most - 1, most + 1)]) == 2
+    assert lines_a_band([(most, most + 1)]) == 4
+    assert lines_a_band([(3 * most, 5 * most + 1)]) == 16

@@ -1,6 +1,8 @@
 """The formula of what an update sends is what gloo is given."""
 
+import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from torch import nn
 
 import triton_sparsity as ts
 from triton_sparsity.bench.studies import wire
+from triton_sparsity.kernels import line_score
+from triton_sparsity.kernels.line_score import lines_a_band
 
 BINS = (3 + 4096) * 8  # of few elements on a CPU
 CONFIGS = {
@@ -19,7 +23,10 @@ CONFIGS = {
     "set": {},
     "rigl": {},
     "normed": {"growth": "normed_gradient"},
+    "bands": {"growth": "normed_gradient"},
 }
+RIGL = ("rigl", "normed", "bands")
+BANDS = 22  # too few for the lines of this net: of 8 each
 SUMMED = {"fisher": 2, "taylor": 1}  # of how many steps sums of parts are sent
 BLOCK = ts.Block(16, 2)
 SKIPPED = ts.Block(16, 16)
@@ -36,7 +43,7 @@ def update(group, name):
     from torch.distributed.fsdp import fully_shard
 
     model = fully_shard(net(), mesh=mesh_of(group))
-    moves = {"set": ts.SETConfig, "rigl": ts.RigLConfig, "normed": ts.RigLConfig}.get(name)
+    moves = {"set": ts.SETConfig, **dict.fromkeys(RIGL, ts.RigLConfig)}.get(name)
     pattern = SKIPPED if name == "skips" else BLOCK
     config = (
         moves(level=0.6, t_end=20, delta_t=2, pattern=pattern, **CONFIGS[name])
@@ -49,7 +56,8 @@ def update(group, name):
             **CONFIGS[name],
         )
     )
-    controller = ts.create_controller(model, config, process_group=group)
+    with mock.patch.object(line_score, "MOST_BANDS", BANDS if name == "bands" else math.inf):
+        controller = ts.create_controller(model, config, process_group=group)
     optimizer = torch.optim.AdamW(model.parameters())
     found = {"all_reduce": [], "all_to_all_single": []}
     plain = {key: getattr(distributed, key) for key in found}
@@ -89,11 +97,14 @@ def update(group, name):
 @pytest.mark.parametrize(
     ("name", "size"), [*((name, 3) for name in CONFIGS), ("magnitude", 4), ("rigl", 4)]
 )
-def test_the_formula_is_what_gloo_is_given(ranks, name, size):
+def test_the_formula_is_what_gloo_is_given(ranks, monkeypatch, name, size):
+    if name == "bands":
+        monkeypatch.setattr(line_score, "MOST_BANDS", BANDS)
+        assert lines_a_band([layer.weight.shape for layer in net()]) == 8
     shapes = [tuple(layer.weight.shape) for layer in net()]
     weights = [wire.Parted(shape, wire.bounds(shape[0], size)) for shape in shapes]
     pattern = SKIPPED if name == "skips" else BLOCK
-    matrices = ({"rigl": 2, "normed": 2} | dict.fromkeys(SUMMED, 0)).get(name, 1)
+    matrices = (dict.fromkeys(RIGL, 2) | dict.fromkeys(SUMMED, 0)).get(name, 1)
     rows = wire.rows_sent(weights, pattern, 4, of=matrices)
     parts = wire.parts_sent(weights, pattern, SUMMED.get(name, 0))
     grids = wire.grids_sent(shapes, pattern)
@@ -108,15 +119,15 @@ def test_the_formula_is_what_gloo_is_given(ranks, name, size):
         numbers = wire.numbers_sent(
             shapes,
             pattern,
-            moves=name in ("set", "rigl", "normed"),
+            moves=name in ("set", *RIGL),
             each=name in ("weight", "skips", *SUMMED),
             normed=name == "magnitude",
             tied=0,
             histograms=0,
         )
         # RigL asks whether some rank has gradients, and whether they overflowed
-        asked = 2 * wire.NUMBER if name in ("rigl", "normed") else 0
-        asked += wire.lines_sent(shapes) if name == "normed" else 0
+        asked = 2 * wire.NUMBER if name in RIGL else 0
+        asked += wire.lines_sent(shapes) if name in ("normed", "bands") else 0
         # and these whether gradients say something
         asked += wire.FLOAT32 * len(shapes) if name in SUMMED else 0
         assert sum(reduced) == numbers + grids + asked
@@ -138,8 +149,19 @@ def test_an_update_sends_less_than_10_megabytes_of_numbers_however_many_ranks_th
             assert wire.numbers_sent(shapes, pattern, normed=True) < 10e6
             assert wire.numbers_sent(shapes, pattern, moves=True) < 10e6
             assert wire.numbers_sent(shapes, pattern, each=True) < 10e6
-    lines = [wire.lines_sent([shape for shape, _ in wire.llama(name)]) for name in wire.LLAMA]
-    assert lines == [6_225_920, 31_129_600, 95_477_760]  # as the page has it: for 8B alone
+    found = []
+    for name in wire.LLAMA:
+        weights = wire.llama(name)
+        shapes, parted = [shape for shape, _ in weights], [shape for shape, cut in weights if cut]
+        lines = wire.lines_sent(shapes), wire.lines_sent(shapes, parted=parted)
+        found.append((lines_a_band(shapes), *lines))
+        moved = max(
+            wire.numbers_sent(shapes, pattern, moves=True)
+            for pattern in (ts.Unstructured(), ts.Block(32, 32))
+        )
+        assert lines[1] + moved < 10e6
+    bands = [(1, 6_225_920, 7_536_640), (8, 8_089_600, 8_089_600), (32, 6_088_320, 6_088_320)]
+    assert found == bands  # as the page has it
 
 
 def test_sums_of_parts_are_a_hundredth_of_rows():

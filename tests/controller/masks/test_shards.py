@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 import triton_sparsity as ts
 from triton_sparsity.controller.masks.exchange import full_grid
+from triton_sparsity.kernels import line_score
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason="torch lacks gloo"
@@ -101,8 +103,9 @@ def config(pattern, importance="abs", pool="global", *more, layers=None):
         some = {"pattern": PATTERNS[pattern], "target_scopes": layers}
     if importance == "set":
         return ts.SETConfig(level=0.6, t_end=20, delta_t=2, **some)
-    if importance in ("gradient", "normed_gradient"):
-        return ts.RigLConfig(level=0.6, t_end=20, delta_t=2, growth=importance, **some)
+    if importance in ("gradient", "normed_gradient", "bands"):
+        growth = "gradient" if importance == "gradient" else "normed_gradient"
+        return ts.RigLConfig(level=0.6, t_end=20, delta_t=2, growth=growth, **some)
     schedule = ts.PolynomialSchedule(initial_level=0.0, target_level=0.5, target_epoch=3)
     some |= dict(zip(("distribution", "block_reduction"), more, strict=False))
     return ts.MagnitudeSparsityConfig(
@@ -340,13 +343,20 @@ def trained_net(how):
     return net().append(nn.Linear(20, 5)) if by_product in how else net()
 
 
+def controlled(model, how, **options):
+    """Return a controller; by "bands" 4 lines share a size, as in a huge model."""
+    most = 70 if "bands" in how else line_score.MOST_BANDS
+    with mock.patch.object(line_score, "MOST_BANDS", most):
+        return ts.create_controller(model, config(*how), **options)
+
+
 def train_shards(group, how, steps, state=None, wrap_first=True):
     model = trained_net(how)
     if state is not None:
         model.load_state_dict(state[0])
     if wrap_first:
         sharded(model, group)
-    controller = ts.create_controller(model, config(*how), process_group=group)
+    controller = controlled(model, how, process_group=group)
     if not wrap_first:
         sharded(model, group)
     if state is not None:
@@ -358,11 +368,16 @@ def train_shards(group, how, steps, state=None, wrap_first=True):
 
 @pytest.mark.parametrize(
     ("how", "size"),
-    [(("magnitude and draws",), 2), (("gradients",), 4), (("unstructured", by_product), 4)],
+    [
+        (("magnitude and draws",), 2),
+        (("gradients",), 4),
+        (("tall", "bands"), 4),
+        (("unstructured", by_product), 4),
+    ],
 )
 def test_training_on_shards_is_that_of_one_process(ranks, how, size):
     model = trained_net(how)
-    controller = ts.create_controller(model, config(*how))
+    controller = controlled(model, how)
     wanted = train(model, controller, 5)
     for (weights, masks), _ in ranks.run(size, train_shards, how, 5, None, False):
         assert all(map(torch.equal, masks, wanted[1]))

@@ -1,6 +1,7 @@
 """Tensor parallelism's columns and rows are pruned as the one pool that they are."""
 
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_sparsity as ts
 from triton_sparsity.controller.masks.exchange import full_grid
+from triton_sparsity.kernels import line_score
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason="torch lacks gloo"
@@ -123,6 +125,7 @@ def wrapped(model, group, kind="tensor"):
     return model
 
 
+BANDS = "lines that share a size"  # by 16, as those of a huge model do
 # algorithms, each on columns and on rows of one model
 TOGETHER = {
     "weights and gradients": {
@@ -136,6 +139,10 @@ TOGETHER = {
     "draws and squares": {
         ("unstructured", "set"): ["up", "down"],
         ("unstructured", "fisher"): ["tokens", "gate", "head"],
+    },
+    BANDS: {
+        ("tall", "normed_gradient"): ["up", "down"],
+        ("unstructured", "normed_gradient"): ["tokens", "gate", "head"],
     },
 }
 # as much, but without training
@@ -309,13 +316,19 @@ def train(model, controller, steps):
     return losses, {name: full(p) for name, p in model.named_parameters()}, masks
 
 
+def controlled(model, what, **options):
+    most = 15 if what == BANDS else line_score.MOST_BANDS
+    with mock.patch.object(line_score, "MOST_BANDS", most):
+        return ts.create_controller(model, config(what), **options)
+
+
 def train_parts(group, what, steps, kind, state=None, first=True):
     model = net()
     if state is not None:
         model.load_state_dict(state[0])
     if first:
         wrapped(model, group, kind)
-    controller = ts.create_controller(model, config(what), process_group=group)
+    controller = controlled(model, what, process_group=group)
     if not first:
         wrapped(model, group, kind)
     if state is not None:
@@ -334,13 +347,13 @@ def same(a, b):
 @pytest.mark.parametrize(
     ("what", "kind"),
     [
-        *((what, "tensor") for what in TOGETHER),
-        *((what, "fsdp") for what in ("weights and gradients", "draws and squares")),
+        *((what, "tensor") for what in TOGETHER if what != BANDS),
+        *((what, "fsdp") for what in ("weights and gradients", "draws and squares", BANDS)),
     ],
 )
 def test_training_is_that_of_one_process_and_goes_on_from_its_state(ranks, what, kind):
     model = net(as_two=True)
-    controller = ts.create_controller(model, config(what), dispatch="dense")
+    controller = controlled(model, what, dispatch="dense")
     wanted = [*train(model, controller, 5)]
     own = controller.get_state()
     size = 2 if kind == "tensor" else 4
@@ -353,7 +366,7 @@ def test_training_is_that_of_one_process_and_goes_on_from_its_state(ranks, what,
     saved = wanted[1], own
     model = net(as_two=True)
     model.load_state_dict(wanted[1])
-    resumed = ts.create_controller(model, config(what), dispatch="dense", state=own)
+    resumed = controlled(model, what, dispatch="dense", state=own)
     wanted = [*train(model, resumed, 2)]
     for found, _ in ranks.run(size, train_parts, what, 2, kind, saved, kind == "tensor"):
         assert same([*found], wanted)
