@@ -550,8 +550,11 @@ def line_scores(
         finite. Nothing waits for the device.
 
     Raises:
+        ValueError: ``band`` is no power of two.
         RuntimeError: ``"triton"`` is asked for where it cannot run.
     """
+    if band < 1 or band & (band - 1):
+        raise ValueError(f"line_scores: band must be a power of two, got {band!r}")
     wide = any(gradient.dtype == torch.float64 for gradient in gradients)
     if use_triton("line_scores", backend, gradients[0]) and not wide:
         return _launch(gradients, pattern.rows, pattern.cols, band)

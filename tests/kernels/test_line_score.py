@@ -117,6 +117,12 @@ def test_a_list_has_the_scores_of_each(pattern, band, dtype):
         assert torch.equal(gradient, copy), "an update that is put off takes it again"
 
 
+@pytest.mark.parametrize("band", [0, 3])
+def test_bands_that_no_tile_has_whole_are_refused(band):
+    with pytest.raises(ValueError, match=f"line_scores: band must be a power of two, got {band}"):
+        line_scores(gradients(), Block(4, 4), band=band)
+
+
 def test_dtypes_mix_and_doubles_take_plain_torch():
     given = [*gradients(torch.bfloat16), *gradients()]
     for gradient, scores in zip(given, line_scores(given, Block(4, 4)), strict=True):
