@@ -86,7 +86,7 @@ def holed():
 
 def full(tensor):
     tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
 class Counted:
@@ -555,7 +555,8 @@ def test_compiled_layers_skip_blocks(ranks, kind):
     for level in (0.3, 0.5):
         y, _, gradients, _ = once(model, controller, level=level)
         wanted.append((y, [*gradients.values()]))
-    for found in ranks.run(2, compile_parts, kind):
+    # what FSDP2 gathers is compiled without what ranks say to one another
+    for found in ranks.run(1 if kind == "whole" else 2, compile_parts, kind):
         assert same(found, wanted)
 
 

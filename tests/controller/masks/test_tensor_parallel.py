@@ -152,12 +152,24 @@ PRUNED_TOGETHER = {
         ("unstructured", "normed_abs"): ["tokens", "gate", "head"],
     },
     "draws and outliers": {
-        ("tall", "random"): ["up", "down"],
-        ("tall", "abs", "weight", "owl"): ["tokens", "gate", "head"],
+        ("tall", "random"): ["tokens", "gate", "head"],
+        ("tall", "abs", "weight", "owl"): ["up", "down"],
     },
     "blocks and rows": {
         ("tall", "abs"): ["up", "down"],
         ("nm", "abs", "row"): ["tokens", "gate", "head"],
+    },
+    "pools": {
+        ("unstructured", "abs", "weight"): ["up", "down"],
+        ("nm", "abs", "weight"): ["tokens", "gate", "head"],
+    },
+    "pools of blocks": {
+        ("blocks", "abs", "weight"): ["up", "down"],
+        ("blocks", "abs", "row"): ["tokens", "gate", "head"],
+    },
+    "elements and norms": {
+        ("unstructured", "abs", "row"): ["up", "down"],
+        ("tall", "normed_abs"): ["tokens", "gate", "head"],
     },
 }
 
@@ -228,13 +240,9 @@ def by_lines(evidence):
 
 
 HOWS = [
-    *((name, "abs", "global") for name in PATTERNS),
-    *((name, "normed_abs", "global") for name in ("unstructured", "tall")),
-    *((name, "abs", "weight") for name in ("unstructured", "blocks", "nm")),
-    *((name, "abs", "row") for name in ("unstructured", "blocks", "nm")),
-    ("tall", "random", "global"),
-    ("tall", by_lines, "global"),
-    *(("tall", i, "weight", "owl") for i in ("abs", "random")),
+    *((name,) for name in (*PATTERNS, *PRUNED_TOGETHER)),
+    ("tall", by_lines),
+    ("tall", "random", "weight", "owl"),
 ]
 
 
@@ -245,23 +253,26 @@ def spelt(how):
 @pytest.mark.parametrize("how", HOWS, ids=spelt)
 def test_columns_and_rows_are_pruned_as_one_process_prunes(ranks, how):
     wanted = prune(ts.create_controller(net(torch.bfloat16, True), config(*how)))
-    if how[1:] == ("abs", "weight", "owl"):
-        uniform = prune(ts.create_controller(net(torch.bfloat16, True), config(*how[:3])))
-        assert [kept for _, kept, _ in wanted[0]] != [kept for _, kept, _ in uniform[0]]
-    size = 4 if how in HOWS[: len(PATTERNS)] else 2
+    if how == ("draws and outliers",):
+        uniform = [one.model_copy(update={"distribution": "uniform"}) for one in config(*how)]
+        without = prune(ts.create_controller(net(torch.bfloat16, True), uniform))
+        assert [kept for _, kept, _ in wanted[0]] != [kept for _, kept, _ in without[0]]
+    size = 4 if how[0] in PATTERNS and len(how) == 1 else 2
     check(ranks.run(size, prune_parts, how, torch.bfloat16, True, True, "tensor"), wanted)
 
 
-@pytest.mark.parametrize("how", HOWS[1::3], ids=spelt)
+@pytest.mark.parametrize(
+    "how", ["blocks", "tiles", "pools", "elements and norms", "draws and outliers"]
+)
 def test_a_model_may_be_parted_when_it_is_pruned_already(ranks, how):
-    wanted = prune(ts.create_controller(net(), config(*how)))
-    check(ranks.run(2, prune_parts, how, torch.float32, False, False, "tensor"), wanted)
+    wanted = prune(ts.create_controller(net(), config(how)))
+    check(ranks.run(2, prune_parts, (how,), torch.float32, False, False, "tensor"), wanted)
 
 
 @pytest.mark.parametrize(
     ("kind", "first", "how"),
     [
-        *(("fsdp", True, how) for how in (HOWS[2], ("tall", by_lines))),
+        *(("fsdp", True, how) for how in (("tall",), ("tall", by_lines))),
         *(("fsdp", True, (name,)) for name in ("rows and norms", "draws and outliers")),
         ("fsdp", False, ("blocks and rows",)),
         ("copies", True, ("rows and norms",)),
@@ -278,7 +289,7 @@ def shard_parts(group, how):
 
     model, mesh = net(torch.bfloat16, True), mesh_by(group, "fsdp")
     part(model, mesh)
-    controller = ts.create_controller(model, config(*how), process_group=group)
+    controller = ts.create_controller(model, config(how), process_group=group)
     controller.set_sparsity_level(0.4)
     fully_shard(model, mesh=mesh["data"])
     masks = []
@@ -288,9 +299,9 @@ def shard_parts(group, how):
     return *prune(controller), masks
 
 
-@pytest.mark.parametrize("how", [HOWS[0], HOWS[2], HOWS[3]], ids="-".join)
+@pytest.mark.parametrize("how", ["unstructured", "tall", "nm"])
 def test_parts_may_be_sharded_when_they_are_pruned_already(ranks, how):
-    controller = ts.create_controller(net(torch.bfloat16, True), config(*how))
+    controller = ts.create_controller(net(torch.bfloat16, True), config(how))
     controller.set_sparsity_level(0.4)
     before = [info.operand.binary_mask for info in controller.sparsified_module_info]
     wanted = prune(controller)
@@ -609,39 +620,29 @@ class Transformer(nn.Module):
         return self.head(self.norms[2](x)).clone()
 
 
-def algorithms(learned):
-    """Return every algorithm, each on layers of its own: of fixed masks, or of learned ones."""
+def algorithms():
+    """Return every algorithm, each on a layer of its own."""
 
-    def on(*layers, pattern):
-        return {"target_scopes": [*layers], "pattern": PATTERNS[pattern]}
+    def on(layer, pattern):
+        return {"target_scopes": [layer], "pattern": PATTERNS[pattern]}
 
     rising = ts.PolynomialSchedule(initial_level=0.1, target_level=0.5, target_epoch=5)
-    if learned:
-        slow = ts.ExponentialSchedule(target_level=0.4, target_epoch=3)
-        return [
-            ts.RBSparsityConfig(schedule=slow, seed=5, **on("q", "o", "up", pattern="blocks")),
-            ts.MovementSparsityConfig(
-                schedule=ts.PolynomialSchedule(
-                    initial_level=0.0, target_level=0.5, target_epoch=5
-                ),
-                pool="global",
-                **on("k", "v", "down", pattern="unstructured"),
-            ),
-        ]
+    from_none = ts.PolynomialSchedule(initial_level=0.0, target_level=0.5, target_epoch=5)
+    slow = ts.ExponentialSchedule(target_level=0.4, target_epoch=3)
     moves = {"level": 0.6, "t_end": 28, "delta_t": 4}
-    ranked = {"schedule": rising, "pool": "global"}
+    by_norm = {"weight_importance": "normed_abs", "schedule": rising}
     return [
-        ts.ConstSparsityConfig(**on("q", pattern="blocks")),
-        ts.MagnitudeSparsityConfig(weight_importance="abs", **ranked, **on("k", pattern="nm")),
-        ts.MagnitudeSparsityConfig(
-            weight_importance="normed_abs", **ranked, **on("v", "o", pattern="tall")
-        ),
-        ts.SETConfig(**moves, **on("up", pattern="unstructured")),
-        ts.RigLConfig(**moves, **on("down", pattern="tall")),
+        ts.ConstSparsityConfig(**on("q", "blocks")),
+        ts.SETConfig(**moves, **on("k", "unstructured")),
+        ts.MovementSparsityConfig(schedule=from_none, **on("v", "unstructured")),
+        ts.MagnitudeSparsityConfig(**by_norm, **on("o", "tall")),
+        ts.RBSparsityConfig(schedule=slow, seed=5, **on("up", "blocks")),
+        ts.RigLConfig(**moves, **on("down", "tall")),
+        ts.MagnitudeSparsityConfig(weight_importance="abs", schedule=rising, **on("head", "nm")),
     ]
 
 
-def learn(wrap, learned, group=None):
+def learn(wrap, group=None):
     """Train for 30 steps; return the losses, and three times weights and masks."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import (
@@ -662,13 +663,10 @@ def learn(wrap, learned, group=None):
         parallelize_module(model, mesh, plan)
     elif wrap == "fsdp":
         fully_shard(model, mesh=mesh)
-    controller = ts.create_controller(
-        model, algorithms(learned), dispatch="dense", process_group=group
-    )
+    controller = ts.create_controller(model, algorithms(), dispatch="dense", process_group=group)
     trained = model
     if wrap == "ddp":
-        options = {"process_group": group, "find_unused_parameters": learned}
-        trained = nn.parallel.DistributedDataParallel(model, **options)
+        trained = nn.parallel.DistributedDataParallel(model, process_group=group)
     scores = {*controller.parameters()}
     own = [p for p in model.parameters() if p not in scores]
     groups = [{"params": own}, {"params": [*scores], "lr": 0.5, "weight_decay": 0.0}]
@@ -691,17 +689,16 @@ def learn(wrap, learned, group=None):
     return losses, found
 
 
-def learn_parts(group, wrap, learned):
-    return learn(wrap, learned, group)
+def learn_parts(group, wrap):
+    return learn(wrap, group)
 
 
-@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
-def test_a_transformer_learns_by_every_algorithm_the_same_under_every_wrapper(ranks, learned):
-    losses, wanted = learn(None, learned)
-    assert not any(mask.all() for _, mask in wanted[-6:])
+def test_a_transformer_learns_by_every_algorithm_the_same_under_every_wrapper(ranks):
+    losses, wanted = learn(None)
+    assert not any(mask.all() for _, mask in wanted[-7:])
     assert losses[-1] < losses[0] / 2
     for wrap in ("ddp", "fsdp", "tensor"):
-        for found in ranks.run(2, learn_parts, wrap, learned):
+        for found in ranks.run(2, learn_parts, wrap):
             assert same(found, (losses, wanted)), wrap
 
 
