@@ -167,10 +167,10 @@ def both(one, other):
         ([("unstructured", "abs")], 3, True),
         ([("blocks", "abs"), ("nm", "abs")], 3, True),
         ([("blocks", "abs", "weight", "erk"), ("unstructured", "abs", "weight", "owl")], 2, True),
-        ([("blocks", "abs", "row"), ("unstructured", "random")], 3, False),
+        ([("blocks", "abs", "row"), ("unstructured", "random")], 2, False),
         ([("blocks", "normed_abs"), ("unstructured", "normed_abs")], 2, False),
         ([("blocks", "wanda", "global"), ("unstructured", "snip_momentum")], 3, False),
-        ([("blocks", "snip"), ("blocks", "taylor")], 3, False),
+        ([("blocks", "snip"), ("blocks", "taylor")], 2, False),
         ([("blocks", "fisher"), ("blocks", by_rows, "weight")], 3, False),
     ],
 )
