@@ -381,7 +381,7 @@ def train_shards(group, how, steps, state=None, wrap_first=True, saves=False):
     [
         (("magnitude and draws",), 2),
         (("gradients",), 4),
-        (("tall", "bands"), 4),
+        (("tall", "bands"), 2),
         (("unstructured", by_product), 4),
     ],
 )

@@ -375,6 +375,8 @@ def test_training_is_that_of_one_process_and_goes_on_from_its_state(ranks, what,
     for algorithm in controller.controllers.values():
         masks = [info.operand.binary_mask for info in algorithm.sparsified_module_info]
         assert not all(mask.all() for mask in masks)
+    if what == BANDS:
+        return  # a state has nothing of lines
     saved = wanted[1], own
     model = net(as_two=True)
     model.load_state_dict(wanted[1])
