@@ -9,7 +9,8 @@ In very large models neighbouring lines have one size in common, a band of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from ..masks.exchange import (
     over_stages,
     own_part,
 )
+from ..masks.ranks import fingerprint
 from ..masks.schema import FLAG, FLOATS, Maybe, Schema, tensor
 from ..masks.shards import local_part
 from ..masks.weight import SparseWeight
@@ -55,8 +57,9 @@ class RigLController(SETController):
     clipped norm sees it. An update whose gradients overflowed, as with AMP, or were not asked for,
     because steps were skipped, waits for the next step.
 
-    Ranks that see different data grow by the mean of their gradients. They find it as an
-    optimiser of torch's steps, else at the update.
+    Ranks that see different data grow by the mean of their gradients, which
+    ``DistributedDataParallel`` finds as it finds that of what is kept. Without it they find it as
+    an optimiser of torch's steps, else at the update.
     """
 
     name = "rigl"
@@ -65,8 +68,7 @@ class RigLController(SETController):
     def _set_up(self) -> None:
         self._normed = self.config.growth == "normed_gradient"
         self._band = lines_a_band([weight.full_shape for weight in self._weights])
-        self._gradients: dict[str, Tensor] = {}
-        self._averaged: set[str] = set()  # of these, what is the mean of all ranks
+        self._dense = _DenseGradients()
         self._asked: set[str] = set()  # what an optimiser has stepped, the same on every rank
         self._watching = False
         self._overdue = False
@@ -74,8 +76,8 @@ class RigLController(SETController):
 
     def update(self, step: int) -> None:
         super().update(step)
-        for known in (self._gradients, self._averaged, self._asked):
-            known.clear()
+        self._dense.clear()
+        self._asked.clear()
         self._watch_if_due_next()
 
     def _is_due(self, step: int) -> bool:
@@ -85,7 +87,7 @@ class RigLController(SETController):
         self, weights: Sequence[SparseWeight], masks: list[Tensor], keep: Sequence[int], step: int
     ) -> tuple[list[Tensor], Tensor]:
         first = weights[0]
-        gradients = [weight.matrix(self._gradients[weight.name]) for weight in weights]
+        gradients = [weight.matrix(self._dense.known[weight.name]) for weight in weights]
         if self._normed and not any(weight.shard for weight in weights):
             pattern = Unstructured() if first.packed else first.pattern
             scores = line_scores(gradients, pattern, band=self._band, backend=first.backend)
@@ -99,11 +101,11 @@ class RigLController(SETController):
 
     def _regrowing(self) -> list[SparseWeight]:
         # a weight that the step did not use has nothing to grow by
-        return [i for i in super()._regrowing() if i.name in self._gradients]
+        return [i for i in super()._regrowing() if i.name in self._dense.known]
 
     def _regrow(self, step: int) -> bool:
         ranks, growing = self.ranks, super()._regrowing()
-        if not ranks.any(bool(self._gradients), self._device) and growing:
+        if not ranks.any(bool(self._dense.known), self._device) and growing:
             if self._watching:
                 raise RuntimeError(
                     f"rigl: the update of step {step} needs the gradients of the step before, and "
@@ -129,6 +131,7 @@ class RigLController(SETController):
         super().before_optimizer_step(weights, overflowed)
         if not self._watching:
             return
+        self._dense.stepped.update(weight.name for weight in weights)
         # an optimiser that parts its work steps some weights once more, on each rank others
         stepped = {weight.name for weight in weights} - self._asked
         new = [weight for weight in self._whole if weight.name in stepped]
@@ -143,23 +146,31 @@ class RigLController(SETController):
         ranks = self.ranks
         if ranks.size == 1 or not weights:
             return
-        lacks = [w.name in self._gradients and w.name not in self._averaged for w in weights]
-        asked = ranks.most(torch.tensor(lacks, dtype=torch.uint8, device=self._device)).tolist()
+        gradients, averaged = self._dense.known, self._dense.averaged
+        has = torch.tensor([weight.name in gradients for weight in weights])
+        done = torch.tensor([weight.name in averaged for weight in weights])
+        # of what the reducer of DistributedDataParallel is thought to have averaged
+        prints = torch.zeros(len(weights), dtype=torch.int64, device=self._device)
+        for i in (has & done).nonzero().flatten().tolist():
+            prints[i] = fingerprint(gradients[weights[i].name])
+        flags = torch.stack([has, ~done]).to(prints)
+        some, rest, most, least = ranks.most(torch.cat([flags, torch.stack([prints, ~prints])]))
+        asked = (some.bool() & (rest.bool() | (most != ~least))).tolist()
         for weight in (weight for weight, ask in zip(weights, asked, strict=True) if ask):
-            if weight.name not in self._gradients:  # this rank has not used it
-                self._gradients[weight.name] = torch.zeros_like(weight.weight)
-            own = self._gradients[weight.name]
+            if weight.name not in gradients:  # this rank has not used it
+                gradients[weight.name] = torch.zeros_like(weight.weight)
+            own = gradients[weight.name]
             if weight.on_stage:
-                self._gradients[weight.name] = over_stages(weight, own)
+                gradients[weight.name] = over_stages(weight, own)
             else:
                 # a mean: of those who have an earlier one already it is that
                 ranks.sum(own).div_(ranks.size)
-                self._averaged.add(weight.name)
+                averaged.add(weight.name)
 
     def _spoilt(self) -> list[Tensor]:
-        if not self._gradients:
+        if not self._dense.known:
             return []
-        some = [gradient for gradient in self._gradients.values() if gradient.numel()]
+        some = [gradient for gradient in self._dense.known.values() if gradient.numel()]
         spoilt = ~nn.utils.get_total_norm(some, float("inf")).isfinite().to(self._device)
         if any(weight.shard for weight in self._weights):
             spoilt = self.ranks.sum(spoilt.long()) > 0
@@ -174,26 +185,9 @@ class RigLController(SETController):
         self._watching = watch
         for weight in self._weights:
             wanted = watch and not weight.all_kept and weight.weight.requires_grad
-            weight.dense_gradient_taker = self._taker(weight) if wanted else None
+            weight.dense_gradient_taker = _Taker(weight, self._dense) if wanted else None
             if weight.product is not None:
                 weight.product.want_dense_grad(wanted)
-
-    def _taker(self, weight: SparseWeight) -> Callable[[Tensor], None]:
-        name = weight.name
-
-        @torch.no_grad()
-        def take(gradient: Tensor) -> None:
-            dense = local_part(gradient).clone()
-            earlier = self._gradients.get(name)
-            if earlier is not None and name not in self._averaged:
-                # a further micro-batch: of kept elements the gradient is the sum of all already;
-                # behind an optimiser's step it has begun anew
-                earlier.masked_fill_(weight.like_weight(weight.kept_elements()), 0)
-            dense = dense if earlier is None else dense.add_(earlier)
-            self._gradients[name] = dense
-            self._averaged.discard(name)
-
-        return take
 
     def freeze(self, freeze: bool = True) -> None:
         super().freeze(freeze)
@@ -219,13 +213,13 @@ class RigLController(SETController):
     def _own_state(self) -> dict[str, Any]:
         gradients = {
             i.name: full_tensor(i, self._dense_gradient(i))
-            for i in known_anywhere(self._weights, self._gradients)
+            for i in known_anywhere(self._weights, self._dense.known)
         }
         return super()._own_state() | {
             "overdue": self._overdue,
             "watching": self._watching,
             "dense_gradients": gradients,
-            "gradients_of_all": all(w.name not in self._gradients for w in self._unshared),
+            "gradients_of_all": all(w.name not in self._dense.known for w in self._unshared),
         }
 
     @property
@@ -233,11 +227,11 @@ class RigLController(SETController):
         """The weights whose gradients are yet to be averaged, and are not as a state is made."""
         alone = self.ranks.size == 1
         every = [] if alone else [w for w in self._whole if not w.on_stage]
-        return [weight for weight in every if weight.name not in self._averaged]
+        return [weight for weight in every if weight.name not in self._dense.averaged]
 
     def _dense_gradient(self, weight: SparseWeight) -> Tensor:
         # of a weight on another stage there is nothing here, nor on one that has not used it
-        found = self._gradients.get(weight.name)
+        found = self._dense.known.get(weight.name)
         found = torch.zeros_like(weight.weight) if found is None else found
         return over_stages(weight, found) if weight.on_stage else found
 
@@ -257,13 +251,59 @@ class RigLController(SETController):
         super()._take_own(state)
         self._overdue = state["overdue"]
         weights = {weight.name: weight for weight in self._weights}
-        self._gradients = {
+        self._dense.known = {
             name: own_part(weights[name], gradient) * _holds_sum(weights[name])
             for name, gradient in state["dense_gradients"].items()
         }
-        sums = self._gradients if state["gradients_of_all"] else ()
-        self._averaged = {name for name in sums if not weights[name].on_stage}
+        sums = self._dense.known if state["gradients_of_all"] else ()
+        self._dense.averaged = {name for name in sums if not weights[name].on_stage}
+        self._dense.stepped = {*self._dense.known}  # what it was accumulated in is gone
         self._asked.clear()
+
+
+@dataclass
+class _DenseGradients:
+    """Gradients by the names of their weights, pruned elements too, summed over micro-batches.
+
+    Attributes:
+        averaged: of which ranks have found the mean.
+        stepped: by which an optimiser has stepped: the next backward pass begins anew.
+    """
+
+    known: dict[str, Tensor] = field(default_factory=dict)
+    averaged: set[str] = field(default_factory=set)
+    stepped: set[str] = field(default_factory=set)
+
+    def clear(self) -> None:
+        for some in (self.known, self.averaged, self.stepped):
+            some.clear()
+
+
+@dataclass(frozen=True)
+class _Taker:
+    weight: SparseWeight
+    dense: _DenseGradients
+
+    @torch.no_grad()
+    def join(self, gradient: Tensor) -> None:
+        name = self.weight.name
+        if name in self.dense.known and name not in self.dense.averaged:
+            gradient.add_(self._pruned(self.dense.known.pop(name)))
+
+    @torch.no_grad()
+    def take(self, gradient: Tensor, *, averaged: bool = False) -> None:
+        name, known = self.weight.name, self.dense.known
+        taken = local_part(gradient).clone()
+        if (earlier := known.get(name)) is not None:
+            averaged &= name in self.dense.averaged
+            # of kept elements the gradient is the sum of all micro-batches already
+            taken += earlier if name in self.dense.stepped else self._pruned(earlier)
+        known[name] = taken
+        self.dense.stepped.discard(name)
+        (self.dense.averaged.add if averaged else self.dense.averaged.discard)(name)
+
+    def _pruned(self, gradient: Tensor) -> Tensor:
+        return gradient.masked_fill_(self.weight.like_weight(self.weight.kept_elements()), 0)
 
 
 def _holds_sum(weight: SparseWeight) -> bool:

@@ -43,7 +43,7 @@ from .exchange import pieces_here, sums_of_all
 from .linear import list_blocks_of_shards, note_adapter
 from .optimizers import keeps_zeros, moments, parameters_of, start_returned
 from .shards import is_sharded
-from .weight import SparseWeight, clear_, drop_foreign, leaks, take_values
+from .weight import GradientTaker, SparseWeight, clear_, drop_foreign, leaks, take_values
 
 
 class Guard:
@@ -63,6 +63,10 @@ class Guard:
         self._weight_at = {(id(module), name): weight for module, name, weight in self.users}
         self._gradient_hooks: dict[SparseWeight, RemovableHandle] = {}
         self._pending: dict[int, list[SparseWeight]] = {}  # by backward pass, cleared at its end
+        self._reduced_over = 0  # ranks over which gradients of the last forward pass are averaged
+        self._awaiting: set[int] = (
+            set()
+        )  # backward passes whose gradients are, and dense till then
         self._cleared_gradients: dict[SparseWeight, int] = {}  # by identity, since the last step
         # of each optimiser the moments that are clear, and of which change of the mask
         self._cleared: weakref.WeakKeyDictionary[Optimizer, dict[SparseWeight, tuple[int, ...]]]
@@ -138,6 +142,8 @@ class Guard:
     def before_forward(self, model: nn.Module, _: Any) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._list_late(model)
+            if torch.is_grad_enabled():
+                self._reduced_over = ranks_of_reducer(model)
         if not (model.training and torch.is_grad_enabled()):
             return
         changed = []
@@ -208,22 +214,57 @@ class Guard:
             return
         if weight.mask.device != gradient.device:
             weight.follow()
+        taker = self._taker_behind_reducer(weight)
+        if taker is not None and gradient.layout == torch.strided:
+            # what is about to be sent is the dense gradient: nobody needs to send it once more
+            taker.join(gradient)
+            self._cleared_gradients.pop(weight, None)
+            backward = torch._C._current_graph_task_id()
+            if backward not in self._awaiting:
+                self._awaiting.add(backward)
+                _at_end_of_backward(partial(self._after_reducer, backward, 2))
+            return
         self._cleared_gradients[weight] = id(gradient)
         if gradient.layout == torch.sparse_coo:  # an embedding's: it lists the rows it is of
             rows, values = gradient._indices()[0], gradient._values()
             values.masked_fill_(~weight.binary_mask[rows], 0)
             return
         if weight.dense_gradient_taker is not None:
-            weight.dense_gradient_taker(gradient)
+            weight.dense_gradient_taker.take(gradient)
         if not self.waits_for(parameter):
             weight.clear_(gradient)
             return
         backward = torch._C._current_graph_task_id()
         if backward not in self._pending:
             self._pending[backward] = []
-            queue = torch.autograd.Variable._execution_engine.queue_callback
-            queue(partial(self._clear_pending, backward))
+            _at_end_of_backward(partial(self._clear_pending, backward))
         self._pending[backward].append(weight)
+
+    def _taker_behind_reducer(self, weight: SparseWeight) -> GradientTaker | None:
+        """Return who wants a gradient dense, if ``DistributedDataParallel`` is to average it, over
+        the very ranks that agree on the masks.
+        """
+        alike = 1 < self._reduced_over == weight.ranks.size
+        return (
+            None
+            if weight.in_parts or weight.on_stage or not alike
+            else weight.dense_gradient_taker
+        )
+
+    def _after_reducer(self, backward: int, further: int) -> None:
+        """Take dense gradients that were averaged, and clear them. The reducer puts its own end
+        behind the callbacks that are there, of a static graph twice: so this comes as late.
+        """
+        if further:
+            _at_end_of_backward(partial(self._after_reducer, backward, further - 1))
+            return
+        self._awaiting.discard(backward)
+        # also of weights that other ranks alone have used
+        for weight in self.weights:
+            taker, gradient = self._taker_behind_reducer(weight), weight.weight.grad
+            if taker is not None and gradient is not None and gradient.layout == torch.strided:
+                taker.take(gradient, averaged=True)
+                weight.clear_(gradient)
 
     @staticmethod
     def waits_for(parameter: Tensor) -> bool:
@@ -270,6 +311,7 @@ class Guard:
         left = [weight for rest in self._pending.values() for weight in rest]
         found += [(w, g) for w in left if (g := w.weight.grad) is not None]
         self._pending.clear()
+        self._awaiting.clear()
         clear_([weight for weight, _ in found], [gradient for _, gradient in found])
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -335,6 +377,21 @@ class Guard:
         # `swap_tensors` leaves the dictionary with the name, and not with the tensor
         parameter._post_accumulate_grad_hooks = hooks
         self._gradient_hooks[weight] = handle
+
+
+def ranks_of_reducer(model: nn.Module) -> int:
+    """Return over how many ranks ``DistributedDataParallel`` averages the gradients of a forward
+    pass of a model, which it is or has around it; 0: of this pass it does not.
+    """
+    wrapper = nn.parallel.DistributedDataParallel
+    found: Any = model if isinstance(model, wrapper) else wrapper._get_active_ddp_module()
+    if found is None or found._use_python_reducer or not found.require_backward_grad_sync:
+        return 0
+    return found.process_group.size()
+
+
+def _at_end_of_backward(do: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(do)
 
 
 def guards_of(module: nn.Module, parameter_name: str) -> list[Guard]:

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,16 @@ class Target:
         return tensor if tensor.ndim == 2 else tensor.flatten(1)
 
 
+class GradientTaker(Protocol):
+    """Takes dense gradients of a weight, micro-batch by micro-batch."""
+
+    def join(self, gradient: Tensor) -> None:
+        """Add to a gradient, which ranks are about to average, what is pruned of earlier ones."""
+
+    def take(self, gradient: Tensor, *, averaged: bool = False) -> None:
+        """Keep a gradient, which ranks have averaged or which is of one alone."""
+
+
 class SparseWeight(GroupMask):
     """One parameter and which of its groups are kept. Called the operand of its module.
 
@@ -166,7 +176,7 @@ class SparseWeight(GroupMask):
         self.skips_blocks = False
         self.product: BlockProduct | None = None
         # the algorithm takes the gradient of pruned elements before it becomes zero
-        self.dense_gradient_taker: Callable[[Tensor], None] | None = None
+        self.dense_gradient_taker: GradientTaker | None = None
         self._as_left: tuple[Any, ...] = ()
 
     def shard_of(self, weight: Tensor, gathered: Sequence[int] = ()) -> Shard | None:

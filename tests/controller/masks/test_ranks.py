@@ -1,6 +1,7 @@
 """Ranks that train one model have one set of masks, and are told where they would not."""
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -194,9 +195,68 @@ def test_gradients_behind_an_optimisers_step_are_added_to_those_before(ranks, pa
     assert nothing == []
     for found, sizes in ranks.run(2, grow_by_thirds, parted):
         assert all(map(torch.equal, found, wanted))
-        # who has a gradient, a byte a weight; then each gradient once
+        # who has which gradient, 32 bytes a weight; then each gradient once
         dense = [4 * mask.numel() for mask in wanted if not mask.all()]
-        assert sizes == [len(dense), *dense]
+        assert sizes == [32 * len(dense), *dense]
+
+
+class Sometimes(nn.Sequential):
+    """Uses its last layer or not."""
+
+    def forward(self, x, whole):
+        for layer in [*self] if whole else [*self][:-1]:
+            x = layer(x)
+        return x
+
+
+def grow_by_what_the_reducer_sends(group, normed):
+    """Train to an update by two micro-batches a step, of which the reducer averages the second;
+    one process has all. The second rank does not use the last layer.
+    """
+    rank, size = torch.distributed.get_rank(group), group.size()
+    model = Sometimes(*net())
+    growth = "normed_gradient" if normed else "gradient"
+    config = ts.RigLConfig(level=0.5, t_end=20, delta_t=2, growth=growth)
+    controller = ts.create_controller(model, config, process_group=group)
+    wrapped = model
+    if size > 1:
+        options = {"find_unused_parameters": True, "gradient_as_bucket_view": normed}
+        wrapped = DistributedDataParallel(model, process_group=group, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    numbers = torch.Generator().manual_seed(0)
+    norms, sizes, plain = [], [], torch.distributed.all_reduce
+
+    def counting(tensor, *args, **options):
+        sizes.append(tensor.nbytes)
+        return plain(tensor, *args, **options)
+
+    for _ in range(5):
+        controller.scheduler.step()
+        optimizer.zero_grad()
+        batches = torch.randn(4, 4, 16, generator=numbers)
+        for i in (2 * rank, 2 * rank + 1) if size > 1 else range(4):
+            with wrapped.no_sync() if size > 1 and i % 2 == 0 else nullcontext():
+                (wrapped(batches[i], i < 2).square().mean() * size / 4).backward()
+        gradients = [i.weight.grad for i in controller.sparsified_module_info]
+        pruned = [~i.operand.binary_mask for i in controller.sparsified_module_info]
+        assert not any(g[p].any() for g, p in zip(gradients, pruned, strict=True))
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1e9)))
+        torch.distributed.all_reduce = counting
+        try:
+            optimizer.step()
+        finally:
+            torch.distributed.all_reduce = plain
+    return masks(controller), norms, sizes
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_under_ddp_the_reducer_averages_what_rigl_grows_by(ranks, normed):
+    ((wanted, norms, _),) = ranks.run(1, grow_by_what_the_reducer_sends, normed)
+    for found, own, sizes in ranks.run(2, grow_by_what_the_reducer_sends, normed):
+        assert all(map(torch.equal, found, wanted))
+        assert own == pytest.approx(norms, rel=1e-5)  # of the kept elements alone
+        # twice an update is next: who has which gradient is sent, and no gradient
+        assert sizes == [32 * sum(not mask.all() for mask in wanted)] * 2
 
 
 def prune_before_wrapping(group):
