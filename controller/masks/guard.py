@@ -63,10 +63,10 @@ class Guard:
         self._weight_at = {(id(module), name): weight for module, name, weight in self.users}
         self._gradient_hooks: dict[SparseWeight, RemovableHandle] = {}
         self._pending: dict[int, list[SparseWeight]] = {}  # by backward pass, cleared at its end
-        self._reduced_over = 0  # ranks over which gradients of the last forward pass are averaged
-        self._awaiting: set[int] = (
-            set()
-        )  # backward passes whose gradients are, and dense till then
+        # over how many ranks a reducer averages the gradients of the last forward pass, and the
+        # backward passes whose dense gradients are waited for
+        self._reduced_over = 0
+        self._awaiting: set[int] = set()
         self._cleared_gradients: dict[SparseWeight, int] = {}  # by identity, since the last step
         # of each optimiser the moments that are clear, and of which change of the mask
         self._cleared: weakref.WeakKeyDictionary[Optimizer, dict[SparseWeight, tuple[int, ...]]]
@@ -384,8 +384,12 @@ def ranks_of_reducer(model: nn.Module) -> int:
     pass of a model, which it is or has around it; 0: of this pass it does not.
     """
     wrapper = nn.parallel.DistributedDataParallel
-    found: Any = model if isinstance(model, wrapper) else wrapper._get_active_ddp_module()
-    if found is None or found._use_python_reducer or not found.require_backward_grad_sync:
+    # torch's own for its compiler; without it ranks average gradients themselves
+    around = getattr(wrapper, "_get_active_ddp_module", lambda: None)
+    found: Any = model if isinstance(model, wrapper) else around()
+    if found is None or not found.require_backward_grad_sync:
+        return 0
+    if getattr(found, "_use_python_reducer", True):  # its hooks come with compiled autograd
         return 0
     return found.process_group.size()
 

@@ -331,15 +331,28 @@ def test_zeros_are_found_across_the_edges_of_shards(ranks, pattern):
 
 
 def train(model, controller, steps):
-    """Train on one batch on every rank, whose mean over two or four is exact."""
+    """Train on one batch on every rank, whose mean over two or four is exact, or on two of which
+    both or the last are reduced.
+    """
     optimizer = LocalAdamW(model.parameters(), lr=0.05, weight_decay=0.1, foreach=False)
     for step in range(steps):
         if step % 3 == 0:
             controller.scheduler.epoch_step()
         controller.scheduler.step()
         optimizer.zero_grad()
-        x = torch.randn(6, 16, generator=torch.Generator().manual_seed(step))
-        model(x).square().mean().backward()
+        numbers = torch.Generator().manual_seed(step)
+        for last in (True,) if step % 3 == 2 else (False, True):
+            if hasattr(model, "set_requires_gradient_sync"):
+                model.set_requires_gradient_sync(last or step % 3 == 1)
+            model(torch.randn(6, 16, generator=numbers)).square().mean().backward()
+        norm = full(nn.utils.clip_grad_norm_(model.parameters(), 1e3))
+        if step + 1 == steps:
+            gradients = {name: full(p.grad) for name, p in model.named_parameters()}
+            whole = torch.cat([gradient.flatten() for gradient in gradients.values()])
+            torch.testing.assert_close(norm, whole.norm())
+            for info in controller.sparsified_module_info:
+                gradient = gradients[f"{info.module_node_name}.weight"]
+                assert not gradient[~full(info.operand.binary_mask)].any()
         optimizer.step()
     weights = [full(info.weight) for info in controller.sparsified_module_info]
     return weights, [full(i.operand.binary_mask) for i in controller.sparsified_module_info]
@@ -448,7 +461,9 @@ def load_shards(group, folder, how):
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-    model = sharded(net(ties=True), group)  # other weights
+    model = sharded(net().to("meta"), group).to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
     saved = {"model": get_model_state_dict(model), "sparsity": b""}
     checkpoint.load(saved, checkpoint_id=folder, process_group=group)
     set_model_state_dict(model, saved["model"])
