@@ -26,7 +26,6 @@ from ..masks.exchange import (
     over_stages,
     own_part,
 )
-from ..masks.ranks import fingerprint
 from ..masks.schema import FLAG, FLOATS, Maybe, Schema, tensor
 from ..masks.shards import local_part
 from ..masks.weight import SparseWeight
@@ -152,7 +151,7 @@ class RigLController(SETController):
         # of what the reducer of DistributedDataParallel is thought to have averaged
         prints = torch.zeros(len(weights), dtype=torch.int64, device=self._device)
         for i in (has & done).nonzero().flatten().tolist():
-            prints[i] = fingerprint(gradients[weights[i].name])
+            prints[i] = gradients[weights[i].name].sum(dtype=torch.float64).view(torch.int64)
         flags = torch.stack([has, ~done]).to(prints)
         some, rest, most, least = ranks.most(torch.cat([flags, torch.stack([prints, ~prints])]))
         asked = (some.bool() & (rest.bool() | (most != ~least))).tolist()

@@ -245,11 +245,9 @@ class Guard:
         the very ranks that agree on the masks.
         """
         alike = 1 < self._reduced_over == weight.ranks.size
-        return (
-            None
-            if weight.in_parts or weight.on_stage or not alike
-            else weight.dense_gradient_taker
-        )
+        if weight.in_parts or weight.on_stage or not alike:
+            return None
+        return weight.dense_gradient_taker
 
     def _after_reducer(self, backward: int, further: int) -> None:
         """Take dense gradients that were averaged, and clear them. The reducer puts its own end
