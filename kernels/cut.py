@@ -20,7 +20,8 @@ from .search import Reduce, Threshold
 from .select import select
 from .select_each import select_each
 from .semi_structured import nm_mask, nm_score
-from .spread import prune_rows_spread, select_spread, ties_kept
+from .spread import select_spread, ties_kept
+from .spread_rows import prune_rows_spread
 
 
 class Others(NamedTuple):
@@ -30,13 +31,13 @@ class Others(NamedTuple):
         reduce: adds up int64 over the ranks.
         counted: of each tensor, whether this rank's part counts; else it is another's copy.
         places: of each tensor which rows and which columns of all its groups are here.
-        split: of each, whether its rows lie on several ranks.
+        edges: of each the first column of groups of each part, and behind them how many there are.
     """
 
     reduce: Reduce
     counted: list[bool]
     places: list[tuple[Part, Part]]
-    split: list[bool]
+    edges: list[tuple[int, ...]]
 
 
 class Cut(NamedTuple):
@@ -202,7 +203,8 @@ def _rows_among(
     scores: list[Tensor], ks: list[int], packed: bool, backend: Backend, others: Others
 ) -> tuple[list[Tensor], Tensor]:
     """Return ``prune_rows``'s of all ranks: rows that are whole on a rank are its own matter."""
-    reduce, counted, places, split = others
+    reduce, counted, places, edges = others
+    split = [len(ends) > 2 for ends in edges]
     own = [i for i, parted in enumerate(split) if not parted]
     found: dict[int, Tensor] = {}
     bad = torch.zeros(len(scores), dtype=torch.int64, device=scores[0].device)
@@ -213,7 +215,8 @@ def _rows_among(
         found |= zip(own, masks, strict=True)
     for i in range(len(scores)):
         if split[i]:
-            mask, bad[i] = prune_rows_spread(scores[i], ks[i], places[i], counted[i], reduce)
+            place = places[i], edges[i], counted[i]
+            mask, bad[i] = prune_rows_spread(scores[i], ks[i], *place, reduce)
             found[i] = pack(mask) if packed else mask
     bad *= bad.new_tensor(counted)
     return [found[i] for i in range(len(scores))], reduce(bad)

@@ -5,7 +5,7 @@ ranks add up how many keys lie below three bounds. That is 24 bytes a pool and p
 number of keys and of ranks; ``select`` moves a histogram a pool, which is fewer passes and pays
 where there is one pool. The same search finds where ties end: its keys are their positions.
 
-Reading order: the search -> thresholds of tensors -> ties -> masks of rows.
+Reading order: the search -> thresholds of tensors -> ties.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .bits import chunk_of, chunks
-from .prune_rows import Part, row_counts
-from .search import Reduce, Threshold
+from .prune_rows import Part
+from .search import INFINITY_OF, Reduce, Threshold
 
-_INFINITY = 0x7F800000  # its bit pattern
-_BITS, _MOST = 31, 2**31 - 1  # of a key; no number is so great
+_INFINITY = INFINITY_OF[torch.float32]
+BITS, MOST = 31, 2**31 - 1  # of a key; no number is so great
 
 
 def kth_key(below: Callable[[Tensor], Tensor], k: Tensor, bits: int, reduce: Reduce) -> Tensor:
@@ -71,13 +71,13 @@ def select_spread(
     def below(bounds: Tensor) -> Tensor:
         found = torch.zeros_like(bounds)
         for i, (tensor, factor) in enumerate(zip(tensors, factors, strict=True)):
-            own = bounds[i].clamp(max=_MOST).int()
+            own = bounds[i].clamp(max=MOST).int()
             for at in chunks(tensor.shape, chunk_of(device)) if counted[i] else ():
                 keys = keys_of(tensor[at], factor)
                 found[i] += torch.stack([(keys < b).count_nonzero() for b in own])
         return found
 
-    value = kth_key(below, k, _BITS, reduce)
+    value = kth_key(below, k, BITS, reduce)
     ends = reduce(below(torch.stack([value + 1, torch.full_like(value, _INFINITY)], 1)))
     sizes = torch.tensor(
         [t.numel() * c for t, c in zip(tensors, counted, strict=True)], device=device
@@ -150,44 +150,3 @@ def ties_kept(
     )
     kept[parted] = equal_before(last[:, None] + 1)[:, 0]
     return kept
-
-
-def prune_rows_spread(
-    scores: Tensor, k: int, place: tuple[Part, Part], counted: bool, reduce: Reduce
-) -> tuple[Tensor, Tensor]:
-    """Mask the lowest magnitudes of each row of a matrix whose rows lie on several ranks, as
-    ``prune_rows``: of all ranks 24 bytes a row are added up 16 times for the thresholds, and half
-    as often as a row has bits of columns for the ties.
-
-    Args:
-        scores: what is here of the matrix.
-        k: how many elements of the whole are pruned.
-        place: which rows and which columns of the whole are here.
-        counted: whether this rank's part counts.
-        reduce: adds up over the ranks, in place.
-
-    Returns:
-        The bool mask of what is here; int64, 0-d, how many scores that are here are NaN or Inf.
-    """
-    (first, rows), (left, across) = place
-    here = slice(first, first + len(scores))
-    keys, device = keys_of(scores, None), scores.device
-    pruned = torch.from_numpy(row_counts(k, rows)).to(device)
-
-    def below(bounds: Tensor, of: Tensor) -> Tensor:
-        found = torch.zeros_like(bounds)
-        if counted:
-            own = bounds[here].clamp(max=_MOST).int()
-            found[here] = torch.stack([(of < b[:, None]).sum(1) for b in own.unbind(1)], 1)
-        return found
-
-    value = kth_key(lambda bounds: below(bounds, keys), pruned, _BITS, reduce)
-    upto = reduce(below(value[:, None] + 1, keys))[:, 0]
-    value = torch.where(pruned > 0, value, -1)[here, None]
-    keep = torch.where(pruned > 0, upto - pruned, 0)
-    # positions of ties, and behind all of them what is none
-    columns = torch.arange(left, left + scores.shape[1], device=device, dtype=torch.int32)
-    ties = torch.where(keys == value, columns, across)
-    last = kth_key(lambda b: below(b, ties), keep, across.bit_length(), reduce)
-    first_ones = (ties <= last[here, None]) & (ties < across) & (keep[here, None] > 0)
-    return (keys > value) | first_ones, (keys >= _INFINITY).sum()

@@ -36,22 +36,33 @@ def others_of(weights: Sequence[SparseWeight]) -> Others | None:
     ranks = weights[0].ranks
     # a weight that is whole on every rank is spoken for by the first
     counted = [ranks.rank == 0 if shard is None else shard.counted for shard in shards]
-    split = [shard is not None and shard.split for shard in shards]
-    return Others(ranks.sum, counted, [*map(_place_of, weights)], split)
+    edges = [*map(_edges_of, weights)]
+    return Others(ranks.sum, counted, [*map(_place_of, weights)], edges)
 
 
 def _place_of(weight: SparseWeight) -> tuple[Part, Part]:
-    pattern, shard = weight.pattern, weight.shard
+    shard = weight.shard
     if shard is not None and weight.gathers_scores:
         rows, cols = cast(Any, weight).scored_groups
         return Part(rows.start, shard.grid[0]), Part(cols.start, shard.grid[1])
     firsts = (0, 0) if shard is None else (shard.here[0].start, shard.here[1].start)
-    sides = pattern.group if isinstance(pattern, NM) else (pattern.rows, pattern.cols)
     rows, cols = (
         Part(ceil_div(first, side), ceil_div(length, side))
-        for first, length, side in zip(firsts, weight.full_shape, sides, strict=True)
+        for first, length, side in zip(firsts, weight.full_shape, _sides(weight), strict=True)
     )
     return rows, cols
+
+
+def _edges_of(weight: SparseWeight) -> tuple[int, ...]:
+    """Return the first column of groups of each part, and behind them how many there are."""
+    ends = (0, weight.full_shape[1]) if weight.shard is None else weight.shard.edges
+    return tuple(ceil_div(end, _sides(weight)[1]) for end in ends)
+
+
+def _sides(weight: SparseWeight) -> tuple[int, int]:
+    """Return how many rows and columns what competes has: a group, or a tuple under N:M."""
+    pattern = weight.pattern
+    return pattern.group if isinstance(pattern, NM) else (pattern.rows, pattern.cols)
 
 
 def sums_of_parts(weights: Sequence[SparseWeight], numbers: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from triton_sparsity.kernels.search import Threshold
 from triton_sparsity.kernels.select import select
 from triton_sparsity.kernels.spread import (
     kth_key,
-    prune_rows_spread,
     select_spread,
     ties_kept,
 )
+from triton_sparsity.kernels.spread_rows import prune_rows_spread
 
 
 class Ranks:
@@ -24,6 +24,7 @@ class Ranks:
     def __init__(self, size):
         self.size = size
         self.given = [None] * size
+        self.sent = 0  # bytes of each rank
         self.barrier = Barrier(size, timeout=20)
 
     def run(self, function):
@@ -33,6 +34,8 @@ class Ranks:
     def reduce(self, rank):
         def add(tensor):
             self.given[rank] = tensor.clone()
+            if rank == 0:
+                self.sent += tensor.nbytes
             self.barrier.wait()
             total = sum(self.given)
             self.barrier.wait()
@@ -134,12 +137,61 @@ def test_rows_that_lie_on_several_ranks_are_pruned_as_whole_ones(ties, k, layout
     (wanted,), bad = prune_rows([tensor], [k], packed=False)
     each = [*parts(tensor, layout)]
 
+    edges = LAYOUTS[layout][1]
+
     def search(rank, add):
         here, place, counted = each[rank]
-        return prune_rows_spread(here, k, place, counted, add)
+        return prune_rows_spread(here, k, place, edges, counted, add)
 
     found = Ranks(len(each)).run(search)
     for (mask, _), (here, place, _) in zip(found, each, strict=True):
         rows, cols = (slice(p.first, p.first + n) for p, n in zip(place, here.shape, strict=True))
         assert torch.equal(mask, wanted[rows, cols])
     assert sum(int(n) for (_, n), (*_, counted) in zip(found, each, strict=True) if counted) == bad
+
+
+def rows_on_ranks(tensor, k, edges):
+    """Return the mask of a matrix whose columns lie on several ranks, and the bytes a row."""
+    ranks = Ranks(len(edges) - 1)
+
+    def search(rank, add):
+        here, place = tensor[:, edges[rank] : edges[rank + 1]], Part(edges[rank], tensor.shape[1])
+        return prune_rows_spread(here, k, (Part(0, len(tensor)), place), edges, True, add)[0]
+
+    return torch.cat(ranks.run(search), 1), ranks.sent / len(tensor)
+
+
+def normal(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+HARD = {
+    "outliers": lambda x: x * torch.logspace(-20, 20, x.shape[1]),
+    "one part far above": lambda x: x * torch.where(torch.arange(x.shape[1]) < 40, 1e6, 1e-6),
+    "powers": lambda x: torch.exp2((x * 40).round()),
+    "zeros": lambda x: torch.where(x.abs() < 1, 0.0, x),
+    "one value": torch.ones_like,
+    "subnormal": lambda x: x * 1e-40,
+    "neighbours": lambda x: (2**30 + torch.arange(x.numel()).view_as(x)).int().view(torch.float32),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", HARD.values(), ids=HARD)
+def test_rows_are_cut_wherever_their_scores_lie(make, dtype):
+    tensor = make(normal(19, 160)).to(dtype).nan_to_num(posinf=60000.0)
+    most = 8 * (1 + (31 if dtype == torch.float32 else 15) + 2)
+    for k in (19, 1501, 2432, 3021):
+        (wanted,), _ = prune_rows([tensor], [k], packed=False)
+        found, sent = rows_on_ranks(tensor, k, [0, 40, 41, 41, 120, 160, 160, 160])
+        assert torch.equal(found, wanted)
+        assert sent <= most
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 31), (torch.bfloat16, 34)])
+def test_rows_of_weights_take_few_bytes(dtype, most):
+    tensor = normal(64, 4096).to(dtype)
+    (wanted,), _ = prune_rows([tensor], [209715], packed=False)
+    found, sent = rows_on_ranks(tensor, 209715, [*range(0, 4097, 512)])
+    assert torch.equal(found, wanted)
+    assert sent <= most
