@@ -12,6 +12,7 @@ state dict; ``get_state()`` has them. ``DistributedDataParallel`` needs
 from __future__ import annotations
 
 import warnings
+import weakref
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ from ..masks.learned import LearnedWeight, ScoredWeight, read_masked
 from ..masks.linear import list_blocks_of_shards
 from ..masks.module import MaskedModule
 from ..masks.schema import Schema, tensor
-from ..masks.shards import reshard
+from ..masks.shards import forget_gone, reshard
 from .base import BaseSparsityAlgoController, Change
 from .loss import CompressionLoss
 from .scheduler import StubScheduler
@@ -82,6 +83,8 @@ class LearnedController(BaseSparsityAlgoController):
                 members.setdefault(module, {})[name] = weight
         for module, weights in members.items():
             read_masked(module, weights)
+        for weight in here:
+            weight.model = weakref.ref(model)
         self._steps = 0
         guards = [Guard(model, here)]
         reshard(model)
@@ -104,6 +107,7 @@ class LearnedController(BaseSparsityAlgoController):
         reshard(self._model)
         for weight in self._weights:
             weight.freeze(self.frozen)
+        forget_gone(self._model)
         list_blocks_of_shards(self._model, self._weights)
         self._steps = 0  # an epoch that was frozen in part shows nothing
         self._guard.masks_changed()

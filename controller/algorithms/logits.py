@@ -139,7 +139,7 @@ class LogitWeight(ScoredWeight):
             kept = (kept.T if self.transposed else kept).contiguous()
             if not self.in_parts:
                 self.set_grid(kept)
-            elif self.gathers_scores:
+            elif self.gathers_scores and not self.scores_lie_as_elements:
                 self._take_full(*full_grids([self], [kept]))
             else:
                 self.take_part(kept)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...kernels.bits import packed_shape
 from ...kernels.grid import ceil_div, side_lengths
 from ...kernels.learned_mask import scale_gradient
 from ...kernels.masked_weight import apply_mask
@@ -34,12 +35,15 @@ from .shards import (
     is_sharded,
     like_shard,
     local_part,
+    reshard,
     shard_beside,
     shard_of,
 )
 from .weight import SparseWeight, Target, take_values
 
 _WEIGHTS = "_learned_weights"
+# FSDP2 takes parameters that are no floats; torch compares its version as one, not as text
+_GATHERS_BYTES = torch.__version__ >= "2.13"
 
 
 class LearnedWeight(SparseWeight):
@@ -47,6 +51,7 @@ class LearnedWeight(SparseWeight):
 
     def __init__(self, target: Target, **options: Any) -> None:
         self.frozen = False
+        self.model: Callable[[], nn.Module | None] = lambda: None  # the controller's
         super().__init__(target, **options)
         self._folded: tuple[tuple[Any, ...], weakref.ref[nn.Parameter]] | None = None
 
@@ -166,17 +171,22 @@ class LearnedWeight(SparseWeight):
 
 
 class UpdatedWeight(LearnedWeight):
-    """A weight that reads under the mask of the last update. Where FSDP2 shards it each rank has
-    the mask of what a forward pass has, beside that of what is here.
+    """A weight that reads under the mask of the last update.
+
+    Where FSDP2 gathers the weight, a forward pass needs the mask of what is gathered. Of single
+    elements FSDP2 gathers it too, a bit each: a parameter ``<weight>_mask`` of bytes, sharded by
+    rows as the weight is. A grid of blocks, and a mask whose rows lie otherwise, every rank has;
+    before torch 2.13 any mask.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self._passed: Tensor | None = None  # that of what FSDP2 gathers
+        self._passed: Tensor | None = None  # that of what FSDP2 gathers, where every rank has it
+        self._gathered: Any = None  # FSDP2's record of the parameter
         super().__init__(*args, **options)
 
     def join(self, model: nn.Module) -> None:
         super().join(model)
-        if self.is_gathered:
+        if self.is_gathered and not self._gather_mask():
             self._pass(torch.ones(self.full_grid, dtype=torch.bool, device=self.mask.device))
 
     def _pass(self, grid: Tensor) -> None:
@@ -186,14 +196,49 @@ class UpdatedWeight(LearnedWeight):
         part = self.multiplied
         self._passed = self._compact(grid if part is None else self.local_grid(grid, part))
 
+    def _gather_mask(self) -> bool:
+        """Let FSDP2 gather what is here of the mask; tell if it can."""
+        model = self.model()
+        if self._gathered is None and model is not None:
+            self._gathered = self._mask_beside(model)
+        if self._gathered is None or model is None:
+            return False
+        here = self._gathered.sharded_param
+        if self.module._parameters[_mask_name(self.parameter_name)] is not here:
+            reshard(model)  # an evaluation has left an earlier mask gathered
+        own = local_part(here)
+        own.copy_(self.mask.view(own.shape))
+        self._passed = None
+        return True
+
+    def _mask_beside(self, model: nn.Module) -> Any:
+        """Return FSDP2's record of a new parameter for the mask; None: every rank must have it."""
+        part, shape = self.multiplied, self.weight_shape
+        rows, cols = self.full_shape if part is None else part.sides
+        by_rows = len(shape) > 1 and self.shape[1] == cols and not self.transposed
+        if not (_GATHERS_BYTES and self.packed and by_rows and (part is None or len(shape) == 2)):
+            return None
+        # parted as the weight is, a convolution by its channels, experts by their number
+        first = shape[0] if part is None else rows
+        width = rows // max(first, 1) * ceil_div(cols, 8)
+        beside = 1 if part is None else len(part.edges) - 1
+        local = torch.zeros(first, width, dtype=torch.uint8, device=self.mask.device)
+        users = [(module, name, _mask_name(name)) for module, name in self.target.users]
+        return shard_beside(model, users, local, (shape[0], beside * width))
+
     def readable(self, weight: Tensor) -> tuple[Tensor, Tensor, Pattern]:
         """Return what a forward pass has of the weight as a matrix, its mask and its pattern."""
-        if self._passed is None:
+        if not self.is_gathered:
             matrix = self.matrix(weight)
             return matrix, self.mask_for(matrix), self.kind.pattern
-        if self.multiplied is None:
-            return self.target.matrix(weight), self._passed, self.pattern
-        return self.matrix(weight), self._passed, self.multiplied.own_pattern
+        part, mask = self.multiplied, self._passed
+        matrix = self.target.matrix(weight) if part is None else self.matrix(weight)
+        pattern = self.pattern if part is None else part.own_pattern
+        if mask is None:
+            found: Any = self.module._parameters[_mask_name(self.parameter_name)]
+            found = found.to_local() if is_sharded(found) else found
+            mask = found.detach().view(packed_shape(matrix.shape))
+        return matrix, mask, pattern
 
     def evaluated(self, weight: Tensor) -> Tensor:
         if not self.in_parts:
@@ -210,18 +255,24 @@ class UpdatedWeight(LearnedWeight):
     def masks_changed(owners: Sequence[Any]) -> None:
         """Gather the masks of shards, where forward passes need those of what is gathered."""
         SparseWeight.masks_changed(owners)
-        moved = [weight for weight in owners if weight.is_gathered and not weight.frozen]
+        gathered = [weight for weight in owners if weight.is_gathered and not weight.frozen]
+        moved = [weight for weight in gathered if not weight._gather_mask()]
         for weight, grid in zip(moved, full_masks(moved) if moved else (), strict=True):
             weight._pass(grid)
 
     def _become_sharded(self, weight: Any) -> None:
         mask = self._compact(self.kept_grid()).clone()
         super()._become_sharded(weight)
+        # until the next update: a forward pass may be under way, and the group's gathering with it
         self._passed = None if self.frozen else mask
 
     def freeze(self, frozen: bool) -> None:
         super().freeze(frozen)
         self._passed = None
+        if self._gathered is not None:
+            self._gathered = None
+            for module, name in self.target.users:
+                module._parameters.pop(_mask_name(name), None)
         if self.shard is not None:
             self.masks_changed([self])
 
@@ -231,7 +282,7 @@ class ScoredWeight(LearnedWeight):
 
     FSDP2 shards the scores as it does the weight, by rows, and gathers both for a forward pass:
     the mask that is learned is made of gathered scores. What ranks tell one another beside is
-    which groups are kept, one bit each, where the mask of what is here is asked for.
+    which blocks are kept, one bit each, where the mask of what is here is asked for.
 
     Of a weight that tensor parallelism has parted each rank has the scores of the groups that it
     has, and masks by them.
@@ -440,6 +491,11 @@ class ScoredWeight(LearnedWeight):
     def gathers_scores(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.is_gathered
 
+    @property
+    def scores_lie_as_elements(self) -> bool:
+        """True where a rank has the scores of the very elements that it has of the weight."""
+        return self.packed and self.score_sides == (1, 1)
+
     def _check_sides(self, part: Shard) -> None:
         if len(self.scores_shape) != len(self.weight_shape):
             raise ValueError(
@@ -541,14 +597,15 @@ def _elements(grid: Tensor, pattern: Pattern, shape: tuple[int, int]) -> int:
 
 class LearnedModule(MaskedModule):
     """A module some of whose weights read masked. Its forward is its own class's; scores, where a
-    weight has such, are its parameters ``<weight>_scores``, but no keys of its state dict.
+    weight has such, are its parameters ``<weight>_scores``, but no keys of its state dict; nor are
+    masks that FSDP2 gathers.
     """
 
     _learned_weights: dict[str, LearnedWeight]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # scores follow to the device; their dtype stays: a 16-bit one could not take a small step
-        with self._without_scores():
+        with self._without_beside():
             super()._apply(fn, recurse)
         for weight in self._learned_weights.values():
             found = weight.follow()
@@ -564,12 +621,10 @@ class LearnedModule(MaskedModule):
         return super().train(mode)
 
     @contextmanager
-    def _without_scores(self) -> Iterator[None]:
-        """Part with the score parameters for as long as the context is open."""
-        scored = [
-            name for name, weight in self._learned_weights.items() if weight.scores is not None
-        ]
-        held = {name: self._parameters.pop(name) for name in map(_scores_name, scored)}
+    def _without_beside(self) -> Iterator[None]:
+        """Part with what there is beside the weights for as long as the context is open."""
+        beside = [own for name in self._learned_weights for own in _beside(name)]
+        held = {name: self._parameters.pop(name) for name in beside if name in self._parameters}
         try:
             yield
         finally:
@@ -577,11 +632,11 @@ class LearnedModule(MaskedModule):
 
     # parameters to optimisers and distributed wrappers, scores are no part of the model's state
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with self._without_scores():
+        with self._without_beside():
             super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with self._without_scores():
+        with self._without_beside():
             super()._load_from_state_dict(*args, **kwargs)
 
     # The mask of evaluation is folded into the weight of a copy. The scores stay parameters of it,
@@ -621,23 +676,25 @@ def read_plain(module: nn.Module) -> None:
     """Give a module its class back; its weights are left as they are."""
     if isinstance(module, LearnedModule):
         for name in module.__dict__.pop(_WEIGHTS):
-            module._parameters.pop(_scores_name(name), None)
+            drop_beside(module, name)
         become(module, type(module).dense_class)
 
 
-def drop_scores(module: nn.Module, parameter_name: str) -> None:
-    """Take the scores out of a copy of a learned module."""
-    module._parameters.pop(_scores_name(parameter_name), None)
+def drop_beside(module: nn.Module, parameter_name: str) -> None:
+    """Take out of a module what there is beside a weight: its scores, and a mask."""
+    for name in _beside(parameter_name):
+        module._parameters.pop(name, None)
 
 
-def score_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """List the trained scores in ``model``, each once."""
+def parameters_beside(model: nn.Module) -> list[nn.Parameter]:
+    """List the parameters in ``model`` that are there beside learned weights, each once."""
     found = [
-        weight.scores
+        parameter
         for module in model.modules()
         if isinstance(module, LearnedModule)
-        for weight in module._learned_weights.values()
-        if weight.scores is not None
+        for weight in module._learned_weights
+        for name in _beside(weight)
+        if (parameter := module._parameters.get(name)) is not None
     ]
     return list(dict.fromkeys(found))
 
@@ -658,5 +715,13 @@ def _reader(name: str) -> Callable[[LearnedModule], Tensor]:
     return read
 
 
+def _beside(parameter: str) -> tuple[str, str]:
+    return _scores_name(parameter), _mask_name(parameter)
+
+
 def _scores_name(parameter: str) -> str:
     return f"{parameter}_scores"
+
+
+def _mask_name(parameter: str) -> str:
+    return f"{parameter}_mask"

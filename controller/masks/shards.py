@@ -501,7 +501,7 @@ def shard_beside(
     users: Sequence[tuple[nn.Module, str, str]],
     local: Tensor,
     shape: Sequence[int],
-) -> None:
+) -> Any:
     """Let FSDP2 shard a new parameter, and gather it with another one.
 
     Args:
@@ -510,6 +510,10 @@ def shard_beside(
         local: what a forward pass has here of the new one: the whole, or a part by tensor
             parallelism as it has of the other.
         shape: of the whole.
+
+    Returns:
+        FSDP2's record of it, whose ``sharded_param`` is what is here; None: it is not FSDP2 that
+        gathers the other one, or with what is around ``model``.
     """
     module, name, _ = users[0]
     owners, names = [owner for owner, *_ in users], [new for *_, new in users]
@@ -523,11 +527,12 @@ def shard_beside(
                 if held.is_dtensor:  # earlier torch has another name for how it lies
                     spec: Any = getattr(held, "_unsharded_dtensor_spec", None) or held._tp_spec
                     local = like_shard(spec, local, shape)
-                parameter = nn.Parameter(local)
+                parameter = nn.Parameter(local, local.is_floating_point())
                 new = type(held)(parameter, place, *mesh, held.device, None, *policies)
                 group.fsdp_params.append(new)
                 _look_anew(group)
-                return
+                return new
+    return None
 
 
 def forget_gone(model: nn.Module) -> None:

@@ -187,7 +187,8 @@ class MovementSparsityController(ScoredController):
         for i, weight in enumerate(self._weights):
             if math.prod(weight.scores_shape) - counts[i] > weight.most:
                 kept[i] = weight.part() > weight.cap()
-                counts[i] = int(kept[i].count_nonzero())
+                own = kept[i].count_nonzero()[None]
+                counts[i] = int(sums_of_parts([weight], own))
         take_kept(self._weights, kept, counts)
 
     @torch.no_grad()

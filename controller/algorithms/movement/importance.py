@@ -64,7 +64,7 @@ class MovementWeight(UpdatedWeight, ScoredWeight):
 
     def learned(self, weight: Tensor) -> Tensor:
         scores = self.trained_scores()
-        whole = self._passed is not None and self.multiplied is None
+        whole = self.is_gathered and self.multiplied is None
         scores = self.spread(scores) if whole else self.spread_part(scores)
         matrix, mask, pattern = self.readable(weight)
         masked = straight_through(matrix, scores, mask, pattern, backend=self.backend)
@@ -102,8 +102,17 @@ class MovementWeight(UpdatedWeight, ScoredWeight):
     def take_whole(self, grid: Tensor) -> None:
         """Take over the bool grid of the full weight, of which a part is here."""
         self._take_full(grid)
-        if self.gathers_scores:
+        if self.gathers_scores and not self._gather_mask():
             self._pass(grid)
+
+    def take_own(self, grid: Tensor, count: int) -> None:
+        """Take over the bool grid of what is here, of elements, of which the full weight keeps
+        ``count``.
+        """
+        here = int(grid.count_nonzero())
+        self.elements_elsewhere = count - here
+        self.mask.copy_(self._compact(grid))
+        self.note(count, here)
 
     def take(self, kept: Tensor, count: int) -> None:
         """Take over which importances are kept: bool, of the scores' shape, ``count`` True."""
@@ -131,15 +140,20 @@ def take_kept(
     weights: Sequence[MovementWeight], kept: Sequence[Tensor], counts: Sequence[int]
 ) -> None:
     """Take over which importances that are here are kept, ``counts`` of those of whole weights; of
-    all shards one bit a group is gathered.
+    shards in groups of several elements one bit a group is gathered.
     """
-    each = zip(weights, kept, strict=True)
-    shards = [(weight, own) for weight, own in each if weight.gathers_scores]
+    alike, shards = [], []
     for weight, own, count in zip(weights, kept, counts, strict=True):
         if weight.shard is None:
             weight.take(own, count)
         elif not weight.gathers_scores:
             weight.take_part(weight.spread_part(own).contiguous())
+        elif weight.scores_lie_as_elements:
+            weight.take_own(weight.spread_part(own).contiguous(), count)
+            alike.append(weight)
+        else:
+            shards.append((weight, own))
+    UpdatedWeight.masks_changed(alike)
     if shards:
         grids = full_grids([w for w, _ in shards], [w.spread_part(own) for w, own in shards])
         for (weight, _), grid in zip(shards, grids, strict=True):

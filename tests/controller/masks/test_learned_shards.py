@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason="torch lacks gloo"
 )
 
+GATHERS_BYTES = pytest.mark.skipif(torch.__version__ < "2.13", reason="FSDP2 takes floats alone")
 PATTERNS = {
     "unstructured": ts.Unstructured(),
     "blocks": ts.Block(4, 2),
@@ -80,7 +81,8 @@ TOGETHER = {
         ("magnitude", "tall"): ["4"],
     },
     "patterns": {
-        ("rb", "unstructured"): ["0", "3"],
+        ("rb", "unstructured"): ["3"],
+        ("soft", "unstructured"): ["0"],
         ("rb", "wide"): ["{re}^2"],
         ("global", "unstructured"): ["1.q_proj", "1.k_proj"],
         ("global", "blocks"): ["1.v_proj", "1.out_proj"],
@@ -91,7 +93,11 @@ TOGETHER = {
         ("weight", "blocks"): ["3"],
         ("soft", "blocks"): ["{re}^1", "{re}^2"],
     },
-    "in 16 bits": {("rb", "tall"): ["0", "{re}^1"], ("weight", "wide"): ["{re}^2", "3"]},
+    "in 16 bits": {
+        ("rb", "tall"): ["0", "{re}^1"],
+        ("weight", "wide"): ["3"],
+        ("weight", "unstructured"): ["{re}^2"],
+    },
 }
 
 
@@ -118,6 +124,7 @@ def config(how, pattern=None, layers=None):
     factors = {"unstructured": (1, 1), "blocks": (2, 2), "tall": (2, 1), "wide": (1, 2)}[pattern]
     scopes = {"mode": "block", "sparse_factors": list(factors), "target_scopes": ("*",)}
     own = {"ignored_scopes": ["3", "4"]} if layers is None else own
+    own |= {"enable_structured_masking": False} if pattern == "unstructured" else {}
     return ts.MovementSparsityConfig(**WARM_UP, sparse_structure_by_scopes=(scopes,), **own)
 
 
@@ -231,7 +238,8 @@ def train_shards(group, how, steps, state=None, hybrid=False, wrap_first=False):
     [
         *((("rb", "tall"), 1, False), (("rb", "tall"), 4, True)),
         *((("soft", "tall"), 3, False), (("soft", "blocks"), 2, True)),
-        *((("algorithms",), 2, False), (("patterns",), 2, True), (("sr_ste",), 2, False)),
+        *((("algorithms",), 2, False), (("patterns",), 2, True), (("patterns",), 4, False)),
+        *((("sr_ste",), 2, False), (("sr_ste",), 3, True)),
     ],
 )
 def test_learned_masks_on_shards_are_those_of_one_process(ranks, how, size, wrap_first):
@@ -437,6 +445,39 @@ def count_moves(group, how):
     return moved, [(w.shard.grid, len(controller._weights)) for w in controller._weights]
 
 
+def hold_masks(group):
+    """Return how many bytes of masks are here beside one bit an element of what is here."""
+    model = net()
+    alone = config("soft", "unstructured", ["0"])
+    layers = ["1.v_proj", "1.out_proj", "{re}^2", "3"]
+    controller = ts.create_controller(
+        model, [alone, config("weight", "unstructured", layers)], process_group=group
+    )
+    sharded(model, group)
+    train(model, controller, 4, torch.distributed.get_rank(group) == 0)
+    model.unshard()
+    names = [name for name in model.state_dict() if name.endswith("_mask")]
+    model.reshard()
+    found = []
+    for info in controller.sparsified_module_info:
+        weight = info.operand
+        held = [v for v in vars(weight).values() if getattr(v, "dtype", None) == torch.uint8]
+        held += [p for n, p in info.module.named_parameters() if n.endswith("_mask")]
+        sizes = [(t.to_local() if hasattr(t, "to_local") else t).nbytes for t in held]
+        found.append((sizes, weight.mask.nbytes, weight.weight_shape))
+    return found, names
+
+
+@GATHERS_BYTES
+def test_a_rank_holds_masks_of_its_own_elements(ranks):
+    for found, names in ranks.run(3, hold_masks):
+        assert not names
+        for sizes, own, shape in found:
+            if len(shape) > 1:
+                assert own <= -(-shape[0] // 3) * -(-shape[1] // 8)
+                assert sizes == [own, own]
+
+
 def test_a_step_moves_counts_and_an_update_one_bit_a_group(ranks):
     for moved, weights in ranks.run(2, count_moves, ("rb", "tall")):
         count = len(weights)
@@ -447,6 +488,12 @@ def test_a_step_moves_counts_and_an_update_one_bit_a_group(ranks):
         bits = sum(-(-rows // 2) * -(-cols // 8) for (rows, cols), _ in weights)
         assert update["all_gather"] <= 3 * bits
         assert "all_to_all_single" not in update
+
+
+@GATHERS_BYTES
+def test_an_update_gathers_no_mask_of_elements(ranks):
+    for moved, _ in ranks.run(2, count_moves, ("weight", "unstructured")):
+        assert not any("all_gather" in one for one in moved)
 
 
 def refuse(group, what):
