@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..masks.guard import Guard
 from ..masks.learned import LearnedWeight, ScoredWeight, read_masked
 from ..masks.linear import list_blocks_of_shards
-from ..masks.module import MaskedModule
+from ..masks.module import MaskedModule, compiled_parts
 from ..masks.schema import Schema, tensor
 from ..masks.shards import forget_gone, reshard
 from .base import BaseSparsityAlgoController, Change
@@ -224,10 +224,11 @@ class ScoredController(LearnedController):
     def _check_trained(self) -> None:
         here, steps = [w for w in self._weights if not w.absent], self._steps
         seen = any(weight.was_read for weight in here)
+        silent = compiled_parts(self._model) if seen else {weight.module for weight in here}
         untrained = [
             weight.name
             for weight in here
-            if not (weight.has_learned if seen else weight.has_gradient)
+            if not (weight.has_gradient if weight.module in silent else weight.has_learned)
         ]
         trains = self._guard.optimizer_steps > 0 or len(untrained) < len(here)
         if steps == 0 or self.frozen or not trains:

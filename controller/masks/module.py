@@ -39,6 +39,18 @@ def unsharded_class(kind: type[nn.Module]) -> type[nn.Module]:
     return kind.__bases__[1] if sharding else kind
 
 
+def compiled_parts(model: nn.Module) -> set[nn.Module]:
+    """Return the modules of which compiled code runs the forward: those that were compiled by
+    themselves, and all inside them.
+    """
+    whole = [
+        module
+        for module in model.modules()
+        if module._compiled_call_impl is not None or "_orig_mod" in module._modules
+    ]
+    return {part for module in whole for part in module.modules()}
+
+
 def become(module: nn.Module, kind: type[nn.Module]) -> None:
     """Give a module another class, in place."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

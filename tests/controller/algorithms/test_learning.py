@@ -297,6 +297,23 @@ def test_compiled_a_parent_reads_the_mask_and_trains_the_scores(kind):
 
 
 @every_kind
+@pytest.mark.parametrize("unread", [False, True])
+def test_parts_that_are_compiled_train_beside_others(kind, unread):
+    torch._dynamo.reset()
+    model, controller = build(kind, nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)))
+    model[0].compile(backend="aot_eager")
+    forward = model[:2] if unread else model
+    before = [scores.detach().clone() for scores in controller.parameters()]
+    if unread:
+        with pytest.raises(RuntimeError, match=r"'2'.* no gradient"):
+            train(controller, 2, forward=lambda x: forward(x) + model[2](x).detach())
+        return
+    train(controller, 2, forward=forward)
+    for old, scores in zip(before, controller.parameters(), strict=True):
+        assert not torch.equal(old, scores)
+
+
+@every_kind
 def test_nothing_outlives_the_model(kind):
     model, controller = build(kind)
     train(controller, 2)
