@@ -239,7 +239,7 @@ def train_shards(group, how, steps, state=None, hybrid=False, wrap_first=False):
         *((("rb", "tall"), 1, False), (("rb", "tall"), 4, True)),
         *((("soft", "tall"), 3, False), (("soft", "blocks"), 2, True)),
         *((("algorithms",), 2, False), (("patterns",), 2, True), (("patterns",), 4, False)),
-        *((("sr_ste",), 2, False), (("sr_ste",), 3, True)),
+        (("sr_ste",), 2, False),
     ],
 )
 def test_learned_masks_on_shards_are_those_of_one_process(ranks, how, size, wrap_first):
