@@ -152,6 +152,9 @@ class LearnedWeight(SparseWeight):
         else:
             restore_class(self.module)
 
+    def let_go(self) -> None:
+        """Have no more of a mask that FSDP2 gathers, which ``forget_gone`` tells it."""
+
     def mask_state(self) -> tuple[Any, ...]:
         """Return what differs once the mask of evaluation may be another."""
         return (self.changes,)
@@ -174,14 +177,16 @@ class UpdatedWeight(LearnedWeight):
     """A weight that reads under the mask of the last update.
 
     Where FSDP2 gathers the weight, a forward pass needs the mask of what is gathered. Of single
-    elements FSDP2 gathers it too, a bit each: a parameter ``<weight>_mask`` of bytes, sharded by
-    rows as the weight is. A grid of blocks, and a mask whose rows lie otherwise, every rank has;
-    before torch 2.13 any mask.
+    elements FSDP2 gathers it too, a bit each: bytes, sharded by rows as the weight is. A grid of
+    blocks, and a mask whose rows lie otherwise, every rank has; before torch 2.13 any mask.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._passed: Tensor | None = None  # that of what FSDP2 gathers, where every rank has it
-        self._gathered: Any = None  # FSDP2's record of the parameter
+        self._gathered: Any = None  # FSDP2's record of the mask
+        # has it in the place of the weight's module: it is no parameter of the model, which could
+        # not be given a gradient, and would count in an optimiser's state
+        self._holder = nn.Module()
         super().__init__(*args, **options)
 
     def join(self, model: nn.Module) -> None:
@@ -204,7 +209,7 @@ class UpdatedWeight(LearnedWeight):
         if self._gathered is None or model is None:
             return False
         here = self._gathered.sharded_param
-        if self.module._parameters[_mask_name(self.parameter_name)] is not here:
+        if self._holder._parameters["mask"] is not here:
             reshard(model)  # an evaluation has left an earlier mask gathered
         own = local_part(here)
         own.copy_(self.mask.view(own.shape))
@@ -223,8 +228,8 @@ class UpdatedWeight(LearnedWeight):
         width = rows // max(first, 1) * ceil_div(cols, 8)
         beside = 1 if part is None else len(part.edges) - 1
         local = torch.zeros(first, width, dtype=torch.uint8, device=self.mask.device)
-        users = [(module, name, _mask_name(name)) for module, name in self.target.users]
-        return shard_beside(model, users, local, (shape[0], beside * width))
+        weight, place = self.target.users[0], (self._holder, "mask")
+        return shard_beside(model, weight, [place], local, (shape[0], beside * width))
 
     def readable(self, weight: Tensor) -> tuple[Tensor, Tensor, Pattern]:
         """Return what a forward pass has of the weight as a matrix, its mask and its pattern."""
@@ -235,7 +240,7 @@ class UpdatedWeight(LearnedWeight):
         matrix = self.target.matrix(weight) if part is None else self.matrix(weight)
         pattern = self.pattern if part is None else part.own_pattern
         if mask is None:
-            found: Any = self.module._parameters[_mask_name(self.parameter_name)]
+            found: Any = self._holder._parameters["mask"]
             found = found.to_local() if is_sharded(found) else found
             mask = found.detach().view(packed_shape(matrix.shape))
         return matrix, mask, pattern
@@ -269,12 +274,14 @@ class UpdatedWeight(LearnedWeight):
     def freeze(self, frozen: bool) -> None:
         super().freeze(frozen)
         self._passed = None
-        if self._gathered is not None:
-            self._gathered = None
-            for module, name in self.target.users:
-                module._parameters.pop(_mask_name(name), None)
+        if frozen:
+            self.let_go()
         if self.shard is not None:
             self.masks_changed([self])
+
+    def let_go(self) -> None:
+        self._gathered = None
+        self._holder._parameters.clear()
 
 
 class ScoredWeight(LearnedWeight):
@@ -472,7 +479,7 @@ class ScoredWeight(LearnedWeight):
         keep those of the groups that tensor parallelism has left here.
         """
         super().join(model)
-        users = [(module, name, _scores_name(name)) for module, name in self.target.users]
+        places = [(module, _scores_name(name)) for module, name in self.target.users]
         weight: Any = self.weight
         local = self._new_scores("meta")
         if self.multiplied is not None:
@@ -480,10 +487,10 @@ class ScoredWeight(LearnedWeight):
             local = local[self.own_scores[: local.ndim]]
         local = torch.full(local.shape, self.initial_score, device=weight.device)
         if self.is_gathered:
-            shard_beside(model, users, local, self.scores_shape)
+            shard_beside(model, self.target.users[0], places, local, self.scores_shape)
         else:
             scores = nn.Parameter(like_shard(weight, local, self.scores_shape))
-            for owner, _, own in users:
+            for owner, own in places:
                 owner.register_parameter(own, scores)
         self._watch_scores()
 
@@ -597,15 +604,14 @@ def _elements(grid: Tensor, pattern: Pattern, shape: tuple[int, int]) -> int:
 
 class LearnedModule(MaskedModule):
     """A module some of whose weights read masked. Its forward is its own class's; scores, where a
-    weight has such, are its parameters ``<weight>_scores``, but no keys of its state dict; nor are
-    masks that FSDP2 gathers.
+    weight has such, are its parameters ``<weight>_scores``, but no keys of its state dict.
     """
 
     _learned_weights: dict[str, LearnedWeight]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # scores follow to the device; their dtype stays: a 16-bit one could not take a small step
-        with self._without_beside():
+        with self._without_scores():
             super()._apply(fn, recurse)
         for weight in self._learned_weights.values():
             found = weight.follow()
@@ -621,10 +627,10 @@ class LearnedModule(MaskedModule):
         return super().train(mode)
 
     @contextmanager
-    def _without_beside(self) -> Iterator[None]:
-        """Part with what there is beside the weights for as long as the context is open."""
-        beside = [own for name in self._learned_weights for own in _beside(name)]
-        held = {name: self._parameters.pop(name) for name in beside if name in self._parameters}
+    def _without_scores(self) -> Iterator[None]:
+        """Part with the score parameters for as long as the context is open."""
+        scored = [*map(_scores_name, self._learned_weights)]
+        held = {name: self._parameters.pop(name) for name in scored if name in self._parameters}
         try:
             yield
         finally:
@@ -632,11 +638,11 @@ class LearnedModule(MaskedModule):
 
     # parameters to optimisers and distributed wrappers, scores are no part of the model's state
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with self._without_beside():
+        with self._without_scores():
             super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with self._without_beside():
+        with self._without_scores():
             super()._load_from_state_dict(*args, **kwargs)
 
     # The mask of evaluation is folded into the weight of a copy. The scores stay parameters of it,
@@ -675,26 +681,25 @@ def read_masked(module: nn.Module, weights: Mapping[str, LearnedWeight]) -> None
 def read_plain(module: nn.Module) -> None:
     """Give a module its class back; its weights are left as they are."""
     if isinstance(module, LearnedModule):
-        for name in module.__dict__.pop(_WEIGHTS):
-            drop_beside(module, name)
+        for name, weight in module.__dict__.pop(_WEIGHTS).items():
+            drop_scores(module, name)
+            weight.let_go()
         become(module, type(module).dense_class)
 
 
-def drop_beside(module: nn.Module, parameter_name: str) -> None:
-    """Take out of a module what there is beside a weight: its scores, and a mask."""
-    for name in _beside(parameter_name):
-        module._parameters.pop(name, None)
+def drop_scores(module: nn.Module, parameter_name: str) -> None:
+    """Take the scores of a weight out of a module."""
+    module._parameters.pop(_scores_name(parameter_name), None)
 
 
-def parameters_beside(model: nn.Module) -> list[nn.Parameter]:
-    """List the parameters in ``model`` that are there beside learned weights, each once."""
+def score_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """List the trained scores in ``model``, each once, as modules have them now."""
     found = [
         parameter
         for module in model.modules()
         if isinstance(module, LearnedModule)
-        for weight in module._learned_weights
-        for name in _beside(weight)
-        if (parameter := module._parameters.get(name)) is not None
+        for name in module._learned_weights
+        if (parameter := module._parameters.get(_scores_name(name))) is not None
     ]
     return list(dict.fromkeys(found))
 
@@ -715,13 +720,5 @@ def _reader(name: str) -> Callable[[LearnedModule], Tensor]:
     return read
 
 
-def _beside(parameter: str) -> tuple[str, str]:
-    return _scores_name(parameter), _mask_name(parameter)
-
-
 def _scores_name(parameter: str) -> str:
     return f"{parameter}_scores"
-
-
-def _mask_name(parameter: str) -> str:
-    return f"{parameter}_mask"

@@ -498,7 +498,8 @@ def on_all_ranks(tensor: Any) -> Any:
 
 def shard_beside(
     model: nn.Module,
-    users: Sequence[tuple[nn.Module, str, str]],
+    other: tuple[nn.Module, str],
+    places: Sequence[tuple[nn.Module, str]],
     local: Tensor,
     shape: Sequence[int],
 ) -> Any:
@@ -506,7 +507,8 @@ def shard_beside(
 
     Args:
         model: of which parts are sharded.
-        users: modules, with the names in them of the other and the new one.
+        other: a module, with the name in it of the other one.
+        places: modules, with the names in them of the new one.
         local: what a forward pass has here of the new one: the whole, or a part by tensor
             parallelism as it has of the other.
         shape: of the whole.
@@ -515,11 +517,11 @@ def shard_beside(
         FSDP2's record of it, whose ``sharded_param`` is what is here; None: it is not FSDP2 that
         gathers the other one, or with what is around ``model``.
     """
-    module, name, _ = users[0]
-    owners, names = [owner for owner, *_ in users], [new for *_, new in users]
+    owners, names = [owner for owner, _ in places], [name for _, name in places]
     for group in _fsdp_groups(model):
         for held in group.fsdp_params:
-            if (module, name) in _users(held):
+            if other in _users(held):
+                group.reshard()  # of one that is gathered the new one would stay in parts
                 # as the group itself makes them: torch has no other way to add one
                 place = type(held._module_info)(owners[0], names[0], owners[1:], names[1:])
                 policies = held.mp_policy, group.offload_policy
@@ -531,6 +533,7 @@ def shard_beside(
                 new = type(held)(parameter, place, *mesh, held.device, None, *policies)
                 group.fsdp_params.append(new)
                 _look_anew(group)
+                _make_room(new)
                 return new
     return None
 
@@ -543,6 +546,17 @@ def forget_gone(model: nn.Module) -> None:
                 group.fsdp_params.remove(held)
                 held._post_load_hook_handle.remove()
                 _look_anew(group)
+
+
+def _make_room(held: Any) -> None:
+    """Make the tensors that a parameter is gathered into: an evaluation in inference mode may be
+    the first to do so, and what is made there no backward pass could read.
+    """
+    ranks, dtype = getattr(held.mesh_info, "shard_mesh_size", 1), held.param_dtype
+    size, dtype = held._sharded_param_data.numel(), dtype or held.orig_dtype
+    held.init_all_gather_outputs([size], [dtype], ranks, held.device)
+    held.init_unsharded_param()
+    held.free_unsharded_param()
 
 
 def _look_anew(group: Any) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from .learned import parameters_beside
+from .learned import score_parameters
 from .stages import parameters_of_all, paths_of_all
 from .weight import SparseWeight
 
@@ -111,7 +111,7 @@ def summarise(
     model: nn.Module, weights: Sequence[SparseWeight], thresholds: Mapping[str, Tensor | None]
 ) -> SparsifiedModelStatistics:
     """Put figures together; ``thresholds`` are scalars, by name. Synchronises with the device."""
-    parameters = parameters_of_all(model, weights, parameters_beside(model))
+    parameters = parameters_of_all(model, weights, score_parameters(model))
     layers = tuple(
         SparsifiedLayerSummary(
             name=weight.name,

@@ -15,7 +15,7 @@ from ...kernels.pattern import NM
 from ...kernels.semi_structured import pack_semi_structured
 from ..api import StripFormat
 from .guard import Guard, drop_remains
-from .learned import drop_beside, read_plain
+from .learned import drop_scores, read_plain
 from .linear import restore_class
 from .names import canonical, match
 from .shards import forget_gone, local_part, reshard
@@ -111,7 +111,7 @@ def _fold(places: Sequence[User], *, warn: bool) -> None:
     for module, name, weight in places:
         weight.settle()
         parameter: Tensor = module._parameters[name]  # pyright: ignore[reportAssignmentType]
-        drop_beside(module, name)
+        drop_scores(module, name)
         if weight.all_kept:
             continue
         matrix = weight.matrix(parameter)

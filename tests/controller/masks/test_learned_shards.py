@@ -455,23 +455,19 @@ def hold_masks(group):
     )
     sharded(model, group)
     train(model, controller, 4, torch.distributed.get_rank(group) == 0)
-    model.unshard()
-    names = [name for name in model.state_dict() if name.endswith("_mask")]
-    model.reshard()
     found = []
     for info in controller.sparsified_module_info:
         weight = info.operand
         held = [v for v in vars(weight).values() if getattr(v, "dtype", None) == torch.uint8]
-        held += [p for n, p in info.module.named_parameters() if n.endswith("_mask")]
+        held += weight._holder.parameters()
         sizes = [(t.to_local() if hasattr(t, "to_local") else t).nbytes for t in held]
         found.append((sizes, weight.mask.nbytes, weight.weight_shape))
-    return found, names
+    return found
 
 
 @GATHERS_BYTES
 def test_a_rank_holds_masks_of_its_own_elements(ranks):
-    for found, names in ranks.run(3, hold_masks):
-        assert not names
+    for found in ranks.run(3, hold_masks):
         for sizes, own, shape in found:
             if len(shape) > 1:
                 assert own <= -(-shape[0] // 3) * -(-shape[1] // 8)
@@ -494,6 +490,76 @@ def test_a_step_moves_counts_and_an_update_one_bit_a_group(ranks):
 def test_an_update_gathers_no_mask_of_elements(ranks):
     for moved, _ in ranks.run(2, count_moves, ("weight", "unstructured")):
         assert not any("all_gather" in one for one in moved)
+
+
+def count_parameters(group):
+    """Return how many parameters FSDP2 gathers, as states are loaded and masks frozen."""
+    from torch.distributed.fsdp import FSDPModule
+
+    model = sharded(net(), group)
+    names = [name for name, _ in model.named_parameters()]
+    controller = ts.create_controller(
+        model, config("sr_ste", "nm", ["{re}^1", "3"]), process_group=group
+    )
+    train(model, controller, 2)
+    assert [name for name, _ in model.named_parameters()] == names
+    model.requires_grad_(False).requires_grad_(True)
+
+    def count():
+        parts = [m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)]
+        return sum(len(group.fsdp_params) for p in parts for group in p._fsdp_param_groups)
+
+    found, state = [count()], controller.get_state()
+    for change in (
+        *(lambda: controller.load_state(state), lambda: controller.freeze(False)),
+        *(controller.freeze, lambda: controller.freeze(False)),
+        lambda: controller.strip(do_copy=False),
+    ):
+        change()
+        found.append(count())
+    return found, len(names)
+
+
+@GATHERS_BYTES
+def test_masks_that_are_gathered_are_no_parameters_of_the_model_and_come_once(ranks):
+    for found, count in ranks.run(2, count_parameters):
+        assert found == [count + 5, count + 5, count + 5, count, count + 5, count]
+
+
+def evaluate_around_updates(group):
+    """Evaluate before the first update, which leaves the outermost weights gathered, and be the
+    first to gather what comes with it, in inference mode.
+    """
+    model = net()
+    controller = ts.create_controller(
+        model, config("soft", "unstructured", ["0", "3"]), process_group=group
+    )
+    sharded(model, group)
+    optimizer = optimizer_of(model, controller)
+    speaks, found = torch.distributed.get_rank(group) == 0, []
+    for step in range(6):
+        x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(step))
+        if step % 2 == 0:
+            controller.scheduler.epoch_step()
+        controller.scheduler.step()
+        if step > 0:
+            with torch.inference_mode():
+                found.append(model.eval()(x).clone())
+        model.train()
+        (model(x).square().mean() * float(speaks) + controller.loss()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            found.append(model.eval()(x))
+    return found, [full(info.operand.binary_mask) for info in controller.sparsified_module_info]
+
+
+def test_evaluations_may_come_right_before_the_first_update_and_right_behind_it(ranks):
+    ((outputs, masks),) = ranks.run(1, evaluate_around_updates)
+    assert not masks[0].all()
+    for found, own in ranks.run(3, evaluate_around_updates):
+        assert all(map(torch.equal, own, masks))
+        torch.testing.assert_close(found, outputs)
 
 
 def refuse(group, what):
