@@ -501,7 +501,11 @@ class ScoredWeight(LearnedWeight):
     @property
     def scores_lie_as_elements(self) -> bool:
         """True where a rank has the scores of the very elements that it has of the weight."""
-        return self.packed and self.score_sides == (1, 1)
+        if self.shard is None or not self.packed or self.score_sides != (1, 1):
+            return False
+        # of experts, which are parted by their number, scores are parted by rows
+        scores = self.scores_shard
+        return (scores.bounds, scores.edges) == (self.shard.bounds, self.shard.edges)
 
     def _check_sides(self, part: Shard) -> None:
         if len(self.scores_shape) != len(self.weight_shape):

@@ -562,6 +562,46 @@ def test_evaluations_may_come_right_before_the_first_update_and_right_behind_it(
         torch.testing.assert_close(found, outputs)
 
 
+class Experts(nn.Module):
+    def __init__(self, count):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(count, 8, 8) / 3)
+
+    def forward(self, x):
+        return torch.einsum("bi,eoi->beo", x, self.gate_up_proj).sum(1)
+
+
+def train_experts(group, how, pattern):
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), Experts(3))
+    controller = ts.create_controller(model, config(how, pattern, ["1*"]), process_group=group)
+    fully_shard(model, mesh=mesh_of(group))
+    model.set_gradient_divide_factor(1.0)
+    model.set_force_sum_reduction_for_comms(True)
+    optimizer = optimizer_of(model, controller)
+    speaks = torch.distributed.get_rank(group) == 0
+    for step in range(5):
+        controller.scheduler.epoch_step()
+        controller.scheduler.step()
+        optimizer.zero_grad()
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        (model.train()(x).square().mean() * float(speaks) + controller.loss()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return model.eval()(x), full(controller.sparsified_module_info[0].operand.binary_mask)
+
+
+@pytest.mark.parametrize("how", [("rb", "unstructured"), ("sr_ste", "nm")])
+def test_experts_are_masked_whose_number_the_ranks_do_not_divide(ranks, how):
+    ((wanted, mask),) = ranks.run(1, train_experts, *how)
+    assert not mask.all()
+    for found, own in ranks.run(2, train_experts, *how):
+        assert torch.equal(own, mask)
+        torch.testing.assert_close(found, wanted)
+
+
 def refuse(group, what):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard, distribute_tensor
