@@ -331,6 +331,8 @@ class BaseSparsityAlgoController:
     def _changing(self, weights: Sequence[SparseWeight]) -> Iterator[None]:
         """Let weights be dense while their masks change; then zero where the new ones prune."""
         reshard(self._model)
+        for weight in weights:  # it may have been sharded since, and gathered until now
+            weight.follow()
         # before training all that is pruned is kept: a state loaded then has other masks
         with dense_weights(weights, keep=None if self._guard.began else True):
             yield

@@ -32,6 +32,7 @@ from .shards import (
     dimensions_of,
     gathered,
     gathered_over,
+    is_resting,
     is_sharded,
     like_shard,
     local_part,
@@ -324,7 +325,7 @@ class ScoredWeight(LearnedWeight):
         """
         found = self.module._parameters.get(_scores_name(self.parameter_name))
         if found is not None and _dimensions(found) >= _dimensions(self._scores):
-            self._scores = found
+            self._scores = self._scores if is_resting(found) else found
         return self._scores
 
     def _new_scores(self, device: torch.device | str) -> Tensor:
@@ -382,7 +383,7 @@ class ScoredWeight(LearnedWeight):
         if not is_sharded(scores):
             copied = self.on_stage and self.shard is not None and not self.shard.counted
             return self._trained(scores.detach() if copied else scores)
-        self.follow()
+        self._follow_scores()
         return self._trained(scores.to_local())
 
     def _trained(self, scores: Tensor) -> Tensor:
@@ -392,8 +393,15 @@ class ScoredWeight(LearnedWeight):
     def part(self) -> Tensor:
         """Return the scores that are here, without a gradient."""
         if is_sharded(self.scores):
-            self.follow()
+            self._follow_scores()
         return local_part(self.scores).detach()
+
+    def _follow_scores(self) -> None:
+        """Let the weight be a shard, as scores are; an evaluation may have left it gathered."""
+        model = self.model()
+        if self.shard is None and model is not None:
+            reshard(model)
+        self.follow()
 
     def full_scores(self) -> Tensor:
         """Return all scores, on the CPU: gathered, to be saved."""

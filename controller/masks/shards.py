@@ -48,6 +48,18 @@ def dimensions_of(tensor: Any) -> int:
     return sum(not placed.is_replicate() for placed in tensor.placements)
 
 
+def is_resting(tensor: Any) -> bool:
+    """Tell whether it is what FSDP2 leaves of a parameter between a forward and a backward pass by
+    ``reshard_after_forward=n``: it lies on ``n`` ranks, and nothing trains it.
+    """
+    if not is_sharded(tensor):
+        return False
+    mesh, placed = tensor.device_mesh, tensor.placements
+    # of two dimensions it has no other mesh without names
+    unnamed = mesh.ndim == 2 and mesh.mesh_dim_names is None
+    return unnamed and placed[0].is_replicate() and placed[1].is_shard(0)
+
+
 def local_part(tensor: Any) -> Tensor:
     """Return what is here of a tensor, without a gradient if it is sharded."""
     if type(tensor) in PLAIN or not is_sharded(tensor):

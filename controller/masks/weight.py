@@ -38,6 +38,7 @@ from .ranks import ALONE, Ranks
 from .shards import (
     Shard,
     dimensions_of,
+    is_resting,
     is_sharded,
     like_shard,
     local_grid,
@@ -298,7 +299,8 @@ class SparseWeight(GroupMask):
         """Return the parameter; the mask follows device and dtype. Refuses as ``check_fits``."""
         weight = self.weight
         # what FSDP2 has gathered for a while lies on fewer dimensions of a mesh
-        if is_sharded(weight) and dimensions_of(weight) > self._dimensions:
+        parted = is_sharded(weight) and dimensions_of(weight) > self._dimensions
+        if parted and not is_resting(weight):
             self.check_fits(weight)
             self._become_sharded(weight)
         fits = self.absent or weight.shape == self.weight_shape

@@ -93,6 +93,12 @@ TOGETHER = {
         ("weight", "blocks"): ["3"],
         ("soft", "blocks"): ["{re}^1", "{re}^2"],
     },
+    "evaluated": {
+        ("soft", "unstructured"): ["0"],
+        ("rb", "tall"): ["2.linear2"],
+        ("weight", "unstructured"): ["1.q_proj"],
+        ("sr_ste", "nm"): ["3"],
+    },
     "in 16 bits": {
         ("rb", "tall"): ["0", "{re}^1"],
         ("weight", "wide"): ["3"],
@@ -526,40 +532,50 @@ def test_masks_that_are_gathered_are_no_parameters_of_the_model_and_come_once(ra
         assert found == [count + 5, count + 5, count + 5, count, count + 5, count]
 
 
-def evaluate_around_updates(group):
-    """Evaluate before the first update, which leaves the outermost weights gathered, and be the
-    first to gather what comes with it, in inference mode.
+def evaluate_around_updates(group, how, rests=None):
+    """Evaluate before each step, which leaves the outermost weights gathered, or all of them on
+    as many ranks as ``rests`` says; and behind each update, whose masks inference gathers first.
     """
     model = net()
-    controller = ts.create_controller(
-        model, config("soft", "unstructured", ["0", "3"]), process_group=group
-    )
-    sharded(model, group)
+    controller = ts.create_controller(model, config(*how), process_group=group)
+    sharded(model, group, **({} if rests is None else {"reshard_after_forward": rests}))
     optimizer = optimizer_of(model, controller)
     speaks, found = torch.distributed.get_rank(group) == 0, []
     for step in range(6):
         x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(step))
+        with torch.no_grad():
+            found.append(model.eval()(x))
         if step % 2 == 0:
             controller.scheduler.epoch_step()
         controller.scheduler.step()
         if step > 0:
             with torch.inference_mode():
-                found.append(model.eval()(x).clone())
-        model.train()
-        (model(x).square().mean() * float(speaks) + controller.loss()).backward()
+                found.append(model(x).clone())
+        task = model.train()(x).square().mean() * float(speaks)
+        found.append(controller.loss())
+        (task + found[-1]).backward()
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            found.append(model.eval()(x))
-    return found, [full(info.operand.binary_mask) for info in controller.sparsified_module_info]
+    infos = controller.sparsified_module_info
+    return [t.detach() for t in found], [full(info.operand.binary_mask) for info in infos]
 
 
-def test_evaluations_may_come_right_before_the_first_update_and_right_behind_it(ranks):
-    ((outputs, masks),) = ranks.run(1, evaluate_around_updates)
-    assert not masks[0].all()
-    for found, own in ranks.run(3, evaluate_around_updates):
+@pytest.mark.parametrize(
+    ("how", "size", "rests"),
+    [
+        (("soft", "unstructured", ["0", "3"]), 3, None),
+        (("sr_ste", "nm", ["0", "3"]), 2, False),
+        (("evaluated",), 4, 2),
+    ],
+)
+def test_evaluations_may_come_right_before_a_step_and_right_behind_an_update(
+    ranks, how, size, rests
+):
+    ((outputs, masks),) = ranks.run(1, evaluate_around_updates, how)
+    assert not any(mask.all() for mask in masks if mask.ndim > 1)
+    for found, own in ranks.run(size, evaluate_around_updates, how, rests):
         assert all(map(torch.equal, own, masks))
-        torch.testing.assert_close(found, outputs)
+        torch.testing.assert_close(found, outputs, rtol=1e-4, atol=1e-6)
 
 
 class Experts(nn.Module):
