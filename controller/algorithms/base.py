@@ -386,6 +386,7 @@ class BaseSparsityAlgoController:
 
     def _check_ranks(self, what: str) -> None:
         """Raise on every rank where masks, or the scores that they are learned from, differ."""
+        reshard(self._model)  # an evaluation may have left weights gathered, whose scores are not
         own = [w.mask if w.scores is None else w.part() for w in self._weights]
         self._check_masks(what, self._weights, own)
 

@@ -134,6 +134,7 @@ class LearnedController(BaseSparsityAlgoController):
         self._scheduler = StubScheduler(self.begin_step, self.check_epoch)
 
     def begin_step(self) -> None:
+        reshard(self._model)  # what an evaluation has left gathered is a shard, as its scores are
         super().begin_step()
         self._steps += 1
 

@@ -383,7 +383,7 @@ class ScoredWeight(LearnedWeight):
         if not is_sharded(scores):
             copied = self.on_stage and self.shard is not None and not self.shard.counted
             return self._trained(scores.detach() if copied else scores)
-        self._follow_scores()
+        self.follow()
         return self._trained(scores.to_local())
 
     def _trained(self, scores: Tensor) -> Tensor:
@@ -393,15 +393,8 @@ class ScoredWeight(LearnedWeight):
     def part(self) -> Tensor:
         """Return the scores that are here, without a gradient."""
         if is_sharded(self.scores):
-            self._follow_scores()
+            self.follow()
         return local_part(self.scores).detach()
-
-    def _follow_scores(self) -> None:
-        """Let the weight be a shard, as scores are; an evaluation may have left it gathered."""
-        model = self.model()
-        if self.shard is None and model is not None:
-            reshard(model)
-        self.follow()
 
     def full_scores(self) -> Tensor:
         """Return all scores, on the CPU: gathered, to be saved."""
