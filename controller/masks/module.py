@@ -41,12 +41,14 @@ def unsharded_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 def compiled_parts(model: nn.Module) -> set[nn.Module]:
     """Return the modules of which compiled code runs the forward: those that were compiled by
-    themselves, and all inside them.
+    themselves, or their forward, and all inside them.
     """
     whole = [
         module
         for module in model.modules()
-        if module._compiled_call_impl is not None or "_orig_mod" in module._modules
+        if module._compiled_call_impl is not None
+        or "_orig_mod" in module._modules
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
     ]
     return {part for module in whole for part in module.modules()}
 

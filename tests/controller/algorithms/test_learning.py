@@ -297,14 +297,17 @@ def test_compiled_a_parent_reads_the_mask_and_trains_the_scores(kind):
 
 
 @every_kind
-@pytest.mark.parametrize("unread", [False, True])
-def test_parts_that_are_compiled_train_beside_others(kind, unread):
+@pytest.mark.parametrize("what", ["module", "its forward", "unread"])
+def test_parts_that_are_compiled_train_beside_others(kind, what):
     torch._dynamo.reset()
     model, controller = build(kind, nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)))
-    model[0].compile(backend="aot_eager")
-    forward = model[:2] if unread else model
+    if what == "its forward":
+        model[0].forward = torch.compile(model[0].forward, backend="aot_eager")
+    else:
+        model[0].compile(backend="aot_eager")
+    forward = model[:2] if what == "unread" else model
     before = [scores.detach().clone() for scores in controller.parameters()]
-    if unread:
+    if what == "unread":
         with pytest.raises(RuntimeError, match=r"'2'.* no gradient"):
             train(controller, 2, forward=lambda x: forward(x) + model[2](x).detach())
         return
