@@ -17,7 +17,8 @@ from .algorithms.learned import LearnedController
 from .algorithms.table import algorithm_of
 from .config.algorithm import AlgorithmConfig
 from .masks.guard import guards_of
-from .masks.learned import check_shards, read_plain
+from .masks.learned import check_shards
+from .masks.learned_module import read_plain
 from .masks.linear import restore_class
 from .masks.names import canonical, match
 from .masks.ranks import Ranks, known_group

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ..masks.guard import Guard
-from ..masks.learned import LearnedWeight, ScoredWeight, read_masked
+from ..masks.learned import LearnedWeight
+from ..masks.learned_module import read_masked
 from ..masks.linear import list_blocks_of_shards
 from ..masks.module import MaskedModule, compiled_parts
 from ..masks.schema import Schema, tensor
+from ..masks.scored import ScoredWeight
 from ..masks.shards import forget_gone, reshard
 from .base import BaseSparsityAlgoController, Change
 from .loss import CompressionLoss

@@ -18,8 +18,8 @@ from ...kernels.learned_mask import kept_groups, sample_mask, sample_part
 from ...kernels.masked_weight import apply_mask
 from ...kernels.pattern import Block
 from ..masks.exchange import full_grids, sums_of_parts
-from ..masks.learned import ScoredWeight
 from ..masks.schema import Schema, list_of, number
+from ..masks.scored import ScoredWeight
 from ..masks.weight import SparseWeight, Target
 from .learned import LearnedLoss
 

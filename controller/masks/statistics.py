@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from .learned import score_parameters
+from .learned_module import score_parameters
 from .stages import parameters_of_all, paths_of_all
 from .weight import SparseWeight
 

@@ -15,7 +15,7 @@ from ...kernels.pattern import NM
 from ...kernels.semi_structured import pack_semi_structured
 from ..api import StripFormat
 from .guard import Guard, drop_remains
-from .learned import drop_scores, read_plain
+from .learned_module import drop_scores, read_plain
 from .linear import restore_class
 from .names import canonical, match
 from .shards import forget_gone, local_part, reshard

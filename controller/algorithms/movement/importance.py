@@ -22,7 +22,8 @@ from ....kernels.pattern import MAX_BLOCK_SIDE, Block, Unstructured
 from ....kernels.select import kth_smallest
 from ...config.scope import check_scopes, matches
 from ...masks.exchange import full_grid, full_grids, others_of, sums_of_parts
-from ...masks.learned import ScoredWeight, UpdatedWeight
+from ...masks.learned import UpdatedWeight
+from ...masks.scored import ScoredWeight
 from ...masks.targets import weights_of
 from ...masks.weight import SparseWeight, Target
 from ..learned import LearnedLoss
