@@ -232,8 +232,15 @@ class SparseWeight(GroupMask):
         found = self.module._parameters.get(self.parameter_name)
         if found is None:
             found = self.target.weight
-        held = None if self._sharded is None else self._sharded()
-        if held is None or found is held:
+        if self._sharded is None:
+            return found
+        held = self._sharded()
+        if found is held:
+            return found
+        here = is_sharded(found) and dimensions_of(found) == self._dimensions
+        if held is None and here and not is_resting(found):
+            self._sharded = weakref.ref(found)  # a load has put it in, and that one is gone
+        if held is None:
             return found
         if is_sharded(found) and dimensions_of(found) > self._dimensions:
             return found  # of which ``follow`` will take note

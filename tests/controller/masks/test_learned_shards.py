@@ -578,6 +578,24 @@ def test_evaluations_may_come_right_before_a_step_and_right_behind_an_update(
         torch.testing.assert_close(found, outputs, rtol=1e-4, atol=1e-6)
 
 
+def load_by_assigning(group, assign):
+    model = sharded(net(), group)
+    controller = ts.create_controller(
+        model, config("sr_ste", "nm", ["3", "1.q_proj"]), process_group=group
+    )
+    train(model, controller, 2)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(weights, assign=assign)
+    found = train(model, controller, 2)
+    return found["losses"], found["outputs"]
+
+
+def test_a_load_that_assigns_parameters_is_as_one_that_copies(ranks):
+    copied = ranks.run(2, load_by_assigning, False)
+    for found, wanted in zip(ranks.run(2, load_by_assigning, True), copied, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 class Experts(nn.Module):
     def __init__(self, count):
         super().__init__()
