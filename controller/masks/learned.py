@@ -21,7 +21,6 @@ from ...kernels.grid import ceil_div
 from ...kernels.masked_weight import apply_mask
 from ...kernels.pattern import Pattern
 from .exchange import full_masks
-from .learned_module import LearnedModule
 from .linear import restore_class, skip_blocks
 from .shards import (
     dimensions_of,
@@ -35,6 +34,7 @@ from .shards import (
 )
 from .weight import SparseWeight, Target, take_values
 
+WEIGHTS = "_learned_weights"  # the attribute of a module that reads such weights: them, by name
 # FSDP2 takes parameters that are no floats; torch compares its version as one, not as text
 _GATHERS_BYTES = torch.__version__ >= "2.13"
 
@@ -84,7 +84,7 @@ class LearnedWeight(SparseWeight):
 
     def learns(self) -> bool:
         """Tell what ``learning`` is: a method, as torch 2.11 compiles no ``super().learning``."""
-        return self.module.training and not self.frozen and isinstance(self.module, LearnedModule)
+        return self.module.training and not self.frozen and hasattr(self.module, WEIGHTS)
 
     @abstractmethod
     def learned(self, weight: Tensor) -> Tensor:
@@ -310,3 +310,8 @@ def check_shard(target: Target, weight: Any, over: Sequence[int]) -> None:
             f"{weight.placements}; MixedPrecisionPolicy computes in fewer bits, ignored_scopes "
             "leaves it dense"
         )
+
+
+def scores_name(parameter: str) -> str:
+    """Return what a module calls the scores of a weight."""
+    return f"{parameter}_scores"

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from .learned import WEIGHTS, LearnedWeight, scores_name
 from .module import MaskedModule, become, unsharded_class
 from .shards import is_sharded
-
-if TYPE_CHECKING:
-    from .learned import LearnedWeight
-
-_WEIGHTS = "_learned_weights"
 
 
 class LearnedModule(MaskedModule):
@@ -65,7 +61,7 @@ class LearnedModule(MaskedModule):
     # or an average of parameters would pair wrong ones.
     def _state_of_copy(self) -> dict[str, Any]:
         state = super()._state_of_copy()
-        weights: dict[str, LearnedWeight] = state.pop(_WEIGHTS)
+        weights: dict[str, LearnedWeight] = state.pop(WEIGHTS)
         folded = {name: weight.folded() for name, weight in weights.items()}
         return state | {"_parameters": dict(state["_parameters"]) | folded}
 
@@ -87,7 +83,7 @@ class _LearnedRNN(LearnedModule):
 
 def read_masked(module: nn.Module, weights: Mapping[str, LearnedWeight]) -> None:
     """Let attributes of ``module`` read masked, in place; scores become its parameters."""
-    module.__dict__[_WEIGHTS] = dict(weights)
+    module.__dict__[WEIGHTS] = dict(weights)
     become(module, _class_of(unsharded_class(type(module)), tuple(weights)))
     for name, weight in weights.items():
         if weight.scores is not None:
@@ -97,7 +93,7 @@ def read_masked(module: nn.Module, weights: Mapping[str, LearnedWeight]) -> None
 def read_plain(module: nn.Module) -> None:
     """Give a module its class back; its weights are left as they are."""
     if isinstance(module, LearnedModule):
-        for name, weight in module.__dict__.pop(_WEIGHTS).items():
+        for name, weight in module.__dict__.pop(WEIGHTS).items():
             drop_scores(module, name)
             weight.let_go()
         become(module, type(module).dense_class)
@@ -134,7 +130,3 @@ def _reader(name: str) -> Callable[[LearnedModule], Tensor]:
         return module._learned_weights[name].read()
 
     return read
-
-
-def scores_name(parameter: str) -> str:
-    return f"{parameter}_scores"

@@ -14,8 +14,7 @@ from ...kernels.grid import ceil_div, side_lengths
 from ...kernels.learned_mask import scale_gradient
 from ...kernels.pattern import Block, Pattern, Unstructured
 from .exchange import from_stage, sums_of_parts
-from .learned import LearnedWeight, check_shard
-from .learned_module import scores_name
+from .learned import LearnedWeight, check_shard, scores_name
 from .shards import (
     Shard,
     dimensions_of,
