@@ -134,7 +134,7 @@ def test_keys_that_are_not_finite_are_counted():
 def test_rows_that_lie_on_several_ranks_are_pruned_as_whole_ones(ties, k, layout):
     (tensor, *_) = tensors(ties)
     tensor[3, 5] = torch.inf
-    (wanted,), bad = prune_rows([tensor], [k], packed=False)
+    (wanted,), bad = prune_rows([tensor], [k], packed=False, backend="torch")
     each = [*parts(tensor, layout)]
 
     edges = LAYOUTS[layout][1]
@@ -182,7 +182,7 @@ def test_rows_are_cut_wherever_their_scores_lie(make, dtype):
     tensor = make(normal(19, 160)).to(dtype).nan_to_num(posinf=60000.0)
     most = 8 * (1 + (31 if dtype == torch.float32 else 15) + 2)
     for k in (19, 1501, 2432, 3021):
-        (wanted,), _ = prune_rows([tensor], [k], packed=False)
+        (wanted,), _ = prune_rows([tensor], [k], packed=False, backend="torch")
         found, sent = rows_on_ranks(tensor, k, [0, 40, 41, 41, 120, 160, 160, 160])
         assert torch.equal(found, wanted)
         assert sent <= most
@@ -191,7 +191,7 @@ def test_rows_are_cut_wherever_their_scores_lie(make, dtype):
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 31), (torch.bfloat16, 34)])
 def test_rows_of_weights_take_few_bytes(dtype, most):
     tensor = normal(64, 4096).to(dtype)
-    (wanted,), _ = prune_rows([tensor], [209715], packed=False)
+    (wanted,), _ = prune_rows([tensor], [209715], packed=False, backend="torch")
     found, sent = rows_on_ranks(tensor, 209715, [*range(0, 4097, 512)])
     assert torch.equal(found, wanted)
     assert sent <= most
