@@ -195,7 +195,8 @@ def prune_rows_spread(
 ) -> tuple[Tensor, Tensor]:
     """Mask the lowest magnitudes of each row of a matrix whose rows lie on several ranks, as
     ``prune_rows``. The ranks add up some 30 bytes a row (``cut_rows``), and where a row's ties are
-    parted some bits for each part of it.
+    parted some bits for each part of it. Scratch: 12 bytes an element that is here, on a GPU 16
+    while its rows are sorted.
 
     Args:
         scores: what is here of the matrix.
