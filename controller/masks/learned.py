@@ -35,8 +35,6 @@ from .shards import (
 from .weight import SparseWeight, Target, take_values
 
 WEIGHTS = "_learned_weights"  # the attribute of a module that reads such weights: them, by name
-# FSDP2 takes parameters that are no floats; torch compares its version as one, not as text
-_GATHERS_BYTES = torch.__version__ >= "2.13"
 
 
 class LearnedWeight(SparseWeight):
@@ -171,7 +169,7 @@ class UpdatedWeight(LearnedWeight):
 
     Where FSDP2 gathers the weight, a forward pass needs the mask of what is gathered. Of single
     elements FSDP2 gathers it too, a bit each: bytes, sharded by rows as the weight is. A grid of
-    blocks, and a mask whose rows lie otherwise, every rank has; before torch 2.13 any mask.
+    blocks, and a mask whose rows lie otherwise, every rank has.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -204,25 +202,37 @@ class UpdatedWeight(LearnedWeight):
         here = self._gathered.sharded_param
         if self._holder._parameters["mask"] is not here:
             reshard(model)  # an evaluation has left an earlier mask gathered
-        own = local_part(here)
-        own.copy_(self.mask.view(own.shape))
+        own = local_part(here).view(torch.uint8)
+        width = self._places()[1]
+        own[:, :width].copy_(self.mask.view(len(own), width))
         self._passed = None
         return True
 
     def _mask_beside(self, model: nn.Module) -> Any:
         """Return FSDP2's record of a new parameter for the mask; None: every rank must have it."""
         part, shape = self.multiplied, self.weight_shape
-        rows, cols = self.full_shape if part is None else part.sides
-        by_rows = len(shape) > 1 and self.shape[1] == cols and not self.transposed
-        if not (_GATHERS_BYTES and self.packed and by_rows and (part is None or len(shape) == 2)):
+        by_rows = len(shape) > 1 and not self.transposed and self.shape[1] == self._sides()[1]
+        if not (self.packed and by_rows and (part is None or len(shape) == 2)):
             return None
-        # parted as the weight is, a convolution by its channels, experts by their number
-        first = shape[0] if part is None else rows
-        width = rows // max(first, 1) * ceil_div(cols, 8)
+        first, width = self._places()
+        padded = 8 * ceil_div(width, 8)  # bytes of which numbers of any dtype can be made
+        local = torch.zeros(first, padded, dtype=torch.uint8, device=self.mask.device)
         beside = 1 if part is None else len(part.edges) - 1
-        local = torch.zeros(first, width, dtype=torch.uint8, device=self.mask.device)
         weight, place = self.target.users[0], (self._holder, "mask")
-        return shard_beside(model, weight, [place], local, (shape[0], beside * width))
+        return shard_beside(model, weight, [place], local, (shape[0], beside * padded))
+
+    def _sides(self) -> tuple[int, int]:
+        """Return the sides of what a forward pass has of the weight as a matrix."""
+        part = self.multiplied
+        return self.full_shape if part is None else part.sides
+
+    def _places(self) -> tuple[int, int]:
+        """Return of how many rows the mask is that FSDP2 gathers, and of how many bytes each. They
+        are parted as the weight is: a convolution by its channels, experts by their number.
+        """
+        rows, cols = self._sides()
+        first = self.weight_shape[0] if self.multiplied is None else rows
+        return first, rows // max(first, 1) * ceil_div(cols, 8)
 
     def readable(self, weight: Tensor) -> tuple[Tensor, Tensor, Pattern]:
         """Return what a forward pass has of the weight as a matrix, its mask and its pattern."""
@@ -235,7 +245,8 @@ class UpdatedWeight(LearnedWeight):
         if mask is None:
             found: Any = self._holder._parameters["mask"]
             found = found.to_local() if is_sharded(found) else found
-            mask = found.detach().view(packed_shape(matrix.shape))
+            mask = found.detach().view(torch.uint8)[:, : self._places()[1]]
+            mask = mask.reshape(packed_shape(matrix.shape))
         return matrix, mask, pattern
 
     def evaluated(self, weight: Tensor) -> Tensor:

@@ -522,7 +522,8 @@ def shard_beside(
         other: a module, with the name in it of the other one.
         places: modules, with the names in them of the new one.
         local: what a forward pass has here of the new one: the whole, or a part by tensor
-            parallelism as it has of the other.
+            parallelism as it has of the other. Bytes are sharded as numbers of the dtype in which
+            the other one is gathered, with their bits, and are not trained.
         shape: of the whole.
 
     Returns:
@@ -537,11 +538,17 @@ def shard_beside(
                 # as the group itself makes them: torch has no other way to add one
                 place = type(held._module_info)(owners[0], names[0], owners[1:], names[1:])
                 policies = held.mp_policy, group.offload_policy
+                trains = local.is_floating_point()
+                if not trains:
+                    # earlier torch takes floats alone, and casts those of another dtype
+                    dtype = held.mp_policy.param_dtype or held.sharded_param.dtype
+                    shape = *shape[:-1], shape[-1] // dtype.itemsize
+                    local = local.view(dtype)
                 mesh = held.mesh_info, group.post_forward_mesh_info
                 if held.is_dtensor:  # earlier torch has another name for how it lies
                     spec: Any = getattr(held, "_unsharded_dtensor_spec", None) or held._tp_spec
                     local = like_shard(spec, local, shape)
-                parameter = nn.Parameter(local, local.is_floating_point())
+                parameter = nn.Parameter(local, trains)
                 new = type(held)(parameter, place, *mesh, held.device, None, *policies)
                 group.fsdp_params.append(new)
                 _look_anew(group)
