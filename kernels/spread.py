@@ -1,42 +1,61 @@
 """Exact selection among keys that lie on several ranks, many pools at a time, by counts alone.
 
-A key is an integer of a known number of bits, and is searched two bits a pass: of each pool the
-ranks add up how many keys lie below three bounds. That is 24 bytes a pool and pass, whatever the
-number of keys and of ranks; ``select`` moves a histogram a pool, which is fewer passes and pays
-where there is one pool. The same search finds where ties end: its keys are their positions.
+A key is an integer of a known number of bits, and is searched a digit of some bits a pass: of each
+pool the ranks add up how many keys lie below the values that the digit can have. What that sends
+depends on the number of pools alone. Many bits are few passes, but many counts; ``select`` moves a
+histogram a pool, which pays where there is one pool. The same search finds where ties end: its
+keys are their positions.
 
 Reading order: the search -> thresholds of tensors -> ties.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .bits import chunk_of, chunks
+from .grid import ceil_div
 from .prune_rows import Part
 from .search import INFINITY_OF, Reduce, Threshold
 
 _INFINITY = INFINITY_OF[torch.float32]
 BITS, MOST = 31, 2**31 - 1  # of a key; no number is so great
+MOST_SENT = 1 << 20  # bytes of all counts of a search, if it does not take two bits a pass
+TIES_DIGIT = 3  # bits: each bound of a position reads a row
 
 
-def kth_key(below: Callable[[Tensor], Tensor], k: Tensor, bits: int, reduce: Reduce) -> Tensor:
+def digit_of(pools: int) -> int:
+    """Return the bits of a digit by which the keys of so many pools are searched."""
+    for digit in (8, 6, 4):
+        if pools * search_bytes(BITS, digit) <= MOST_SENT:
+            return digit
+    return 2
+
+
+def search_bytes(bits: int, digit: int) -> int:
+    """Return how many bytes of counts the search of one pool adds up."""
+    return 8 * ceil_div(bits, digit) * (2**digit - 1)
+
+
+def kth_key(
+    below: Callable[[Tensor, int], Tensor], k: Tensor, bits: int, digit: int, reduce: Reduce
+) -> Tensor:
     """Return of each pool the ``k``-th smallest key, int64 ``(pools,)``; 0 where ``k`` is 0.
 
     Args:
-        below: from bounds, int64 ``(pools, n)``, how many keys that are here lie below each, of
-            the same shape.
+        below: from ``low``, int64 ``(pools,)``, and ``shift`` how many keys that are here lie
+            below ``low + (n << shift)``, int64 ``(pools, 2^digit - 1)``, for n from 1 on.
         k: int64 ``(pools,)``, no more than a pool has keys in all.
         bits: keys are less than ``2^bits``.
+        digit: bits that a pass finds.
         reduce: adds up over the ranks, in place.
     """
     low = torch.zeros_like(k)
-    for shift in range((bits + 1) // 2 * 2 - 2, -1, -2):
-        bounds = low[:, None] + (torch.arange(1, 4, device=k.device) << shift)
-        low += (reduce(below(bounds)) < k[:, None]).sum(1) << shift
+    for shift in reversed(range(0, bits, digit)):
+        low += (reduce(below(low, shift)) < k[:, None]).sum(1) << shift
     return low
 
 
@@ -54,6 +73,7 @@ def select_spread(
     reduce: Reduce,
 ) -> Threshold:
     """Find the threshold of each tensor: the ``ks``-th smallest key of what all ranks have of it.
+    Waits for the device.
 
     Args:
         tensors: scores, what is here; ``scales`` a factor of each or None.
@@ -67,18 +87,28 @@ def select_spread(
     device = tensors[0].device
     k = torch.tensor(ks, dtype=torch.int64, device=device)
     factors = [None] * len(ks) if scales is None else scales.unbind()
+    digit = digit_of(len(ks))
+    most = 2**digit - 1
 
-    def below(bounds: Tensor) -> Tensor:
-        found = torch.zeros_like(bounds)
+    def here() -> Iterator[tuple[int, Tensor]]:
+        """Yield the keys that count, chunk by chunk, each with the place of its tensor."""
         for i, (tensor, factor) in enumerate(zip(tensors, factors, strict=True)):
-            own = bounds[i].clamp(max=MOST).int()
             for at in chunks(tensor.shape, chunk_of(device)) if counted[i] else ():
-                keys = keys_of(tensor[at], factor)
-                found[i] += torch.stack([(keys < b).count_nonzero() for b in own])
-        return found
+                yield i, keys_of(tensor[at], factor)
 
-    value = kth_key(below, k, BITS, reduce)
-    ends = reduce(below(torch.stack([value + 1, torch.full_like(value, _INFINITY)], 1)))
+    def below(low: Tensor, shift: int) -> Tensor:
+        found, own = k.new_zeros(len(ks), most + 2), low.int()
+        for i, keys in here():
+            digits = keys.sub_(own[i]).bitwise_right_shift_(shift).clamp_(-1, most).add_(1)
+            found[i] += digits.flatten().bincount(minlength=most + 2)
+        return found.cumsum(1)[:, 1:-1].contiguous()
+
+    value = kth_key(below, k, BITS, digit, reduce)
+    bounds = torch.stack([value + 1, torch.full_like(value, _INFINITY)], 1)
+    ends, own = torch.zeros_like(bounds), bounds.clamp(max=MOST).int()
+    for i, keys in here():
+        ends[i] += torch.stack([(keys < bound).count_nonzero() for bound in own[i]])
+    ends = reduce(ends)
     sizes = torch.tensor(
         [t.numel() * c for t, c in zip(tensors, counted, strict=True)], device=device
     )
@@ -142,11 +172,10 @@ def ties_kept(
 
     spoken = torch.tensor([[counted[i]] for i in parted], device=device)
     wholes = [places[i][0].rows * places[i][1].rows for i in parted]
+    steps = torch.arange(1, 2**TIES_DIGIT, device=device)
     last = kth_key(
-        lambda bounds: equal_before(bounds) * spoken,
-        keep[parted],
-        max(wholes).bit_length(),
-        reduce,
+        lambda low, shift: equal_before(low[:, None] + (steps << shift)) * spoken,
+        *(keep[parted], max(wholes).bit_length(), TIES_DIGIT, reduce),
     )
     kept[parted] = equal_before(last[:, None] + 1)[:, 0]
     return kept

@@ -18,6 +18,7 @@ from ...kernels.grid import ceil_div
 from ...kernels.line_score import lines_a_band
 from ...kernels.pattern import Block, Pattern, Unstructured, grid_shape, is_skippable
 from ...kernels.search import BINS_SHARED
+from ...kernels.spread import BITS, TIES_DIGIT, digit_of, search_bytes
 from ...kernels.topology import capacities
 from ..measure.tables import markdown
 
@@ -25,7 +26,6 @@ HEADER = 4  # counts before the bins of a histogram
 NUMBER = 8  # bytes of what is added up
 FLAGS = 2 * NUMBER  # whether a rank has raised, before and after
 REDUCTIONS = 5  # of histograms, where one is sampled first
-SEARCH = 3 * 16 * NUMBER  # for a pool's threshold, two bits of 32 at a time
 BFLOAT16 = 2
 INT32 = FLOAT32 = 4
 MB = 1e6
@@ -85,9 +85,10 @@ def numbers_sent(
     alone = moves or each
     most = count if alone else 1
     groups = [rows * cols for rows, cols in (grid_shape(pattern, shape) for shape in shapes)]
-    position = 3 * NUMBER * ceil_div(max(groups).bit_length(), 2)
+    position = search_bytes(max(groups).bit_length(), TIES_DIGIT)
+    search = search_bytes(BITS, digit_of(count))
     # of each pool: its threshold, what lies up to it and is not finite, its size
-    threshold = count * (SEARCH + 3 * NUMBER) if alone else 2 * NUMBER + histograms
+    threshold = count * (search + 3 * NUMBER) if alone else 2 * NUMBER + histograms
     ties = count * NUMBER + (most if tied is None else tied) * position
     choice = threshold + ties + (count * NUMBER if moves else 0)
     norms, kept = 2 * count * NUMBER * normed, 2 * count * NUMBER

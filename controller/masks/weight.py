@@ -237,10 +237,10 @@ class SparseWeight(GroupMask):
         held = self._sharded()
         if found is held:
             return found
-        here = is_sharded(found) and dimensions_of(found) == self._dimensions
-        if held is None and here and not is_resting(found):
-            self._sharded = weakref.ref(found)  # a load has put it in, and that one is gone
         if held is None:
+            here = is_sharded(found) and dimensions_of(found) == self._dimensions
+            if here and not is_resting(found):
+                self._sharded = weakref.ref(found)  # a load has put it in, and that one is gone
             return found
         if is_sharded(found) and dimensions_of(found) > self._dimensions:
             return found  # of which ``follow`` will take note

@@ -7,11 +7,14 @@ from threading import Barrier
 import pytest
 import torch
 
+from triton_sparsity.kernels import spread
 from triton_sparsity.kernels.prune_rows import Part, prune_rows
 from triton_sparsity.kernels.search import Threshold
 from triton_sparsity.kernels.select import select
 from triton_sparsity.kernels.spread import (
+    digit_of,
     kth_key,
+    search_bytes,
     select_spread,
     ties_kept,
 )
@@ -67,21 +70,40 @@ def tensors(ties, dtype=torch.float32):
     return [((t * 2).round() if ties else t).to(dtype) for t in found]
 
 
-def test_the_kth_key_of_each_pool_is_found():
+@pytest.mark.parametrize("digit", [2, 4, 6, 8])
+def test_the_kth_key_of_each_pool_is_found(digit):
     keys = torch.randint(0, 1000, (3, 50), generator=torch.Generator().manual_seed(0))
     k = torch.tensor([1, 50, 0])
+    steps = torch.arange(1, 2**digit)
 
-    def below(rank, bounds):
-        return (keys[:, None, rank::4] < bounds[:, :, None]).sum(2)
+    def search(rank, add):
+        def below(low, shift):
+            bounds = low[:, None] + (steps << shift)
+            return (keys[:, None, rank::4] < bounds[:, :, None]).sum(2)
 
-    for found in Ranks(4).run(lambda r, add: kth_key(lambda b: below(r, b), k, 10, add)):
+        return kth_key(below, k, 10, digit, add)
+
+    ranks = Ranks(4)
+    for found in ranks.run(search):
         assert found.tolist() == [keys[0].min(), keys[1].max(), 0]
+    assert ranks.sent == 3 * search_bytes(10, digit)
 
 
+def test_the_more_pools_there_are_the_more_passes_find_their_keys():
+    assert [digit_of(pools) for pools in (1, 128, 129, 346, 347, 1092, 1093)] == [
+        *(8, 8, 6, 6, 4, 4, 2)
+    ]
+
+
+@pytest.mark.parametrize("digit", [8, 6, 4, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("ties", [False, True])
-def test_thresholds_are_those_of_one_place_and_the_first_ties_are_kept(ties, scaled, layout):
+def test_thresholds_are_those_of_one_place_and_the_first_ties_are_kept(
+    ties, scaled, layout, digit, monkeypatch
+):
+    monkeypatch.setattr(spread, "MOST_SENT", 3 * search_bytes(spread.BITS, digit))
+    assert digit_of(3) == digit
     whole = tensors(ties, torch.bfloat16 if scaled else torch.float32)
     scales = torch.tensor([1.0, 0.5, 2.0]) if scaled else None
     ks = [0, 70, 156]
