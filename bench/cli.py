@@ -181,7 +181,12 @@ def finetune(
     distill: Annotated[
         Text, _option("Of model: learn logits, hidden or logits,hidden of the dense one.", "none")
     ] = None,
-    distill_weight: Annotated[Real, _option("Share of these in the loss.", "0.5")] = None,
+    teacher: Annotated[
+        Text, _option("Dense model whose logits are learned too, a safetensors file.", "none")
+    ] = None,
+    distill_weight: Annotated[
+        Real, _option("Share in the loss of what is learned of the dense one.", "0.5")
+    ] = None,
     temperature: Annotated[Real, _option("Of distilled logits.", "2")] = None,
     trainer: Annotated[
         list[str] | None,
@@ -362,11 +367,11 @@ def finetune(
 CALL = ("output", "resume", "resume_without_state", "force", "as_json", "print_config")
 OF_TASK = (
     "task", "compare", "levels", "checkpoint", "dense_epochs", "steps_per_epoch", "dense_lr",
-    "permute",
+    "permute", "teacher",
 )  # fmt: skip
 OF_MODEL = (
     "data", "eval_data", "held_out", "objective", "text_column", "label_column", "max_length",
-    "new_head", "distill", "distill_weight", "temperature", "trainer",
+    "new_head", "distill", "trainer",
 )  # fmt: skip
 
 

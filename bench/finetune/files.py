@@ -93,8 +93,8 @@ class State(_Plain):
         return self
 
 
-def load_checkpoint(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into ``model``.
+def load_checkpoint(model: nn.Module, path: Path, what: str = "checkpoint") -> None:
+    """Load a safetensors file, ``what`` it is called, into ``model``.
 
     Raises:
         ValueError: the file is damaged, or is not of this model.
@@ -103,7 +103,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     try:
         found = safetensors.torch.load(path.read_bytes())
     except SafetensorError as error:
-        raise ValueError(f"checkpoint {path} is damaged or no safetensors file: {error}") from None
+        raise ValueError(f"{what} {path} is damaged or no safetensors file: {error}") from None
     wanted = model.state_dict()
     problems = [
         *(f"{name!r} is missing" for name in wanted if name not in found),
@@ -121,9 +121,7 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"checkpoint {path} is not of this model: {', '.join(problems[:3])}{more}"
-        )
+        raise ValueError(f"{what} {path} is not of this model: {', '.join(problems[:3])}{more}")
     model.load_state_dict(found)
 
 

@@ -155,6 +155,7 @@ def run_task(
     assert options.threads is not None
     # how sums are split over threads decides their last bits
     set_threads(options.threads)
+    teacher = teacher_of(task, options, saved)
     torch.manual_seed(options.seed)
     model = task.build()
     if saved is not None:
@@ -169,11 +170,28 @@ def run_task(
     model.to(options.device)
 
     with catch_signals() as interrupted:
-        job = Job(task, options, folder, progress, interrupted)
+        job = Job(task, options, folder, progress, interrupted, teacher)
         if saved is not None:
             return phases(job, model, saved)
         claim(folder, task.files, force=force)
         return phases(job, model, start(job, model))
+
+
+def teacher_of(task: Task, options: Options, saved: dict[str, Any] | None) -> nn.Module | None:
+    """Return the dense model whose logits are learned, if there is one.
+
+    Raises:
+        ValueError: it is not of this task, or not the one that a saved run has learned from.
+        OSError: its file cannot be read.
+    """
+    if options.teacher is None:
+        return None
+    path = Path(options.teacher)
+    if saved is not None and saved.get("teacher") != digest(path):
+        raise ValueError(f"teacher {path} is not the file that the run to resume has learned from")
+    teacher = task.build()
+    load_checkpoint(teacher, path, "teacher")
+    return teacher.to(options.device).eval().requires_grad_(False)
 
 
 def check_batch(task: Task, options: Options) -> None:
@@ -229,6 +247,7 @@ def start(job: Job, model: nn.Module) -> dict[str, Any]:
             phase: {"loss": [], "level": [], "metric": [], "seconds": []} for phase in PHASES
         },
         "dense": None,
+        "teacher": job.options.teacher and digest(Path(job.options.teacher)),
     }
     return save(job, state, model)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..measure.progress import Advance
+from .distill import logits_loss
 from .files import of_state, save_state
 from .options import Options
 from .tasks import Batch, Outputs, Task
@@ -30,6 +31,7 @@ class Job:
     folder: Path
     progress: Advance
     interrupted: Callable[[], bool]
+    teacher: nn.Module | None = None  # whose logits the sparse training learns too
 
     @property
     def device(self) -> torch.device:
@@ -188,8 +190,16 @@ def update(job: Job, model: nn.Module, controller: Any, optimizer: Any, batch: B
     """Train on one batch; return the loss."""
     inputs, targets = (tensor.to(job.device) for tensor in batch)
     with autocast(job):
-        task_loss = job.task.loss(model(inputs), targets)
-    loss = task_loss if controller is None else task_loss + controller.loss()
+        outputs = model(inputs)
+        loss = job.task.loss(outputs, targets)
+        if job.teacher is not None and controller is not None:
+            with torch.no_grad():
+                dense = job.teacher(inputs)
+            learned = logits_loss(outputs, dense, None, job.options.temperature)
+            share = job.options.distill_weight
+            loss = (1 - share) * loss + share * learned
+    if controller is not None:
+        loss = loss + controller.loss()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

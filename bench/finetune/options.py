@@ -63,6 +63,8 @@ class RunOptions:
         score_lr: of rb and movement: peak learning rate of the scores, without weight decay.
         regularization: of movement without a level: factor of its loss.
         scope, ignore: target and ignored scopes.
+        distill_weight: share in the loss of what is learned of the dense model, in [0, 1].
+        temperature: by which logits are divided for it.
         epochs: of the sparse training.
         batch_size: examples in a step.
         lr: peak learning rate.
@@ -98,6 +100,8 @@ class RunOptions:
     regularization: float = 0.1
     scope: tuple[str, ...] | None = None
     ignore: tuple[str, ...] = ()
+    distill_weight: float = 0.5
+    temperature: float = 2.0
     epochs: float | None = None
     batch_size: int | None = None
     lr: float | None = None
@@ -123,6 +127,7 @@ class Options(RunOptions):
         dense_lr: peak learning rate of the dense training.
         permute: reorder hidden features before the sparse training, so that blocks keep more.
         checkpoint: a safetensors file to start from.
+        teacher: a safetensors file of a dense model, whose logits the sparse training learns too.
     """
 
     task: str = "stdlib-lm"
@@ -131,6 +136,7 @@ class Options(RunOptions):
     dense_lr: float | None = None
     permute: bool = False
     checkpoint: str | None = None
+    teacher: str | None = None
 
 
 _Run = TypeVar("_Run", bound=RunOptions)
@@ -200,6 +206,8 @@ def check_values(options: RunOptions) -> None:
         ("delta_t", lambda x: 1 <= x < END, "from 1 to 2^31 - 1"),
         ("score_lr", lambda x: 0 < x < math.inf, "positive and finite"),
         ("regularization", lambda x: 0 <= x < math.inf, "at least 0 and finite"),
+        ("distill_weight", lambda x: 0 <= x <= 1, "in [0, 1]"),
+        ("temperature", lambda x: 0 < x < math.inf, "positive and finite"),
         ("dense_epochs", lambda x: 0 <= x < END, "from 0 to 2^31 - 1"),
         ("epochs", lambda x: 1 <= x < END, "from 1 to 2^31 - 1"),
         ("steps_per_epoch", lambda x: 1 <= x < END, "from 1 to 2^31 - 1"),
@@ -223,6 +231,18 @@ def check_values(options: RunOptions) -> None:
         raise ValueError(
             "importance obs prunes once, before training: it is for algorithm const, got "
             f"{options.algorithm!r}"
+        )
+    if isinstance(options, Options) and options.teacher is None:
+        for name in ("distill_weight", "temperature"):
+            if (value := getattr(options, name)) != getattr(Options, name):
+                raise ValueError(
+                    f"{name.replace('_', '-')} is of what a teacher is learned by, got {value!r}; "
+                    "give teacher too"
+                )
+    elif isinstance(options, Options) and options.task == "minilm":
+        raise ValueError(
+            "teacher must be left out with task minilm, which has no logits and learns from its "
+            f"dense self, got {options.teacher!r}"
         )
     if getattr(options, "permute", False) and not (isinstance(pattern, Block) and options.level):
         raise ValueError(

@@ -59,8 +59,6 @@ class Recipe(RunOptions):
         max_length: tokens in an example; None: 512, or what model and tokenizer take if less.
         new_head: classify by a new head, for the labels that are in the data.
         distill: what else of the dense model is learned: ``"logits"``, of encoders ``"hidden"``.
-        distill_weight: its share in the loss, in [0, 1].
-        temperature: by which logits are divided for it.
         score_lr: None: the callback's own.
         scope: none: the linear layers of the transformer blocks.
         trainer: settings of ``transformers.TrainingArguments``, for all else.
@@ -76,8 +74,6 @@ class Recipe(RunOptions):
     max_length: int | None = None
     new_head: bool = False
     distill: Names = ()
-    distill_weight: float = 0.5
-    temperature: float = 2.0
     ramp: float = 0.7
     score_lr: float | None = None
     scope: Names = ()
@@ -187,8 +183,6 @@ def check_recipe(recipe: Recipe) -> None:
     for name, fits, what in (
         ("held_out", lambda x: 0 < x < 1, "in (0, 1)"),
         ("max_length", lambda x: 2 <= x < END, "from 2 to 2^31 - 1"),
-        ("distill_weight", lambda x: 0 <= x <= 1, "in [0, 1]"),
-        ("temperature", lambda x: 0 < x < math.inf, "positive and finite"),
         ("epochs", lambda x: 0 < x < END, "positive and below 2^31"),
     ):
         value = getattr(recipe, name)

@@ -114,6 +114,55 @@ def test_features_are_permuted_between_the_dense_training_and_the_sparse_one(tmp
     assert report["results"]["stripped"]["level"] == pytest.approx(0.8, abs=0.01)
 
 
+def test_the_logits_of_a_teacher_are_learned_in_the_sparse_training(tmp_path, uninterrupted):
+    taught = replace(QUICK, teacher=str(uninterrupted / DENSE), temperature=3.0)
+    plain = json.loads((uninterrupted / REPORT).read_text())["history"]
+    for weight in (0.0, 0.75):
+        report = finetune(replace(taught, distill_weight=weight), tmp_path / str(weight))
+        assert report["history"]["dense"]["loss"] == plain["dense"]["loss"]
+        alike = report["history"]["sparse"]["loss"] == plain["sparse"]["loss"]
+        assert alike == (weight == 0)
+
+    task = load_task("digits")
+    model = task.build()
+    model.load_state_dict(safetensors.torch.load_file(uninterrupted / DENSE))
+    images, labels = task.batch(8, 0, 1, 0)
+    # nothing is pruned in the first step: the teacher's are the model's own
+    own = (1 - 0.75) * task.loss(model(images), labels)
+    assert report["history"]["sparse"]["loss"][0] == pytest.approx(own.item(), rel=1e-5)
+
+
+def test_a_run_that_learns_from_a_teacher_goes_on_with_the_same_one_alone(tmp_path, uninterrupted):
+    teacher = tmp_path / "teacher.safetensors"
+    teacher.write_bytes((uninterrupted / DENSE).read_bytes())
+    taught = replace(QUICK, teacher=str(teacher))
+    finetune(taught, tmp_path / "whole")
+
+    def kill(phase, done, total, note):
+        if (phase, done) == ("sparse", 5):
+            raise Killed
+
+    with pytest.raises(Killed):
+        finetune(taught, tmp_path / "killed", progress=kill)
+    changed = safetensors.torch.load(teacher.read_bytes())
+    changed["head.bias"] += 1
+    before = teacher.read_bytes()
+    safetensors.torch.save_file(changed, teacher)
+    with pytest.raises(ValueError, match="is not the file that the run to resume has learned"):
+        finetune(taught, tmp_path / "killed", resume=True)
+    teacher.write_bytes(before)
+    finetune(taught, tmp_path / "killed", resume=True)
+    assert_same_result(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_teacher_of_another_task_is_refused(tmp_path, uninterrupted):
+    teacher = tmp_path / "teacher.safetensors"
+    safetensors.torch.save_file({"weight": torch.ones(2)}, teacher)
+    with pytest.raises(ValueError, match=f"teacher {teacher} is not of this model"):
+        finetune(replace(QUICK, teacher=str(teacher)), tmp_path / "run")
+    assert not (tmp_path / "run" / STATE).exists()
+
+
 @pytest.mark.slow
 def test_training_that_skips_blocks_follows_the_masked_dense_losses(tmp_path):
     runs = {}

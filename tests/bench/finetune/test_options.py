@@ -91,6 +91,22 @@ def test_permute_needs_blocks_and_a_level(options):
         checked(Options(permute=True, **options))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distill_weight": 0.7}, "distill-weight is of what a teacher is learned by, got 0.7"),
+        ({"temperature": 1.0}, "temperature is of what a teacher is learned by, got 1.0"),
+        ({"teacher": "x", "distill_weight": 1.5}, "distill-weight must be in \\[0, 1\\]"),
+        ({"teacher": "x", "temperature": 0.0}, "temperature must be positive and finite"),
+        ({"teacher": "x", "task": "minilm"}, "teacher must be left out with task minilm"),
+    ],
+    ids=str,
+)
+def test_what_is_learned_from_a_teacher_needs_one_with_logits(options, message):
+    with pytest.raises(ValueError, match=message):
+        checked(Options(**options))
+
+
 def test_defaults_are_valid_and_checking_changes_nothing_twice():
     options = with_defaults(checked(Options()), RECIPE)
     assert checked(options) == options
