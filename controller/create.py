@@ -93,8 +93,10 @@ def create_controller(
                 "create_controller: batchnorm_adaptation needs batchnorm_data, got None"
             )
     stages = stages and ranks.size > 1
-    told = _told(model, configs, stages=stages) if ranks.size > 1 else {}
-    ranks.check_alike("create_controller", told)
+    if ranks.size > 1:
+        told = {"stages": stages, "dispatch": dispatch, "backend": backend}
+        told |= {"whether there is a state": state is not None}
+        ranks.check_alike("create_controller", told | _told(model, configs, stages=stages))
     elsewhere = None
     if stages:
         every = ranks.gather(Whereabouts.of(model))
@@ -148,10 +150,17 @@ _CPU = torch.device("cpu")
 
 
 def _told(model: nn.Module, configs: Sequence[AlgorithmConfig], *, stages: bool) -> dict[str, Any]:
-    """Return what must be the same on every rank."""
-    shapes = [f"{canonical(name)} {tuple(p.shape)}" for name, p in model.named_parameters()]
-    told: dict[str, Any] = {"stages": stages, "config": [repr(one) for one in configs]}
-    return told if stages else told | {"the model's parameters": shapes}
+    """Return what must be the same on every rank of configurations and model."""
+    told = {"config": [repr(one) for one in configs]}
+    if stages:
+        return told
+    # of how a DTensor lies: a rank that has a plain tensor would wait for the others for ever
+    return told | {
+        "the model's parameters": [
+            f"{canonical(name)} {tuple(p.shape)} {p.dtype} {getattr(p, 'placements', '')}".strip()
+            for name, p in model.named_parameters()
+        ]
+    }
 
 
 def _check_parts(configs: Sequence[AlgorithmConfig], targets: Sequence[Sequence[Target]]) -> None:

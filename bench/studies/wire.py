@@ -24,7 +24,7 @@ from ..measure.tables import markdown
 
 HEADER = 4  # counts before the bins of a histogram
 NUMBER = 8  # bytes of what is added up
-FLAGS = 2 * NUMBER  # whether a rank has raised, before and after
+FLAGS = 3 * NUMBER  # whether a rank has raised, and what must be the same
 REDUCTIONS = 5  # of histograms, where one is sampled first
 BFLOAT16 = 2
 INT32 = FLOAT32 = 4
@@ -92,7 +92,9 @@ def numbers_sent(
     ties = count * NUMBER + (most if tied is None else tied) * position
     choice = threshold + ties + (count * NUMBER if moves else 0)
     norms, kept = 2 * count * NUMBER * normed, 2 * count * NUMBER
-    return FLAGS + norms + (2 if moves else 1) * choice + kept
+    # the level, what is found, what is written; SET and RigL have theirs
+    flags = (2 if moves else 3) * FLAGS
+    return flags + norms + (2 if moves else 1) * choice + kept
 
 
 def rows_sent(

@@ -29,6 +29,7 @@ from ..masks.exchange import agree_counts
 from ..masks.export import export_onnx
 from ..masks.guard import Guard
 from ..masks.linear import list_blocks_of_shards, skip_blocks
+from ..masks.names import canonical
 from ..masks.optimizers import unwrapped
 from ..masks.schema import FLAG, MAPPING, Schema, check, exactly, integer
 from ..masks.shards import reshard
@@ -298,8 +299,10 @@ class BaseSparsityAlgoController:
                 adaptation configured.
             RuntimeError: the model has been stripped; masks are learned and frozen.
         """
-        level = number(level)
-        weights = self._check_level(level, target_sparsified_module_info, run_batchnorm_adaptation)
+        with self.ranks.together(self._device, "set_sparsity_level") as alike:
+            level, target = number(level), target_sparsified_module_info
+            weights = self._check_level(level, target, run_batchnorm_adaptation)
+            alike |= self._told_of_level(level, target)
         if self.frozen:
             return
         with self._changing(weights):
@@ -326,6 +329,15 @@ class BaseSparsityAlgoController:
             )
         check_reachable("set_sparsity_level: level", level, [i.pattern for i in weights])
         return weights
+
+    def _told_of_level(self, level: float, target: SparseModuleInfo | None) -> dict[str, Any]:
+        """Return what must be the same on every rank where masks change."""
+        weight = None if target is None else canonical(target.module_node_name)
+        return {
+            "level": float(level),
+            "target_sparsified_module_info": weight,
+            "frozen": self.frozen,
+        }
 
     @contextmanager
     def _changing(self, weights: Sequence[SparseWeight]) -> Iterator[None]:
@@ -581,8 +593,13 @@ class BaseSparsityAlgoController:
             ValueError: the state is of another model, algorithm or version, or damaged; nothing
                 has changed then.
         """
-        with self.ranks.together(self._device):
+        with self.ranks.together(self._device, "load_state") as alike:
             take = self._read_state(state)
+            alike |= {
+                f"state[{name!r}][{key!r}]": own[key]
+                for name, own in state.items()
+                for key in ("frozen", "scheduler_state", "loss_state")
+            }
         take()
         self._check_ranks("load_state")
 

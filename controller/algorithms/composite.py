@@ -141,16 +141,22 @@ class CompositeController(BaseSparsityAlgoController):
         """Set the level of every algorithm, or of one weight through the algorithm that has it.
         Where an algorithm refuses, no mask has changed.
         """
-        target, level = target_sparsified_module_info, number(level)
-        self._resolve(target)
-        with ExitStack() as stack, torch.no_grad():
-            found: list[Change] = []
+        target = target_sparsified_module_info
+        changing: list[tuple[BaseSparsityAlgoController, list[Any]]] = []
+        with self.ranks.together(self._device, "set_sparsity_level") as alike:
+            level = number(level)
+            self._resolve(target)
             for part in self._parts:
                 if target is None or any(info is target for info in part.sparsified_module_info):
                     weights = part._check_level(level, target, run_batchnorm_adaptation)
-                    if not part.frozen:
-                        stack.enter_context(part._changing(weights))
-                        found.append(part._find_masks(weights, float(level)))
+                    changing += [] if part.frozen else [(part, weights)]
+            alike |= self._told_of_level(level, target)
+            alike["frozen"] = {name: part.frozen for name, part in self.controllers.items()}
+        with ExitStack() as stack, torch.no_grad():
+            found: list[Change] = []
+            for part, weights in changing:
+                stack.enter_context(part._changing(weights))
+                found.append(part._find_masks(weights, float(level)))
             for write in found:
                 write()
         for part in self._parts:

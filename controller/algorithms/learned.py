@@ -219,10 +219,20 @@ class ScoredController(LearnedController):
         """
         self._check_ranks("epoch_step")
         with self.ranks.together(self._device):
+            self._check_finite()
             self._check_trained()
         self._end_epoch()
         for weight in self._weights:
             weight.was_read = weight.has_learned = weight.has_gradient = False
+
+    def _check_finite(self) -> None:
+        here = [weight for weight in self._weights if not weight.absent]
+        fine = torch.stack([w.part().isfinite().all() for w in here]).tolist() if here else []
+        if bad := [weight.name for weight, good in zip(here, fine, strict=True) if not good]:
+            raise ValueError(
+                f"{self.name}: the trained scores of {bad} must be finite, got NaN or infinity; "
+                "go back to a state before the loss was, and take a smaller learning rate"
+            )
 
     def _check_trained(self) -> None:
         here, steps = [w for w in self._weights if not w.absent], self._steps

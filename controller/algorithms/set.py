@@ -22,6 +22,7 @@ from ...kernels.group_mask import read_counts, set_masks
 from ..config.algorithm import PooledConfig
 from ..config.declaration import Level, Positive, Share, Whole
 from ..masks.exchange import agree_counts, dropped, grown, local_masks, pieces_here
+from ..masks.shards import local_part
 from ..masks.weight import SparseWeight
 from ..selection.allocation import Distribution, distribute, erdos_renyi, within
 from ..selection.criteria import ImportanceField, Reduction, random_numbers
@@ -104,6 +105,15 @@ class RegrowthScheduler(CompressionScheduler):
         with self._refusable():
             super().step(next_step)
             self._controller.update(self._current_step)
+
+
+def _refuse_nonfinite(weights: Sequence[SparseWeight]) -> None:
+    """Refuse weights that hold NaN or Inf: their gradients, which do too, come to no good by
+    waiting for the next step.
+    """
+    fine = torch.stack([local_part(w.weight.detach()).isfinite().all() for w in weights]).tolist()
+    if bad := [weight.name for weight, good in zip(weights, fine, strict=True) if not good]:
+        raise ValueError(f"update: {bad} hold NaN or Inf; masks are left as they were")
 
 
 class SETController(BaseSparsityAlgoController):
@@ -194,6 +204,8 @@ class SETController(BaseSparsityAlgoController):
                     masks, more = self._grown(weights, masks, kept, step)
                     found.append((weights, local_masks(weights, masks), [bad, more]))
                 masks, made = self._checked(found, self._spoilt())
+                if not made:
+                    _refuse_nonfinite(growing)
             if made and growing:
                 set_masks(*self._agreed(*masks))
         return made

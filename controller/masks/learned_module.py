@@ -53,9 +53,15 @@ class LearnedModule(MaskedModule):
         with self._without_scores():
             super()._save_to_state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name in map(scores_name, self._learned_weights):
+            # torch's set_model_state_dict adds the model's own parameters to a full state
+            if state_dict.get(prefix + name) is self._parameters.get(name):
+                state_dict.pop(prefix + name, None)
         with self._without_scores():
-            super()._load_from_state_dict(*args, **kwargs)
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # The mask of evaluation is folded into the weight of a copy. The scores stay parameters of it,
     # or an average of parameters would pair wrong ones.

@@ -8,6 +8,7 @@ that none is left waiting.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -86,18 +87,30 @@ class Ranks:
             own.copy_(part)
 
     @contextmanager
-    def together(self, device: torch.device) -> Iterator[None]:
+    def together(self, device: torch.device, what: str = "") -> Iterator[dict[str, Any]]:
         """Let what one rank raises inside be raised on every rank. Nobody may wait for another
         rank inside; an error that other ranks have too is each one's own.
+
+        Yields:
+            What must be the same on every rank, by name, to be filled in: small values. Where they
+            differ every rank raises ``check_alike``'s error, of ``what``.
         """
-        error = None
+        error, alike = None, dict[str, Any]()
         try:
-            yield
+            yield alike
         except Exception as own:
             if self.size == 1:
                 raise
             error = own
-        if not self.any(error is not None, device):
+        if self.size == 1:
+            return
+        number = _number_of(alike)
+        failed, most, least = self.most(
+            torch.tensor([int(error is not None), number, ~number], device=device)
+        ).tolist()
+        if not failed:
+            if most != ~least:
+                self.check_alike(what, alike)
             return
         told = self.gather(None if error is None else (type(error).__name__, str(error)))
         if error is not None:
@@ -167,6 +180,12 @@ def _difference(first: Any, other: Any, rank: int) -> str:
         )
         first, other = missing if any(missing) else (first, other)
     return f"{first!r} on rank 0 and {other!r} on rank {rank}"
+
+
+def _number_of(values: dict[str, Any]) -> int:
+    """Return 63 bits that are the same for the same values, in any process."""
+    digest = hashlib.sha256(repr(sorted(values.items())).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
 
 
 ALONE = Ranks()

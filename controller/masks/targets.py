@@ -21,6 +21,7 @@ from ..config.scope import check_scopes, matches
 from . import kinds
 from .guard import guards_of
 from .linear import conv1d_of
+from .names import canonical
 from .shards import any_nonzero
 from .weight import Target
 
@@ -47,8 +48,17 @@ class Candidate:
         """Tell whether the parameter is of a kind in any of its modules."""
         return any(kind(module, name, self.weight) for module, name in self.users)
 
+    @property
+    def paths(self) -> list[str]:
+        """The names, and what they are without what wraps the model."""
+        return _with_plain(self.names)
+
     def matches(self, scopes: Sequence[str] | None) -> bool:
-        return any(matches(scope, name) for scope in scopes or () for name in self.names)
+        return any(matches(scope, path) for scope in scopes or () for path in self.paths)
+
+
+def _with_plain(names: Sequence[str]) -> list[str]:
+    return [*dict.fromkeys([*names, *map(canonical, names)])]
 
 
 class Whereabouts(NamedTuple):
@@ -100,10 +110,10 @@ def find_targets(
     candidates = weights_of(model)
     if config.validate_scopes:
         names, paths, _ = elsewhere or Whereabouts.of(model)
-        known = [*names, *paths]
+        known = _with_plain([*names, *paths])
         check_scopes(config.target_scopes or (), known, "target_scopes")
         check_scopes(config.ignored_scopes, known, "ignored_scopes")
-        check_scopes([o.scope for o in config.overrides], names, "overrides")
+        check_scopes([o.scope for o in config.overrides], _with_plain(names), "overrides")
     blocks = kinds.transformer_blocks(model) if elsewhere is None else elsewhere.blocks
     found, left = _select(model, candidates, config, blocks)
     chosen = [_target(candidate, config) for candidate in found]
@@ -157,7 +167,7 @@ def _select(
     for candidate in candidates:
         if candidate.matches(config.ignored_scopes) or (scopes and not candidate.matches(scopes)):
             continue
-        known = candidate.has(kinds.is_known) or any(n in scopes for n in candidate.names)
+        known = candidate.has(kinds.is_known) or any(path in scopes for path in candidate.paths)
         linear = candidate.has(kinds.is_linear)
         inside = not blocks or any(_is_below(n, blocks) for n in candidate.names)
         if any(_is_adapter(n, beside, scopes) for n in candidate.names):

@@ -440,6 +440,20 @@ def test_an_update_whose_gradients_overflowed_waits_for_the_next_step():
     assert all(torch.equal(a, b) for a, b in zip(after, grids(controller), strict=True))
 
 
+def test_a_weight_that_is_not_finite_is_told_at_the_update_that_its_gradients_spoil():
+    controller = build()
+    train(controller, range(3))
+    before = grids(controller)
+    info = controller.sparsified_module_info[0]
+    controller.scheduler.step()
+    with torch.no_grad():
+        info.weight.view(-1)[info.operand.binary_mask.view(-1).nonzero()[0]] = math.nan
+    loss_of(controller.model, data(3)).backward()
+    with pytest.raises(ValueError, match=rf"\['{info.module_node_name}'\] hold NaN or Inf"):
+        controller.scheduler.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, grids(controller), strict=True))
+
+
 def test_a_weight_that_a_step_did_not_use_keeps_its_mask():
     controller = build()
     train(controller, range(3))

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from ranks import mesh_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -305,44 +306,65 @@ def test_wandas_inputs_are_those_of_all_ranks(ranks):
         assert all(map(torch.equal, found, masks(controller)))
 
 
+def local(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def refuse(group, what):
-    rank = torch.distributed.get_rank(group)
+    from torch.distributed.fsdp import fully_shard
+
+    other = torch.distributed.get_rank(group) == 1
     config = ts.MagnitudeSparsityConfig(schedule=schedule())
     model = net()
-    if what == "config" and rank == 1:
+    if "shards" in what or (what == "sharded" and other):
+        fully_shard(model, mesh=mesh_of(group))
+    if what == "config" and other:
         config = ts.MagnitudeSparsityConfig(schedule=schedule(0.6))
-    if what == "names" and rank == 1:
+    if what == "names" and other:
         model = nn.Sequential(*model[:3])
-    if what == "names more" and rank == 0:
+    if what == "names more" and not other:
         model = nn.Sequential(*model[:3])
-    if what == "create" and rank == 1:
+    if what == "dtype" and other:
+        model.bfloat16()
+    if what == "create" and other:
         config = ts.MagnitudeSparsityConfig(schedule=schedule(), ignored_scopes=["nowhere"])
-    controller = ts.create_controller(model, config, process_group=group)
+    given = {"dispatch": "dense"} if what == "dispatch" and other else {}
+    if what == "given" and other:
+        given = {"state": {}}
+    controller = ts.create_controller(model, config, process_group=group, **given)
     controller.scheduler.step()
     info = controller.sparsified_module_info[2]
     with torch.no_grad():
-        if what == "flipped" and rank == 1:
+        if what == "flipped" and other:
             mask = info.operand.binary_mask
             mask[3, 5] ^= True
             info.operand.binary_mask = mask
-        if what == "weight" and rank == 1:
+        if what == "weight" and other:
             info.weight[3] = 9.0 * info.operand.binary_mask[3]
-        if what == "nan" and rank == 1:
+        if what == "nan" and other:
             info.weight[3, 4] = torch.nan
     state = controller.get_state()
-    if what == "state" and rank == 1:
-        state["magnitude_sparsity"]["weights"].pop("0")
-    if what == "states" and rank == 1:
-        state["magnitude_sparsity"]["weights"]["3"]["mask"][2, 0] ^= 1
+    own = state["magnitude_sparsity"]
+    if what == "state" and other:
+        own["weights"].pop("0")
+    if what == "states" and other:
+        own["weights"]["3"]["mask"][2, 0] ^= 1
+    if what == "state of a step" and other:
+        own["scheduler_state"]["current_step"] += 1
     if what.startswith("state"):
         controller.load_state(state)
-    before = masks(controller)
+    if what == "frozen" and other:
+        controller.freeze()
+    before = [*map(local, masks(controller))]
+    level = {"level": 0.6, "level on shards": 0.6, "level beyond": 1.5}.get(what, 0.5)
     try:
-        controller.set_sparsity_level(0.5)
+        controller.set_sparsity_level(
+            level if other else 0.5, info if "entry" in what and other else None
+        )
     except Exception:
-        assert all(map(torch.equal, before, masks(controller)))
+        assert all(map(torch.equal, before, map(local, masks(controller))))
         assert not any(
-            (i.weight[~m] != 0).any()
+            (local(i.weight)[~m] != 0).any()
             for i, m in zip(controller.sparsified_module_info, before, strict=True)
         )
         raise
@@ -355,15 +377,25 @@ def refuse(group, what):
         (
             "names",
             "ValueError",
-            r"parameters must be .* got \['3.weight \(8, 8\)', '3.bias \(8,\)'\] on rank 0",
+            r"parameters must be .* got \['3.weight \(8, 8\) torch.float32', '3.bias .* on rank 0",
         ),
-        ("names more", "ValueError", r"\['3.weight \(8, 8\)', '3.bias \(8,\)'\] on rank 1"),
+        ("names more", "ValueError", r"\['3.weight \(8, 8\) torch.float32', .* on rank 1"),
+        ("dtype", "ValueError", r"parameters must be .* torch.bfloat16.* on rank 1"),
+        ("sharded", "ValueError", r"parameters must be .* \(Shard\(dim=0\),\).* on rank 1"),
+        ("dispatch", "ValueError", "dispatch must be .* got 'auto' on rank 0 and 'dense' on"),
+        ("given", "ValueError", "whether there is a state must be the same on every rank"),
         ("create", "ValueError", "nowhere"),
         ("flipped", "RuntimeError", "the masks of '3' differ between ranks"),
         ("weight", "RuntimeError", "differ between ranks"),
         ("nan", "ValueError", "the weight of '3' holds NaN or Inf"),
         ("state", "ValueError", "without a mask there"),
         ("states", "RuntimeError", "load_state: the masks of .* differ between ranks"),
+        ("state of a step", "ValueError", r"\['scheduler_state'\] must be the same on every rank"),
+        ("level", "ValueError", "level must be .* got 0.5 on rank 0 and 0.6 on rank 1"),
+        ("level on shards", "ValueError", "level must be .* got 0.5 on rank 0 and 0.6 on rank 1"),
+        ("level beyond", "ValueError", r"level must be in \[0, 1\), got 1.5"),
+        ("entry", "ValueError", "target_sparsified_module_info must be .* None on rank 0 and '3'"),
+        ("frozen", "ValueError", "frozen must be .* got False on rank 0 and True on rank 1"),
     ],
 )
 def test_what_one_rank_has_otherwise_is_refused_by_all_that_name_it(ranks, what, kind, message):

@@ -431,3 +431,25 @@ def test_a_second_controller_on_a_weight_is_refused_and_changes_nothing():
     assert targets(model, target_scopes=["lm_head"]) == ["lm_head"]
     controller.strip_model(model)
     assert len(targets(model)) == 14
+
+
+def test_scopes_are_paths_in_the_model_whatever_wraps_it():
+    class Wrapper(nn.Module):  # as DistributedDataParallel
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+
+    for scope in ("1", "module.1", "{re}^1$"):
+        config = ts.MagnitudeSparsityConfig(
+            schedule=HALF,
+            target_scopes=[scope, "2"],
+            ignored_scopes=["2"],
+            overrides=[ts.Override(scope=scope, pattern=ts.Block(2, 2))],
+        )
+        (info,) = ts.create_controller(Wrapper(), config).sparsified_module_info
+        assert info.module_node_name == "module.1"
+        assert info.operand.pattern == ts.Block(2, 2)
+    with pytest.raises(ValueError, match="target_scopes must match a module each, got '3'"):
+        ts.create_controller(
+            Wrapper(), ts.MagnitudeSparsityConfig(schedule=HALF, target_scopes=["3"])
+        )
