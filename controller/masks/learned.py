@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.bits import packed_shape
+from ...kernels.bits import pack, packed_shape, unpack
 from ...kernels.grid import ceil_div
 from ...kernels.masked_weight import apply_mask
-from ...kernels.pattern import Pattern
+from ...kernels.pattern import Pattern, Unstructured
 from .exchange import full_masks
 from .linear import restore_class, skip_blocks
 from .shards import (
@@ -169,7 +169,7 @@ class UpdatedWeight(LearnedWeight):
 
     Where FSDP2 gathers the weight, a forward pass needs the mask of what is gathered. Of single
     elements FSDP2 gathers it too, a bit each: bytes, sharded by rows as the weight is. A grid of
-    blocks, and a mask whose rows lie otherwise, every rank has.
+    blocks, and the mask of a bias, every rank has.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -204,15 +204,18 @@ class UpdatedWeight(LearnedWeight):
             reshard(model)  # an evaluation has left an earlier mask gathered
         own = local_part(here).view(torch.uint8)
         width = self._places()[1]
-        own[:, :width].copy_(self.mask.view(len(own), width))
+        mask = pack(unpack(self.mask, self.shape[1]).T) if self.transposed else self.mask
+        own[:, :width].copy_(mask.view(len(own), width))
         self._passed = None
         return True
 
     def _mask_beside(self, model: nn.Module) -> Any:
         """Return FSDP2's record of a new parameter for the mask; None: every rank must have it."""
         part, shape = self.multiplied, self.weight_shape
-        by_rows = len(shape) > 1 and not self.transposed and self.shape[1] == self._sides()[1]
-        if not (self.packed and by_rows and (part is None or len(shape) == 2)):
+        stored = 1 if self.transposed else 0  # the side of the matrix that is stored first
+        fits = part is None or (len(shape) == 2 and not self.transposed)
+        by_rows = len(shape) > 1 and self.shape[1 - stored] == self._sides()[1 - stored]
+        if not (self.packed and by_rows and fits):
             return None
         first, width = self._places()
         padded = 8 * ceil_div(width, 8)  # bytes of which numbers of any dtype can be made
@@ -228,14 +231,18 @@ class UpdatedWeight(LearnedWeight):
 
     def _places(self) -> tuple[int, int]:
         """Return of how many rows the mask is that FSDP2 gathers, and of how many bytes each. They
-        are parted as the weight is: a convolution by its channels, experts by their number.
+        are parted as the weight is: a convolution by its channels, experts by their number, and
+        one that is stored (in, out) by its inputs.
         """
-        rows, cols = self._sides()
+        rows, cols = reversed(self._sides()) if self.transposed else self._sides()
         first = self.weight_shape[0] if self.multiplied is None else rows
         return first, rows // max(first, 1) * ceil_div(cols, 8)
 
     def readable(self, weight: Tensor) -> tuple[Tensor, Tensor, Pattern]:
-        """Return what a forward pass has of the weight as a matrix, its mask and its pattern."""
+        """Return what a forward pass has of the weight as a matrix, its mask and its pattern.
+
+        Where FSDP2 has gathered the mask the matrix is as the weight is stored.
+        """
         if not self.is_gathered:
             matrix = self.matrix(weight)
             return matrix, self.mask_for(matrix), self.kind.pattern
@@ -246,6 +253,8 @@ class UpdatedWeight(LearnedWeight):
             found: Any = self._holder._parameters["mask"]
             found = found.to_local() if is_sharded(found) else found
             mask = found.detach().view(torch.uint8)[:, : self._places()[1]]
+            if self.transposed:
+                matrix, pattern = matrix.T, Unstructured()  # as it is stored
             mask = mask.reshape(packed_shape(matrix.shape))
         return matrix, mask, pattern
 
@@ -257,8 +266,9 @@ class UpdatedWeight(LearnedWeight):
         return self.reshaped(masked, weight)
 
     def reshaped(self, matrix: Tensor, weight: Tensor) -> Tensor:
-        """Return a matrix (out, in) in the shape of what a forward pass has of the weight."""
-        return (matrix.T if self.transposed else matrix).reshape(weight.shape)
+        """Return ``readable``'s matrix in the shape of what a forward pass has of the weight."""
+        as_stored = self.is_gathered and self._passed is None
+        return (matrix.T if self.transposed and not as_stored else matrix).reshape(weight.shape)
 
     @staticmethod
     def masks_changed(owners: Sequence[Any]) -> None:

@@ -479,6 +479,35 @@ def test_a_rank_holds_the_masks_of_its_own_elements_and_an_update_gathers_none(r
             assert gathered <= -(-rows // 3) * 8 * -(-cols // 64)
 
 
+def turned():
+    layer = pytest.importorskip("transformers").pytorch_utils.Conv1D(12, 24)
+    torch.manual_seed(3)
+    nn.init.normal_(layer.weight)
+    last = nn.Sequential(nn.Linear(12, 8), nn.Tanh())
+    return nn.Sequential(nn.Linear(8, 24), nn.Sequential(layer, nn.Tanh()), last)
+
+
+TURNED = [config("sr_ste", "nm", ["1"]), config("magnitude", "tall", ["2"])]
+
+
+def train_turned(group):
+    from torch import distributed
+
+    model = sharded(turned(), group)
+    controller = ts.create_controller(model, TURNED, process_group=group)
+    speaks = distributed.get_rank(group) == 0
+    return train(model, controller, 4, speaks), masks_here(controller._weights[0])
+
+
+def test_a_weight_that_is_stored_by_inputs_has_its_mask_gathered_too(ranks):
+    model = turned()
+    wanted = train(model, ts.create_controller(model, TURNED), 4)
+    for found, (own, gathered) in ranks.run(3, train_turned):
+        check(found, wanted)
+        assert own == 12  # of 8 inputs each
+        assert gathered == 8 * 8  # its rows are of whole 8 bytes
+
+
 def count_parameters(group):
     """Return how many parameters FSDP2 gathers, as states are loaded and masks frozen."""
     from torch.distributed.fsdp import FSDPModule
