@@ -343,15 +343,15 @@ def refuse(group, what):
             info.weight[3] = 9.0 * info.operand.binary_mask[3]
         if what == "nan" and other:
             info.weight[3, 4] = torch.nan
-    state = controller.get_state()
-    own = state["magnitude_sparsity"]
-    if what == "state" and other:
-        own["weights"].pop("0")
-    if what == "states" and other:
-        own["weights"]["3"]["mask"][2, 0] ^= 1
-    if what == "state of a step" and other:
-        own["scheduler_state"]["current_step"] += 1
     if what.startswith("state"):
+        state = controller.get_state()
+        own = state["magnitude_sparsity"]
+        if what == "state" and other:
+            own["weights"].pop("0")
+        if what == "states" and other:
+            own["weights"]["3"]["mask"][2, 0] ^= 1
+        if what == "state of a step" and other:
+            own["scheduler_state"]["current_step"] += 1
         controller.load_state(state)
     if what == "frozen" and other:
         controller.freeze()
