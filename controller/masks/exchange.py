@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, distributed
 
 from ...kernels.bits import pack, unpack
-from ...kernels.block_score import exact_sums, inverse_norms, row_norms
+from ...kernels.block_score import weight_squares
 from ...kernels.cut import Others, find_cut
+from ...kernels.exact_sum import exact_sums, inverse_norms
 from ...kernels.grid import ceil_div
 from ...kernels.line_score import Piece, norm_all_
 from ...kernels.pattern import NM, Block
@@ -130,9 +131,10 @@ def norms_of_all(weights: Sequence[SparseWeight], matrices: Sequence[Tensor]) ->
     others, ranks = others_of(weights), weights[0].ranks
     counted = [True] * len(weights) if others is None else others.counted
     lines = [m.T if w.transposed else m for w, m in zip(weights, matrices, strict=True)]
-    each = zip(weights, lines, counted, strict=True)
-    norms = [row_norms(m if counts else m[:0], pieces_here(w)) for w, m, counts in each]
-    return inverse_norms(norms, ranks.most, ranks.sum)
+    own = [m if counts else m[:0] for m, counts in zip(lines, counted, strict=True)]
+    backend = weights[0].backend
+    squares = weight_squares(own, [pieces_here(weight) for weight in weights], backend)
+    return inverse_norms(squares, ranks.most, ranks.sum, backend)
 
 
 def lines_of_all(

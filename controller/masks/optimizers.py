@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from ...kernels.block_score import exact_sums, pieces_of
+from ...kernels.exact_sum import exact_sums, row_sums
 from .shards import local_part
 
 ELEMENTWISE = (
@@ -102,8 +102,8 @@ def start_returned(
     moving = (gradient if momentum is None else momentum).float().square()
     others, returned = square != 0, fresh & (own > 0)
     asked = (own, others), (moving, others), (square, others), (own, returned)
-    rows = [_line_sums(torch.where(where, of, 0), pieces) for of, where in asked]
-    counts = [_line_sums(where, pieces) for where in (others, returned)]
+    rows = [row_sums(torch.where(where, of, 0).flatten(1), pieces) for of, where in asked]
+    counts = [row_sums(where.flatten(1), pieces) for where in (others, returned)]
     *totals, many, few = sums([*rows, *counts]).unbind()
     g2, m2, v, again = (
         (total / count.clamp(min=1)).float()
@@ -119,16 +119,6 @@ def start_returned(
         share = (wanted / own).sqrt().clamp(max=1)
         first = gradient * ((share - (1 - decay)) / decay).clamp(min=0)
         momentum.add_(torch.where(fresh & (own > 0), first, 0).to(momentum.dtype))
-
-
-def _line_sums(values: Tensor, pieces: int | None) -> Tensor:
-    """Return the sum of each piece of each line, float64."""
-    lines = values.flatten(1)
-    pieces = pieces_of(lines.shape[1]) if pieces is None else pieces
-    lines = lines.reshape(len(lines) * pieces, lines.shape[1] // max(pieces, 1))
-    if len(lines) == 1:  # a single sum would be parted among threads
-        return lines.expand(2, -1).sum(1, dtype=torch.float64)[:1]
-    return lines.sum(1, dtype=torch.float64)
 
 
 def _decay(optimizer: Optimizer, weight: nn.Parameter) -> float:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from ...kernels.block_score import pieces_of
+from ...kernels.exact_sum import pieces_of
 from ...kernels.grid import ceil_div
 from ...kernels.launch import PLAIN
 from ...kernels.pattern import NM, Block, Pattern, grid_shape

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.block_score import row_sums
+from ...kernels.exact_sum import row_sums
 from ...kernels.pattern import Pattern, Unstructured
 from ...kernels.squares import convolution_squares
 from ...kernels.table import alike
@@ -153,7 +153,7 @@ class Scorer:
             lines = values.T if weight.transposed and not groups else values
             # groups one by one: those of a piece of a line may be of two ranks
             pieces = values.shape[1] if groups else pieces_here(weight)
-            parts = (row_sums(lines[at], pieces) for at in rows_at_a_time(lines))
+            parts = (row_sums(lines[at].abs(), pieces) for at in rows_at_a_time(lines))
             sums.append(torch.cat([values.new_empty(0, dtype=torch.float64), *parts]))
             sizes.append(math.prod(weight.full_grid if per_group else weight.weight_shape))
         totals = sums_of_each(weights, sums, sizes)
