@@ -204,8 +204,11 @@ def compact_mask(pattern, shape):
     return torch.from_numpy(compact.copy()).to(DEVICE)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+# each pattern with two shapes that it does not divide, and each shape with three patterns
+SHAPED = [(p, SHAPES[(i + j) % len(SHAPES)]) for i, p in enumerate(PATTERNS) for j in (0, 2, 3)]
+
+
+@pytest.mark.parametrize(("pattern", "shape"), SHAPED, ids=str)
 def test_masks_equal_the_references_to_the_bit(pattern, shape):
     weight, logits, grad = make(shape, pattern)
     mask = compact_mask(pattern, shape)

@@ -105,10 +105,22 @@ def tiles(request, monkeypatch):
         use_small_tiles(monkeypatch)
 
 
+# every two of a view, whether bits are packed, and the size of tiles together
+VIEWED = [
+    *(("contiguous", True, "large tiles"), ("contiguous", False, "small tiles")),
+    *(("transposed", False, "large tiles"), ("transposed", True, "small tiles")),
+    *(("mixed", True, "large tiles"), ("mixed", False, "small tiles")),
+]
+
+
 @pytest.mark.usefixtures("poisoned_memory", "tiles")
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "bool"])
-@pytest.mark.parametrize("view", ["contiguous", "transposed", "mixed"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "view", "packed", "tiles"),
+    # all views of one dtype; the keys of all are float32
+    [(dtype, *case) for dtype in DTYPES for case in VIEWED[4 * (dtype != torch.float32) :]],
+    indirect=["tiles"],
+    ids=str,
+)
 def test_exactly_the_first_of_the_equal_are_kept(dtype, view, packed):
     tensors = tied(SHAPES, dtype, view)
     for k in levels(tensors):
@@ -118,8 +130,9 @@ def test_exactly_the_first_of_the_equal_are_kept(dtype, view, packed):
 
 
 @pytest.mark.usefixtures("poisoned_memory", "tiles")
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "bool"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "packed"), [(dtype, dtype == torch.float32) for dtype in DTYPES], ids=str
+)
 def test_keys_are_float32_products(dtype, packed):
     tensors = tied(SHAPES, dtype, "mixed")
     scales = scales_for(tensors)
@@ -178,8 +191,9 @@ def test_a_selected_threshold_prunes_exactly_k(packed, backend):
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "bool"])
 def test_a_threshold_a_tensor_prunes_each_by_itself(packed, backend):
     tensors = tied(SHAPES, view="mixed")
-    for share in (0, 0.3, 0.7, 1):
-        ks = [round(share * t.numel()) for t in tensors]
+    for first in (0, 2):  # each tensor of another share, and then of yet another
+        shares = [(0, 0.3, 1, 0.7)[(i + first) % 4] for i in range(len(tensors))]
+        ks = [round(share * t.numel()) for share, t in zip(shares, tensors, strict=True)]
         own = [threshold_for([t], k) for t, k in zip(tensors, ks, strict=True)]
         each = Threshold(*map(torch.stack, zip(*own, strict=True)))
         masks = make_mask(tensors, each, packed=packed, backend=backend)

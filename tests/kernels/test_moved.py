@@ -48,12 +48,19 @@ def subjects(pattern, dtype, share):
     return weights, masks
 
 
+# all and nothing of what is moved alike, of blocks and of elements
+SHARES = {"some": 0.5, "all kept": 2.0, "none kept": -1.0}
+CASES = [
+    *((pattern, "some") for pattern in PATTERNS),
+    *((Block(2, 4), "all kept"), (Block(2, 4), "none kept"), (Unstructured(), "none kept")),
+]
+
+
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("share", [0.5, 2.0, -1.0], ids=["some", "all kept", "none kept"])
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize(("pattern", "kept"), CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_list_is_taken_and_put_back_as_each_weight_would_be(dtype, pattern, share):
-    weights, masks = subjects(pattern, dtype, share)
+def test_a_list_is_taken_and_put_back_as_each_weight_would_be(dtype, pattern, kept):
+    weights, masks = subjects(pattern, dtype, SHARES[kept])
     before = [bits(w).clone() for w in weights]
     copies = [w.clone() for w in weights]
     want = [take_pruned(w, m, pattern) for w, m in zip(copies, masks, strict=True)]

@@ -37,8 +37,12 @@ def by_hand(tensor, k):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "bool"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "packed"),
+    # bits are packed when all are float32
+    [(dtype, dtype != torch.float16) for dtype in DTYPES],
+    ids=str,
+)
 def test_each_row_loses_its_lowest(dtype, packed, backend, poisoned_memory):
     many = 9 if INTERPRET else 40  # a program takes a row
     sizes = [(1, 1), (7, 13), (many, 8), (5, 64), (3, 65), (2, 4100), (many, 1)]

@@ -29,13 +29,17 @@ def assert_selects(tensors, ks, scales=None, **options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "scaled"),
+    # all are float32 before they are scaled
+    [(dtype, dtype == torch.float32) for dtype in DTYPES],
+    ids=str,
+)
 def test_each_threshold_is_that_of_its_tensor(dtype, scaled, backend):
     sizes = [(1, 1), (7, 13), (64, 65), (0, 5), (3, 3)]
     tensors = [randn(*size, seed=i).to(dtype) for i, size in enumerate(sizes)]
     scales = torch.tensor([0.3, 2.0, 1e-20, 1.0, 0.0], device=DEVICE) if scaled else None
-    for share in (0, 0.01, 0.5, 0.99, 1):
+    for share in (0, 0.01, 0.99, 1):
         assert_selects(
             tensors, [round(share * t.numel()) for t in tensors], scales, backend=backend
         )

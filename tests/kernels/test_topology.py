@@ -53,9 +53,17 @@ def by_hand(mask, pattern):
     return *zip(by_length, (index for _, index in lists), strict=True), wide, narrow
 
 
-@pytest.mark.parametrize("kind", ["some", "all", "none", "empty lines", "skewed"])
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("pattern", [Block(64, 128), Block(256, 32)], ids=str)
+KINDS = ["some", "all", "none", "empty lines", "skewed"]
+# by the first most grids are bundled along columns, by the second along rows; of each grid every
+# kind is bundled one way or the other
+BUNDLED = [Block(64, 128), Block(256, 32)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "grid", "kind"),
+    [(BUNDLED[(i + j) % 2], g, k) for i, g in enumerate(GRIDS) for j, k in enumerate(KINDS)],
+    ids=str,
+)
 def test_lists_are_what_loops_over_the_blocks_give(grid, kind, pattern):
     mask = make(grid, kind)
     got = block_topology(mask, pattern)
@@ -151,7 +159,7 @@ def masks_of(kind):
 def test_a_list_of_masks_gets_the_lists_of_each_in_place(pattern):
     topologies = block_topologies(masks_of("all"), pattern)
     addresses = [[t.data_ptr() for t in topology] for topology in topologies]
-    for kind in ("none", "skewed") if INTERPRET else ("some", "none", "skewed"):
+    for kind in ("skewed",) if INTERPRET else ("some", "none", "skewed"):
         masks = masks_of(kind)
         got = block_topologies(masks, pattern, out=topologies)
         assert all(a is b for a, b in zip(got, topologies, strict=True))

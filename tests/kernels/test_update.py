@@ -83,10 +83,10 @@ def test_a_refused_update_changes_nothing():
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_groups_that_move_keep_every_count(pattern):
     config = ts.SETConfig(pattern=pattern, level=0.5, t_end=100, delta_t=2, alpha=0.5)
-    controller = ts.create_controller(model(6), config)
+    controller = ts.create_controller(model(3), config)
     kept = [info.operand.kept for info in controller.sparsified_module_info]
     before = [info.operand.mask.clone() for info in controller.sparsified_module_info]
-    for _ in range(4):
+    for _ in range(3):
         controller.scheduler.step()
     infos = controller.sparsified_module_info
     assert [info.operand.kept for info in infos] == kept
