@@ -634,8 +634,15 @@ def compile_pruned(arch, width, *, count, packed, broad, index=tl.int32):
 @pytest.mark.aot
 @pytest.mark.parametrize("packed", [False, True], ids=["blocks", "packed"])
 @pytest.mark.parametrize("count", [False, True], ids=["clear", "count"])
-@pytest.mark.parametrize("index", [tl.int32, tl.int64], ids=str)
-@pytest.mark.parametrize(("arch", "width"), [(80, 16), (90, 16), (90, 32), (100, 16)])
+@pytest.mark.parametrize(
+    ("arch", "width", "index"),
+    [
+        *((arch, 16, tl.int32) for arch in aot.ARCHITECTURES),
+        (90, 32, tl.int32),
+        (90, 16, tl.int64),
+    ],
+    ids=str,
+)
 def test_lists_move_16_bytes_at_a_time(arch, width, index, count, packed):
     compiled = compile_pruned(arch, width, count=count, packed=packed, broad=True, index=index)
     aot.assert_lean(compiled, arch)

@@ -121,8 +121,7 @@ def test_the_threshold_is_the_kth_smallest_key(dtype, scaled, backend):
 
 
 @pytest.mark.usefixtures("small_samples")
-@pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "scaled"), [(d, d == torch.float32) for d in DTYPES], ids=str)
 def test_a_sample_does_not_change_the_answer(dtype, scaled, backend):
     tensors = [randn(20, 333, seed=1).to(dtype), randn(2000, seed=2).to(dtype), randn(9).to(dtype)]
     scales = torch.tensor([0.3, 2.0, 1.0], device=DEVICE) if scaled else None
@@ -322,10 +321,10 @@ def test_dense_views_are_not_copied():
 def test_many_tensors_and_types_make_one_list(backend, monkeypatch):
     # more than a program looks at together, some of them not aligned
     monkeypatch.setattr(search_triton, "_SEARCH", 16)
-    tensors = [randn(8 + i % 5, seed=i).to(DTYPES[i % len(DTYPES)])[i % 3 :] for i in range(50)]
+    tensors = [randn(8 + i % 5, seed=i).to(DTYPES[i % len(DTYPES)])[i % 3 :] for i in range(34)]
     tensors[20] = randn(3000)
     total = sum(t.numel() for t in tensors)
-    scales = torch.arange(50, device=DEVICE) / 20
+    scales = torch.arange(34, device=DEVICE) / 20
     assert_selects(tensors, total // 2, backend=backend)
     assert_selects(tensors, total // 2, scales, backend=backend)
 
@@ -415,8 +414,7 @@ class Ranks:
 
 
 @pytest.mark.usefixtures("small_samples")
-@pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "scaled"), [(d, d != torch.float32) for d in DTYPES], ids=str)
 def test_ranks_select_over_all_of_their_tensors(dtype, scaled, backend):
     # one large enough to be sampled, one not, one with nothing
     ranks = [
@@ -614,14 +612,14 @@ ELEMENTS = {  # what is loaded, bytes, scaled, pattern, bins
 @pytest.mark.aot
 @pytest.mark.skipif(INTERPRET, reason="the interpreter replaces the compiler")
 @pytest.mark.parametrize(
-    ("arch", "variant"),
+    ("arch", "variant", "elements"),
+    # all of them for one device, what is common for each
     [
-        *((90, f"aligned {read}") for read in ("full", "repair", "sample")),
-        *((90, f"generic {read}") for read in ("full", "sample")),
-        *((arch, f"aligned {read}") for arch in (80, 100) for read in ("full", "sample")),
+        *((90, f"aligned {read}", of) for of in ELEMENTS for read in ("full", "repair", "sample")),
+        *((90, f"generic {read}", of) for of in ELEMENTS for read in ("full", "sample")),
+        *((arch, "aligned full", of) for arch in (80, 100) for of in ELEMENTS),
     ],
 )
-@pytest.mark.parametrize("elements", ELEMENTS)
 def test_elements_are_read_16_bytes_at_a_time(arch, elements, variant):
     aligned, read = variant.startswith("aligned"), variant.split()[1]
     loaded, size, scaled, pattern, bins = ELEMENTS[elements]
@@ -686,7 +684,7 @@ def test_pairs_are_counted_as_bins_are(dtype):
     (launch,) = search_triton._launches(tensors, 1)
     keys = torch.cat(tensors).cpu().view(torch.int16).int() & 0x7FFF
     found = keys.unique().tolist()
-    some = found[1 :: 6 if INTERPRET else 3]
+    some = found[1 :: 12 if INTERPRET else 3]
     for lo, width in [(0, 1), (0, 2), *((key - n, 2) for key in some for n in (0, 1))]:
         for tied in (False, True):
             hi = lo + width

@@ -322,15 +322,19 @@ def compile_selection(arch, pattern, dtype, aligned, what):
 @pytest.mark.aot
 @pytest.mark.skipif(INTERPRET, reason="the interpreter replaces the compiler")
 @pytest.mark.parametrize(
-    ("pattern", "dtype"),
+    ("arch", "pattern", "dtype"),
+    # all of them for one device, what is common for each
     [
-        *((pattern, dtype) for pattern in (NM(2, 4), TRANSPOSABLE) for dtype in ("fp32", "bf16")),
-        (NM(4, 8), "bf16"),
-        (NM(16, 32), "bf16"),
+        *(
+            (90, pattern, kind)
+            for pattern in (NM(2, 4), TRANSPOSABLE)
+            for kind in ("fp32", "bf16")
+        ),
+        *((90, NM(4, 8), "bf16"), (90, NM(16, 32), "bf16")),
+        *((arch, pattern, "bf16") for arch in (80, 100) for pattern in (NM(2, 4), TRANSPOSABLE)),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_weight_is_read_once_in_16_byte_loads(arch, pattern, dtype):
     compiled = compile_selection(arch, pattern, dtype, True, "mask")
     loads = compiled.global_loads()
