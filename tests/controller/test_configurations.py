@@ -324,7 +324,7 @@ def dictionary(chance):
 
 
 @pytest.mark.parametrize(
-    "seeds", [range(1500), pytest.param(range(1500, 2500), marks=pytest.mark.slow)], ids=str
+    "seeds", [range(750), pytest.param(range(750, 1250), marks=pytest.mark.slow)], ids=str
 )
 def test_a_configuration_builds_what_trains_or_is_refused_by_name(seeds):
     trained = 0
@@ -340,7 +340,7 @@ def test_a_configuration_builds_what_trains_or_is_refused_by_name(seeds):
 
 
 @pytest.mark.parametrize(
-    "seeds", [range(500), pytest.param(range(500, 1000), marks=pytest.mark.slow)], ids=str
+    "seeds", [range(250), pytest.param(range(250, 500), marks=pytest.mark.slow)], ids=str
 )
 def test_a_dictionary_builds_what_trains_or_is_refused_by_name(seeds):
     for seed in seeds:

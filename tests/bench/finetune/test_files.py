@@ -29,7 +29,7 @@ QUICK = Options(
     threads=1,
 )
 # FOLDERS=4000 spoils more of them
-CASES = int(os.environ.get("FOLDERS", "150"))
+CASES = int(os.environ.get("FOLDERS", "75"))
 
 
 class Killed(BaseException):

@@ -296,9 +296,11 @@ def paces(optimizer, config, pattern, updates=3):
     return found
 
 
-@both
-@patterns
-@pytest.mark.parametrize("name", OPTIMISERS)
+# each optimiser under both configurations and both patterns, of which it knows nothing
+PACED = [(name, CONFIGS[i], pattern) for name in OPTIMISERS for i, pattern in enumerate(PATTERNS)]
+
+
+@pytest.mark.parametrize(("name", "config", "pattern"), PACED, ids=str)
 def test_what_returns_moves_as_the_others_do(config, pattern, name):
     found = paces(OPTIMISERS[name], config, pattern)
     assert len(found) == 3 * 2 * 20

@@ -29,9 +29,7 @@ ALGORITHMS = {
         ),
     ),
     "wanda": ts.MagnitudeSparsityConfig(weight_importance="wanda", schedule=HALF),
-    "snip": ts.MagnitudeSparsityConfig(weight_importance="snip", schedule=HALF),
     "snip_momentum": ts.MagnitudeSparsityConfig(weight_importance="snip_momentum", schedule=HALF),
-    "set": ts.SETConfig(level=0.5, t_end=20, delta_t=4),
     "rigl": ts.RigLConfig(level=0.5, t_end=20, delta_t=4, pattern=BLOCKS),
     "rb": ts.RBSparsityConfig(pattern=BLOCKS, schedule=HALF),
     "movement": ts.MovementSparsityConfig(
