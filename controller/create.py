@@ -29,6 +29,7 @@ from .masks.targets import Whereabouts, weights_of
 from .masks.weight import SparseModuleInfo, Target, restore_
 from .nncf import ConfigLike, parse_config
 from .selection.criteria import check_sharded
+from .selection.scorer import needs
 
 
 def create_controller(
@@ -69,8 +70,8 @@ def create_controller(
         stages: the ranks have stages of a pipeline, each its own weights, under the names that
             they have in the whole model: these are one pool, by rank and then in module order. A
             weight that several ranks have is one. ``sparsified_module_info`` has those of other
-            stages too, of no rows here. Stages may be sharded themselves, before this, for const
-            and for magnitude by "abs", "normed_abs" and "random".
+            stages too, of no rows here. Stages may be sharded themselves, before this, but not
+            under rb and movement.
 
     Raises:
         ValueError, TypeError: the configuration, a weight or the state does not fit, see the
@@ -97,7 +98,7 @@ def create_controller(
         told = {"stages": stages, "dispatch": dispatch, "backend": backend}
         told |= {"whether there is a state": state is not None}
         ranks.check_alike("create_controller", told | _told(model, configs, stages=stages))
-    elsewhere = None
+    every, elsewhere = [], None
     if stages:
         every = ranks.gather(Whereabouts.of(model))
         elsewhere = Whereabouts(*([*chain(*lists)] for lists in zip(*every, strict=True)))
@@ -111,7 +112,7 @@ def create_controller(
         _check_disjoint(targets, configs)
         _check_covered(model, configs, targets)
     if stages:
-        targets = [on_stages(found, ranks, device) for found in targets]
+        targets = [on_stages(found, ranks, device, every) for found in targets]
         _check_parts(configs, targets)
     with ranks.together(device):
         options = {"backend": backend, "dispatch": dispatch, "ranks": ranks}
@@ -164,18 +165,29 @@ def _told(model: nn.Module, configs: Sequence[AlgorithmConfig], *, stages: bool)
 
 
 def _check_parts(configs: Sequence[AlgorithmConfig], targets: Sequence[Sequence[Target]]) -> None:
-    """Refuse what would send within a stage of a pipeline alone, where it is sharded itself."""
+    """Refuse what does not go with stages of a pipeline that are sharded themselves."""
     for config, found in zip(configs, targets, strict=True):
-        parts = [target.name for target in found if target.part is not None]
-        name, importance = algorithm_of(config).name, getattr(config, "weight_importance", "abs")
-        covered = name in ("magnitude_sparsity", "const_sparsity")
-        if parts and not (covered and importance in ("abs", "normed_abs", "random")):
-            chosen = name if not covered else f"weight_importance={importance!r}"
+        algorithm = algorithm_of(config)
+        importance: Any = getattr(config, "weight_importance", "abs")
+        by_function = not isinstance(importance, str) and "gradients" in needs(importance)
+        for target in found:
+            part = target.part
+            if part is None:
+                continue
+            if algorithm.controller.learns:
+                refused = f"{algorithm.name}, whose scores would be sharded"
+            elif algorithm.name == "rigl" and target.holders != target.replicas:
+                refused = "rigl with a weight that several stages have"
+            elif importance == "fisher" and part.straddles:
+                refused = "weight_importance='fisher' with blocks that lie on two ranks"
+            elif by_function and part.leaves_out:
+                refused = "a function of gradients with a shard of no rows"
+            else:
+                continue
             raise ValueError(
-                "create_controller: stages=True with stages that are sharded themselves must be "
-                "of const, or of magnitude by 'abs', 'normed_abs' or 'random', got "
-                f"{chosen} and a DTensor for {parts[0]!r}; give each stage a process_group, for "
-                "pools of their own"
+                "create_controller: stages=True with stages that are sharded themselves must not "
+                f"be of {refused}, got that for {target.name!r}; give each stage a process_group, "
+                "for pools of their own"
             )
 
 

@@ -114,6 +114,9 @@ class RigLController(SETController):
             self._overdue = True
             return False
         self._average(self._whole)
+        for weight in known_anywhere(growing, self._dense.known):
+            if weight.absent:  # of which other ranks have a gradient, and this one no elements
+                self._dense.known.setdefault(weight.name, torch.zeros_like(weight.weight))
         self._overdue = not super()._regrow(step)
         return not self._overdue
 
@@ -307,4 +310,4 @@ class _Taker:
 
 def _holds_sum(weight: SparseWeight) -> bool:
     """Tell whether a sum over stages of a pipeline, which a state has, is to be held here."""
-    return not weight.on_stage or weight.shard is None or weight.shard.counted
+    return not weight.on_stage or weight.is_first_stage

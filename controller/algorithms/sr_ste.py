@@ -93,9 +93,8 @@ class RefinedWeight(UpdatedWeight):
         Where several stages have the weight, whose gradients are added up, the first pulls.
         """
         weight: Any = self.follow()
-        copied = self.on_stage and self.shard is not None and not self.shard.counted
         here = weight.to_local() if is_sharded(weight) else weight
-        matrix = self.matrix(here.detach() if copied else here)
+        matrix = self.matrix(here if self.is_first_stage else here.detach())
         mask = self.mask_for(matrix)
         rest = matrix - apply_mask(matrix, mask, self.kind.pattern, backend=self.backend)
         return rest.to(torch.promote_types(rest.dtype, torch.float32)).square().sum()

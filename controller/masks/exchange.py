@@ -22,6 +22,7 @@ from ...kernels.line_score import Piece, norm_all_
 from ...kernels.pattern import NM, Block
 from ...kernels.prune_rows import Part
 from ...kernels.regrow import drop_lowest, grow_highest
+from ...kernels.search import Reduce
 from .names import canonical
 from .shards import Shard, local_rows
 from .weight import SparseWeight
@@ -196,8 +197,32 @@ def sums_of_all(weight: SparseWeight, rows: Sequence[Tensor]) -> Tensor:
     """
     if weight.shard is None or not weight.in_parts:
         return exact_sums(rows)
-    own = [row if weight.shard.counted else row[:0] for row in rows]
-    return exact_sums(own, weight.ranks.most, weight.ranks.sum)
+    speaks, most, add = within(weight)
+    return exact_sums([row if speaks else row[:0] for row in rows], most, add)
+
+
+def within(weight: SparseWeight) -> tuple[bool, Reduce, Reduce]:
+    """Return how the ranks that have parts of a weight add up what each has: whether this one
+    speaks for its part, the greatest of a tensor, and its sum, both in place. Of a weight on
+    stages of a pipeline only the ranks of this stage take part.
+    """
+    shard, ranks = weight.shard, weight.ranks
+    assert shard is not None
+    if not weight.target.holders:
+        return shard.counted, ranks.most, ranks.sum
+    mesh: Any = cast(Any, weight.weight).device_mesh
+    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+
+    def over(kind: Any) -> Reduce:
+        def reduce(tensor: Tensor) -> Tensor:
+            for group in groups:
+                distributed.all_reduce(tensor, kind, group)
+            return tensor
+
+        return reduce
+
+    kinds = distributed.ReduceOp
+    return shard.speaks, over(kinds.MAX), over(kinds.SUM)
 
 
 def local_masks(weights: Sequence[SparseWeight], masks: Sequence[Tensor]) -> list[Tensor]:
@@ -382,7 +407,7 @@ def known_anywhere(weights: Sequence[SparseWeight], names: Collection[str]) -> l
     pipeline, which must all call this, among any rank's.
     """
     own = {canonical(name) for name in names}
-    if any(weight.on_stage for weight in weights):
+    if any(weight.target.holders for weight in weights):
         # who speaks for a weight is asked
         here = [w for w in weights if w.shard is not None and w.shard.counted]
         told = [name for w in here if (name := canonical(w.name)) in own]
@@ -407,9 +432,9 @@ def from_stage(weight: SparseWeight, tensor: Tensor, shape: Sequence[int]) -> Te
 
 
 def over_stages(weight: SparseWeight, tensor: Tensor) -> Tensor:
-    """Return the sum over the stages of a pipeline that have a weight of what each has for it, the
-    same on all of them; of another rank, which must call this too, its own tensor. Whole tensors
-    are sent, between these stages alone.
+    """Return the sum over the stages of a pipeline that have a weight of what each has for it, of
+    replicas of a stage their mean, the same on all of them; of another rank, which must call this
+    too, its own tensor. Whole tensors are sent, between these stages alone.
     """
     ranks, holders = weight.ranks, weight.target.holders
     if len(holders) == 1:
@@ -420,7 +445,9 @@ def over_stages(weight: SparseWeight, tensor: Tensor) -> Tensor:
     sent = given.repeat(len(holders)) if size else given[:0]
     got = torch.empty_like(sent)
     distributed.all_to_all_single(got, sent, sizes, sizes, ranks.group)
-    return tensor if weight.absent else got.view(len(holders), *tensor.shape).sum(0)
+    if weight.absent:
+        return tensor
+    return got.view(len(holders), *tensor.shape).sum(0).div_(len(weight.target.replicas))
 
 
 def _gathered(

@@ -124,8 +124,7 @@ class ScoredWeight(LearnedWeight):
         """
         scores: Any = self.scores
         if not is_sharded(scores):
-            copied = self.on_stage and self.shard is not None and not self.shard.counted
-            return self._trained(scores.detach() if copied else scores)
+            return self._trained(scores if self.is_first_stage else scores.detach())
         self.follow()
         return self._trained(scores.to_local())
 

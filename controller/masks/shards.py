@@ -90,6 +90,8 @@ class Shard:
         side: which of those side by side.
         ranks: those, in the controller's group, that have the parts, by side and place.
         counted: this rank speaks for the part; others may hold copies.
+        elsewhere: other stages of a pipeline have the last part, which is of no rows.
+        speaks: it does so among the ranks of the weight's mesh.
         copies: how often the group holds the weight.
         pattern: of the full matrix.
         on_stages: of a pipeline: the weight is whole wherever it is.
@@ -105,6 +107,8 @@ class Shard:
     copies: int
     pattern: Pattern
     on_stages: bool = False
+    elsewhere: bool = False
+    speaks: bool = True
 
     @property
     def peers(self) -> tuple[int, ...]:
@@ -175,8 +179,9 @@ class Shard:
 
     @property
     def leaves_out(self) -> bool:
-        """True where some rank has nothing."""
-        return any(a == b for ends in (self.bounds, self.edges) for a, b in pairwise(ends))
+        """True where some rank has nothing, of those that have the weight."""
+        bounds = self.bounds[:-1] if self.elsewhere else self.bounds
+        return any(a == b for ends in (bounds, self.edges) for a, b in pairwise(ends))
 
     @property
     def tail(self) -> int:
@@ -285,6 +290,7 @@ def shard_of(
         counted=not any(copied) and having[0] in members,
         copies=len(having) // parts,
         pattern=pattern,
+        speaks=not any(copied),
     )
 
 
@@ -325,6 +331,7 @@ def part_of_stage(shard: Shard, *, here: bool) -> Shard:
         place=shard.place if here else len(shard.bounds) - 1,
         side=shard.side if here else 0,
         counted=shard.counted and here,
+        elsewhere=True,
     )
 
 

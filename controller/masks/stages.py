@@ -16,6 +16,7 @@ from torch import nn
 from .names import canonical
 from .ranks import Ranks, fingerprint
 from .shards import Shard, is_sharded, local_part, part_of_stage, shard_of
+from .targets import Whereabouts
 from .weight import SparseWeight, Target
 
 
@@ -35,9 +36,20 @@ class _Place(NamedTuple):
     parameter: str
 
 
-def on_stages(targets: Sequence[Target], ranks: Ranks, device: torch.device) -> list[Target]:
+def on_stages(
+    targets: Sequence[Target],
+    ranks: Ranks,
+    device: torch.device,
+    everywhere: Sequence[Whereabouts],
+) -> list[Target]:
     """Return the targets of all ranks, by rank and then in the order of their modules. Ranks that
     have one of the same name have copies of one weight. All ranks must call this.
+
+    Args:
+        targets: of this rank.
+        ranks: those of all stages.
+        device: for what is sent.
+        everywhere: of each rank; those that have the same have one stage.
 
     Raises:
         ValueError: weights of one name differ; there is none; one is sharded otherwise than masks
@@ -77,9 +89,11 @@ def on_stages(targets: Sequence[Target], ranks: Ranks, device: torch.device) -> 
         if name not in here:
             rank, place = places[name]
             module = stand_ins.setdefault((rank, place.module), nn.Module())
-            here[name] = _stand_in(found, module, place.parameter, device)
+            here[name] = _stand_in(found, module, place.parameter, device, parts.get(name))
         held = tuple(holders[name])
-        targets.append(replace(here[name], holders=held, part=parts.get(name)))
+        copies = tuple(rank for rank in held if everywhere[rank] == everywhere[held[0]])
+        own = {"holders": held, "replicas": copies, "part": parts.get(name)}
+        targets.append(replace(here[name], **own))
     return targets
 
 
@@ -138,12 +152,21 @@ def _known_of(target: Target) -> _Known:
     return _Known(of_none, tuple(weight.shape), weight.dtype, is_sharded(weight))
 
 
-def _stand_in(known: _Known, module: nn.Module, parameter: str, device: torch.device) -> Target:
+def _stand_in(
+    known: _Known,
+    module: nn.Module,
+    parameter: str,
+    device: torch.device,
+    part: Shard | None,
+) -> Target:
     """Return the target of a weight that is on other stages alone; it becomes a parameter of a
-    module that has none of it.
+    module that has none of it, of no rows, and as many columns as the ``part`` that it is.
     """
     target, shape, dtype, _ = known
-    nothing = (*shape[:-1], 0) if target.transposed else (0, *shape[1:])
+    if part is not None and len(shape) == 2:
+        nothing = part.sides[::-1] if target.transposed else part.sides
+    else:
+        nothing = (*shape[:-1], 0) if target.transposed else (0, *shape[1:])
     empty = torch.empty(nothing, dtype=dtype, device=device)
     module.register_parameter(parameter, nn.Parameter(empty, requires_grad=False))
     return replace(target, users=((module, parameter),), absent_shape=shape)

@@ -64,6 +64,7 @@ class Target:
         experts: it is one matrix an expert.
         minimum_level, maximum_level: limits of its level; None: the default of all.
         holders: the ranks that have it, of those that have stages of a pipeline; none: all.
+        replicas: of these, all that have the stage of the first.
         absent_shape: its shape, where it is on other stages alone, and here of no rows.
         part: what is here of it, where its stage is sharded itself.
     """
@@ -76,6 +77,7 @@ class Target:
     minimum_level: float = 0.0
     maximum_level: float | None = None
     holders: tuple[int, ...] = ()
+    replicas: tuple[int, ...] = ()
     absent_shape: tuple[int, ...] | None = None
     part: Shard | None = None
 
@@ -402,6 +404,13 @@ class SparseWeight(GroupMask):
     def holds_zeros(self) -> bool:
         """True where the parameter is zero wherever the mask prunes: not while it is learned."""
         return True
+
+    @property
+    def is_first_stage(self) -> bool:
+        """True where no earlier stage of a pipeline has it: who adds up the gradients of a weight
+        over its stages wants what is added to these once.
+        """
+        return not self.target.holders or self.ranks.rank in self.target.replicas
 
     @property
     def binary_mask(self) -> Tensor:

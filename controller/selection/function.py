@@ -65,8 +65,9 @@ def found_by_function(
     for weight, own, (minus_least, most, grouped) in zip(weights, found, ends, strict=True):
         rows, across = weight.full_grid if grouped else weight.full_shape
         check_asked(function, weight.name, -minus_least, most, several=rows * across > 1)
-        nothing = torch.empty(0, across, device=device)
-        importances.append(own or Importance(nothing, per_group=bool(grouped)))
+        if own is None:
+            own = _of_none(weight, bool(grouped), device)
+        importances.append(own)
     return importances
 
 
@@ -125,6 +126,13 @@ def _of_all_ranks(evidence: Evidence, weight: SparseWeight) -> Evidence:
         input_norm=None if norm is None else replicated(whole, norm),
         groups=(slice(None), slice(None)),
     )
+
+
+def _of_none(weight: SparseWeight, grouped: bool, device: torch.device) -> Importance:
+    """Return the importances of a weight that other stages have, of no rows."""
+    assert weight.shard is not None
+    cols = weight.shard.groups[1] if grouped else weight.shard.here[1]
+    return Importance(torch.empty(0, cols.stop - cols.start, device=device), per_group=grouped)
 
 
 def _ends(found: Importance | None, device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ from ..masks.exchange import (
     pieces_here,
     sums_of_each,
     sums_of_parts,
+    within,
 )
 from ..masks.names import canonical
 from ..masks.schema import Maybe, Schema, tensor
@@ -279,9 +280,11 @@ class Scorer:
         finite = torch.stack([here[0].new_zeros(()), *ends]).isfinite().all()
         if overflowed is not None:
             finite &= (overflowed == 0).all()
-        if not by_optimizer and any(is_sharded(gradient) for _, gradient in used):
+        sharded = [weight for weight, gradient in used if is_sharded(gradient)]
+        if not by_optimizer and sharded:
             # a scaler may have kept the optimiser from the step, as a shard elsewhere overflowed
-            finite = self._weights[0].ranks.sum((~finite).long()) == 0
+            _, _, add = within(sharded[0])
+            finite = add((~finite).long()) == 0
         for weight, gradient in used:
             name, matrix = weight.name, weight.matrix
             values, slopes = matrix(weight.weight.detach()), matrix(gradient.detach())
