@@ -20,7 +20,7 @@ from ...kernels.bits import pack, packed_shape, unpack
 from ...kernels.grid import ceil_div
 from ...kernels.masked_weight import apply_mask
 from ...kernels.pattern import Pattern, Unstructured
-from .exchange import full_masks
+from .exchange import full_masks, known_anywhere
 from .linear import restore_class, skip_blocks
 from .shards import (
     dimensions_of,
@@ -275,9 +275,12 @@ class UpdatedWeight(LearnedWeight):
         """Gather the masks of shards, where forward passes need those of what is gathered."""
         SparseWeight.masks_changed(owners)
         gathered = [weight for weight in owners if weight.is_gathered and not weight.frozen]
-        moved = [weight for weight in gathered if not weight._gather_mask()]
+        # of weights on another stage of a pipeline this rank cannot know
+        alone = {weight.name for weight in gathered if not weight._gather_mask()}
+        moved: Any = known_anywhere([weight for weight in owners if weight.in_parts], alone)
         for weight, grid in zip(moved, full_masks(moved) if moved else (), strict=True):
-            weight._pass(grid)
+            if not weight.absent:
+                weight._pass(grid)
 
     def _become_sharded(self, weight: Any) -> None:
         mask = self._compact(self.kept_grid()).clone()
