@@ -68,7 +68,8 @@ def on_stages(
             places.setdefault(name, (rank, place))
             if known.setdefault(name, found) != found:
                 first, other = (
-                    f"{one.target.pattern} of {one.dtype} {one.shape} on rank {of}"
+                    f"{one.target.pattern} of {one.dtype} {one.shape}"
+                    f"{', sharded' if one.sharded else ''} on rank {of}"
                     for one, of in ((known[name], holders[name][0]), (found, rank))
                 )
                 raise ValueError(

@@ -368,7 +368,8 @@ def learned_config(how):
         rb = ts.RBSparsityConfig(seed=5, schedule=None, **local, **some)
         return [rb, ts.MovementSparsityConfig(pool="weight", **more)]
     if how == "sr_ste":
-        return ts.SRSTEConfig(level=0.4, decay=0.1, ignored_scopes=["4"])
+        blocks = ({"scope": "0", "pattern": PATTERNS["blocks"]},)
+        return ts.SRSTEConfig(level=0.4, decay=0.1, overrides=blocks, ignored_scopes=["4"])
     return ts.MovementSparsityConfig(
         warmup_start_epoch=1,
         warmup_end_epoch=3,
