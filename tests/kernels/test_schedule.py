@@ -218,7 +218,7 @@ def test_a_plan_is_the_same_every_time():
 @pytest.mark.parametrize(
     ("sides", "tokens", "processors"),
     # short tiles and long ones
-    [((64, 64), 96, 3), ((64, 64), 600, 16), ((32, 32), 96, 16), ((32, 32), 600, 3)],
+    [((64, 64), 96, 3), ((64, 64), 330, 16), ((32, 32), 96, 16), ((32, 32), 330, 3)],
     ids=str,
 )
 def test_the_weight_gradient_does_as_planned(sides, tokens, processors, monkeypatch):
