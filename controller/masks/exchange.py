@@ -23,7 +23,6 @@ from ...kernels.pattern import NM, Block
 from ...kernels.prune_rows import Part
 from ...kernels.regrow import drop_lowest, grow_highest
 from ...kernels.search import Reduce
-from ...kernels.table import alike
 from .names import canonical
 from .shards import Shard, local_rows
 from .weight import SparseWeight
@@ -503,14 +502,9 @@ def whole_grids(weights: Sequence[SparseWeight]) -> list[Tensor]:
         if weight.shard.counted:
             grid[weight.shard.groups] = own_groups(weight, weight.mask)
         grids.append(grid)
-    return _added_up(grids, weights[0].ranks.sum)
-
-
-def _added_up(grids: Sequence[Tensor], add: Reduce) -> list[Tensor]:
-    """Return bool grids of which each rank has some groups, in one reduction: one bit a group."""
     parts = [pack(grid) for grid in grids]
     # no two ranks count one bit, so that a sum carries none
-    summed = add(torch.cat([part.view(-1) for part in parts]))
+    summed = weights[0].ranks.sum(torch.cat([part.view(-1) for part in parts]))
     found = zip(summed.split([part.numel() for part in parts]), parts, grids, strict=True)
     return [unpack(own.view(part.shape), grid.shape[1]) for own, part, grid in found]
 
@@ -524,32 +518,12 @@ def full_grids(weights: Sequence[Any], grids: Sequence[Tensor]) -> list[Tensor]:
 
 def full_masks(weights: Sequence[SparseWeight]) -> list[Tensor]:
     """Return bool grids of full weights, which are sharded: one bit a group is gathered, of all
-    weights in one exchange. Of weights on stages of a pipeline it is added up within this stage,
-    as no other knows which of them FSDP2 gathers.
+    weights in one exchange.
     """
-    if any(weight.target.holders for weight in weights):
-        return _grids_within(weights)
     grids = [own_groups(weight, weight.kept_grid()).contiguous() for weight in weights]
     shards = [shard for weight in weights if (shard := weight.shard)]
     sizes = [tuple([cut.stop - cut.start for cut in of] for of in _groups(s)) for s in shards]
     return _full_grids(weights, grids, sizes)
-
-
-def _grids_within(weights: Sequence[SparseWeight]) -> list[Tensor]:
-    """Return bool grids of full weights, which the stage that is here has in parts."""
-    found: dict[SparseWeight, Tensor] = {}
-    for at in alike(cast(Any, weight.weight).device_mesh for weight in weights).values():
-        members, grids = [weights[i] for i in at], []
-        for weight in members:
-            assert weight.shard is not None
-            grid = weight.mask.new_zeros(weight.shard.grid, dtype=torch.bool)
-            if weight.shard.speaks:
-                grid[weight.shard.groups] = own_groups(weight, weight.kept_grid())
-            grids.append(grid)
-        _, _, add = within(members[0])
-        wholes = zip(members, _added_up(grids, add), strict=True)
-        found |= {weight: weight.whole_grid(grid) for weight, grid in wholes}
-    return [found[weight] for weight in weights]
 
 
 def _full_grids(
