@@ -28,9 +28,9 @@ PIECES = 16  # of a line
 CPU_CHUNK = 2**19
 # between which float32 holds a sum of squares well
 _LEAST, _MOST = 2.0**-60, 2.0**120
-# numbers that a program adds up, and at a time; the bits of the greatest: 2^24 such may be added
+# numbers that a program adds up, and at a time; the bits of the greatest: 2^28 such may be added
 _SUM = {"CHUNK": 2**14, "BLOCK": 1024}
-_BITS = 38
+_BITS = 34
 
 
 def pieces_of(length: int) -> int:
@@ -153,7 +153,7 @@ def exact_sums(
         vectors: float64, contiguous, not negative.
         most, add: the greatest, and the sum, of float64 or int64 vectors of several ranks, which
             have the other numbers; None: all are here.
-        counts: how many numbers at most each has on all ranks; None: 2^24.
+        counts: how many numbers at most each has on all ranks; None: 2^28.
         backend: of two launches for all vectors, or some operators for each; the same bits. The
             former is for ``counts=None``.
 

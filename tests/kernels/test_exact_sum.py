@@ -123,6 +123,15 @@ def test_ranks_that_add_up_have_the_sums_of_one_process(backend):
     torch.testing.assert_close(want, exact, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_as_many_numbers_as_experts_have_do_not_overflow(backend):
+    """384 experts of 4096 x 7168 in segments of 64, all as great: here are few of the numbers."""
+    numbers = 384 * 4096 * 7168 // 64
+    here = torch.full((384,), 2 - 2.0**-52, dtype=torch.float64, device=DEVICE)
+    sums = exact_sums([here], lambda own: own, lambda own: own * (numbers // 384), backend=backend)
+    assert sums.tolist() == [pytest.approx(2 * numbers, rel=1e-9)]
+
+
 @pytest.mark.skipif(not ON_TRITON, reason="compares the kernel with plain torch")
 @pytest.mark.parametrize("scale", [1.0, 2.0**-600, 2.0**500])
 def test_the_kernel_adds_up_what_plain_torch_does(scale):
