@@ -176,7 +176,7 @@ def _check_parts(configs: Sequence[AlgorithmConfig], targets: Sequence[Sequence[
                 continue
             if algorithm.controller.learns:
                 refused = f"{algorithm.name}, whose scores would be sharded"
-            elif algorithm.name == "rigl" and target.holders != target.replicas:
+            elif algorithm.name == "rigl" and len(target.stages) > 1:
                 refused = "rigl with a weight that several stages have"
             elif importance == "fisher" and part.straddles:
                 refused = "weight_importance='fisher' with blocks that lie on two ranks"

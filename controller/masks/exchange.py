@@ -447,7 +447,9 @@ def over_stages(weight: SparseWeight, tensor: Tensor) -> Tensor:
     distributed.all_to_all_single(got, sent, sizes, sizes, ranks.group)
     if weight.absent:
         return tensor
-    return got.view(len(holders), *tensor.shape).sum(0).div_(len(weight.target.replicas))
+    found = dict(zip(holders, got.view(len(holders), *tensor.shape), strict=True))
+    stages = [torch.stack([found[rank] for rank in stage]) for stage in weight.target.stages]
+    return torch.stack([replicas.mean(0) for replicas in stages]).sum(0)
 
 
 def _gathered(

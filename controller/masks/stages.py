@@ -85,6 +85,7 @@ def on_stages(
     _check_copies(here, parts, copied, ranks)
     # weights of one module are so here too
     stand_ins: dict[tuple[int, int], nn.Module] = {}
+    alike = [everywhere.index(one) for one in everywhere]  # the first rank of the same stage
     targets = []
     for name, found in known.items():
         if name not in here:
@@ -92,8 +93,11 @@ def on_stages(
             module = stand_ins.setdefault((rank, place.module), nn.Module())
             here[name] = _stand_in(found, module, place.parameter, device, parts.get(name))
         held = tuple(holders[name])
-        copies = tuple(rank for rank in held if everywhere[rank] == everywhere[held[0]])
-        own = {"holders": held, "replicas": copies, "part": parts.get(name)}
+        stages: dict[int, list[int]] = {}
+        for rank in held:
+            stages.setdefault(alike[rank], []).append(rank)
+        by_stage = tuple(map(tuple, stages.values()))
+        own = {"holders": held, "stages": by_stage, "part": parts.get(name)}
         targets.append(replace(here[name], **own))
     return targets
 

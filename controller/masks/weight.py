@@ -64,7 +64,7 @@ class Target:
         experts: it is one matrix an expert.
         minimum_level, maximum_level: limits of its level; None: the default of all.
         holders: the ranks that have it, of those that have stages of a pipeline; none: all.
-        replicas: of these, all that have the stage of the first.
+        stages: these by stage: several that have the same one are replicas of it.
         absent_shape: its shape, where it is on other stages alone, and here of no rows.
         part: what is here of it, where its stage is sharded itself.
     """
@@ -77,7 +77,7 @@ class Target:
     minimum_level: float = 0.0
     maximum_level: float | None = None
     holders: tuple[int, ...] = ()
-    replicas: tuple[int, ...] = ()
+    stages: tuple[tuple[int, ...], ...] = ()
     absent_shape: tuple[int, ...] | None = None
     part: Shard | None = None
 
@@ -410,7 +410,7 @@ class SparseWeight(GroupMask):
         """True where no earlier stage of a pipeline has it: who adds up the gradients of a weight
         over its stages wants what is added to these once.
         """
-        return not self.target.holders or self.ranks.rank in self.target.replicas
+        return not self.target.holders or self.ranks.rank in self.target.stages[0]
 
     @property
     def binary_mask(self) -> Tensor:
