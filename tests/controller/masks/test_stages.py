@@ -309,7 +309,7 @@ def train(model, controller, steps, group=None):
     infos = [info for info in controller.sparsified_module_info if not info.operand.absent]
     paths = {info.module_node_name: info.operand.path for info in infos}
     here, counts, *_ = outcome(controller)
-    state = controller.get_state()
+    state = saved, controller.get_state()
     x, layer = inputs("0"), dict(model.named_children()).get("0")
     stripped = controller.strip(do_copy=False)
     assert layer is None or torch.equal(stripped.get_submodule("0")(x), layer(x))
