@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ranks import mesh_of
+from ranks import LocalAdamW, mesh_of
 from torch import nn
 
 import triton_sparsity as ts
@@ -287,7 +287,7 @@ def train(model, controller, steps, group=None):
     the fourth step a state has the gradients of an update that is due.
     """
     here = [*model.parameters()]
-    optimizer = torch.optim.AdamW(here, lr=0.05, foreach=False) if here else None
+    optimizer = LocalAdamW(here, lr=0.05, foreach=False) if here else None
     tied = dict(model.named_children()).get("1")
     for step in range(steps):
         controller.scheduler.step()
@@ -394,7 +394,7 @@ def learn(model, controller, steps, group=None):
     scores = {*controller.parameters()}
     own = [p for p in model.parameters() if p not in scores]
     groups = [{"params": own}, {"params": [*scores], "lr": 1.0, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.03, foreach=False) if own else None
+    optimizer = LocalAdamW(groups, lr=0.03, foreach=False) if own else None
     tied = [p for n, p in model.named_parameters() if n.startswith("1.")]
     losses, states = [], []
     for step in range(steps):
