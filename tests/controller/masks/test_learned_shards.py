@@ -242,7 +242,7 @@ def train_shards(group, how, steps, state=None, hybrid=False, wrap_first=False):
     ("how", "size", "wrap_first"),
     [
         *((("rb", "tall"), 1, False), (("algorithms",), 2, True)),
-        *((("soft", "tall"), 3, False), (("soft", "blocks"), 2, True)),
+        *((("soft", "tall"), 2, False), (("soft", "blocks"), 2, True)),
         *((("patterns",), 3, False), (("sr_ste",), 2, False)),
     ],
 )

@@ -161,6 +161,16 @@ def both(one, other):
     return [config(*one, layers=["0", "3"]), config(*other, layers=["1", "2", "4"])]
 
 
+def evidence():
+    """Return configurations whose criteria look at passes; one is of layers on two stages."""
+    return [
+        config("blocks", "taylor", layers=["0", "3"]),
+        config("blocks", "wanda", "row", layers=["1"]),
+        config("unstructured", "snip_momentum", layers=["2"]),
+        config("unstructured", "fisher", layers=["4"]),
+    ]
+
+
 @pytest.mark.parametrize(
     ("hows", "size", "ties"),
     [
@@ -237,21 +247,19 @@ def prune_sharded_stages(group, chosen, kind, ties):
 
 
 @pytest.mark.parametrize(
-    ("kind", "hows", "ties"),
+    ("kind", "chosen", "ties"),
     [
-        ("fsdp", [("large", "abs"), ("unstructured", "normed_abs")], True),
-        ("fsdp", [("blocks", "taylor"), ("unstructured", "snip_momentum")], False),
-        ("fsdp", [("blocks", "wanda", "row"), ("unstructured", "fisher")], False),
-        ("tensor", [("blocks", "abs", "row")], True),
+        ("fsdp", both(("large", "abs"), ("unstructured", "normed_abs")), True),
+        ("fsdp", evidence(), False),
+        ("tensor", [config("blocks", "abs", "row")], True),
         (
             "tensor",
-            [("blocks", by_rows, "weight"), ("unstructured", "wanda", "weight", "owl")],
+            both(("blocks", by_rows, "weight"), ("unstructured", "wanda", "weight", "owl")),
             False,
         ),
     ],
 )
-def test_stages_that_are_sharded_themselves_are_one_pool_too(ranks, kind, hows, ties):
-    chosen = both(*hows) if len(hows) == 2 else config(*hows[0])
+def test_stages_that_are_sharded_themselves_are_one_pool_too(ranks, kind, chosen, ties):
     model = net(torch.bfloat16 if ties else torch.float32, ties)
     controller = ts.create_controller(model, chosen, dispatch="sparse")
     wanted, states = prune(model, controller)
@@ -260,7 +268,7 @@ def test_stages_that_are_sharded_themselves_are_one_pool_too(ranks, kind, hows, 
     check([outcomes for outcomes, *_ in found], wanted)
     for _, own, skips in found:
         assert same(own, states)
-        assert (skips > 0) == (hows[0][0] == "large")  # of large blocks
+        assert (skips > 0) == (chosen[0].pattern == PATTERNS["large"])
 
 
 def holed():
