@@ -175,6 +175,8 @@ class UpdatedWeight(LearnedWeight):
     def __init__(self, *args: Any, **options: Any) -> None:
         self._passed: Tensor | None = None  # that of what FSDP2 gathers, where every rank has it
         self._gathered: Any = None  # FSDP2's record of the mask
+        # on stages of a pipeline: whether the ranks that have it gather its mask whole, once told
+        self._moves_whole: bool | None = None
         # has it in the place of the weight's module: it is no parameter of the model, which could
         # not be given a gradient, and would count in an optimiser's state
         self._holder = nn.Module()
@@ -275,10 +277,16 @@ class UpdatedWeight(LearnedWeight):
         """Gather the masks of shards, where forward passes need those of what is gathered."""
         SparseWeight.masks_changed(owners)
         gathered = [weight for weight in owners if weight.is_gathered and not weight.frozen]
-        # of weights on another stage of a pipeline this rank cannot know
-        alone = {weight.name for weight in gathered if not weight._gather_mask()}
-        moved: Any = known_anywhere([weight for weight in owners if weight.in_parts], alone)
-        for weight, grid in zip(moved, full_masks(moved) if moved else (), strict=True):
+        moved = {weight for weight in gathered if not weight._gather_mask()}
+        staged = [weight for weight in owners if weight.in_parts and weight.target.holders]
+        if any(weight._moves_whole is None for weight in staged):
+            # of a weight on another stage of a pipeline this rank cannot know; it stays so
+            told = known_anywhere(staged, {weight.name for weight in moved})
+            for weight in staged:
+                weight._moves_whole = weight in told
+        moved |= {w for w in staged if w.absent and w._moves_whole and not w.frozen}
+        ordered = [weight for weight in owners if weight in moved]
+        for weight, grid in zip(ordered, full_masks(ordered) if ordered else (), strict=True):
             if not weight.absent:
                 weight._pass(grid)
 

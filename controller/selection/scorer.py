@@ -349,13 +349,15 @@ class Scorer:
         sums: Sums = {}
         real = _RealTokens(attention_mask)
         handles = []
-        if attention_mask is not None:
-            handles.append(model.register_forward_pre_hook(real, with_kwargs=True))
         try:
-            for weight in (weight for weight in self._weights if not weight.absent):
-                hook = _measure(weight, sums, real)
-                handles.append(weight.module.register_forward_hook(hook, with_kwargs=True))
-            yield
+            # what is raised on one rank is on all: they would wait for its sums
+            with self._weights[0].ranks.together(self._weights[0].weight.device):
+                if attention_mask is not None:
+                    handles.append(model.register_forward_pre_hook(real, with_kwargs=True))
+                for weight in (weight for weight in self._weights if not weight.absent):
+                    hook = _measure(weight, sums, real)
+                    handles.append(weight.module.register_forward_hook(hook, with_kwargs=True))
+                yield
         finally:
             for handle in handles:
                 handle.remove()

@@ -328,10 +328,16 @@ def refuse(group, what):
         model.bfloat16()
     if what == "create" and other:
         config = ts.MagnitudeSparsityConfig(schedule=schedule(), ignored_scopes=["nowhere"])
+    if what == "inputs":
+        none_yet = schedule(initial=0.0)
+        config = ts.MagnitudeSparsityConfig(schedule=none_yet, weight_importance="wanda")
     given = {"dispatch": "dense"} if what == "dispatch" and other else {}
     if what == "given" and other:
         given = {"state": {}}
     controller = ts.create_controller(model, config, process_group=group, **given)
+    if what == "inputs":
+        with controller.calibration():
+            model(torch.ones(2, 8 if other else 16))
     controller.scheduler.step()
     info = controller.sparsified_module_info[2]
     with torch.no_grad():
@@ -391,6 +397,7 @@ def refuse(group, what):
         ("state", "ValueError", "without a mask there"),
         ("states", "RuntimeError", "load_state: the masks of .* differ between ranks"),
         ("state of a step", "ValueError", r"\['scheduler_state'\] must be the same on every rank"),
+        ("inputs", "RuntimeError", r"mat1 and mat2 shapes cannot be multiplied \(2x8"),
         ("level", "ValueError", "level must be .* got 0.5 on rank 0 and 0.6 on rank 1"),
         ("level on shards", "ValueError", "level must be .* got 0.5 on rank 0 and 0.6 on rank 1"),
         ("level beyond", "ValueError", r"level must be in \[0, 1\), got 1.5"),
