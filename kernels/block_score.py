@@ -18,9 +18,10 @@ from torch import Tensor
 
 from .exact_sum import (
     CPU_CHUNK,
+    PIECES,
+    Places,
     in_pieces,
     inverse_norms,
-    pieces_of,
     row_squares,
     segment_of,
     segment_squares,
@@ -204,10 +205,11 @@ def _launch(
     *,
     squared: bool = False,
     scored: bool = True,
-    segments: Sequence[int] | None = None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the scores, parts of one tensor, and of each weight the sums of squares of segments
-    of this many elements of its lines; of none where that is 0.
+    pieces: Sequence[int | None] | None = None,
+    normed: bool = False,
+) -> tuple[list[Tensor], Places]:
+    """Return the scores, parts of one tensor, and where the sums of squares are, if ``normed``.
+    Without scores lines are in so many ``pieces``.
     """
     first, own = weights[0], Matrices.of(weights)
     down, across = ceil_div(own.rows, rows), ceil_div(own.cols, cols)
@@ -220,7 +222,21 @@ def _launch(
     sizes = down * across if scored else np.zeros_like(down)
     starts = first_of(ceil_div(sizes, 16) * 16)
     scores = first.new_empty(int((starts + sizes).max()), dtype=torch.float32)
-    segment = np.zeros_like(down) if segments is None else np.array(segments)
+    parts = np.where(C % PIECES == 0, PIECES, 1)
+    if pieces is not None:
+        parts = np.array([own if n is None else n for n, own in zip(pieces, parts, strict=True)])
+    length = C // np.maximum(parts, 1)
+    segment = segment_of(length) * normed
+    if scored:
+        # a tile of scores holds whole segments, or adds up none
+        fits = (length % np.maximum(segment, 1) == 0) & (segment >= MAX_BLOCK_SIDE // 4)
+        segment = np.where(fits, segment, np.where(parts == 1, MAX_BLOCK_SIDE, 0)) * normed
+    elif ((parts != 1) & (R > 1) & (stride_r != C * stride_c)).any():
+        lines = [w.T if turn else w for w, turn in zip(weights, turned, strict=True)]
+        rows_of = [in_pieces(m, n) for m, n in zip(lines, parts.tolist(), strict=True)]
+        return _launch(rows_of, 1, 1, scored=False, pieces=[1] * len(lines), normed=normed)
+    else:
+        R, C, stride_r = R * parts, length, np.where(parts == 1, stride_r, length * stride_c)
     sums = R * ceil_div(C, np.maximum(segment, 1)) * (segment > 0)
     square_starts = first_of(sums)
     squares = first.new_empty(int(sums.sum()), dtype=torch.float64)
@@ -259,7 +275,8 @@ def _launch(
                 )
     grids = zip(down.tolist(), across.tolist(), starts.tolist(), strict=True)
     found = [scores.as_strided((i, j), (j, 1), start) for i, j, start in grids] if scored else []
-    return found, list(squares.split(sums.tolist()))
+    places = Places([squares], squares.data_ptr() + 8 * square_starts, sums)
+    return found, places
 
 
 def _launch_one(weight: Tensor, rows: int, cols: int, squared: bool) -> Tensor:
@@ -377,21 +394,9 @@ def weight_squares(
     pieces = [None] * len(weights) if pieces is None else pieces
     if not _runs_triton("weight_squares", weights, backend):
         return [row_squares(w, n) for w, n in zip(weights, pieces, strict=True)]
-    lines = [w.T if w.stride(0) < w.stride(1) else w for w in weights]
-    matrices = [in_pieces(m, n) for m, n in zip(lines, pieces, strict=True)]
-    segments = [segment_of(matrix.shape[1]) for matrix in matrices]
-    return _launch(matrices, 1, 1, scored=False, segments=segments)[1]
-
-
-def _segment_beside(weight: Tensor) -> int:
-    """Return the segments of ``weight_squares`` where these are whole in the tiles by which a
-    weight is scored, so that one read of it does for both; else 0.
-    """
-    length = weight.shape[0] if weight.stride(0) < weight.stride(1) else weight.shape[1]
-    piece = length // pieces_of(length)
-    if piece % (segment := segment_of(piece)) == 0 and segment >= MAX_BLOCK_SIDE // 4:
-        return segment
-    return MAX_BLOCK_SIDE if piece == length else 0
+    _, places = _launch(weights, 1, 1, scored=False, pieces=pieces, normed=True)
+    (squares,) = places.held
+    return list(squares.split(places.length.tolist()))
 
 
 @torch.no_grad()
@@ -401,7 +406,7 @@ def block_scores(
     """Score every block of a list of weights, as ``block_score``, without a gradient.
 
     On a GPU one launch for all weights of one dtype (one more for those stored transposed, and
-    with norms for each kind of segments), and two for their norms. Each weight is read once, for
+    with norms for each kind of segments), and three for their norms. Each weight is read once, for
     both; twice where neither its lines nor their sixteenths are whole segments of 64.
 
     Args:
@@ -423,15 +428,12 @@ def block_scores(
     scored = not isinstance(pattern, Unstructured)
     rows, cols = pattern.rows, pattern.cols
     on_triton = _runs_triton("block_scores", weights, backend)
+    if on_triton and normed:
+        return _scores_and_norms(weights, rows, cols, scored=scored)
     if not scored:
-        found, squares = list(weights), weight_squares(weights, None, backend) if normed else []
+        found, squares = list(weights), weight_squares(weights, None, "torch") if normed else []
     elif on_triton:
-        segments = [_segment_beside(weight) for weight in weights] if normed else None
-        found, squares = _launch(weights, rows, cols, segments=segments)
-        apart = [place for place, segment in enumerate(segments or ()) if not segment]
-        rest = weight_squares([weights[place] for place in apart], None, backend) if apart else ()
-        for place, sums in zip(apart, rest, strict=True):
-            squares[place] = sums
+        return _launch(weights, rows, cols)[0], None
     elif not weights[0].is_cpu or takes_kernels(weights[0].device):
         found = [block_score_reference(w, pattern, squared=False) for w in weights]
         squares = weight_squares(weights, None, "torch") if normed else []
@@ -441,6 +443,17 @@ def block_scores(
             parts = [weight.new_empty(0, dtype=torch.float64)]  # all of an empty one
             found.append(_in_chunks(weight, rows, cols, False, parts if normed else None))
             squares.append(torch.cat(parts))
-    if not normed:
-        return found, None
-    return found, inverse_norms(squares, backend="auto" if on_triton else "torch")
+    return found, inverse_norms(squares) if normed else None
+
+
+def _scores_and_norms(
+    weights: Sequence[Tensor], rows: int, cols: int, *, scored: bool
+) -> tuple[list[Tensor], Tensor]:
+    found, places = _launch(weights, rows, cols, scored=scored, normed=True)
+    apart = np.flatnonzero(places.length == 0).tolist() if scored else []
+    if apart:
+        some = [weights[place] for place in apart]
+        _, rest = _launch(some, 1, 1, scored=False, normed=True)
+        places.address[apart], places.length[apart] = rest.address, rest.length
+        places = places._replace(held=[*places.held, *rest.held])
+    return found if scored else list(weights), inverse_norms(places)

@@ -10,8 +10,8 @@ Reading order: pieces -> sums of a piece in plain torch -> sums of all -> kernel
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,16 +21,15 @@ from .grid import ceil_div
 from .launch import FUSED, Backend, on_device, tl, triton, use_triton
 from .pattern import MAX_BLOCK_SIDE
 from .search import Reduce
-from .table import addresses, device_table
+from .table import Column, addresses, device_table
 
 PIECES = 16  # of a line
 # elements: a chunk and its squares stay in the cache between the passes over them
 CPU_CHUNK = 2**19
 # between which float32 holds a sum of squares well
 _LEAST, _MOST = 2.0**-60, 2.0**120
-# numbers that a program adds up, and at a time; the bits of the greatest: 2^28 such may be added
-_SUM = {"CHUNK": 2**14, "BLOCK": 1024}
-_BITS = 34
+# numbers that a program adds up, and at a time; bits of the greatest, of which 2^28 may be added
+_SUM = {"CHUNK": 2**14, "BLOCK": 1024, "BITS": 34}
 
 
 def pieces_of(length: int) -> int:
@@ -40,14 +39,14 @@ def pieces_of(length: int) -> int:
     return PIECES if length % PIECES == 0 else 1
 
 
-def segment_of(length: int) -> int:
-    """Return how many neighbours in a piece of this length a kernel adds up by themselves, a power
+def segment_of(length: Column) -> Column:
+    """Return how many neighbours in pieces of these lengths a kernel adds up by themselves, powers
     of two. The last segment may be shorter.
     """
-    common = math.gcd(length, MAX_BLOCK_SIDE)
-    if common >= MAX_BLOCK_SIDE // 4:
-        return common
-    return min(MAX_BLOCK_SIDE, 1 << (length - 1).bit_length())
+    common = np.gcd(length, MAX_BLOCK_SIDE)
+    most = np.clip(length, 1, MAX_BLOCK_SIDE)
+    above = np.left_shift(1, np.ceil(np.log2(most)).astype(np.int64))
+    return np.where(common >= MAX_BLOCK_SIDE // 4, common, above)
 
 
 def in_pieces(matrix: Tensor, pieces: int | None = None) -> Tensor:
@@ -117,8 +116,26 @@ def _by_pairs(matrix: Tensor) -> Tensor:
     return matrix.sum(1)
 
 
+class Places(NamedTuple):
+    """Where vectors of float64 lie on a device.
+
+    Attributes:
+        held: what they are parts of.
+        address, length: of each.
+    """
+
+    held: Sequence[Tensor]
+    address: Column
+    length: Column
+
+    @classmethod
+    def of(cls, vectors: Sequence[Tensor]) -> Places:
+        lengths = np.fromiter((vector.numel() for vector in vectors), np.int64, len(vectors))
+        return cls(vectors, addresses(vectors), lengths)
+
+
 def inverse_norms(
-    squares: Sequence[Tensor],
+    squares: Sequence[Tensor] | Places,
     most: Reduce | None = None,
     add: Reduce | None = None,
     backend: Backend = "torch",
@@ -127,12 +144,17 @@ def inverse_norms(
     where float32 ends.
 
     Args:
-        squares: of each weight what ``row_squares`` returns, or of some of its rows.
+        squares: of each weight what ``row_squares`` returns, or of some of its rows. ``Places``
+            are for kernels, of one process.
         most, add, backend: as ``exact_sums``'s.
 
     Returns:
         float32 ``(len(squares),)``.
     """
+    if isinstance(squares, Places):
+        return _norms_at(squares)
+    if most is None and use_triton("inverse_norms", backend, squares[0]):
+        return _norms_at(Places.of(squares))
     norms = exact_sums(squares, most, add, backend=backend).sqrt()
     # scores that are not finite are refused
     return norms.where(norms > 0, 1).reciprocal().float()
@@ -161,13 +183,18 @@ def exact_sums(
         float64 ``(len(vectors),)``; NaN where a number is NaN or Inf.
     """
     by_kernel = counts is None and use_triton("exact_sums", backend, vectors[0])
-    peaks = _launch(vectors).view(torch.float64) if by_kernel else _peaks(vectors)
+    places = Places.of(vectors) if by_kernel else None
+    peaks = _peaks(vectors) if places is None else _launch(places).amax(1).view(torch.float64)
     peaks = peaks.where(peaks.isfinite(), torch.inf)
     peaks = peaks if most is None else most(peaks)
-    bits = _BITS if counts is None else peaks.new_tensor([62 - n.bit_length() for n in counts])
+    bits = (
+        _SUM["BITS"] if counts is None else peaks.new_tensor([62 - n.bit_length() for n in counts])
+    )
     shifts = bits - torch.frexp(peaks.where(peaks.isfinite(), 0)).exponent
-    units = _power(shifts)
-    totals = _launch(vectors, units) if by_kernel else _totals(vectors, units)
+    if places is None:
+        totals = _totals(vectors, _power(shifts))
+    else:
+        totals = _launch(places, peaks.view(torch.int64)[:, None]).sum(1)
     totals = totals if add is None else add(totals)
     return (totals.double() * _power(-shifts)).where(peaks.isfinite(), torch.nan)
 
@@ -214,34 +241,61 @@ def segment_squares(values, SEGMENT: tl.constexpr):
     return tl.where(peaks < 0x7F800000, sums, float("inf"))  # [rows, SEGMENTS]
 
 
+@triton.jit
+def _most(peak_ptr, parts, BLOCK: tl.constexpr, BITS: tl.constexpr):
+    """Return the greatest of some bits, and by what power of two that becomes one of ``BITS``."""
+    found = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, parts, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        found = tl.maximum(found, tl.load(peak_ptr + offs, mask=offs < parts, other=0))
+    peak = tl.max(found)
+    finite = (peak > 0) & (peak < 0x7FF0000000000000)
+    return peak, tl.where(finite, BITS + 1022 - (peak >> 52), BITS)
+
+
+@triton.jit
+def _power_of_two(exponent):
+    """Return 2^n in float64."""
+    bits = (tl.minimum(tl.maximum(exponent, -1022), 1023) + 1023) << 52
+    return bits.to(tl.float64, bitcast=True)
+
+
 # A table's columns: programs, the vector's address, its length.
 
 
-@triton.jit(do_not_specialize=["programs"])
+@triton.jit(do_not_specialize=["programs", "parts"])
 def _exact_sum_kernel(
     table_ptr,
-    unit_ptr,
+    peak_ptr,
     out_ptr,
     programs,
+    parts,
     N: tl.constexpr,
     SUMMED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
 ):
-    """Find the bits of the greatest of a chunk of a vector, or its sum in multiples of a unit."""
+    """Find the bits of the greatest of a chunk of a vector, or its sum in multiples of what the
+    greatest of the vector says, of which there are ``parts``.
+    """
     INFINITY: tl.constexpr = 0x7FF0000000000000
     vector, part = tl.program_id(0) // programs, tl.program_id(0) % programs
     value_ptr = tl.load(table_ptr + N + vector).to(tl.pointer_type(tl.int64))
     length = tl.load(table_ptr + 2 * N + vector)
     found = tl.zeros((BLOCK,), tl.int64)
     first = part.to(tl.int64) * CHUNK
+    unit = tl.full((), 1.0, tl.float64)
+    if SUMMED:
+        _, shift = _most(peak_ptr + vector * parts, parts, BLOCK, BITS)
+        unit = _power_of_two(shift)
     for start in range(first, tl.minimum(first + CHUNK, length), BLOCK):
         offs = start + tl.arange(0, BLOCK)
         bits = tl.load(value_ptr + offs, mask=offs < length, other=0)  # [BLOCK]
         bits &= 0x7FFFFFFFFFFFFFFF  # of a NaN with a sign
         if SUMMED:
             finite = tl.where(bits < INFINITY, bits, 0)
-            scaled = finite.to(tl.float64, bitcast=True) * tl.load(unit_ptr + vector)
+            scaled = finite.to(tl.float64, bitcast=True) * unit
             # beyond 2^52 there are whole numbers alone
             found += (scaled + 4503599627370496.0 - 4503599627370496.0).to(tl.int64)
         else:
@@ -250,22 +304,58 @@ def _exact_sum_kernel(
     tl.store(out_ptr + tl.program_id(0), tl.sum(found) if SUMMED else tl.max(found))
 
 
-def _launch(vectors: Sequence[Tensor], units: Tensor | None = None) -> Tensor:
-    """Return ``_peaks``' bits, or ``_totals``; int64."""
-    lengths = np.fromiter(map(len, vectors), np.int64, len(vectors))
-    programs = max(1, ceil_div(int(lengths.max()), _SUM["CHUNK"]))
-    with on_device(vectors[0]):
-        columns = programs, addresses(vectors), lengths
-        table, total = device_table(vectors[0].device, columns)
-        found = vectors[0].new_empty(len(vectors), programs, dtype=torch.int64)
+@triton.jit(do_not_specialize=["parts"])
+def _inverse_norm_kernel(
+    peak_ptr, total_ptr, out_ptr, parts, BLOCK: tl.constexpr, BITS: tl.constexpr
+):
+    """Do what ``inverse_norms`` does of the greatest and the sums of a vector's chunks."""
+    vector = tl.program_id(0)
+    peak, shift = _most(peak_ptr + vector * parts, parts, BLOCK, BITS)
+    found = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, parts, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        found += tl.load(total_ptr + vector * parts + offs, mask=offs < parts, other=0)
+    norm = tl.sqrt(tl.sum(found).to(tl.float64) * _power_of_two(-shift))
+    held = (norm > 0) & (peak < 0x7FF0000000000000)
+    tl.store(out_ptr + vector, (1.0 / tl.where(held, norm, 1.0)).to(tl.float32))
+
+
+def _launch(places: Places, peaks: Tensor | None = None) -> Tensor:
+    """Return of each chunk of each vector ``_peaks``' bits, or ``_totals``' where these are given
+    of chunks or of vectors; int64 ``(vectors, chunks)``, ``chunks`` as the longest has.
+    """
+    first = places.held[0]
+    programs = max(1, ceil_div(int(places.length.max()), _SUM["CHUNK"]))
+    with on_device(first):
+        columns = programs, places.address, places.length
+        table, total = device_table(first.device, columns)
+        found = first.new_empty(len(places.length), programs, dtype=torch.int64)
         _exact_sum_kernel[(total,)](
             table,
-            vectors[0] if units is None else units,
+            found if peaks is None else peaks,
             found,
             programs,
+            1 if peaks is None else peaks.shape[1],
             N=table.shape[1],
-            SUMMED=units is not None,
+            SUMMED=peaks is not None,
             **_SUM,
             **FUSED,
         )
-    return found.amax(1) if units is None else found.sum(1)
+    return found
+
+
+def _norms_at(places: Places) -> Tensor:
+    peaks = _launch(places)
+    totals = _launch(places, peaks)
+    found = peaks.new_empty(len(peaks), dtype=torch.float32)
+    with on_device(found):
+        _inverse_norm_kernel[(len(peaks),)](
+            peaks,
+            totals,
+            found,
+            peaks.shape[1],
+            BLOCK=_SUM["BLOCK"],
+            BITS=_SUM["BITS"],
+            **FUSED,
+        )
+    return found

@@ -312,7 +312,9 @@ def test_the_weight_is_read_once_and_16_bytes_at_a_time(arch, dtype, block):
 def launches(monkeypatch):
     """Note the name of every kernel that is launched."""
     names = []
-    for owner, name in ((module, "_block_score_kernel"), (exact_sum, "_exact_sum_kernel")):
+    names_of = {module: ["_block_score_kernel"]}
+    names_of[exact_sum] = ["_exact_sum_kernel", "_inverse_norm_kernel"]
+    for owner, name in ((owner, name) for owner, own in names_of.items() for name in own):
         kernel = getattr(owner, name)
 
         def noted(grid, kernel=kernel, name=name):
@@ -387,9 +389,9 @@ def test_a_norm_whose_inverse_float32_does_not_hold_is_inf(backend):
 
 
 @pytest.mark.skipif(not ON_TRITON, reason="counts launches of the kernels")
-def test_a_list_is_one_launch_and_two_for_the_norms(launches):
+def test_a_list_is_one_launch_and_three_for_the_norms(launches):
     weights = [make((33, 33 + i)) for i in range(9)]
-    norms = ["_exact_sum_kernel"] * 2
+    norms = [*["_exact_sum_kernel"] * 2, "_inverse_norm_kernel"]
     block_scores(weights, Block(4, 8), normed=True)
     assert launches == ["_block_score_kernel", *norms]
     launches.clear()

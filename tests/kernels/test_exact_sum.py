@@ -10,7 +10,9 @@ from triton_sparsity.kernels import block_score
 from triton_sparsity.kernels import exact_sum as module
 from triton_sparsity.kernels.block_score import block_scores, weight_squares
 from triton_sparsity.kernels.exact_sum import (
+    Places,
     exact_sums,
+    inverse_norms,
     pieces_of,
     row_squares,
     row_sums,
@@ -57,7 +59,7 @@ def test_squares_are_those_of_a_weight(dtype, backend):
 def test_the_kernel_adds_up_small_integers_exactly(length):
     weight = make((5, length)).sign() * (torch.arange(5 * length, device=DEVICE) % 8).view(5, -1)
     n = pieces_of(length)
-    segment = segment_of(length // n)
+    segment = int(segment_of(np.array(length // n)))
     padded = torch.nn.functional.pad(weight.view(5, n, -1), (0, -(length // n) % segment))
     want = padded.double().square().view(-1, segment).sum(1)
     (squares,) = weight_squares([weight], backend="triton")
@@ -83,6 +85,22 @@ def test_parts_of_a_weight_add_up_to_it(length, turned, backend):
         assert torch.equal(exact_sums([torch.cat(squares[::-1])], backend=backend), want)
 
 
+def vectors_of(found):
+    """Return what lies at ``Places``."""
+    if not isinstance(found, Places):
+        return found
+    vectors = []
+    for address, length in zip(found.address.tolist(), found.length.tolist(), strict=True):
+        starts = [(address - held.data_ptr()) // 8 for held in found.held]
+        held, start = next(
+            (held, start)
+            for held, start in zip(found.held, starts, strict=True)
+            if 0 <= start <= len(held) - length
+        )
+        vectors.append(held[start : start + length])
+    return vectors
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pattern", [Unstructured(), Block(8, 4), Block(32, 32)], ids=str)
 def test_squares_that_come_with_scores_are_those(pattern, backend, monkeypatch):
@@ -90,9 +108,7 @@ def test_squares_that_come_with_scores_are_those(pattern, backend, monkeypatch):
     weights += [weight.T for weight in weights] + [make((5, 0)), make((0, 5))]
     want = weight_squares(weights, None, backend)
     seen = []
-    monkeypatch.setattr(
-        block_score, "inverse_norms", lambda squares, **options: seen.extend(squares)
-    )
+    monkeypatch.setattr(block_score, "inverse_norms", lambda found: seen.extend(vectors_of(found)))
     block_scores(weights, pattern, normed=True, backend=backend)
     assert all(map(torch.equal, seen, want))
     assert len(seen) == len(want)
@@ -143,6 +159,9 @@ def test_the_kernel_adds_up_what_plain_torch_does(scale):
     vectors = [(v * scale).to(DEVICE) for v in vectors]
     got = exact_sums(vectors, backend="triton")
     assert torch.equal(got, exact_sums(vectors, backend="torch"))
+    with np.errstate(all="ignore"):  # the interpreter's
+        norms = [inverse_norms(vectors, backend=backend) for backend in ("triton", "torch")]
+    assert torch.equal(*norms)
     assert got[0] == got[-1] == 0
     assert (got[1:-1] > 0).all()
 
@@ -203,19 +222,26 @@ def test_pairs_add_up_to_the_sum():
 @pytest.mark.skipif(INTERPRET, reason="the interpreter replaces the compiler")
 @pytest.mark.parametrize("summed", [False, True])
 @pytest.mark.parametrize("arch", aot.ARCHITECTURES)
-def test_the_kernel_has_no_atomics_and_loads_wide(arch, summed):
+def test_sums_of_all_are_made_without_atomics(arch, summed):
     kernel = module._exact_sum_kernel
-    types = {"table_ptr": "*i64", "unit_ptr": "*fp64", "out_ptr": "*i64", "programs": "i32"}
+    types = {"table_ptr": "*i64", "peak_ptr": "*i64", "out_ptr": "*i64"}
+    types |= {"programs": "i32", "parts": "i32"}
     compiled = aot.compile_for(
         arch,
         kernel,
         types,
         {"N": 256, "SUMMED": summed, **module._SUM},
-        unspecialized=["programs"],
+        unspecialized=["programs", "parts"],
     )
     aot.assert_lean(compiled, arch, double=summed)
     assert not compiled.has("ATOMG")
     assert not compiled.has("RED")
+    if summed:
+        types = {"peak_ptr": "*i64", "total_ptr": "*i64", "out_ptr": "*fp32", "parts": "i32"}
+        constants = {name: module._SUM[name] for name in ("BLOCK", "BITS")}
+        kernel = module._inverse_norm_kernel
+        last = aot.compile_for(arch, kernel, types, constants, unspecialized=["parts"])
+        aot.assert_lean(last, arch, double=True)
 
 
 @pytest.mark.aot

@@ -59,8 +59,8 @@ def test_launches_do_not_grow_with_the_model(pattern, pool, monkeypatch):
     config = ts.MagnitudeSparsityConfig(pattern=pattern, pool=pool)
     few, _ = update(2, config, monkeypatch)
     many, reads = update(5, config, monkeypatch)
-    # of which two are for the norms of lines as short as these
-    assert len(few) == len(many) <= 22, many
+    # of which five are for norms, two of them as lines are as short as these
+    assert len(few) == len(many) <= 23, many
     # leaks, which on a GPU were copied before, and the new masks' counts
     assert reads == ["tolist", "tolist"]
 

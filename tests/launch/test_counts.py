@@ -88,16 +88,17 @@ CONFIGS = {
     "rigl, blocks, published": regrowth("rigl", BLOCKS),
     "rigl, fine": regrowth("rigl", Unstructured(), growth="normed_gradient"),
 }
-# to be brought down: a cost that falls is lowered here in the same commit
+# to be brought down: a cost that falls is lowered here in the same commit; norms are three
+# launches, and of blocks of lines as short as these one more
 UPDATE = {
-    "magnitude, blocks, each": Costs(Cost(14, 0), Cost(4, 0), Cost(2, 0)),
-    "magnitude, blocks, global": Costs(Cost(17, 0), Cost(11, 0), Cost(2, 0)),
-    "magnitude, blocks, rows": Costs(Cost(12, 0), Cost(3, 0), Cost(2, 0)),
-    "magnitude, fine, each": Costs(Cost(11, 0), Cost(4, 0), Cost(2, 0)),
-    "magnitude, fine, rows": Costs(Cost(9, 0), Cost(3, 0), Cost(2, 0)),
-    "magnitude, fine, global": Costs(Cost(14, 0), Cost(11, 0), Cost(2, 0)),
+    "magnitude, blocks, each": Costs(Cost(17, 0), Cost(4, 0), Cost(2, 0)),
+    "magnitude, blocks, global": Costs(Cost(20, 0), Cost(11, 0), Cost(2, 0)),
+    "magnitude, blocks, rows": Costs(Cost(15, 0), Cost(3, 0), Cost(2, 0)),
+    "magnitude, fine, each": Costs(Cost(13, 0), Cost(4, 0), Cost(2, 0)),
+    "magnitude, fine, rows": Costs(Cost(11, 0), Cost(3, 0), Cost(2, 0)),
+    "magnitude, fine, global": Costs(Cost(16, 0), Cost(11, 0), Cost(2, 0)),
     # one search tells that a limit is met, another what the others do; each waits for the device
-    "magnitude, blocks, limits": Costs(Cost(33, 0), Cost(23, 1), Cost(5, 0)),
+    "magnitude, blocks, limits": Costs(Cost(42, 0), Cost(23, 1), Cost(5, 0)),
     "set, blocks": Costs(Cost(17, 0), Cost(5, 0), Cost(2, 0)),
     "set, fine": Costs(Cost(14, 0), Cost(5, 0), Cost(2, 0)),
     "rigl, blocks": Costs(Cost(20, 0), Cost(12, 0), Cost(2, 0)),

@@ -223,10 +223,11 @@ def test_pruned_values_of_a_list_are_moved_in_two_launches_each_way(pattern, lau
 
 
 @pytest.mark.parametrize("pattern", [Block(32, 32), Unstructured()], ids=str)
-def test_scores_and_norms_of_a_list_are_three_launches(pattern, stub):
+def test_scores_and_norms_of_a_list_are_four_launches(pattern, stub):
     weights = [make(shape) for shape in [(512, 4096), (1000, 8192), (256, 4096)]]
     block_scores(weights, pattern, normed=True, backend="triton")
-    assert kernels(stub.launches) == ["_block_score_kernel", *["_exact_sum_kernel"] * 2]
+    norms = [*["_exact_sum_kernel"] * 2, "_inverse_norm_kernel"]
+    assert kernels(stub.launches) == ["_block_score_kernel", *norms]
 
 
 def test_thresholds_and_counts_of_small_tensors_are_a_launch_each(stub):
