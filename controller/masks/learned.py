@@ -8,10 +8,11 @@ as any sparse weight.
 
 from __future__ import annotations
 
+import math
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from ...kernels.pattern import Pattern, Unstructured
 from .exchange import full_masks, known_anywhere
 from .linear import restore_class, skip_blocks
 from .shards import (
+    bytes_beside,
     dimensions_of,
     gathered,
     gathered_over,
@@ -30,7 +32,6 @@ from .shards import (
     like_shard,
     local_part,
     reshard,
-    shard_beside,
 )
 from .weight import SparseWeight, Target, take_values
 
@@ -164,17 +165,39 @@ class LearnedWeight(SparseWeight):
         return found
 
 
+class GatheredMask(NamedTuple):
+    """How the mask of single elements lies that FSDP2 gathers: with each rank's part in one row of
+    bytes. Gathered, it is packed by the lines that FSDP2 parts.
+
+    Attributes:
+        ranks: how many it is gathered from.
+        turned: lines are columns of the weight's matrix.
+        lines: how many there are of what a forward pass has, and of how many bytes each.
+        share: how many of them a rank has; the last ones have fewer.
+    """
+
+    ranks: int
+    turned: bool
+    lines: tuple[int, int]
+    share: int
+
+    @property
+    def bytes_a_rank(self) -> int:
+        return self.share * self.lines[1]
+
+
 class UpdatedWeight(LearnedWeight):
     """A weight that reads under the mask of the last update.
 
     Where FSDP2 gathers the weight, a forward pass needs the mask of what is gathered. Of single
-    elements FSDP2 gathers it too, a bit each: bytes, sharded by rows as the weight is. A grid of
-    blocks, and the mask of a bias, every rank has.
+    elements FSDP2 gathers it too, as bytes, of which each rank has those of its own elements. A
+    grid of blocks every rank has.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._passed: Tensor | None = None  # that of what FSDP2 gathers, where every rank has it
         self._gathered: Any = None  # FSDP2's record of the mask
+        self._layout: GatheredMask | None = None  # of that
         # on stages of a pipeline: whether the ranks that have it gather its mask whole, once told
         self._moves_whole: bool | None = None
         # has it in the place of the weight's module: it is no parameter of the model, which could
@@ -192,73 +215,79 @@ class UpdatedWeight(LearnedWeight):
         a part.
         """
         part = self.multiplied
-        self._passed = self._compact(grid if part is None else self.local_grid(grid, part))
+        if part is None:
+            grid = grid.T.contiguous() if self._upright else grid
+        else:
+            grid = self.local_grid(grid, part)
+        self._passed = self._compact(grid)
 
     def _gather_mask(self) -> bool:
         """Let FSDP2 gather what is here of the mask; tell if it can."""
         model = self.model()
-        if self._gathered is None and model is not None:
-            self._gathered = self._mask_beside(model)
-        if self._gathered is None or model is None:
+        if self._gathered is None and model is not None and self.packed:
+            self._layout = self._layout_beside(model)
+            if self._layout is not None:
+                # bytes of which numbers of any dtype can be made
+                size = 8 * ceil_div(self._layout.bytes_a_rank, 8)
+                place = self._holder, "mask"
+                ranks, device = self._layout.ranks, self.mask.device
+                self._gathered = bytes_beside(
+                    model, self.target.users[0], place, (ranks, size), device
+                )
+        if self._gathered is None or self._layout is None or model is None:
             return False
         here = self._gathered.sharded_param
         if self._holder._parameters["mask"] is not here:
             reshard(model)  # an evaluation has left an earlier mask gathered
-        own = local_part(here).view(torch.uint8)
-        width = self._places()[1]
-        mask = pack(unpack(self.mask, self.shape[1]).T) if self.transposed else self.mask
-        own[:, :width].copy_(mask.view(len(own), width))
+        turned = self._layout.turned
+        mask = pack(unpack(self.mask, self.shape[1]).T) if turned else self.mask
+        local_part(here).view(torch.uint8).view(-1)[: mask.numel()].copy_(mask.view(-1))
         self._passed = None
         return True
 
-    def _mask_beside(self, model: nn.Module) -> Any:
-        """Return FSDP2's record of a new parameter for the mask; None: every rank must have it."""
-        part, shape = self.multiplied, self.weight_shape
-        stored = 1 if self.transposed else 0  # the side of the matrix that is stored first
-        fits = part is None or (len(shape) == 2 and not self.transposed)
-        by_rows = len(shape) > 1 and self.shape[1 - stored] == self._sides()[1 - stored]
-        if not (self.packed and by_rows and fits):
-            return None
-        first, width = self._places()
-        padded = 8 * ceil_div(width, 8)  # bytes of which numbers of any dtype can be made
-        local = torch.zeros(first, padded, dtype=torch.uint8, device=self.mask.device)
-        beside = 1 if part is None else len(part.edges) - 1
-        weight, place = self.target.users[0], (self._holder, "mask")
-        return shard_beside(model, weight, [place], local, (shape[0], beside * padded))
-
-    def _sides(self) -> tuple[int, int]:
-        """Return the sides of what a forward pass has of the weight as a matrix."""
-        part = self.multiplied
-        return self.full_shape if part is None else part.sides
-
-    def _places(self) -> tuple[int, int]:
-        """Return of how many rows the mask is that FSDP2 gathers, and of how many bytes each. They
-        are parted as the weight is: a convolution by its channels, experts by their number, and
-        one that is stored (in, out) by its inputs.
+    def _layout_beside(self, model: nn.Module) -> GatheredMask | None:
+        """Return how the mask lies that FSDP2 gathers; None: it is not FSDP2 that gathers the
+        weight, or with what is around ``model``.
         """
-        rows, cols = reversed(self._sides()) if self.transposed else self._sides()
-        first = self.weight_shape[0] if self.multiplied is None else rows
-        return first, rows // max(first, 1) * ceil_div(cols, 8)
+        module, name = self.target.users[0]
+        weight: Any = self.weight
+        over = gathered_over(model).get((id(module), name), ())
+        parted = [i for i in over if hasattr(weight.placements[i], "dim")]
+        if self.shard is None or not parted:
+            return None
+        dim = weight.placements[parted[0]].dim
+        ranks = math.prod(weight.device_mesh.size(i) for i in parted)
+        turned = self.target.dim_is_across(dim)
+        part = self.multiplied
+        lines, elements = self.shard.shape if part is None else part.sides
+        full = self.shard.shape[0]
+        if turned:
+            lines, elements, full = elements, lines, self.shard.shape[1]
+        # torch parts indices of a dimension, which several lines have in common
+        alike = max(full // max(self.weight_shape[dim], 1), 1)
+        share = ceil_div(lines // alike, ranks) * alike
+        return GatheredMask(ranks, turned, packed_shape((lines, elements)), share)
 
     def readable(self, weight: Tensor) -> tuple[Tensor, Tensor, Pattern]:
         """Return what a forward pass has of the weight as a matrix, its mask and its pattern.
 
-        Where FSDP2 has gathered the mask the matrix is as the weight is stored.
+        Where FSDP2 has gathered the mask rows of the matrix are the lines that it parts.
         """
+        matrix = self.matrix(weight)
         if not self.is_gathered:
-            matrix = self.matrix(weight)
             return matrix, self.mask_for(matrix), self.kind.pattern
-        part, mask = self.multiplied, self._passed
-        matrix = self.target.matrix(weight) if part is None else self.matrix(weight)
-        pattern = self.pattern if part is None else part.own_pattern
-        if mask is None:
-            found: Any = self._holder._parameters["mask"]
-            found = found.to_local() if is_sharded(found) else found
-            mask = found.detach().view(torch.uint8)[:, : self._places()[1]]
-            if self.transposed:
-                matrix, pattern = matrix.T, Unstructured()  # as it is stored
-            mask = mask.reshape(packed_shape(matrix.shape))
-        return matrix, mask, pattern
+        if self._passed is not None:
+            assert self.shard is not None
+            whole = self.multiplied is None
+            pattern = self.shard.pattern if whole else self.multiplied.own_pattern
+            return matrix, self._passed, pattern
+        layout = self._layout
+        assert layout is not None
+        found: Any = self._holder._parameters["mask"]
+        found = found.to_local() if is_sharded(found) else found
+        own = found.detach().view(torch.uint8)[:, : layout.bytes_a_rank].reshape(-1)
+        mask = own[: math.prod(layout.lines)].view(layout.lines)
+        return matrix.T if layout.turned else matrix, mask, Unstructured()
 
     def evaluated(self, weight: Tensor) -> Tensor:
         if not self.in_parts:
@@ -269,8 +298,9 @@ class UpdatedWeight(LearnedWeight):
 
     def reshaped(self, matrix: Tensor, weight: Tensor) -> Tensor:
         """Return ``readable``'s matrix in the shape of what a forward pass has of the weight."""
-        as_stored = self.is_gathered and self._passed is None
-        return (matrix.T if self.transposed and not as_stored else matrix).reshape(weight.shape)
+        layout = self._layout if self.is_gathered and self._passed is None else None
+        turned = self.transposed != (layout is not None and layout.turned)
+        return (matrix.T if turned else matrix).reshape(weight.shape)
 
     @staticmethod
     def masks_changed(owners: Sequence[Any]) -> None:
@@ -291,7 +321,9 @@ class UpdatedWeight(LearnedWeight):
                 weight._pass(grid)
 
     def _become_sharded(self, weight: Any) -> None:
-        mask = self._compact(self.kept_grid()).clone()
+        upright = self.shard is None and len(self.weight_shape) == 1
+        grid = self.kept_grid().T if upright else self.kept_grid()
+        mask = self._compact(grid.contiguous()).clone()
         super()._become_sharded(weight)
         # until the next update: a forward pass may be under way, and the group's gathering with it
         self._passed = None if self.frozen else mask
@@ -305,7 +337,7 @@ class UpdatedWeight(LearnedWeight):
             self.masks_changed([self])
 
     def let_go(self) -> None:
-        self._gathered = None
+        self._gathered = self._layout = None
         self._holder._parameters.clear()
 
 

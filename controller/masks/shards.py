@@ -521,7 +521,7 @@ def shard_beside(
     places: Sequence[tuple[nn.Module, str]],
     local: Tensor,
     shape: Sequence[int],
-) -> Any:
+) -> None:
     """Let FSDP2 shard a new parameter, and gather it with another one.
 
     Args:
@@ -529,39 +529,84 @@ def shard_beside(
         other: a module, with the name in it of the other one.
         places: modules, with the names in them of the new one.
         local: what a forward pass has here of the new one: the whole, or a part by tensor
-            parallelism as it has of the other. Bytes are sharded as numbers of the dtype in which
-            the other one is gathered, with their bits, and are not trained.
+            parallelism as it has of the other.
         shape: of the whole.
+    """
+    if (found := _record_of(model, other)) is not None:
+        group, held = found
+        spec = _spec_of(held)
+        whole = local if spec is None else like_shard(spec, local, shape)
+        _join_group(group, held, places, nn.Parameter(whole))
+
+
+def bytes_beside(
+    model: nn.Module,
+    other: tuple[nn.Module, str],
+    place: tuple[nn.Module, str],
+    shape: tuple[int, int],
+    device: torch.device,
+) -> Any:
+    """Let FSDP2 gather bytes with a parameter, zeros at first; they are not trained.
+
+    They are sharded as numbers of the dtype in which the other one is gathered, with their bits:
+    earlier torch takes floats alone, and casts those of another dtype.
+
+    Args:
+        model: of which parts are sharded.
+        other: a module, with the name in it of the parameter.
+        place: a module, with the name in it of what is new.
+        shape: of how many ranks they are gathered, and how many each has, a multiple of 8.
+        device: where they are.
 
     Returns:
-        FSDP2's record of it, whose ``sharded_param`` is what is here; None: it is not FSDP2 that
+        FSDP2's record of them, whose ``sharded_param`` is what is here; None: it is not FSDP2 that
         gathers the other one, or with what is around ``model``.
     """
-    owners, names = [owner for owner, _ in places], [name for _, name in places]
+    if (found := _record_of(model, other)) is None:
+        return None
+    group, held = found
+    dtype = held.mp_policy.param_dtype or held.sharded_param.dtype
+    local: Any = torch.zeros(shape, dtype=torch.uint8, device=device).view(dtype)
+    if (spec := _spec_of(held)) is not None:  # each part by tensor parallelism has its own
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        parted = [Shard(0) if hasattr(p, "dim") else Replicate() for p in spec.placements]
+        local = DTensor.from_local(local, spec.device_mesh, parted, run_check=False)
+    return _join_group(group, held, [place], nn.Parameter(local, False))
+
+
+def _record_of(model: nn.Module, user: tuple[nn.Module, str]) -> tuple[Any, Any] | None:
+    """Return FSDP2's group that has a parameter, and its record of it."""
     for group in _fsdp_groups(model):
         for held in group.fsdp_params:
-            if other in _users(held):
-                group.reshard()  # of one that is gathered the new one would stay in parts
-                # as the group itself makes them: torch has no other way to add one
-                place = type(held._module_info)(owners[0], names[0], owners[1:], names[1:])
-                policies = held.mp_policy, group.offload_policy
-                trains = local.is_floating_point()
-                if not trains:
-                    # earlier torch takes floats alone, and casts those of another dtype
-                    dtype = held.mp_policy.param_dtype or held.sharded_param.dtype
-                    shape = *shape[:-1], shape[-1] // dtype.itemsize
-                    local = local.view(dtype)
-                mesh = held.mesh_info, group.post_forward_mesh_info
-                if held.is_dtensor:  # earlier torch has another name for how it lies
-                    spec: Any = getattr(held, "_unsharded_dtensor_spec", None) or held._tp_spec
-                    local = like_shard(spec, local, shape)
-                parameter = nn.Parameter(local, trains)
-                new = type(held)(parameter, place, *mesh, held.device, None, *policies)
-                group.fsdp_params.append(new)
-                _look_anew(group)
-                _make_room(new)
-                return new
+            if user in _users(held):
+                return group, held
     return None
+
+
+def _spec_of(held: Any) -> Any:
+    """Return how a parameter lies, once gathered, by tensor parallelism; None: it is whole."""
+    if not held.is_dtensor:
+        return None
+    # earlier torch has another name for it
+    return getattr(held, "_unsharded_dtensor_spec", None) or held._tp_spec
+
+
+def _join_group(
+    group: Any, held: Any, places: Sequence[tuple[nn.Module, str]], parameter: nn.Parameter
+) -> Any:
+    """Let a group of FSDP2's shard a new parameter, as one that it has; return its record."""
+    group.reshard()  # of one that is gathered the new one would stay in parts
+    owners, names = [owner for owner, _ in places], [name for _, name in places]
+    # as the group itself makes them: torch has no other way to add one
+    place = type(held._module_info)(owners[0], names[0], owners[1:], names[1:])
+    meshes = held.mesh_info, group.post_forward_mesh_info
+    policies = held.mp_policy, group.offload_policy
+    new = type(held)(parameter, place, *meshes, held.device, None, *policies)
+    group.fsdp_params.append(new)
+    _look_anew(group)
+    _make_room(new)
+    return new
 
 
 def forget_gone(model: nn.Module) -> None:

@@ -117,6 +117,13 @@ class Target:
             return tensor.flatten(0, 1)
         return tensor if tensor.ndim == 2 else tensor.flatten(1)
 
+    def dim_is_across(self, dim: int) -> bool:
+        """Tell whether a dimension of the weight is one of its matrix's columns. A vector's, which
+        is sharded, is its rows.
+        """
+        # of experts the first two dimensions are those of one line in memory each
+        return (dim >= (2 if self.experts else 1)) != self.transposed
+
 
 class GradientTaker(Protocol):
     """Takes dense gradients of a weight, micro-batch by micro-batch."""

@@ -64,9 +64,7 @@ class MovementWeight(UpdatedWeight, ScoredWeight):
         return (across, down) if self._upright else (down, across)
 
     def learned(self, weight: Tensor) -> Tensor:
-        scores = self.trained_scores()
-        whole = self.is_gathered and self.multiplied is None
-        scores = self.spread(scores) if whole else self.spread_part(scores)
+        scores = self.spread_part(self.trained_scores())
         matrix, mask, pattern = self.readable(weight)
         masked = straight_through(matrix, scores, mask, pattern, backend=self.backend)
         return masked.reshape(weight.shape)

@@ -471,11 +471,13 @@ def test_a_step_moves_counts_and_an_update_one_bit_a_group(ranks):
 
 
 def test_a_rank_holds_the_masks_of_its_own_elements_and_an_update_gathers_none(ranks):
-    for moved, weights in ranks.run(3, count_moves, ("weight", "unstructured")):
-        assert not any("all_gather" in one for one in moved)
-        for (rows, cols), (own, gathered) in weights:
-            assert own <= -(-rows // 3) * -(-cols // 8)
-            assert gathered <= -(-rows // 3) * 8 * -(-cols // 64)
+    for how in ("weight", "soft"):
+        for moved, weights in ranks.run(3, count_moves, (how, "unstructured")):
+            assert not any("all_gather" in one for one in moved)
+            assert any(cols == 1 for (_, cols), _ in weights) == (how == "soft")  # biases
+            for (rows, cols), (own, gathered) in weights:
+                assert own <= -(-rows // 3) * -(-cols // 8)
+                assert gathered <= 8 * -(-(-(-rows // 3) * -(-cols // 8)) // 8)  # whole 8 bytes
 
 
 def turned():
@@ -504,7 +506,7 @@ def test_a_weight_that_is_stored_by_inputs_has_its_mask_gathered_too(ranks):
     for found, (own, gathered) in ranks.run(3, train_turned):
         check(found, wanted)
         assert own == 12  # of 8 inputs each
-        assert gathered == 8 * 8  # its rows are of whole 8 bytes
+        assert gathered == 8 * 2  # by these inputs, of 12 outputs
 
 
 def count_parameters(group):

@@ -559,7 +559,7 @@ def test_passes_under_learned_masks_send_what_dense_ones_do(ranks, how):
         assert (sum(asked.values()) > 0) == (how[0] == "rb")
 
 
-def learn_turned(group, dim):
+def learn_turned(group, dim, how):
     """Learn a mask of a weight stored (in, out), of small integers, whose sums are exact."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -570,18 +570,27 @@ def learn_turned(group, dim):
     model = nn.Sequential(layer, nn.ReLU())  # FSDP2 warns of views
     x = torch.randint(-2, 3, (6, 16)).float()
     mesh = None if group is None else mesh_of(group)
-    if dim == "rows":
-        fully_shard(model, mesh=mesh)
-    elif mesh is not None:
-        x = distribute_tensor(x, mesh, [Replicate()])
+    if group is not None and group.size() == 4:
+        mesh = mesh_by(group, "fsdp")
+    if isinstance(dim, int) and mesh is not None:
+        parts = mesh if mesh.ndim == 1 else mesh["tensor"]
+        x = distribute_tensor(x, parts, [Replicate()])
         for name, placed in (("weight", Shard(dim)), ("bias", Replicate())):
-            tensor = distribute_tensor(getattr(layer, name).data, mesh, [placed])
+            tensor = distribute_tensor(getattr(layer, name).data, parts, [placed])
             setattr(layer, name, nn.Parameter(tensor))
-    chosen = ts.RBSparsityConfig(
-        pattern=ts.Block(4, 2), seed=5, schedule=ts.ExponentialSchedule(target_level=0.5)
-    )
+    if mesh is not None and mesh.ndim == 2:
+        fully_shard(model, mesh=mesh["data"]).set_gradient_divide_factor(2.0)
+    elif dim in ("rows", "columns"):
+        place = {"shard_placement_fn": lambda p: Shard(int(p.ndim == 2 and dim == "columns"))}
+        fully_shard(model, mesh=mesh, **place)
+    chosen = ts.SRSTEConfig(pattern=ts.NM(2, 4), decay=0.0)
+    if how == "rb":
+        chosen = ts.RBSparsityConfig(
+            pattern=ts.Block(4, 2), seed=5, schedule=ts.ExponentialSchedule(target_level=0.5)
+        )
     controller = ts.create_controller(model, chosen, process_group=group)
-    optimizer = torch.optim.SGD(controller.parameters(), lr=16.0)
+    scores = controller.parameters()
+    optimizer = torch.optim.SGD(scores or model.parameters(), lr=16.0)
     (info,), found = controller.sparsified_module_info, []
     for _ in range(4):
         controller.scheduler.step()
@@ -590,9 +599,10 @@ def learn_turned(group, dim):
         y = y.full_tensor() if hasattr(y, "full_tensor") else y
         y.sum().backward()
         optimizer.step()
-        grads = [full(info.weight.grad), full(controller.parameters()[0].grad)]
+        grads = [full(parameter.grad) for parameter in (info.weight, *scores)]
         found.append((*grads, full(info.operand.binary_mask), controller.mask_level()))
     y = model.eval()(x)
+    assert how == "rb" or info.operand._passed is None  # no rank has the mask of what is gathered
     controller.freeze()
     state = controller.get_state()
     controller.freeze(False)
@@ -600,11 +610,17 @@ def learn_turned(group, dim):
     return found, full(y), full(info.weight), state, controller.mask_level()
 
 
-@pytest.mark.parametrize("dim", [0, 1, "rows"])
-def test_masks_are_learned_of_weights_that_lie_turned(ranks, dim):
-    wanted = learn_turned(None, None)
+@pytest.mark.parametrize(
+    ("how", "size", "dim"),
+    [
+        *(("rb", 2, dim) for dim in (0, 1, "rows")),
+        *(("sr_ste", 2, "columns"), ("sr_ste", 4, 0), ("sr_ste", 4, 1)),
+    ],
+)
+def test_masks_are_learned_of_weights_that_lie_turned(ranks, how, size, dim):
+    wanted = learn_turned(None, None, how)
     assert 0.1 < wanted[-1] < 0.9
-    for found in ranks.run(2, learn_turned, dim):
+    for found in ranks.run(size, learn_turned, dim, how):
         assert same(found, wanted)
 
 
