@@ -402,7 +402,9 @@ MOVES = ("all_reduce", "all_to_all_single", "broadcast", "all_gather", "all_gath
 
 
 def count_moves(group, how):
-    """Return what is sent beside what FSDP2 sends: by the loss, a step and an update."""
+    """Return what is sent beside what FSDP2 sends: by the loss, a step, an update, a look at the
+    level, and a step under frozen masks.
+    """
     from torch import distributed
 
     model = net()
@@ -443,10 +445,16 @@ def count_moves(group, how):
         moved.append(since())
         controller.mask_level()
         moved.append(since())
+        held = [(w.shard.grid, masks_here(w)) for w in controller._weights]
+        controller.freeze()
+        found.clear()
+        controller.scheduler.step()
+        controller.loss()
+        moved.append(since())
     finally:
         for name, function in plain.items():
             setattr(distributed, name, function)
-    return moved, [(w.shard.grid, masks_here(w)) for w in controller._weights]
+    return moved, held
 
 
 def masks_here(weight):
@@ -462,9 +470,9 @@ def test_a_step_moves_counts_and_an_update_one_bit_a_group(ranks):
         bits = sum(-(-rows // 2) * -(-cols // 8) for (rows, cols), _ in weights)
         # a level is only compared: masks are drawn
         level = {"all_reduce": 24}
-        assert moved == [{"all_reduce": 8 * count}, {}, level, {"all_gather": bits}]
-    for (loss, step, update, level), weights in ranks.run(2, count_moves, ("weight", "tall")):
-        assert (loss, step, level) == ({}, {}, {})
+        assert moved == [{"all_reduce": 8 * count}, {}, level, {"all_gather": bits}, {}]
+    for (loss, step, update, *rest), weights in ranks.run(2, count_moves, ("weight", "tall")):
+        assert (loss, step, rest) == ({}, {}, [{}, {}])
         bits = sum(-(-rows // 2) * -(-cols // 8) for (rows, cols), _ in weights)
         assert update["all_gather"] <= 3 * bits
         assert "all_to_all_single" not in update
@@ -474,6 +482,7 @@ def test_a_rank_holds_the_masks_of_its_own_elements_and_an_update_gathers_none(r
     for how in ("weight", "soft"):
         for moved, weights in ranks.run(3, count_moves, (how, "unstructured")):
             assert not any("all_gather" in one for one in moved)
+            assert moved[-1] == {}  # by steps once the masks are frozen
             assert any(cols == 1 for (_, cols), _ in weights) == (how == "soft")  # biases
             for (rows, cols), (own, gathered) in weights:
                 assert own <= -(-rows // 3) * -(-cols // 8)
