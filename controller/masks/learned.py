@@ -277,10 +277,9 @@ class UpdatedWeight(LearnedWeight):
         if not self.is_gathered:
             return matrix, self.mask_for(matrix), self.kind.pattern
         if self._passed is not None:
-            assert self.shard is not None
-            whole = self.multiplied is None
-            pattern = self.shard.pattern if whole else self.multiplied.own_pattern
-            return matrix, self._passed, pattern
+            part, whole = self.multiplied, self.shard
+            assert whole is not None
+            return matrix, self._passed, whole.pattern if part is None else part.own_pattern
         layout = self._layout
         assert layout is not None
         found: Any = self._holder._parameters["mask"]
