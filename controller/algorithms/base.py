@@ -258,6 +258,9 @@ class BaseSparsityAlgoController:
         if self._scorer is not None:
             self._scorer.observe(frozen=self.frozen)
 
+    def have_begun(self) -> None:
+        """Look at the masks of a step, which ``scheduler.step()`` has brought about."""
+
     def check_epoch(self) -> None:
         """Look at the epoch that ends; the scheduler calls it at each ``epoch_step()``."""
 

@@ -123,7 +123,6 @@ class CompositeController(BaseSparsityAlgoController):
         return [own for part in self._parts for own in part.parameters()]
 
     def disable_scheduler(self) -> None:
-        super().disable_scheduler()
         for part in self._parts:
             part.disable_scheduler()
 

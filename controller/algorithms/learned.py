@@ -14,20 +14,25 @@ from __future__ import annotations
 import warnings
 import weakref
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from ..masks.exchange import sums_of_parts
 from ..masks.guard import Guard
 from ..masks.learned import LearnedWeight
 from ..masks.learned_module import read_masked
 from ..masks.linear import list_blocks_of_shards
 from ..masks.module import MaskedModule, compiled_parts
+from ..masks.optimizers import parameters_of
 from ..masks.schema import Schema, tensor
 from ..masks.scored import ScoredWeight
-from ..masks.shards import forget_gone, reshard
+from ..masks.shards import Shard, forget_gone, reshard
+from ..masks.weight import SparseWeight
 from .base import BaseSparsityAlgoController, Change
 from .loss import CompressionLoss
 from .scheduler import StubScheduler
@@ -46,9 +51,57 @@ class LearnedLoss(CompressionLoss):
         self.was_added = False
         self._weights = list(weights)
 
+        # of full weights, until they change; None: other ranks have not been asked
+        self._of_all: Tensor | None = None
+        self._shards: list[Shard | None] = []
+        self._is_late = False  # a stage of a pipeline has stepped since they were asked
+
     @abstractmethod
     def trained(self) -> Tensor | None:
         """Return the term; None where it is 0."""
+
+    @abstractmethod
+    def numbers(self) -> Tensor:
+        """Return what the term is made of, a number a weight, of what is here of it."""
+
+    def numbers_of_all(self) -> Tensor:
+        """Return ``numbers`` of full weights, with the gradient of what is here. Other ranks are
+        asked by ``count``, and here only if numbers have changed since.
+
+        Raises:
+            RuntimeError: they have, on a stage of a pipeline.
+        """
+        own, shards = self.numbers(), [weight.shard for weight in self._weights]
+        if not any(shards):
+            return own
+        if self._is_late:
+            raise RuntimeError(
+                "loss: scheduler.step() must come before it in each optimiser step where ranks "
+                "have stages of a pipeline: the stages add up their numbers there"
+            )
+        if self._of_all is None or shards != self._shards:
+            self._of_all = sums_of_parts(self._weights, own.detach())
+            self._shards = shards
+        # the same on every rank; plus 0, with the gradient of what is here
+        return self._of_all + (own - own.detach())
+
+    @torch.no_grad()
+    def count(self) -> None:
+        """Ask other ranks for their numbers; a step begins, whose passes have these."""
+        self.outdate()
+        if self.is_live:
+            self.numbers_of_all()
+
+    def outdate(self) -> None:
+        """Take note that numbers change, on all ranks."""
+        self._of_all, self._is_late = None, False
+
+    def follow_step(self) -> None:
+        """Take note that an optimiser has stepped what numbers are of. Of a pipeline another stage
+        may have none to step, and would not ask when this one does.
+        """
+        self.outdate()
+        self._is_late = any(weight.target.holders for weight in self._weights)
 
     @property
     def is_live(self) -> bool:
@@ -87,8 +140,10 @@ class LearnedController(BaseSparsityAlgoController):
             read_masked(module, weights)
         for weight in here:
             weight.model = weakref.ref(model)
-        self._steps = 0
+        self._steps = self._optimizer_steps = 0  # since the last epoch has ended
         guards = [Guard(model, here)]
+        told = weakref.WeakMethod(self.after_optimizer_step)
+        guards[0].after_step = lambda optimizer: (told() or bool)(optimizer)
         reshard(model)
         for weight in self._weights:
             if weight.in_parts:
@@ -111,6 +166,7 @@ class LearnedController(BaseSparsityAlgoController):
             weight.freeze(self.frozen)
         forget_gone(self._model)
         list_blocks_of_shards(self._model, self._weights)
+        self._loss.outdate()
         self._steps = 0  # an epoch that was frozen in part shows nothing
         self._guard.masks_changed()
 
@@ -133,23 +189,40 @@ class LearnedController(BaseSparsityAlgoController):
                 self._adapt_batchnorm()
 
     def disable_scheduler(self) -> None:
-        self._scheduler = StubScheduler(self.begin_step, self.check_epoch)
+        self._scheduler = StubScheduler(self.begin_step, self.check_epoch, self.have_begun)
 
     def begin_step(self) -> None:
         reshard(self._model)  # what an evaluation has left gathered is a shard, as its scores are
         super().begin_step()
         self._steps += 1
 
+    def have_begun(self) -> None:
+        self._loss.count()
+
+    def after_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Take note of what an optimiser has changed; the guard calls it."""
+        self._optimizer_steps += 1
+        here = [weight for weight in self._weights if not weight.absent]
+        trained = {id(parameter) for w in here for parameter in (w.weight, w.scores)}
+        if any(id(parameter) in trained for parameter in parameters_of(optimizer)):
+            self._loss.follow_step()
+
+    @contextmanager
+    def _changing(self, weights: Sequence[SparseWeight]) -> Iterator[None]:
+        with super()._changing(weights):
+            yield
+        self._loss.outdate()
+
     def check_epoch(self) -> None:
         """Raise a RuntimeError if the epoch has trained without the algorithm's loss."""
         self._check_ranks("epoch_step")
         with self.ranks.together(self._device):
-            if self._steps and not self.frozen and self._guard.optimizer_steps > 0:
+            if self._steps and not self.frozen and self._optimizer_steps > 0:
                 self._check_added()
         self._end_epoch()  # one that is refused has not ended
 
     def _end_epoch(self) -> None:
-        self._steps = self._guard.optimizer_steps = 0
+        self._steps = self._optimizer_steps = 0
         self._loss.was_added = False
 
     def _check_added(self) -> None:
@@ -201,6 +274,11 @@ class ScoredController(LearnedController):
             weight.take_scores(state[self.scores_name][weight.name])
         self._take_beside_scores(state)
 
+    def after_optimizer_step(self, optimizer: Optimizer) -> None:
+        super().after_optimizer_step(optimizer)
+        for weight in self._weights:
+            weight.optimizer_steps += 1
+
     def begin_step(self) -> None:
         super().begin_step()
         if self._scores_are_idle() and not self.frozen and self._model.training:
@@ -243,7 +321,7 @@ class ScoredController(LearnedController):
             for weight in here
             if not (weight.has_gradient if weight.module in silent else weight.has_learned)
         ]
-        trains = self._guard.optimizer_steps > 0 or len(untrained) < len(here)
+        trains = self._optimizer_steps > 0 or len(untrained) < len(here)
         if steps == 0 or self.frozen or not trains:
             return
         if untrained:

@@ -17,7 +17,7 @@ from ...kernels.draw import draw, keeps_draws
 from ...kernels.learned_mask import kept_groups, sample_mask, sample_part
 from ...kernels.masked_weight import apply_mask
 from ...kernels.pattern import Block
-from ..masks.exchange import full_grids, sums_of_parts
+from ..masks.exchange import full_grids
 from ..masks.schema import Schema, list_of, number
 from ..masks.scored import ScoredWeight
 from ..masks.weight import SparseWeight, Target
@@ -216,6 +216,10 @@ class SparseLoss(LearnedLoss):
                 f"{weight.name!r}"
             )
 
+    def numbers(self) -> Tensor:
+        """Return how many groups each weight keeps, straight-through."""
+        return kept_groups([weight.trained_part() for weight in self._weights])
+
     def trained(self) -> Tensor | None:
         if self.disabled:
             return None
@@ -224,8 +228,7 @@ class SparseLoss(LearnedLoss):
                 f"loss: the mask of {frozen[0]!r} is frozen, so that no loss can move it; freeze "
                 "all masks by controller.freeze(), or none"
             )
-        kept = kept_groups([weight.trained_part() for weight in self._weights])
-        kept = kept + (sums_of_parts(self._weights, kept.detach()) - kept.detach())
+        kept = self.numbers_of_all()
         sizes = [weight.groups for weight in self._weights]
         if self.local:
             rates = kept / torch.tensor(sizes, device=kept.device)

@@ -138,8 +138,10 @@ class RigLController(SETController):
         stepped = {weight.name for weight in weights} - self._asked
         new = [weight for weight in self._whole if weight.name in stepped]
         self._asked.update(weight.name for weight in new)
-        # stages of a pipeline step weights of their own
-        self._average([weight for weight in new if not weight.on_stage])
+        # stages of a pipeline step weights of their own; what a reducer has averaged is held
+        # against other ranks' at the update
+        rest = [w for w in new if not (w.on_stage or self._guard.is_reduced(w))]
+        self._average(rest)
 
     def _average(self, weights: Sequence[SparseWeight]) -> None:
         """Let gradients be the means of all ranks', which must call this with the same weights; of

@@ -41,15 +41,18 @@ class CompressionScheduler:
     Args:
         begin_step: called at each ``step()``, before anything else.
         end_epoch: called at each ``epoch_step()``, likewise.
+        have_begun: called at each ``step()``, once the masks are those of the step.
     """
 
     def __init__(
         self,
         begin_step: Callable[[], None] = lambda: None,
         end_epoch: Callable[[], None] = lambda: None,
+        have_begun: Callable[[], None] = lambda: None,
     ) -> None:
         self._begin_step = begin_step
         self._end_epoch = end_epoch
+        self._have_begun = have_begun
         self._current_step = -1
         self._current_epoch = -1
         # of a step that was refused: it has begun already, and must not begin twice
@@ -92,10 +95,14 @@ class CompressionScheduler:
         Raises:
             ValueError: ``next_step`` is no integer from 0.
         """
-        ahead = _next_index("step: next_step", next_step, self._current_step)
         with self._refusable():
-            self._begin()
-            self._current_step = ahead
+            self._step(next_step)
+            self._have_begun()
+
+    def _step(self, next_step: int | None) -> None:
+        ahead = _next_index("step: next_step", next_step, self._current_step)
+        self._begin()
+        self._current_step = ahead
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
         """Begin an epoch, of index ``next_epoch``: by default one more than the current.
@@ -144,6 +151,7 @@ class StubScheduler(CompressionScheduler):
 
     def step(self, next_step: int | None = None) -> None:
         self._begin_step()
+        self._have_begun()
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
         self._end_epoch()
@@ -193,13 +201,14 @@ class SparsityScheduler(CompressionScheduler):
     """Sets the controller's level along a schedule.
 
     Args:
-        controller: has ``begin_step``, ``check_epoch``, ``mask_level`` and ``follow``, as
-            ``BaseSparsityAlgoController``; its masks are at ``schedule.initial_level`` already.
+        controller: has ``begin_step``, ``have_begun``, ``check_epoch``, ``mask_level`` and
+            ``follow``, as ``BaseSparsityAlgoController``; its masks are at
+            ``schedule.initial_level`` already.
         schedule: which level holds when.
     """
 
     def __init__(self, controller: Any, schedule: Schedule) -> None:
-        super().__init__(controller.begin_step, controller.check_epoch)
+        super().__init__(controller.begin_step, controller.check_epoch, controller.have_begun)
         self._controller = controller
         self._schedule: Any = schedule
 
@@ -240,12 +249,11 @@ class RampScheduler(SparsityScheduler):
         in_epochs = schedule.unit == "epoch" and ticks.by_step
         return schedule.level(time / schedule.steps_per_epoch if in_epochs else time)
 
-    def step(self, next_step: int | None = None) -> None:
+    def _step(self, next_step: int | None) -> None:
         before = self._current_step
-        with self._refusable():
-            super().step(next_step)
-            if self._ticks.by_step:
-                self._update(before, self._current_step)
+        super()._step(next_step)
+        if self._ticks.by_step:
+            self._update(before, self._current_step)
 
     def epoch_step(self, next_epoch: int | None = None) -> None:
         before = self._current_epoch
@@ -298,18 +306,14 @@ class EpochScheduler(SparsityScheduler):
         step = 0 if self._epoch is None else max(self._epoch.done - 1, 0)
         return schedule.level(self._current_epoch, step)
 
-    def step(self, next_step: int | None = None) -> None:
-        with self._refusable():
-            self._step(next_step)
-
     def _step(self, next_step: int | None) -> None:
         if self._epoch is None:
-            super().step(next_step)
+            super()._step(next_step)
         elif self._epoch.known is None:
             self._begin()
             self._epoch.done += 1
         else:
-            super().step(next_step)
+            super()._step(next_step)
             frozen = self._freeze_is_due and self._epoch.done > 0
             self._epoch.done += 1
             if not frozen:

@@ -101,10 +101,9 @@ class RegrowthScheduler(CompressionScheduler):
         super().__init__(controller.begin_step)
         self._controller = controller
 
-    def step(self, next_step: int | None = None) -> None:
-        with self._refusable():
-            super().step(next_step)
-            self._controller.update(self._current_step)
+    def _step(self, next_step: int | None) -> None:
+        super()._step(next_step)
+        self._controller.update(self._current_step)
 
 
 def _refuse_nonfinite(weights: Sequence[SparseWeight]) -> None:

@@ -20,7 +20,6 @@ from ...kernels.pattern import NM, maximum_level
 from ..config.algorithm import AlgorithmConfig, PatternField
 from ..config.declaration import Level, NotNegative, Whole
 from ..config.schedule import RampSchedule
-from ..masks.exchange import sums_of_parts
 from ..masks.learned import UpdatedWeight
 from ..masks.shards import is_sharded
 from ..masks.weight import SparseWeight, Target
@@ -116,9 +115,11 @@ class RefinementLoss(LearnedLoss):
     def trained(self) -> Tensor | None:
         if not self.is_live:
             return None
-        found = torch.stack([weight.pruned_square() for weight in self._weights])
-        found = found + (sums_of_parts(self._weights, found.detach()) - found.detach())
-        return found.sum() * (self.decay / 2)
+        return self.numbers_of_all().sum() * (self.decay / 2)
+
+    def numbers(self) -> Tensor:
+        """Return the sum of squares of what is pruned of each weight."""
+        return torch.stack([weight.pruned_square() for weight in self._weights])
 
 
 class SRSTEController(LearnedController):

@@ -54,10 +54,11 @@ class Guard:
         self.users = [(*place, weight) for weight in weights for place in weight.target.users]
         self.released = False
         self.began = False  # until training begins a state may be loaded, whose masks are others
-        self.optimizer_steps = 0  # of any optimiser, of any parameters; who counts sets it to 0
         # told which weights an optimiser is about to step, with their gradients, and what a
         # gradient scaler has told the optimiser
         self.before_step: Callable[[list[SparseWeight], Tensor | None], None] | None = None
+        # told which optimiser, of whatever parameters, has stepped
+        self.after_step: Callable[[Optimizer], object] | None = None
         # where the weights' modules are in the model
         self.paths = {id(module): path for path, module in model.named_modules()}
         self._weight_at = {(id(module), name): weight for module, name, weight in self.users}
@@ -241,13 +242,15 @@ class Guard:
         self._pending[backward].append(weight)
 
     def _taker_behind_reducer(self, weight: SparseWeight) -> GradientTaker | None:
-        """Return who wants a gradient dense, if ``DistributedDataParallel`` is to average it, over
-        the very ranks that agree on the masks.
+        """Return who wants a gradient dense, if it is to be averaged as ``is_reduced`` says."""
+        return weight.dense_gradient_taker if self.is_reduced(weight) else None
+
+    def is_reduced(self, weight: SparseWeight) -> bool:
+        """Tell whether ``DistributedDataParallel`` averages the gradients of a weight, as of the
+        last forward pass, over the very ranks that agree on the masks.
         """
         alike = 1 < self._reduced_over == weight.ranks.size
-        if weight.in_parts or weight.on_stage or not alike:
-            return None
-        return weight.dense_gradient_taker
+        return alike and not weight.in_parts and not weight.on_stage
 
     def _after_reducer(self, backward: int, further: int) -> None:
         """Take dense gradients that were averaged, and clear them. The reducer puts its own end
@@ -313,7 +316,6 @@ class Guard:
         clear_([weight for weight, _ in found], [gradient for _, gradient in found])
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.optimizer_steps += 1
         members = self._members(optimizer)
         if not keeps_zeros(optimizer):
             clear_(members, [weight.weight for weight in members])
@@ -321,9 +323,8 @@ class Guard:
             weight.leave()
         self._stepping.clear()
         self._stepped.update(members)
-        for weight in self.weights:
-            if weight.scores is not None:
-                weight.optimizer_steps += 1  # pyright: ignore[reportAttributeAccessIssue]
+        if self.after_step is not None:
+            self.after_step(optimizer)
 
     def _members(self, optimizer: Optimizer) -> list[SparseWeight]:
         # of a weight that is gone the model itself will tell

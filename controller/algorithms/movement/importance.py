@@ -21,7 +21,7 @@ from ....kernels.learned_mask import straight_through
 from ....kernels.pattern import MAX_BLOCK_SIDE, Block, Unstructured
 from ....kernels.select import kth_smallest
 from ...config.scope import check_scopes, matches
-from ...masks.exchange import full_grid, full_grids, others_of, sums_of_parts
+from ...masks.exchange import full_grid, full_grids, others_of
 from ...masks.learned import UpdatedWeight
 from ...masks.scored import ScoredWeight
 from ...masks.targets import weights_of
@@ -350,8 +350,7 @@ class ImportanceLoss(LearnedLoss):
         """Return the loss; None before the warm-up and once masks are frozen."""
         if self.disabled or self.factor == 0:
             return None
-        sums = torch.stack([weight.trained_part().sigmoid().sum() for weight in self._weights])
-        sums = sums + (sums_of_parts(self._weights, sums.detach()) - sums.detach())
+        sums = self.numbers_of_all()
         means = [
             own / math.prod(weight.scores_shape) * math.prod(weight.factors)
             for own, weight in zip(sums, self._weights, strict=True)
@@ -359,3 +358,7 @@ class ImportanceLoss(LearnedLoss):
         # a bias is of its weight's layer
         layers = len({weight.module for weight in self._weights})
         return torch.stack(means).sum() * (LAYER_FACTOR * self.factor / layers)
+
+    def numbers(self) -> Tensor:
+        """Return the sum of the sigmoids of each weight's importances."""
+        return torch.stack([weight.trained_part().sigmoid().sum() for weight in self._weights])

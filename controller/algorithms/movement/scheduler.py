@@ -27,7 +27,7 @@ class MovementScheduler(CompressionScheduler):
     """
 
     def __init__(self, controller: Any, config: MovementSparsityConfig) -> None:
-        super().__init__(controller.begin_step, controller.check_epoch)
+        super().__init__(controller.begin_step, controller.check_epoch, controller.have_begun)
         self._controller = controller
         self._config = config
         self._epoch = EpochLength(config.steps_per_epoch)
@@ -65,12 +65,8 @@ class MovementScheduler(CompressionScheduler):
     def _share(self) -> float:
         return 1 - (1 - min(max(self.progress, 0.0), 1.0)) ** self._config.power
 
-    def step(self, next_step: int | None = None) -> None:
-        with self._refusable():
-            self._step(next_step)
-
     def _step(self, next_step: int | None) -> None:
-        super().step(next_step)
+        super()._step(next_step)
         self._epoch.done += 1
         controller = self._controller
         if self._start is None and 0 <= self.progress < 1:

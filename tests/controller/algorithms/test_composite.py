@@ -86,6 +86,17 @@ def test_schedulers_fan_out_and_the_level_is_that_of_all_weights():
     assert dynamic.scheduler.current_step == -1
 
 
+def test_masks_are_drawn_anew_where_the_schedulers_are_disabled():
+    rb = {"algorithm": "rb_sparsity", "params": {"pattern": {"block": [2, 2]}}}
+    controller = build(MAGNITUDE, rb | {"target_scopes": ["head"]})
+    controller.disable_scheduler()
+    draws = []
+    for _ in range(2):
+        controller.scheduler.step()
+        draws.append(controller.get_state()["rb_sparsity"]["algorithm_state"]["draw"])
+    assert draws[1] == draws[0] + 1
+
+
 def test_losses_add():
     controller = build(MAGNITUDE, SET)
     assert controller.loss() == 0

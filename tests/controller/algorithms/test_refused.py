@@ -103,7 +103,8 @@ class Run:
 
     def resumed(self, kind):
         other = Run(kind, seed=1)
-        if type(self.controller.scheduler) is not type(other.controller.scheduler):
+        kinds = [{type(s) for s in schedulers(run.controller)} for run in (self, other)]
+        if kinds[0] != kinds[1]:
             other.controller.disable_scheduler()  # as before
         saved = [self.model, self.optimizer, self.controller]
         states = [copy.deepcopy(part.state_dict()) for part in saved]
@@ -112,6 +113,11 @@ class Run:
         ):
             part.load_state_dict(state)
         return other
+
+
+def schedulers(controller):
+    parts = getattr(controller, "controllers", {"": controller})
+    return [part.scheduler for part in parts.values()]
 
 
 def same(a, b):

@@ -52,6 +52,9 @@ class Controller:
     def begin_step(self):
         pass
 
+    def have_begun(self):
+        pass
+
     def check_epoch(self):
         pass
 

@@ -411,6 +411,7 @@ def count_moves(group, how):
     controller = ts.create_controller(model, config(*how), process_group=group)
     sharded(model, group)
     train(model, controller, 2, torch.distributed.get_rank(group) == 0)
+    controller.scheduler.step()
     model.train()
     found = {}
     plain = {name: getattr(distributed, name) for name in MOVES}
@@ -470,7 +471,7 @@ def test_a_step_moves_counts_and_an_update_one_bit_a_group(ranks):
         bits = sum(-(-rows // 2) * -(-cols // 8) for (rows, cols), _ in weights)
         # a level is only compared: masks are drawn
         level = {"all_reduce": 24}
-        assert moved == [{"all_reduce": 8 * count}, {}, level, {"all_gather": bits}, {}]
+        assert moved == [{}, {"all_reduce": 8 * count}, level, {"all_gather": bits}, {}]
     for (loss, step, update, *rest), weights in ranks.run(2, count_moves, ("weight", "tall")):
         assert (loss, step, rest) == ({}, {}, [{}, {}])
         bits = sum(-(-rows // 2) * -(-cols // 8) for (rows, cols), _ in weights)
@@ -487,6 +488,49 @@ def test_a_rank_holds_the_masks_of_its_own_elements_and_an_update_gathers_none(r
             for (rows, cols), (own, gathered) in weights:
                 assert own <= -(-rows // 3) * -(-cols // 8)
                 assert gathered <= 8 * -(-(-(-rows // 3) * -(-cols // 8)) // 8)  # whole 8 bytes
+
+
+def hear_losses(group, how):
+    """Return losses wherever what they are of has changed."""
+    model, losses, speaks = net(), [], torch.distributed.get_rank(group) == 0
+    controller = ts.create_controller(model, config(*how), process_group=group)
+
+    def listen():
+        losses.append(controller.loss().detach())
+
+    listen()
+    if group.size() > 1:
+        sharded(model, group)
+    listen()
+    optimizer = optimizer_of(model, controller)
+    for step in range(5):
+        if step % 2 == 0:
+            controller.scheduler.epoch_step()
+        controller.scheduler.step()
+        optimizer.zero_grad()
+        task = model.train()(torch.ones(2, 3, 8)).square().mean()
+        (task * float(speaks) + controller.loss()).backward()
+        optimizer.step()
+        listen()
+        if step == 2:
+            state = controller.get_state()
+    if how[0] != "soft":
+        controller.set_sparsity_level(0.3)
+        listen()
+    controller.load_state(state)
+    listen()
+    controller.freeze()
+    controller.freeze(False)
+    listen()
+    return losses
+
+
+@pytest.mark.parametrize("how", [("rb", "tall"), ("soft", "blocks"), ("sr_ste", "tall")])
+def test_losses_follow_what_they_are_of(ranks, how):
+    (wanted,) = ranks.run(1, hear_losses, how)
+    assert len({round(float(loss), 6) for loss in wanted}) > 2
+    for found in ranks.run(2, hear_losses, how):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
 
 
 def turned():

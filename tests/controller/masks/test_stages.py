@@ -412,6 +412,9 @@ def learn(model, controller, steps, group=None):
         model.train().zero_grad()
         loss = controller.loss()
         losses.append(loss.detach())
+        pulls = loss.requires_grad
+        if group is None or torch.distributed.get_rank(group) == 0:
+            assert torch.equal(controller.loss(), loss)  # asks no other stage
         idle = group is not None and torch.distributed.get_rank(group) == 2
         names = [name for name, _ in model.named_children() if name != "5"]
         tasks = zip(names, run(model), strict=True)
@@ -422,6 +425,9 @@ def learn(model, controller, steps, group=None):
         add_up([parameter.grad for parameter in tied], group)
         if optimizer:
             optimizer.step()
+            if group is not None and pulls:
+                with pytest.raises(RuntimeError, match="step.. must come before it"):
+                    controller.loss()
         if step == steps - 2:
             states.append(controller.get_state())
     model.eval()  # which asks no other stage

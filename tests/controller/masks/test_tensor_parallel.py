@@ -530,30 +530,49 @@ class Sent(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def count_collectives(group, how):
-    """Return what passes send without masks and with them, and what an update does."""
-    model, found = wrapped(net(), group), []
+def count_collectives(group, how, kind):
+    """Return what passes send without masks and with them, loss and optimiser included, and what
+    statistics do.
+    """
+    model, found = wrapped(net(), group, kind), []
     x, controller = torch.randint(0, 24, (6, 5)), None
     for masked in (False, True):
         if masked:
             controller = ts.create_controller(model, learned_config(*how), process_group=group)
+            learn_masks(model, controller, 3)
             controller.scheduler.step()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         model.zero_grad()
         model.eval()  # ours may ask for the mask of evaluation
         with Sent() as sent:
             with torch.no_grad():
                 model(x)
-            model.train()(x).square().mean().backward()
+            for _ in range(2):
+                loss = model.train()(x).square().mean()
+                if masked:
+                    loss = loss + controller.loss()
+                loss.backward()
+            optimizer.step()
         found.append(sent.counts)
+    assert (controller.loss() != 0) == (how[0] != "hard")
     assert all(score.grad is not None for score in controller.parameters())
     with Sent() as sent:
         controller.statistics()
     return *found, sent.counts
 
 
-@pytest.mark.parametrize("how", [("rb", "unstructured"), ("hard", "blocks")], ids="-".join)
-def test_passes_under_learned_masks_send_what_dense_ones_do(ranks, how):
-    for dense, masked, asked in ranks.run(2, count_collectives, how):
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        (("rb", "unstructured"), "tensor"),
+        (("hard", "blocks"), "tensor"),
+        (("soft", "unstructured"), "fsdp"),
+        (("sr_ste", "nm"), "tensor"),
+    ],
+)
+def test_steps_under_learned_masks_send_what_dense_ones_do(ranks, how, kind):
+    size = 2 if kind == "tensor" else 4
+    for dense, masked, asked in ranks.run(size, count_collectives, how, kind):
         assert sum(dense.values()) > 0
         assert masked == dense
         assert (sum(asked.values()) > 0) == (how[0] == "rb")
