@@ -70,8 +70,7 @@ def create_controller(
         stages: the ranks have stages of a pipeline, each its own weights, under the names that
             they have in the whole model: these are one pool, by rank and then in module order. A
             weight that several ranks have is one. ``sparsified_module_info`` has those of other
-            stages too, of no rows here. Stages may be sharded themselves, before this, but not
-            under rb and movement.
+            stages too, of no rows here. Stages may be sharded themselves, before this.
 
     Raises:
         ValueError, TypeError: the configuration, a weight or the state does not fit, see the
@@ -174,9 +173,7 @@ def _check_parts(configs: Sequence[AlgorithmConfig], targets: Sequence[Sequence[
             part = target.part
             if part is None:
                 continue
-            if algorithm.controller.learns:
-                refused = f"{algorithm.name}, whose scores would be sharded"
-            elif algorithm.name == "rigl" and len(target.stages) > 1:
+            if algorithm.name == "rigl" and len(target.stages) > 1:
                 refused = "rigl with a weight that several stages have"
             elif importance == "fisher" and part.straddles:
                 refused = "weight_importance='fisher' with blocks that lie on two ranks"

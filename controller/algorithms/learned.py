@@ -32,6 +32,7 @@ from ..masks.optimizers import parameters_of
 from ..masks.schema import Schema, tensor
 from ..masks.scored import ScoredWeight
 from ..masks.shards import Shard, forget_gone, reshard
+from ..masks.stages import tell_layouts
 from ..masks.weight import SparseWeight
 from .base import BaseSparsityAlgoController, Change
 from .loss import CompressionLoss
@@ -145,9 +146,10 @@ class LearnedController(BaseSparsityAlgoController):
         told = weakref.WeakMethod(self.after_optimizer_step)
         guards[0].after_step = lambda optimizer: (told() or bool)(optimizer)
         reshard(model)
-        for weight in self._weights:
-            if weight.in_parts:
-                weight.join(model)
+        if parted := [weight for weight in self._weights if weight.in_parts]:
+            with parted[0].ranks.together(parted[0].weight.device):  # a stage may be refused
+                for weight in parted:
+                    weight.join(model)
         return guards
 
     def freeze(self, freeze: bool = True) -> None:
@@ -246,7 +248,9 @@ class ScoredController(LearnedController):
         self._versions: list[int] = []
         self._samples: list[Tensor] = []
         self._idle = 0
-        return super()._guarded(model)
+        guards = super()._guarded(model)
+        tell_layouts(self._weights)
+        return guards
 
     def parameters(self) -> list[nn.Parameter]:
         return [weight.scores for weight in self._weights if not weight.absent]
@@ -344,8 +348,9 @@ class ScoredController(LearnedController):
             return False
         # fused optimisers leave no trace in the versions
         changed = not all(map(torch.equal, self._samples, self._sample()))
-        # the stages of a pipeline may be at odds on how long theirs were idle
-        return not (changed if here[0].on_stage else self.ranks.any(changed, self._device))
+        if here[0].target.holders:  # stages may be at odds on how long theirs were idle
+            return not changed and any(sample.numel() for sample in self._samples)
+        return not self.ranks.any(changed, self._device)
 
     def _sample(self) -> list[Tensor]:
         return [weight.part().flatten()[:SAMPLE].clone() for weight in self._weights]

@@ -17,7 +17,7 @@ from ...kernels.draw import draw, keeps_draws
 from ...kernels.learned_mask import kept_groups, sample_mask, sample_part
 from ...kernels.masked_weight import apply_mask
 from ...kernels.pattern import Block
-from ..masks.exchange import full_grids
+from ..masks.exchange import full_grid_within
 from ..masks.schema import Schema, list_of, number
 from ..masks.scored import ScoredWeight
 from ..masks.weight import SparseWeight, Target
@@ -122,15 +122,16 @@ class LogitWeight(ScoredWeight):
 
     def _count(self) -> None:
         """Ask the stage that has the weight what its mask keeps. Every rank must call this."""
-        if self.on_stage and not self.frozen:
-            self.take_part(self.kept_grid())
+        if self.target.holders and not self.frozen:
+            self.tell_counts()
 
     def settle(self) -> None:
-        """Let the mask be that of evaluation, s > 0, if logits have changed. Frozen, it stays.
+        """Let the mask be that of evaluation, s > 0, if logits have changed. Frozen, it stays. Of
+        a weight that lies in parts the ranks that have these must call this, and no others.
 
         Compiled code cannot look: it reads the mask as it is.
         """
-        if self.frozen or torch.compiler.is_compiling():
+        if self.frozen or self.absent or torch.compiler.is_compiling():
             return
         key = self.mask_state()
         if self._read_at != key:
@@ -140,7 +141,7 @@ class LogitWeight(ScoredWeight):
             if not self.in_parts:
                 self.set_grid(kept)
             elif self.gathers_scores and not self.scores_lie_as_elements:
-                self._take_full(*full_grids([self], [kept]))
+                self._take_full(full_grid_within(self, kept))
             else:
                 self.take_part(kept)
             self._read_at = key

@@ -6,7 +6,7 @@ sends back what becomes of them. Nothing else moves; no weight is gathered but t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
@@ -416,18 +416,16 @@ def known_anywhere(weights: Sequence[SparseWeight], names: Collection[str]) -> l
 
 
 def from_stage(weight: SparseWeight, tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return on all ranks, which must call this, what the first stage that has a weight gives.
+    """Return on all ranks, which must call this, what the first that has a weight gives.
 
     Args:
         weight: on stages of a pipeline.
         tensor: what this rank has; another's is not read.
         shape: of what is given.
     """
-    shard = weight.shard
-    assert shard is not None
-    whole = tensor.contiguous() if shard.counted else tensor.new_empty(tuple(shape))
-    source = distributed.get_global_rank(weight.ranks.group, shard.ranks[0][0])
-    distributed.broadcast(whole, source, group=weight.ranks.group)
+    ranks, first = weight.ranks, weight.target.holders[0]
+    whole = tensor.contiguous() if ranks.rank == first else tensor.new_empty(tuple(shape))
+    distributed.broadcast(whole, distributed.get_global_rank(ranks.group, first), ranks.group)
     return whole
 
 
@@ -518,6 +516,14 @@ def full_grids(weights: Sequence[Any], grids: Sequence[Tensor]) -> list[Tensor]:
     return _full_grids(weights, grids, [weight.scored_parts for weight in weights])
 
 
+def full_grid_within(weight: Any, grid: Tensor) -> Tensor:
+    """Return ``full_grids``'s of one weight. Of one on stages of a pipeline only the ranks of this
+    stage take part.
+    """
+    gather = _gather_stage if weight.target.holders else _gather
+    return _full_grids([weight], [grid], [weight.scored_parts], gather)[0]
+
+
 def full_masks(weights: Sequence[SparseWeight]) -> list[Tensor]:
     """Return bool grids of full weights, which are sharded: one bit a group is gathered, of all
     weights in one exchange.
@@ -528,20 +534,49 @@ def full_masks(weights: Sequence[SparseWeight]) -> list[Tensor]:
     return _full_grids(weights, grids, sizes)
 
 
+def _gather(weight: SparseWeight, sent: Tensor) -> Sequence[Tensor]:
+    """Return what each rank has sent, by rank."""
+    ranks = weight.ranks
+    every = [torch.empty_like(sent) for _ in range(ranks.size)] if ranks.size > 1 else [sent]
+    if ranks.size > 1:
+        distributed.all_gather(every, sent, ranks.group)
+    return every
+
+
+def _gather_stage(weight: SparseWeight, sent: Tensor) -> Mapping[int, Tensor]:
+    """Return what each rank has sent that has a part of a weight on this stage, by rank."""
+    mesh: Any = cast(Any, weight.weight).device_mesh
+    found = sent
+    for dim in reversed(range(mesh.ndim)):
+        every = [torch.empty_like(found) for _ in range(mesh.size(dim))]
+        distributed.all_gather(every, found, mesh.get_group(dim))
+        found = torch.stack(every)
+    known = distributed.get_process_group_ranks(weight.ranks.group)
+    members = map(known.index, mesh.mesh.flatten().tolist())
+    return dict(zip(members, found.view(-1, *sent.shape), strict=True))
+
+
 def _full_grids(
-    weights: Sequence[Any], grids: Sequence[Tensor], sizes: Sequence[Sequence[list[int]]]
+    weights: Sequence[Any],
+    grids: Sequence[Tensor],
+    sizes: Sequence[Sequence[list[int]]],
+    gather: Callable[[SparseWeight, Tensor], Any] = _gather,
 ) -> list[Tensor]:
-    """Return grids of which each rank has a part; ``sizes`` has the heights and widths of them."""
-    ranks, device = weights[0].ranks, grids[0].device
+    """Return grids of which each rank has a part.
+
+    Args:
+        weights: sharded.
+        grids: what is here of each.
+        sizes: of each the heights and the widths of the parts.
+        gather: which ranks take part.
+    """
+    device = grids[0].device
     slots = [max(h * ceil_div(w, 8) for h in tall for w in wide) for tall, wide in sizes]
     ends = [0, *accumulate(slots)]
     sent = torch.zeros(ends[-1], dtype=torch.uint8, device=device)
     for start, grid in zip(ends, grids, strict=False):
         sent[start : start + len(grid) * ceil_div(grid.shape[1], 8)] = pack(grid).view(-1)
-    every = [torch.empty_like(sent) for _ in range(ranks.size)] if ranks.size > 1 else [sent]
-    if ranks.size > 1:
-        distributed.all_gather(every, sent, ranks.group)
-    found = []
+    every, found = gather(weights[0], sent), []
     for weight, (tall, wide), start in zip(weights, sizes, ends, strict=False):
         widths = [ceil_div(w, 8) for w in wide]
         parts = [

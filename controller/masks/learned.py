@@ -305,15 +305,15 @@ class UpdatedWeight(LearnedWeight):
     def masks_changed(owners: Sequence[Any]) -> None:
         """Gather the masks of shards, where forward passes need those of what is gathered."""
         SparseWeight.masks_changed(owners)
-        gathered = [weight for weight in owners if weight.is_gathered and not weight.frozen]
-        moved = {weight for weight in gathered if not weight._gather_mask()}
-        staged = [weight for weight in owners if weight.in_parts and weight.target.holders]
+        learned = [weight for weight in owners if not weight.frozen]
+        moved = {w for w in learned if w.is_gathered and not w._gather_mask()}
+        staged = [weight for weight in learned if weight.in_parts and weight.target.holders]
         if any(weight._moves_whole is None for weight in staged):
             # of a weight on another stage of a pipeline this rank cannot know; it stays so
             told = known_anywhere(staged, {weight.name for weight in moved})
             for weight in staged:
                 weight._moves_whole = weight in told
-        moved |= {w for w in staged if w.absent and w._moves_whole and not w.frozen}
+        moved |= {w for w in staged if w.absent and w._moves_whole}
         ordered = [weight for weight in owners if weight in moved]
         for weight, grid in zip(ordered, full_masks(ordered) if ordered else (), strict=True):
             if not weight.absent:

@@ -32,10 +32,12 @@ class LearnedModule(MaskedModule):
         return self
 
     def train(self, mode: bool = True) -> Any:
-        # compiled code cannot look at the scores: it reads the mask as it is
+        # compiled code cannot look at the scores: it reads the mask as it is. Of what lies in
+        # parts it reads no stored mask, which other ranks would have to be asked for
         if not mode:
             for weight in self._learned_weights.values():
-                weight.settle()
+                if not weight.in_parts:
+                    weight.settle()
         return super().train(mode)
 
     @contextmanager

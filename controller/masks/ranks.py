@@ -9,12 +9,14 @@ that none is left waiting.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+
+T = TypeVar("T")
 
 # errors that keep their kind on the ranks that only hear of them
 _KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, RuntimeError)}
@@ -54,6 +56,13 @@ class Ranks:
             return [value]
         found: list[Any] = [None] * self.size
         distributed.all_gather_object(found, value, self.group)
+        return found
+
+    def collect(self, own: Mapping[str, T]) -> dict[str, T]:
+        """Return what the ranks have given by name, of one name what the first has; all small."""
+        found: dict[str, T] = {}
+        for theirs in self.gather(own):
+            found = theirs | found
         return found
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...kernels.grid import ceil_div, side_lengths
 from ...kernels.learned_mask import scale_gradient
 from ...kernels.pattern import Block, Pattern, Unstructured
-from .exchange import from_stage, sums_of_parts
+from .exchange import agree_counts, from_stage, within
 from .learned import LearnedWeight, check_shard, scores_name
 from .shards import (
     Shard,
@@ -54,6 +54,9 @@ class ScoredWeight(LearnedWeight):
         if self.on_stage:
             scores = scores[self.own_scores[: scores.ndim]].clone()
         self._scores = nn.Parameter(scores)
+        # on stages of a pipeline that are sharded: which scores are here, and whether FSDP2
+        # gathers them where the weight is
+        self._told: tuple[Shard, bool] | None = None
         # fused optimisers rewrite a parameter without a trace in its version
         self.optimizer_steps = 0
         # since these were last set to False: whether the weight was read in training, whether a
@@ -123,10 +126,10 @@ class ScoredWeight(LearnedWeight):
         them, whose gradients are added up, the first pulls.
         """
         scores: Any = self.scores
-        if not is_sharded(scores):
-            return self._trained(scores if self.is_first_stage else scores.detach())
-        self.follow()
-        return self._trained(scores.to_local())
+        if is_sharded(scores):
+            self.follow()
+            scores = scores.to_local()
+        return self._trained(scores if self.is_first_stage else scores.detach())
 
     def _trained(self, scores: Tensor) -> Tensor:
         scores = scores.float()  # of less bits where a mixed-precision policy gathers them
@@ -143,7 +146,7 @@ class ScoredWeight(LearnedWeight):
         scores: Any = self.scores.detach()
         if is_sharded(scores):
             scores = scores.full_tensor()
-        elif self.on_stage:
+        if self.target.holders:
             scores = from_stage(self, scores, self.scores_shape)
         return scores.to("cpu", copy=True)
 
@@ -189,7 +192,10 @@ class ScoredWeight(LearnedWeight):
     @property
     def scores_shard(self) -> Shard:
         """Which scores are here, of a matrix of all that lies as the weight's."""
-        layout: Any = {"transposed": self.transposed, "experts": False}
+        if self._told is not None:
+            return self._told[0]
+        holders = self.target.holders
+        layout: Any = {"transposed": self.transposed, "experts": False, "holders": holders}
         found = shard_of(self.name, self.scores, Unstructured(), self.ranks, **layout)
         assert found is not None
         return found
@@ -222,6 +228,8 @@ class ScoredWeight(LearnedWeight):
         keep those of the groups that tensor parallelism has left here.
         """
         super().join(model)
+        if self.absent:
+            return
         places = [(module, scores_name(name)) for module, name in self.target.users]
         weight: Any = self.weight
         local = self._new_scores("meta")
@@ -237,9 +245,20 @@ class ScoredWeight(LearnedWeight):
                 owner.register_parameter(own, scores)
         self._watch_scores()
 
+    def take_layout(self, shard: Shard, *, gathered: bool) -> None:
+        """Take note of which scores are here on stages of a pipeline that are sharded, and whether
+        FSDP2 has ``gathered`` the weight for a forward pass where it is.
+        """
+        self._told = shard, gathered
+        if self.absent:
+            rows, cols = shard.sides
+            sides = (cols, rows) if self.transposed else (rows, cols)
+            nothing = torch.empty(sides[: len(self.scores_shape)], device=self.weight.device)
+            self._scores = nn.Parameter(nothing)
+
     @property
     def gathers_scores(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.is_gathered
+        return self.is_gathered if self._told is None else self._told[1]
 
     @property
     def scores_lie_as_elements(self) -> bool:
@@ -280,16 +299,29 @@ class ScoredWeight(LearnedWeight):
         super()._become_sharded(weight)
         self._watch_scores()
 
-    def take_part(self, grid: Tensor) -> None:
-        """Take over the bool grid of what is here, in place; of other parts, or of the stage that
-        has the weight, how much they keep.
+    def take_part(self, grid: Tensor, kept: int | None = None) -> None:
+        """Take over the bool grid of what is here, whole groups, in place.
+
+        Args:
+            grid: of what is here.
+            kept: how many groups the full weight keeps, which all have as many elements; None: the
+                ranks with other parts of it tell, those of this stage of a pipeline alone.
         """
-        assert self.shard is not None
         here = _elements(grid, self.kind.pattern, self.shape)
-        own = torch.tensor([int(grid.count_nonzero()), here], device=grid.device)
-        kept, elements = sums_of_parts([self], own).tolist()
+        if kept is None:
+            speaks, _, add = within(self)
+            own = torch.tensor([int(grid.count_nonzero()), here], device=grid.device)
+            groups, elements = add(own * speaks).tolist()
+        else:
+            groups, elements = kept, kept * self.pattern.rows * self.pattern.cols
         self.elements_elsewhere = elements - here
         self.mask.copy_(self._compact(grid))
+        self.note(groups, here)
+
+    def tell_counts(self) -> None:
+        """Tell all stages of a pipeline, which must call this, how much the mask keeps."""
+        here = _elements(self.kept_grid(), self.kind.pattern, self.shape)
+        ((kept, here),) = agree_counts([self], [self.mask], [[here, here]])
         self.note(kept, here)
 
     def _take_full(self, grid: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from .names import canonical
 from .ranks import Ranks, fingerprint
+from .scored import ScoredWeight
 from .shards import Shard, is_sharded, local_part, part_of_stage, shard_of
 from .targets import Whereabouts
 from .weight import SparseWeight, Target
@@ -119,13 +120,42 @@ def _parts(
                 target = here[name]
                 layout = {"transposed": target.transposed, "experts": target.experts}
                 options: Any = layout | {"holders": holders[name]}
-                found = shard_of(name, target.weight, target.pattern, ranks, **options)
+                found = shard_of(name, target.weight, target.parted_pattern, ranks, **options)
                 assert found is not None
                 own[name] = found
+    return parts_of_all(own, sharded, ranks)
+
+
+def parts_of_all(own: Mapping[str, Shard], names: Sequence[str], ranks: Ranks) -> dict[str, Shard]:
+    """Return what is here of tensors that are sharded on some stages, of which ``own`` has those
+    of this one: of the others nothing. All ranks must call this.
+    """
     known: dict[str, Shard] = {}
-    for theirs in ranks.gather(own):
-        known = theirs | known
-    return {name: part_of_stage(own.get(name, known[name]), here=name in own) for name in sharded}
+    for rank, theirs in enumerate(ranks.gather(own)):
+        for name, shard in theirs.items():
+            first = known.setdefault(name, shard)
+            if (shard.bounds, shard.edges) != (first.bounds, first.edges):
+                raise ValueError(
+                    f"create_controller: {name!r} must be sharded alike on every stage that has "
+                    f"it, got parts from rows {first.bounds[:-1]} and columns {first.edges[:-1]}, "
+                    f"and on rank {rank} from {shard.bounds[:-1]} and {shard.edges[:-1]}"
+                )
+    return {name: part_of_stage(own.get(name, known[name]), here=name in own) for name in names}
+
+
+def tell_layouts(weights: Sequence[ScoredWeight]) -> None:
+    """Tell stages of a pipeline how the scores lie of weights that are sharded on other stages.
+    All ranks must call this.
+    """
+    parted = [w for w in weights if w.in_parts and w.target.holders]
+    if not parted:
+        return
+    ranks, names = parted[0].ranks, [canonical(weight.name) for weight in parted]
+    here = [(n, w) for n, w in zip(names, parted, strict=True) if not w.absent]
+    shards = parts_of_all({name: weight.scores_shard for name, weight in here}, names, ranks)
+    gathered = ranks.collect({name: weight.is_gathered for name, weight in here})
+    for name, weight in zip(names, parted, strict=True):
+        weight.take_layout(shards[name], gathered=gathered[name])
 
 
 def _check_copies(
@@ -187,7 +217,7 @@ def parameters_of_all(
     named = [(canonical(name), p) for name, p in model.named_parameters()]
     own = {name: p.numel() for name, p in named if id(p) not in left_out}
     if any(weight.target.holders for weight in weights):
-        own = dict(pair for theirs in weights[0].ranks.gather(own) for pair in theirs.items())
+        own = weights[0].ranks.collect(own)
     return sum(own.values())
 
 
@@ -197,5 +227,5 @@ def paths_of_all(weights: Sequence[SparseWeight]) -> list[str]:
     """
     own = {canonical(weight.name): weight.path for weight in weights if not weight.absent}
     if any(weight.target.holders for weight in weights):
-        own = dict(pair for theirs in weights[0].ranks.gather(own) for pair in theirs.items())
+        own = weights[0].ranks.collect(own)
     return [own[canonical(weight.name)] for weight in weights]

@@ -103,6 +103,14 @@ class Target:
         """Of the parameter, wherever it is."""
         return torch.Size(self.absent_shape or self.weight.shape)
 
+    @property
+    def parted_pattern(self) -> Pattern:
+        """The pattern of what ranks have parts of: a vector's is upright, as rows are parted."""
+        pattern = self.pattern
+        if len(self.shape) == 1 and isinstance(pattern, Block):
+            return Block(pattern.cols, pattern.rows)
+        return pattern
+
     def matrix(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the weight's shape as a matrix (out, in): a view where strides allow.
 
@@ -193,9 +201,7 @@ class SparseWeight(GroupMask):
         """Return what is here of a parameter, as ``shards.shard_of``."""
         target = self.target
         layout = {"transposed": target.transposed, "experts": target.experts}
-        pattern = target.pattern
-        if weight.ndim == 1 and isinstance(pattern, Block):  # what is parted are rows
-            pattern = Block(pattern.cols, pattern.rows)
+        pattern = target.parted_pattern
         if target.part is not None and not gathered:
             return target.part
         if target.holders and target.part is None:

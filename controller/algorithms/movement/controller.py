@@ -203,12 +203,11 @@ class MovementSparsityController(ScoredController):
             f"{group.name or 'model'} {group.kind}": (int(units.sum()), group.count)
             for group, units in zip(self._groups, kept, strict=True)
         }
-        staged = [weight for weight in self._weights if weight.on_stage]
+        staged = [weight for weight in self._weights if weight.target.holders]
         for weight in staged:  # of which the other stages know no counts
-            weight.take_part(weight.kept_grid())
+            weight.tell_counts()
         if staged:
-            units = self.ranks.gather(self._kept_units)
-            self._kept_units = {name: n for theirs in units for name, n in theirs.items()}
+            self._kept_units = self.ranks.collect(self._kept_units)
 
     def finish(self) -> None:
         """Resolve heads and channels, freeze the masks, adapt BatchNorm if that is configured."""

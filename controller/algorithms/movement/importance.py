@@ -101,22 +101,18 @@ class MovementWeight(UpdatedWeight, ScoredWeight):
     def take_whole(self, grid: Tensor) -> None:
         """Take over the bool grid of the full weight, of which a part is here."""
         self._take_full(grid)
-        if self.gathers_scores and not self._gather_mask():
+        if self.is_gathered and not self._gather_mask():
             self._pass(grid)
 
-    def take_own(self, grid: Tensor, count: int) -> None:
-        """Take over the bool grid of what is here, of elements, of which the full weight keeps
-        ``count``.
-        """
-        here = int(grid.count_nonzero())
-        self.elements_elsewhere = count - here
-        self.mask.copy_(self._compact(grid))
-        self.note(count, here)
-
     def take(self, kept: Tensor, count: int) -> None:
-        """Take over which importances are kept: bool, of the scores' shape, ``count`` True."""
-        grid = self.spread(kept).contiguous()
-        self.set_(self._compact(grid), count * math.prod(self._repeats))
+        """Take over which importances that are here are kept, bool, of the scores' shape; those of
+        the full weight are ``count``. A rank has the scores of the very groups that it has.
+        """
+        grid, count = self.spread_part(kept).contiguous(), count * math.prod(self._repeats)
+        if self.shard is None:
+            self.set_(self._compact(grid), count)
+        else:
+            self.take_part(grid, count)
 
     @property
     def most(self) -> int:
@@ -143,15 +139,12 @@ def take_kept(
     """
     alike, shards = [], []
     for weight, own, count in zip(weights, kept, counts, strict=True):
-        if weight.shard is None:
-            weight.take(own, count)
-        elif not weight.gathers_scores:
-            weight.take_part(weight.spread_part(own).contiguous())
-        elif weight.scores_lie_as_elements:
-            weight.take_own(weight.spread_part(own).contiguous(), count)
-            alike.append(weight)
-        else:
+        if weight.gathers_scores and not weight.scores_lie_as_elements:
             shards.append((weight, own))
+            continue
+        weight.take(own, count)
+        if weight.gathers_scores:
+            alike.append(weight)
     UpdatedWeight.masks_changed(alike)
     if shards:
         grids = full_grids([w for w, _ in shards], [w.spread_part(own) for w, own in shards])
