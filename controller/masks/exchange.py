@@ -23,6 +23,7 @@ from ...kernels.pattern import NM, Block
 from ...kernels.prune_rows import Part
 from ...kernels.regrow import drop_lowest, grow_highest
 from ...kernels.search import Reduce
+from ...kernels.table import alike
 from .names import canonical
 from .shards import Shard, local_rows
 from .weight import SparseWeight
@@ -190,15 +191,32 @@ def sums_of_each(
     return exact_sums(own, ranks.most, ranks.sum, counts)
 
 
-def sums_of_all(weight: SparseWeight, rows: Sequence[Tensor]) -> Tensor:
-    """Return the sums of vectors that have a number for each piece of a weight's lines; float64,
-    the same on any number of ranks. Of a sharded weight they are of what is here; one on a stage
-    of a pipeline is whole.
+def sums_of_all(
+    weights: Sequence[SparseWeight], vectors: Sequence[Sequence[Tensor]]
+) -> list[Tensor]:
+    """Return of each weight the sums of vectors that have a number for each piece of its lines;
+    float64, the same on any number of ranks. Of a sharded weight they are of what is here; one on
+    a stage of a pipeline is whole. Ranks tell one another of all weights at once.
     """
-    if weight.shard is None or not weight.in_parts:
-        return exact_sums(rows)
-    speaks, most, add = within(weight)
-    return exact_sums([row if speaks else row[:0] for row in rows], most, add)
+    # of one on stages the ranks of this stage have parts, by its mesh
+    having = [
+        (w.in_parts, cast(Any, w.weight).device_mesh if w.in_parts and w.target.holders else None)
+        for w in weights
+    ]
+    found = [torch.empty(0)] * len(weights)
+    for (in_parts, _), places in alike(having).items():
+        rows = [row for place in places for row in vectors[place]]
+        if not in_parts:
+            sums = exact_sums(rows)
+        else:
+            _, most, add = within(weights[places[0]])
+            speaks = [within(weights[place])[0] for place in places for _ in vectors[place]]
+            own = [row if speak else row[:0] for row, speak in zip(rows, speaks, strict=True)]
+            sums = exact_sums(own, most, add)
+        sizes = [len(vectors[place]) for place in places]
+        for place, own in zip(places, sums.split(sizes), strict=True):
+            found[place] = own
+    return found
 
 
 def within(weight: SparseWeight) -> tuple[bool, Reduce, Reduce]:

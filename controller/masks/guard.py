@@ -41,7 +41,7 @@ from torch.utils.hooks import RemovableHandle
 from ...kernels.launch import takes_kernels
 from .exchange import pieces_here, sums_of_all
 from .linear import list_blocks_of_shards, note_adapter
-from .optimizers import keeps_zeros, moments, parameters_of, start_returned
+from .optimizers import keeps_zeros, moments, parameters_of, rows_of_others, start_returned
 from .shards import is_sharded
 from .weight import GradientTaker, SparseWeight, clear_, drop_foreign, leaks, take_values
 
@@ -353,11 +353,17 @@ class Guard:
         overflowed = getattr(optimizer, "found_inf", None)
         if not found or (overflowed is not None and bool(overflowed)):
             return
+        asked = []
         for weight in found:
             if not weight.all_kept:
                 kept = weight.like_weight(weight.kept_elements())
-                sums, pieces = partial(sums_of_all, weight), pieces_here(weight)
-                start_returned(optimizer, weight.weight, kept, sums, pieces)
+                rows = rows_of_others(optimizer, weight.weight, kept, pieces_here(weight))
+                asked += [(weight, rows)] if rows else []
+        if asked:
+            weights, rows = zip(*asked, strict=True)
+            for weight, sums in zip(weights, sums_of_all(weights, rows), strict=True):
+                kept = weight.like_weight(weight.kept_elements())
+                start_returned(optimizer, weight.weight, kept, sums)
         self._regrown.difference_update(found)
 
     def _watch_gradient(self, weight: SparseWeight, parameter: Tensor) -> None:

@@ -626,6 +626,35 @@ def test_a_step_moves_nothing_and_an_update_counts_and_rows_at_edges(ranks):
     assert any(edges for *_, edges in found)
 
 
+def count_starts(group):
+    """Return what optimisers' steps send, of which the third is behind an update."""
+    model, sizes, plain = sharded(net(), group), [], torch.distributed.all_reduce
+    chosen = ts.SETConfig(level=0.5, t_end=20, delta_t=2, ignored_scopes=["5"])
+    controller = ts.create_controller(model, chosen, process_group=group)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def counting(tensor, *args, **options):
+        sizes[-1].append(tensor.nbytes)
+        return plain(tensor, *args, **options)
+
+    for _ in range(4):
+        controller.scheduler.step()
+        model(torch.ones(2, 16)).sum().backward()
+        sizes.append([])
+        torch.distributed.all_reduce = counting
+        try:
+            optimizer.step()
+        finally:
+            torch.distributed.all_reduce = plain
+    return sizes, len(controller._weights)
+
+
+def test_what_returns_is_started_by_two_reductions_for_all_weights(ranks):
+    for sizes, weights in ranks.run(2, count_starts):
+        assert weights > 1
+        assert sizes == [[], [], [48 * weights] * 2, []]
+
+
 def strip_shards(group):
     model = net()
     kinds = [type(module) for module in model]
