@@ -245,16 +245,18 @@ def within(weight: SparseWeight) -> tuple[bool, Reduce, Reduce]:
 
 def local_masks(weights: Sequence[SparseWeight], masks: Sequence[Tensor]) -> list[Tensor]:
     """Return compact masks of what is here from those of the groups that belong here."""
-    if not any(weight.shard for weight in weights) or weights[0].packed:
+    if not any(weight.shard for weight in weights):
         return list(masks)
-    if weights[0].scores is not None:
-        moved = [(w, mask) for w, mask in zip(weights, masks, strict=True) if w.gathers_scores]
-        found = full_grids(*zip(*moved, strict=True)) if moved else []
-        grids = dict(zip((w for w, _ in moved), found, strict=True))
-        return [
-            w.local_grid(grids[w]) if w in grids else mask
-            for w, mask in zip(weights, masks, strict=True)
-        ]
+    scored = cast(Any, weights) if weights[0].scores is not None else ()
+    if moved := [w for w in scored if w.gathers_scores and not w.scores_lie_as_elements]:
+        given = dict(zip(weights, masks, strict=True))
+        grids = [unpack(given[w], w.scored_width) if w.packed else given[w] for w in moved]
+        for weight, grid in zip(moved, full_grids(moved, grids), strict=True):
+            own = weight.local_grid(grid)
+            given[weight] = pack(own) if weight.packed else own
+        return list(given.values())
+    if weights[0].packed or weights[0].scores is not None:
+        return list(masks)
     last = [mask[-1:] for mask in masks]
 
     def rows_of(shard: Shard, source: int, to: int) -> int:
@@ -532,6 +534,18 @@ def full_grids(weights: Sequence[Any], grids: Sequence[Tensor]) -> list[Tensor]:
     have their scores here: one bit a group is gathered, of all weights in one exchange.
     """
     return _full_grids(weights, grids, [weight.scored_parts for weight in weights])
+
+
+def full_kept(weights: Sequence[Any], kept: Sequence[Tensor]) -> list[Tensor]:
+    """Return which scores of full ``ScoredWeight``s are kept, which are sharded, bool, from those
+    that are here: one bit a score is gathered, of all weights in one exchange.
+    """
+    matrices = [own if own.ndim == 2 else own[:, None] for own in kept]
+    sizes = []
+    for shard in (weight.scores_shard for weight in weights):
+        ends = shard.bounds, shard.edges
+        sizes.append(tuple([b - a for a, b in pairwise(of)] for of in ends))
+    return _full_grids(weights, matrices, sizes)
 
 
 def full_grid_within(weight: Any, grid: Tensor) -> Tensor:

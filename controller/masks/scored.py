@@ -218,6 +218,12 @@ class ScoredWeight(LearnedWeight):
         return [tall * (b - a) for a, b in rows], [wide * (b - a) for a, b in cols]
 
     @property
+    def scored_width(self) -> int:
+        """How many columns of groups have their scores here."""
+        cols = self.scored_groups[1]
+        return cols.stop - cols.start
+
+    @property
     def _groups_a_score(self) -> tuple[int, int]:
         assert self.shard is not None
         (down, across), (rows, cols) = self.shard.grid, self.scores_shard.shape

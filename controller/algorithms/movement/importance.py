@@ -21,7 +21,7 @@ from ....kernels.learned_mask import straight_through
 from ....kernels.pattern import MAX_BLOCK_SIDE, Block, Unstructured
 from ....kernels.select import kth_smallest
 from ...config.scope import check_scopes, matches
-from ...masks.exchange import full_grid, full_grids, others_of
+from ...masks.exchange import full_grid, full_kept, others_of
 from ...masks.learned import UpdatedWeight
 from ...masks.scored import ScoredWeight
 from ...masks.targets import weights_of
@@ -114,6 +114,18 @@ class MovementWeight(UpdatedWeight, ScoredWeight):
         else:
             self.take_part(grid, count)
 
+    def take_elements(self, whole: Tensor, count: int) -> None:
+        """Take over which importances of the full weight are kept, bool, ``count`` of them, under
+        a mask of single elements: of these what is here.
+        """
+        assert self.shard is not None
+        ends = zip(self.shard.here, self.score_sides, strict=True)
+        rows, cols = (
+            torch.arange(here.start, here.stop, device=whole.device) // side for here, side in ends
+        )
+        whole = whole.T if self._upright else whole
+        self.take_part(whole[rows][:, cols].contiguous(), count * math.prod(self._repeats))
+
     @property
     def most(self) -> int:
         """How many importances may be pruned: not more than reach the quantile's place."""
@@ -135,21 +147,25 @@ def take_kept(
     weights: Sequence[MovementWeight], kept: Sequence[Tensor], counts: Sequence[int]
 ) -> None:
     """Take over which importances that are here are kept, ``counts`` of those of whole weights; of
-    shards in groups of several elements one bit a group is gathered.
+    shards in groups of several elements one bit an importance is gathered.
     """
-    alike, shards = [], []
+    elements, shards = [], []
     for weight, own, count in zip(weights, kept, counts, strict=True):
         if weight.gathers_scores and not weight.scores_lie_as_elements:
-            shards.append((weight, own))
+            shards.append((weight, own, count))
             continue
         weight.take(own, count)
         if weight.gathers_scores:
-            alike.append(weight)
-    UpdatedWeight.masks_changed(alike)
+            elements.append(weight)
     if shards:
-        grids = full_grids([w for w, _ in shards], [w.spread_part(own) for w, own in shards])
-        for (weight, _), grid in zip(shards, grids, strict=True):
-            weight.take_whole(grid)
+        found = full_kept([w for w, *_ in shards], [own for _, own, _ in shards])
+        for (weight, _, count), whole in zip(shards, found, strict=True):
+            if weight.packed:
+                weight.take_elements(whole, count)
+                elements.append(weight)
+            else:
+                weight.take_whole(weight.spread(whole).contiguous())
+    UpdatedWeight.masks_changed(elements)
 
 
 def kth_importance(

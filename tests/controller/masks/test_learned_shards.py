@@ -455,7 +455,12 @@ def count_moves(group, how):
     finally:
         for name, function in plain.items():
             setattr(distributed, name, function)
-    return moved, held
+    scored = [w.scores_shape for w in controller._weights if how == ("soft", "tall")]
+    return moved, held, scored
+
+
+def tall(shape):
+    return shape if len(shape) == 2 else (*shape, 1)
 
 
 def masks_here(weight):
@@ -466,22 +471,25 @@ def masks_here(weight):
 
 
 def test_a_step_moves_counts_and_an_update_one_bit_a_group(ranks):
-    for moved, weights in ranks.run(2, count_moves, ("rb", "tall")):
+    for moved, weights, _ in ranks.run(2, count_moves, ("rb", "tall")):
         count = len(weights)
         bits = sum(-(-rows // 2) * -(-cols // 8) for (rows, cols), _ in weights)
         # a level is only compared: masks are drawn
         level = {"all_reduce": 24}
         assert moved == [{}, {"all_reduce": 8 * count}, level, {"all_gather": bits}, {}]
-    for (loss, step, update, *rest), weights in ranks.run(2, count_moves, ("weight", "tall")):
+    for (loss, step, update, *rest), weights, _ in ranks.run(2, count_moves, ("weight", "tall")):
         assert (loss, step, rest) == ({}, {}, [{}, {}])
         bits = sum(-(-rows // 2) * -(-cols // 8) for (rows, cols), _ in weights)
         assert update["all_gather"] <= 3 * bits
         assert "all_to_all_single" not in update
+    # of importances of several elements each, however small the blocks of the mask
+    for (_, step, *_), _, shapes in ranks.run(2, count_moves, ("soft", "tall")):
+        assert step["all_gather"] == sum(-(-n // 2) * -(-m // 8) for n, m in map(tall, shapes))
 
 
 def test_a_rank_holds_the_masks_of_its_own_elements_and_an_update_gathers_none(ranks):
     for how in ("weight", "soft"):
-        for moved, weights in ranks.run(3, count_moves, (how, "unstructured")):
+        for moved, weights, _ in ranks.run(3, count_moves, (how, "unstructured")):
             assert not any("all_gather" in one for one in moved)
             assert moved[-1] == {}  # by steps once the masks are frozen
             assert any(cols == 1 for (_, cols), _ in weights) == (how == "soft")  # biases
@@ -514,23 +522,24 @@ def hear_losses(group, how):
         listen()
         if step == 2:
             state = controller.get_state()
-    if how[0] != "soft":
-        controller.set_sparsity_level(0.3)
-        listen()
+    controller.set_sparsity_level(0.3)
+    listen()
+    levelled = [full(info.operand.binary_mask) for info in controller.sparsified_module_info]
     controller.load_state(state)
     listen()
     controller.freeze()
     controller.freeze(False)
     listen()
-    return losses
+    return losses, levelled
 
 
-@pytest.mark.parametrize("how", [("rb", "tall"), ("soft", "blocks"), ("sr_ste", "tall")])
+@pytest.mark.parametrize("how", [("rb", "tall"), ("soft", "tall"), ("sr_ste", "tall")])
 def test_losses_follow_what_they_are_of(ranks, how):
-    (wanted,) = ranks.run(1, hear_losses, how)
+    ((wanted, levelled),) = ranks.run(1, hear_losses, how)
     assert len({round(float(loss), 6) for loss in wanted}) > 2
-    for found in ranks.run(2, hear_losses, how):
+    for found, masks in ranks.run(2, hear_losses, how):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+        assert all(map(torch.equal, masks, levelled))
 
 
 def turned():
