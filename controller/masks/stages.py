@@ -31,10 +31,13 @@ class _Known(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a weight is on the stage that has it: its module's number, and its name there."""
+    """Where a weight is on the first rank that has it: its module's number, and its name there; of
+    which shape that rank's part is.
+    """
 
     module: int
     parameter: str
+    shape: tuple[int, ...]
 
 
 def on_stages(
@@ -60,7 +63,11 @@ def on_stages(
     places: dict[str, tuple[int, _Place]] = {}
     holders: dict[str, list[int]] = {}
     modules = [*dict.fromkeys(target.users[0][0] for target in targets)]
-    own = [_Place(modules.index(t.users[0][0]), t.users[0][1]) for t in targets]
+    own = [
+        _Place(modules.index(module), parameter, tuple(local_part(target.weight).shape))
+        for target in targets
+        for module, parameter in target.users[:1]
+    ]
     told = [*zip(map(_known_of, targets), own, strict=True)]
     for rank, theirs in enumerate(ranks.gather(told)):
         for found, place in theirs:
@@ -92,7 +99,7 @@ def on_stages(
         if name not in here:
             rank, place = places[name]
             module = stand_ins.setdefault((rank, place.module), nn.Module())
-            here[name] = _stand_in(found, module, place.parameter, device, parts.get(name))
+            here[name] = _stand_in(found, module, place, device)
         held = tuple(holders[name])
         stages: dict[int, list[int]] = {}
         for rank in held:
@@ -187,24 +194,15 @@ def _known_of(target: Target) -> _Known:
     return _Known(of_none, tuple(weight.shape), weight.dtype, is_sharded(weight))
 
 
-def _stand_in(
-    known: _Known,
-    module: nn.Module,
-    parameter: str,
-    device: torch.device,
-    part: Shard | None,
-) -> Target:
+def _stand_in(known: _Known, module: nn.Module, place: _Place, device: torch.device) -> Target:
     """Return the target of a weight that is on other stages alone; it becomes a parameter of a
-    module that has none of it, of no rows, and as many columns as the ``part`` that it is.
+    module that has none of it, of no rows, and as many columns as the first part.
     """
     target, shape, dtype, _ = known
-    if part is not None and len(shape) == 2:
-        nothing = part.sides[::-1] if target.transposed else part.sides
-    else:
-        nothing = (*shape[:-1], 0) if target.transposed else (0, *shape[1:])
+    nothing = (*place.shape[:-1], 0) if target.transposed else (0, *place.shape[1:])
     empty = torch.empty(nothing, dtype=dtype, device=device)
-    module.register_parameter(parameter, nn.Parameter(empty, requires_grad=False))
-    return replace(target, users=((module, parameter),), absent_shape=shape)
+    module.register_parameter(place.parameter, nn.Parameter(empty, requires_grad=False))
+    return replace(target, users=((module, place.parameter),), absent_shape=shape)
 
 
 def parameters_of_all(

@@ -205,11 +205,6 @@ class SparseWeight(GroupMask):
         if target.part is not None and not gathered:
             return target.part
         if target.holders and target.part is None:
-            if is_sharded(weight):
-                raise ValueError(
-                    f"the weight of {self.name!r}, which is on a stage of a pipeline, must be "
-                    f"sharded before create_controller(stages=True), got {weight.placements}"  # pyright: ignore[reportAttributeAccessIssue]
-                )
             matrix = target.matrix(torch.empty(self.weight_shape, device="meta"))
             rows, cols = matrix.T.shape if weight.ndim == 1 else matrix.shape
             return stage_of(target.holders, (rows, cols), pattern, self.ranks)
@@ -371,7 +366,15 @@ class SparseWeight(GroupMask):
         return weight.device == self.mask.device and weight.dtype == self._dtype
 
     def check_fits(self, weight: Tensor) -> None:
-        """Raise ValueError at another shape, or what is no float of 16, 32 or 64 bits."""
+        """Raise ValueError at another shape, what is no float of 16, 32 or 64 bits, or a weight on
+        a stage of a pipeline that is sharded now, or further.
+        """
+        parted = is_sharded(weight) and dimensions_of(weight) > self._dimensions
+        if parted and self.target.holders:
+            raise ValueError(
+                f"the weight of {self.name!r}, which is on a stage of a pipeline, must be sharded "
+                f"before create_controller(stages=True), got {weight.placements} now"  # pyright: ignore[reportAttributeAccessIssue]
+            )
         wide = weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         if weight.shape != self.weight_shape or not wide:
             raise ValueError(

@@ -19,7 +19,10 @@ PATTERNS = {
     "nm": ts.NM(2, 4),
 }
 # layers of each stage; of three one has no weights, and one weight is on two
-STAGES = {2: (("0", "1", "2"), ("3", "4", "6")), 3: (("0", "1"), ("5",), ("1", "2", "3", "4"))}
+STAGES = {
+    2: (("0", "1", "2"), ("3", "4", "6")),
+    3: (("0", "1"), ("5",), ("1", "2", "3", "4", "6")),
+}
 TIED = (("0", "1", "2"), ("1", "3", "4", "6"))  # one weight is on both
 
 
@@ -34,12 +37,25 @@ class FeedForward(nn.Module):
         return self.linear2(self.linear1(x).relu())
 
 
-def net(dtype=torch.float32, ties=False, channels=False):
+class Experts(nn.Module):
+    """Stored by inputs, so that FSDP2 parts the columns of their matrix."""
+
+    is_transposed = True
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(3, 16, 16))
+
+    def forward(self, x):
+        return torch.einsum("bi,eio->beo", x, self.gate_up_proj).sum(1)
+
+
+def net(dtype=torch.float32, ties=False, last=None):
     numbers = torch.Generator().manual_seed(3)
     model = nn.Sequential(
         *(nn.Linear(16, 36), nn.Linear(36, 16, bias=False), nn.Conv2d(8, 24, 2)),
         *(nn.Linear(64, 48), nn.Linear(16, 32), nn.Tanh()),
-        *([FeedForward()] if channels else []),
+        *([last()] if last else []),
     )
     for parameter in model.parameters():
         values = torch.randn(parameter.shape, generator=numbers)
@@ -199,7 +215,7 @@ def test_stages_are_pruned_as_one_process_prunes(ranks, hows, size, ties):
     assert all(same(own, states) for _, own in found)
 
 
-def sharded_stage(group, kind, dtype=torch.bfloat16, ties=True, channels=False, stages=STAGES[2]):
+def sharded_stage(group, kind, dtype=torch.bfloat16, ties=True, last=None, stages=STAGES[2]):
     """Return a stage that two ranks share: FSDP2 shards it, or tensor parallelism some layers, or
     each has all of it.
     """
@@ -213,7 +229,7 @@ def sharded_stage(group, kind, dtype=torch.bfloat16, ties=True, channels=False, 
 
     mesh = mesh_of(group, "stage", "inner")
     here = stages[torch.distributed.get_rank(group) // 2]
-    model = stage(net(dtype, ties, channels), group, here)
+    model = stage(net(dtype, ties, last), group, here)
     if kind == "replicas":
         return model
     if kind == "fsdp":
@@ -224,7 +240,7 @@ def sharded_stage(group, kind, dtype=torch.bfloat16, ties=True, channels=False, 
     below, beside = ColwiseParallel(**whole), RowwiseParallel(**whole)
     plan = {"1": below, "3": beside}
     plan |= {"4": below} if kind == "blocks" else {"0": below}
-    plan |= {"6.linear1": below, "6.linear2": beside} if channels else {}
+    plan |= {"6.linear1": below, "6.linear2": beside} if last is FeedForward else {}
     return parallelize_module(
         model, mesh["inner"], {n: p for n, p in plan.items() if n[0] in here}
     )
@@ -373,10 +389,13 @@ def test_stages_regrow_as_one_process_does_and_skip_blocks(ranks, pattern, size,
     assert ("sparse" in paths["0"]) == (pattern == "large")
 
 
+LAST = {"soft": FeedForward}  # the last layer that one process has; as a rule experts
+
+
 def learned_config(how):
     """Return algorithms of layers of their own, or one of all layers but one."""
     rising = ts.PolynomialSchedule(initial_level=0.0, target_level=0.4, target_epoch=2)
-    some = {"target_scopes": ["0", "2", "4"]}
+    some = {"target_scopes": ["0", "2", "4", "6.gate_up_proj"]}
     more = {"target_scopes": ["1", "3"], "schedule": rising}
     if how == "in one pool":
         slow = ts.ExponentialSchedule(target_level=0.4, target_epoch=2)
@@ -487,9 +506,9 @@ def add_up(gradients, group):
 
 def learn_stages(group, how, steps, kind):
     if kind:
-        model = sharded_stage(group, kind, torch.float32, channels=how == "soft", stages=TIED)
+        model = sharded_stage(group, kind, torch.float32, last=LAST.get(how, Experts), stages=TIED)
     else:
-        model = stage(net(ties=True, channels=how == "soft"), group)
+        model = stage(net(ties=True, last=LAST.get(how, Experts)), group)
     options = {"dispatch": "sparse", "process_group": group, "stages": True}
     controller = ts.create_controller(model, learned_config(how), **options)
     return learn(model, controller, steps, group)
@@ -512,7 +531,7 @@ def learn_stages(group, how, steps, kind):
     ],
 )
 def test_masks_are_learned_on_stages_as_in_one_process(ranks, how, size, kind):
-    model = net(ties=True, channels=how == "soft")
+    model = net(ties=True, last=LAST.get(how, Experts))
     controller = ts.create_controller(model, learned_config(how), dispatch="sparse")
     steps = 7 if how == "soft" else 5  # until its warm-up has ended
     wanted, states, losses, masked = learn(model, controller, steps)
@@ -588,21 +607,17 @@ def refuse_sharded(group, what):
 
     first, mesh = torch.distributed.get_rank(group) < 2, mesh_of(group, "stage", "inner")
     if what in ("parts", "groups"):
-        model = sharded_stage(group, "fsdp" if what == "parts" else "tensor", torch.float32)
+        kind = "fsdp" if what == "parts" else "tensor"
+        model = sharded_stage(group, kind, torch.float32, last=Experts)
         chosen = config("blocks", "fisher") if what == "parts" else learned_config("in one pool")
-        ts.create_controller(model, chosen, process_group=group, stages=True)
-    elif what == "differently":
-        model = stage(net(), group, ("1",))
-        parallelize_module(
-            model, mesh["inner"], {"1": (RowwiseParallel, ColwiseParallel)[first]()}
-        )
-        chosen = config("unstructured").model_copy(update={"ignored_scopes": ()})
-        ts.create_controller(model, chosen, process_group=group, stages=True)
     else:
-        model, chosen = stage(net(), group, STAGES[2][not first]), config("blocks")
-        controller = ts.create_controller(model, chosen, process_group=group, stages=True)
-        fully_shard(model, mesh=mesh["inner"])
-        controller.set_sparsity_level(0.5)
+        model = stage(net(), group, ("1",))
+        chosen = config("unstructured", layers=["1"])
+        plan = RowwiseParallel() if what == "differently" and first else ColwiseParallel()
+        parallelize_module(model, mesh["inner"], {"1": plan} if what != "later" else {})
+    controller = ts.create_controller(model, chosen, process_group=group, stages=True)
+    fully_shard(model, mesh=mesh["stage"])
+    controller.set_sparsity_level(0.5)
 
 
 @pytest.mark.parametrize(
@@ -611,7 +626,8 @@ def refuse_sharded(group, what):
         ("parts", "'fisher' with blocks that lie on two ranks, got that for"),
         ("groups", "tensor parallelism must part '0' by whole groups of 8 rows"),
         ("differently", "'1' must be sharded alike on every stage that has it, got parts"),
-        ("later", "must be sharded before create_controller(stages=True), got"),
+        ("later", "must be sharded before create_controller(stages=True), got (Shard"),
+        ("further", "must be sharded before create_controller(stages=True), got (_Strided"),
     ],
 )
 def test_what_sharded_stages_refuse_is_named_on_every_rank(ranks, what, message):
