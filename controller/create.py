@@ -22,7 +22,7 @@ from .masks.learned_module import read_plain
 from .masks.linear import restore_class
 from .masks.names import canonical, match
 from .masks.ranks import Ranks, known_group
-from .masks.shards import forget_gone, is_sharded
+from .masks.shards import forget_gone, is_sharded, reshard
 from .masks.stages import on_stages
 from .masks.state import names_in
 from .masks.targets import Whereabouts, weights_of
@@ -81,6 +81,7 @@ def create_controller(
             initialised torch.distributed.
     """
     ranks = Ranks(known_group("create_controller", process_group))
+    reshard(model)  # an evaluation may have left weights gathered
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), _CPU)
     with ranks.together(device):
         configs = parse_config(config)

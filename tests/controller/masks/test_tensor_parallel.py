@@ -544,14 +544,14 @@ def count_collectives(group, how, kind):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         model.zero_grad()
         with Sent() as sent:
-            with torch.no_grad():
-                model.eval()(x)
             for _ in range(2):
                 loss = model.train()(x).square().mean()
                 if masked:
                     loss = loss + controller.loss()
                 loss.backward()
             optimizer.step()
+            with torch.no_grad():
+                model.eval()(x)
         found.append(sent.counts)
     assert (controller.loss() != 0) == (how[0] != "hard")
     assert all(score.grad is not None for score in controller.parameters())
