@@ -204,10 +204,15 @@ class LearnedController(BaseSparsityAlgoController):
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
         """Take note of what an optimiser has changed; the guard calls it."""
         self._optimizer_steps += 1
-        here = [weight for weight in self._weights if not weight.absent]
-        trained = {id(parameter) for w in here for parameter in (w.weight, w.scores)}
-        if any(id(parameter) in trained for parameter in parameters_of(optimizer)):
+        if self._trained_by(optimizer):
             self._loss.follow_step()
+
+    def _trained_by(self, optimizer: Optimizer) -> list[Any]:
+        """Return the weights that an optimiser steps, or their scores."""
+        stepped = {id(parameter) for parameter in parameters_of(optimizer)}
+        # of a weight that is gone the model itself will tell
+        here = [w for w in self._weights if w.module._parameters.get(w.parameter_name) is not None]
+        return [w for w in here if id(w.weight) in stepped or id(w.scores) in stepped]
 
     @contextmanager
     def _changing(self, weights: Sequence[SparseWeight]) -> Iterator[None]:
@@ -280,7 +285,8 @@ class ScoredController(LearnedController):
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
         super().after_optimizer_step(optimizer)
-        for weight in self._weights:
+        # not by one that another rank may not have: ranks must agree on whether scores changed
+        for weight in self._trained_by(optimizer):
             weight.optimizer_steps += 1
 
     def begin_step(self) -> None:

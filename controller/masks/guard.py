@@ -143,8 +143,9 @@ class Guard:
     def before_forward(self, model: nn.Module, _: Any) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._list_late(model)
-            if torch.is_grad_enabled():
-                self._reduced_over = ranks_of_reducer(model)
+            over = ranks_of_reducer(model) if torch.is_grad_enabled() else None
+            if over is not None:  # one rank alone may look at the model without its wrapper
+                self._reduced_over = over
         if not (model.training and torch.is_grad_enabled()):
             return
         changed = []
@@ -247,7 +248,7 @@ class Guard:
 
     def is_reduced(self, weight: SparseWeight) -> bool:
         """Tell whether ``DistributedDataParallel`` averages the gradients of a weight, as of the
-        last forward pass, over the very ranks that agree on the masks.
+        last forward pass that it made, over the very ranks that agree on the masks.
         """
         alike = 1 < self._reduced_over == weight.ranks.size
         return alike and not weight.in_parts and not weight.on_stage
@@ -384,15 +385,18 @@ class Guard:
         self._gradient_hooks[weight] = handle
 
 
-def ranks_of_reducer(model: nn.Module) -> int:
+def ranks_of_reducer(model: nn.Module) -> int | None:
     """Return over how many ranks ``DistributedDataParallel`` averages the gradients of a forward
-    pass of a model, which it is or has around it; 0: of this pass it does not.
+    pass of a model, which it is or has around it; 0: of this pass it does not; None: no such
+    wrapper makes this pass.
     """
     wrapper = nn.parallel.DistributedDataParallel
     # torch's own for its compiler; without it ranks average gradients themselves
     around = getattr(wrapper, "_get_active_ddp_module", lambda: None)
     found: Any = model if isinstance(model, wrapper) else around()
-    if found is None or not found.require_backward_grad_sync:
+    if found is None:
+        return None
+    if not found.require_backward_grad_sync:
         return 0
     if getattr(found, "_use_python_reducer", True):  # its hooks come with compiled autograd
         return 0

@@ -199,6 +199,10 @@ def test_another_optimisers_step_disturbs_no_pending_backward_pass():
     again = model(batch(0))
     assert torch.equal(fake, again)
     (other(fake).mean() + again.square().mean()).backward()
+    del model[0].weight  # of which its own model tells
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="the weight of '0' must stay a parameter"):
+        model(batch(0))
 
 
 def test_inference_mode_leaves_training_possible():

@@ -212,7 +212,8 @@ class Sometimes(nn.Sequential):
 
 def grow_by_what_the_reducer_sends(group, normed):
     """Train to an update by two micro-batches a step, of which the reducer averages the second;
-    one process has all. The second rank does not use the last layer.
+    one process has all. The second rank does not use the last layer; the first one looks at the
+    model without its wrapper too.
     """
     rank, size = torch.distributed.get_rank(group), group.size()
     model = Sometimes(*net())
@@ -237,7 +238,10 @@ def grow_by_what_the_reducer_sends(group, normed):
         batches = torch.randn(4, 4, 16, generator=numbers)
         for i in (2 * rank, 2 * rank + 1) if size > 1 else range(4):
             with wrapped.no_sync() if size > 1 and i % 2 == 0 else nullcontext():
-                (wrapped(batches[i], i < 2).square().mean() * size / 4).backward()
+                loss = wrapped(batches[i], i < 2).square().mean() * size / 4
+                if rank == 0:
+                    model(batches[i], True)
+                loss.backward()
         gradients = [i.weight.grad for i in controller.sparsified_module_info]
         pruned = [~i.operand.binary_mask for i in controller.sparsified_module_info]
         assert not any(g[p].any() for g, p in zip(gradients, pruned, strict=True))
