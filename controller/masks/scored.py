@@ -18,6 +18,7 @@ from .learned import LearnedWeight, check_shard, scores_name
 from .shards import (
     Shard,
     dimensions_of,
+    gathered_over,
     is_resting,
     is_sharded,
     like_shard,
@@ -301,7 +302,11 @@ class ScoredWeight(LearnedWeight):
                 f"{scores.placements if is_sharded(scores) else type(scores).__name__} for "
                 f"{weight.placements}; let fully_shard have both"
             )
-        check_shard(self.target, weight, range(dimensions_of(weight) - self._dimensions))
+        model, user = self.model(), (id(self.module), self.parameter_name)
+        over = gathered_over(model).get(user) if model is not None else None
+        if over is None:  # with what is around the controller's model: over the first dimensions
+            over = range(dimensions_of(weight) - self._dimensions)
+        check_shard(self.target, weight, over)
         super()._become_sharded(weight)
         self._watch_scores()
 
