@@ -530,11 +530,11 @@ class Sent(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def count_collectives(group, how, kind):
+def count_collectives(group, how):
     """Return what passes send without masks and with them, loss and optimiser included, and what
     statistics do.
     """
-    model, found = wrapped(net(), group, kind), []
+    model, found = wrapped(net(), group), []
     x, controller = torch.randint(0, 24, (6, 5)), None
     for masked in (False, True):
         if masked:
@@ -561,17 +561,12 @@ def count_collectives(group, how, kind):
 
 
 @pytest.mark.parametrize(
-    ("how", "kind"),
-    [
-        (("rb", "unstructured"), "tensor"),
-        (("hard", "blocks"), "tensor"),
-        (("soft", "unstructured"), "fsdp"),
-        (("sr_ste", "nm"), "tensor"),
-    ],
+    "how",
+    [("rb", "unstructured"), ("hard", "blocks"), ("soft", "unstructured"), ("sr_ste", "nm")],
+    ids="-".join,
 )
-def test_steps_under_learned_masks_send_what_dense_ones_do(ranks, how, kind):
-    size = 2 if kind == "tensor" else 4
-    for dense, masked, asked in ranks.run(size, count_collectives, how, kind):
+def test_steps_under_learned_masks_send_what_dense_ones_do(ranks, how):
+    for dense, masked, asked in ranks.run(2, count_collectives, how):
         assert sum(dense.values()) > 0
         assert masked == dense
         assert (sum(asked.values()) > 0) == (how[0] == "rb")
