@@ -89,20 +89,28 @@ class LearnedLoss(CompressionLoss):
     @torch.no_grad()
     def count(self) -> None:
         """Ask other ranks for their numbers; a step begins, whose passes have these."""
-        self.outdate()
+        self._of_all, self._is_late = None, False
         if self.is_live:
             self.numbers_of_all()
 
+    @property
+    def _on_stages(self) -> bool:
+        return any(weight.target.holders for weight in self._weights)
+
     def outdate(self) -> None:
-        """Take note that numbers change, on all ranks."""
-        self._of_all, self._is_late = None, False
+        """Take note that numbers change, on all ranks. Stages of a pipeline come to the loss at
+        times of their own: they are asked at once.
+        """
+        if self._on_stages:
+            self.count()
+        else:
+            self._of_all = None
 
     def follow_step(self) -> None:
         """Take note that an optimiser has stepped what numbers are of. Of a pipeline another stage
         may have none to step, and would not ask when this one does.
         """
-        self.outdate()
-        self._is_late = any(weight.target.holders for weight in self._weights)
+        self._of_all, self._is_late = None, self._on_stages
 
     @property
     def is_live(self) -> bool:

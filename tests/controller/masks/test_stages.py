@@ -452,6 +452,9 @@ def learn(model, controller, steps, group=None):
     optimizer = LocalAdamW(groups, lr=0.03, foreach=False) if own else None
     tied = [p for n, p in model.named_parameters() if n.startswith("1.")]
     losses, states = [], []
+    first = group is None or torch.distributed.get_rank(group) == 0
+    if first:
+        controller.loss()  # asks no other stage
     for step in range(steps):
         if step % 2 == 0:
             controller.scheduler.epoch_step()
@@ -460,8 +463,8 @@ def learn(model, controller, steps, group=None):
         loss = controller.loss()
         losses.append(loss.detach())
         pulls = loss.requires_grad
-        if group is None or torch.distributed.get_rank(group) == 0:
-            assert torch.equal(controller.loss(), loss)  # asks no other stage
+        if first:
+            assert torch.equal(controller.loss(), loss)
         later = group is not None and torch.distributed.get_rank(group) >= 2
         loss = loss + run_on_few_bits(model, ["1"] if later else [])
         if loss.requires_grad:  # not of a stage that has nothing to train
@@ -484,6 +487,8 @@ def learn(model, controller, steps, group=None):
     found.append(outcome(controller))
     states.append(controller.get_state())
     controller.load_state(states[0])
+    if first:
+        controller.loss()
     return [*found, outcome(controller)], states, losses, masked
 
 
