@@ -527,7 +527,6 @@ def learn_stages(group, how, steps, kind):
         ("in one pool", 3, None),
         ("in one pool", 4, "replicas"),
         ("in one pool", 4, "fsdp"),
-        ("each", 2, None),
         ("each", 4, "fsdp"),
         ("soft", 2, None),
         ("soft", 4, "fsdp"),
@@ -538,7 +537,7 @@ def learn_stages(group, how, steps, kind):
 def test_masks_are_learned_on_stages_as_in_one_process(ranks, how, size, kind):
     model = net(ties=True, last=LAST.get(how, Experts))
     controller = ts.create_controller(model, learned_config(how), dispatch="sparse")
-    steps = 7 if how == "soft" else 5  # until its warm-up has ended
+    steps = 7 if how == "soft" else 4  # until its warm-up has ended
     wanted, states, losses, masked = learn(model, controller, steps)
     if how == "soft":
         assert "channels: " in wanted[1][4]
