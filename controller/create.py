@@ -13,7 +13,6 @@ from ..kernels.dispatch import Dispatch, check_dispatch
 from ..kernels.launch import Backend
 from .algorithms.base import BaseSparsityAlgoController
 from .algorithms.composite import CompositeController
-from .algorithms.learned import LearnedController
 from .algorithms.table import algorithm_of
 from .config.algorithm import AlgorithmConfig
 from .masks.guard import guards_of
@@ -196,8 +195,8 @@ def _check_covered(
     for config, found in zip(configs, targets, strict=True):
         algorithm = algorithm_of(config)
         sharded = [target for target in found if is_sharded(target.weight)]
-        if issubclass(algorithm.controller, LearnedController):
-            check_shards(model, sharded, scored=algorithm.controller.learns)
+        if algorithm.controller.learns:
+            check_shards(model, sharded)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         for found in map(algorithm_of, configs):
             if found.controller.learns:

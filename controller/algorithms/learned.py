@@ -31,7 +31,7 @@ from ..masks.module import MaskedModule, compiled_parts
 from ..masks.optimizers import parameters_of
 from ..masks.schema import Schema, tensor
 from ..masks.scored import ScoredWeight
-from ..masks.shards import Shard, forget_gone, reshard
+from ..masks.shards import Shard, forget_gone, records_of, reshard
 from ..masks.stages import tell_layouts
 from ..masks.weight import SparseWeight
 from .base import BaseSparsityAlgoController, Change
@@ -156,8 +156,9 @@ class LearnedController(BaseSparsityAlgoController):
         reshard(model)
         if parted := [weight for weight in self._weights if weight.in_parts]:
             with parted[0].ranks.together(parted[0].weight.device):  # a stage may be refused
+                records = records_of(model)
                 for weight in parted:
-                    weight.join(model)
+                    weight.join(records)
         return guards
 
     def freeze(self, freeze: bool = True) -> None:
@@ -175,6 +176,8 @@ class LearnedController(BaseSparsityAlgoController):
         for weight in self._weights:
             weight.freeze(self.frozen)
         forget_gone(self._model)
+        if not self.frozen:
+            self._weights[0].masks_changed([weight for weight in self._weights if weight.in_parts])
         list_blocks_of_shards(self._model, self._weights)
         self._loss.outdate()
         self._steps = 0  # an epoch that was frozen in part shows nothing

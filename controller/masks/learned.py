@@ -24,13 +24,13 @@ from ...kernels.pattern import Pattern, Unstructured
 from .exchange import full_masks, known_anywhere
 from .linear import restore_class, skip_blocks
 from .shards import (
+    Records,
     bytes_beside,
     dimensions_of,
-    gathered,
-    gathered_over,
     is_sharded,
     like_shard,
     local_part,
+    records_of,
     reshard,
 )
 from .weight import SparseWeight, Target, take_values
@@ -56,9 +56,18 @@ class LearnedWeight(SparseWeight):
         """True where FSDP2 gathers the weight for a forward pass."""
         return self.in_parts and self.multiplied is not self.shard
 
-    def join(self, model: nn.Module) -> None:
-        """Find out what a forward pass has of the weight, which is sharded already."""
-        over = gathered_over(model).get((id(self.module), self.parameter_name), ())
+    @property
+    def user(self) -> tuple[int, str]:
+        """What ``records_of`` calls the weight."""
+        return id(self.module), self.parameter_name
+
+    def join(self, records: Records) -> None:
+        """Find out what a forward pass has of the weight, which is sharded already.
+
+        Args:
+            records: ``records_of`` the controller's model.
+        """
+        over = records[self.user].over if self.user in records else ()
         self.multiplied = self.shard_of(self.weight, over) if over else self.shard
 
     def _become_sharded(self, weight: Any) -> None:
@@ -205,9 +214,9 @@ class UpdatedWeight(LearnedWeight):
         self._holder = nn.Module()
         super().__init__(*args, **options)
 
-    def join(self, model: nn.Module) -> None:
-        super().join(model)
-        if self.is_gathered and not self._gather_mask():
+    def join(self, records: Records) -> None:
+        super().join(records)
+        if self.is_gathered and not self._gather_mask(records):
             self._pass(torch.ones(self.full_grid, dtype=torch.bool, device=self.mask.device))
 
     def _pass(self, grid: Tensor) -> None:
@@ -221,19 +230,20 @@ class UpdatedWeight(LearnedWeight):
             grid = self.local_grid(grid, part)
         self._passed = self._compact(grid)
 
-    def _gather_mask(self) -> bool:
-        """Let FSDP2 gather what is here of the mask; tell if it can."""
+    def _gather_mask(self, records: Records | None = None) -> bool:
+        """Let FSDP2 gather what is here of the mask; tell if it can: not where it is not FSDP2
+        that gathers the weight, or with what is around the controller's model.
+        """
         model = self.model()
         if self._gathered is None and model is not None and self.packed:
-            self._layout = self._layout_beside(model)
-            if self._layout is not None:
+            known = records_of(model) if records is None else records
+            if (record := known.get(self.user)) is not None:
+                self._layout = self._layout_beside(record.over)
+            if record is not None and self._layout is not None:
                 # bytes of which numbers of any dtype can be made
                 size = 8 * ceil_div(self._layout.bytes_a_rank, 8)
-                place = self._holder, "mask"
-                ranks, device = self._layout.ranks, self.mask.device
-                self._gathered = bytes_beside(
-                    model, self.target.users[0], place, (ranks, size), device
-                )
+                place, shape = (self._holder, "mask"), (self._layout.ranks, size)
+                self._gathered = bytes_beside(record, place, shape, self.mask.device)
         if self._gathered is None or self._layout is None or model is None:
             return False
         here = self._gathered.sharded_param
@@ -245,13 +255,11 @@ class UpdatedWeight(LearnedWeight):
         self._passed = None
         return True
 
-    def _layout_beside(self, model: nn.Module) -> GatheredMask | None:
-        """Return how the mask lies that FSDP2 gathers; None: it is not FSDP2 that gathers the
-        weight, or with what is around ``model``.
+    def _layout_beside(self, over: Sequence[int]) -> GatheredMask | None:
+        """Return how the mask lies that FSDP2 gathers, ``over`` these dimensions of the weight's
+        mesh; None: none of them parts the weight.
         """
-        module, name = self.target.users[0]
         weight: Any = self.weight
-        over = gathered_over(model).get((id(module), name), ())
         parted = [i for i in over if hasattr(weight.placements[i], "dim")]
         if self.shard is None or not parted:
             return None
@@ -306,7 +314,11 @@ class UpdatedWeight(LearnedWeight):
         """Gather the masks of shards, where forward passes need those of what is gathered."""
         SparseWeight.masks_changed(owners)
         learned = [weight for weight in owners if not weight.frozen]
-        moved = {w for w in learned if w.is_gathered and not w._gather_mask()}
+        gathered = [weight for weight in learned if weight.is_gathered]
+        new = [weight for weight in gathered if weight.packed and weight._gathered is None]
+        model = new[0].model() if new else None
+        records = {} if model is None else records_of(model)
+        moved = {weight for weight in gathered if not weight._gather_mask(records)}
         staged = [weight for weight in learned if weight.in_parts and weight.target.holders]
         if any(weight._moves_whole is None for weight in staged):
             # of a weight on another stage of a pipeline this rank cannot know; it stays so
@@ -332,30 +344,19 @@ class UpdatedWeight(LearnedWeight):
         self._passed = None
         if frozen:
             self.let_go()
-        if self.shard is not None:
-            self.masks_changed([self])
 
     def let_go(self) -> None:
         self._gathered = self._layout = None
         self._holder._parameters.clear()
 
 
-def check_shards(model: nn.Module, targets: Sequence[Target], *, scored: bool) -> None:
-    """Refuse weights that are sharded, of which forward passes cannot be told what they have, or
-    where scores cannot be sharded with them, if they are ``scored``.
-    """
-    known, over = (gathered(model), gathered_over(model)) if targets else (set(), {})
+def check_shards(model: nn.Module, targets: Sequence[Target]) -> None:
+    """Refuse weights, which are sharded, where scores cannot be sharded with them."""
+    records = records_of(model) if targets else {}
     for target in targets:
         module, name = target.users[0]
-        user = id(module), name
-        if user in known and user not in over:
-            raise ValueError(
-                f"create_controller: the weight of {target.name!r} must be sharded by fully_shard "
-                "on a mesh of its own beside that of tensor parallelism under a mask that is "
-                f"learned, got {target.weight.placements}; list it in ignored_scopes"  # pyright: ignore[reportAttributeAccessIssue]
-            )
-        if scored:
-            check_shard(target, target.weight, over.get(user, ()))
+        record = records.get((id(module), name))
+        check_shard(target, target.weight, () if record is None else record.over)
 
 
 def check_shard(target: Target, weight: Any, over: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from ...kernels.product import has_blocks_to_skip
 from .exchange import whole_grids
 from .module import MaskedModule, become, unsharded_class
 from .names import canonical
-from .shards import gathered_over, local_grid
+from .shards import local_grid, records_of
 from .weight import SparseWeight
 
 _OWN = ("_sparse_weight", "_sparse_adapter")
@@ -113,11 +113,11 @@ def list_blocks_of_shards(
     staged = [weight for weight in weights if weight.in_parts and weight.target.holders]
     if not (served or staged):
         return
-    over = gathered_over(model)
+    records = records_of(model)
     known = {} if grids is None else dict(zip(weights, grids, strict=True))
     for weight in served:
-        dims = over.get((id(weight.module), weight.parameter_name), ())
-        part = weight.shard_of(weight.weight, dims) if dims else weight.shard
+        record = records.get((id(weight.module), weight.parameter_name))
+        part = weight.shard if record is None else weight.shard_of(weight.weight, record.over)
         if part != weight.multiplied:
             weight.product = None
         weight.multiplied, weight.unlisted = part, None

@@ -16,13 +16,14 @@ from ...kernels.pattern import Block, Pattern, Unstructured
 from .exchange import agree_counts, from_stage, within
 from .learned import LearnedWeight, check_shard, scores_name
 from .shards import (
+    Records,
     Shard,
     dimensions_of,
-    gathered_over,
     is_resting,
     is_sharded,
     like_shard,
     local_part,
+    records_of,
     shard_beside,
     shard_of,
 )
@@ -230,11 +231,11 @@ class ScoredWeight(LearnedWeight):
         (down, across), (rows, cols) = self.shard.grid, self.scores_shard.shape
         return down // rows, across // cols
 
-    def join(self, model: nn.Module) -> None:
+    def join(self, records: Records) -> None:
         """Shard the scores as the weight is already: let FSDP2 do it, and gather them with it; or
         keep those of the groups that tensor parallelism has left here.
         """
-        super().join(model)
+        super().join(records)
         if self.absent:
             return
         places = [(module, scores_name(name)) for module, name in self.target.users]
@@ -245,7 +246,7 @@ class ScoredWeight(LearnedWeight):
             local = local[self.own_scores[: local.ndim]]
         local = torch.full(local.shape, self.initial_score, device=weight.device)
         if self.is_gathered:
-            shard_beside(model, self.target.users[0], places, local, self.scores_shape)
+            shard_beside(records[self.user], places, local, self.scores_shape)
         else:
             scores = nn.Parameter(like_shard(weight, local, self.scores_shape))
             for owner, own in places:
@@ -302,11 +303,11 @@ class ScoredWeight(LearnedWeight):
                 f"{scores.placements if is_sharded(scores) else type(scores).__name__} for "
                 f"{weight.placements}; let fully_shard have both"
             )
-        model, user = self.model(), (id(self.module), self.parameter_name)
-        over = gathered_over(model).get(user) if model is not None else None
-        if over is None:  # with what is around the controller's model: over the first dimensions
-            over = range(dimensions_of(weight) - self._dimensions)
-        check_shard(self.target, weight, over)
+        model = self.model()
+        record = None if model is None else records_of(model).get(self.user)
+        # with what is around the controller's model: over the first dimensions
+        first = range(dimensions_of(weight) - self._dimensions)
+        check_shard(self.target, weight, first if record is None else record.over)
         super()._become_sharded(weight)
         self._watch_scores()
 

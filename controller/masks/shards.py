@@ -12,7 +12,7 @@ import math
 import operator
 import sys
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import accumulate, pairwise, product
@@ -450,40 +450,46 @@ def _fsdp_groups(model: nn.Module) -> list[Any]:
     return [group for group in found if group is not None]
 
 
-def gathered(model: nn.Module) -> set[tuple[int, str]]:
-    """Name the parameters, by the identities of their modules, that FSDP2 gathers."""
-    held = (held for group in _fsdp_groups(model) for held in group.fsdp_params)
-    return {user for own in held for user in _named(own)}
+class Record(NamedTuple):
+    """What FSDP2 knows of a parameter that it gathers for a forward pass.
 
-
-def gathered_over(model: nn.Module) -> dict[tuple[int, str], Sequence[int]]:
-    """Return over which dimensions of its mesh FSDP2 gathers each parameter for a forward pass, by
-    the identities of modules, and names in them.
+    Attributes:
+        group: its own, of parameters that are gathered together.
+        held: what that has of the parameter.
     """
-    held = [held for group in _fsdp_groups(model) for held in group.fsdp_params]
-    return {user: _dims_over(own) for own in held for user in _named(own)}
+
+    group: Any
+    held: Any
+
+    @property
+    def over(self) -> Sequence[int]:
+        """The dimensions of the parameter's mesh over which it is gathered."""
+        info = self.held.mesh_info
+        named = getattr(info, "dp_mesh_dims", None)  # of later torch
+        if named is None:  # its mesh comes before that of tensor parallelism
+            return range(info.mesh.ndim)
+        # of the mesh of both: of several names torch may make one dimension
+        names = {*named.shard_names, *named.replicate_names, *(info.mesh.mesh_dim_names or ())}
+        every = self.held._sharding_spec.mesh.mesh_dim_names
+        return [dim for dim, name in enumerate(every) if name in names]
+
+    @property
+    def users(self) -> list[tuple[int, str]]:
+        """The identities of the modules that have it, each with its name there."""
+        place = self.held._module_info
+        shared = zip(place.shared_modules, place.shared_param_names, strict=True)
+        return [(id(module), name) for module, name in [(place.module, place.param_name), *shared]]
 
 
-def _dims_over(held: Any) -> Sequence[int]:
-    """Return over which dimensions of a parameter's mesh FSDP2 gathers it."""
-    info = held.mesh_info
-    named = getattr(info, "dp_mesh_dims", None)  # of later torch
-    if named is None:  # its mesh comes before that of tensor parallelism
-        return range(info.mesh.ndim)
-    # of the mesh of both: of several names torch may make one dimension
-    names = {*named.shard_names, *named.replicate_names, *(info.mesh.mesh_dim_names or ())}
-    every = held._sharding_spec.mesh.mesh_dim_names
-    return [dim for dim, name in enumerate(every) if name in names]
+Records = Mapping[tuple[int, str], Record]
 
 
-def _named(held: Any) -> list[tuple[int, str]]:
-    return [(id(module), name) for module, name in _users(held)]
-
-
-def _users(held: Any) -> list[tuple[nn.Module, str]]:
-    place = held._module_info
-    shared = zip(place.shared_modules, place.shared_param_names, strict=True)
-    return [(place.module, place.param_name), *shared]
+def records_of(model: nn.Module) -> Records:
+    """Return what FSDP2 knows of each parameter that it gathers with what is in a model, by the
+    identities of modules, and names in them.
+    """
+    every = [Record(group, held) for group in _fsdp_groups(model) for held in group.fsdp_params]
+    return {user: record for record in every for user in record.users}
 
 
 def like_shard(weight: Any, local: Tensor, shape: Sequence[int]) -> Tensor:
@@ -516,8 +522,7 @@ def on_all_ranks(tensor: Any) -> Any:
 
 
 def shard_beside(
-    model: nn.Module,
-    other: tuple[nn.Module, str],
+    other: Record,
     places: Sequence[tuple[nn.Module, str]],
     local: Tensor,
     shape: Sequence[int],
@@ -525,23 +530,19 @@ def shard_beside(
     """Let FSDP2 shard a new parameter, and gather it with another one.
 
     Args:
-        model: of which parts are sharded.
-        other: a module, with the name in it of the other one.
+        other: FSDP2's record of that.
         places: modules, with the names in them of the new one.
         local: what a forward pass has here of the new one: the whole, or a part by tensor
             parallelism as it has of the other.
         shape: of the whole.
     """
-    if (found := _record_of(model, other)) is not None:
-        group, held = found
-        spec = _spec_of(held)
-        whole = local if spec is None else like_shard(spec, local, shape)
-        _join_group(group, held, places, nn.Parameter(whole))
+    spec = _spec_of(other.held)
+    whole = local if spec is None else like_shard(spec, local, shape)
+    _join_group(other, places, nn.Parameter(whole))
 
 
 def bytes_beside(
-    model: nn.Module,
-    other: tuple[nn.Module, str],
+    other: Record,
     place: tuple[nn.Module, str],
     shape: tuple[int, int],
     device: torch.device,
@@ -552,19 +553,15 @@ def bytes_beside(
     earlier torch takes floats alone, and casts those of another dtype.
 
     Args:
-        model: of which parts are sharded.
-        other: a module, with the name in it of the parameter.
+        other: FSDP2's record of the parameter.
         place: a module, with the name in it of what is new.
         shape: of how many ranks they are gathered, and how many each has, a multiple of 8.
         device: where they are.
 
     Returns:
-        FSDP2's record of them, whose ``sharded_param`` is what is here; None: it is not FSDP2 that
-        gathers the other one, or with what is around ``model``.
+        What FSDP2's group has of them, whose ``sharded_param`` is what is here.
     """
-    if (found := _record_of(model, other)) is None:
-        return None
-    group, held = found
+    held = other.held
     dtype = held.mp_policy.param_dtype or held.sharded_param.dtype
     local: Any = torch.zeros(shape, dtype=torch.uint8, device=device).view(dtype)
     if (spec := _spec_of(held)) is not None:  # each part by tensor parallelism has its own
@@ -572,16 +569,7 @@ def bytes_beside(
 
         parted = [Shard(0) if hasattr(p, "dim") else Replicate() for p in spec.placements]
         local = DTensor.from_local(local, spec.device_mesh, parted, run_check=False)
-    return _join_group(group, held, [place], nn.Parameter(local, False))
-
-
-def _record_of(model: nn.Module, user: tuple[nn.Module, str]) -> tuple[Any, Any] | None:
-    """Return FSDP2's group that has a parameter, and its record of it."""
-    for group in _fsdp_groups(model):
-        for held in group.fsdp_params:
-            if user in _users(held):
-                return group, held
-    return None
+    return _join_group(other, [place], nn.Parameter(local, False))
 
 
 def _spec_of(held: Any) -> Any:
@@ -593,9 +581,10 @@ def _spec_of(held: Any) -> Any:
 
 
 def _join_group(
-    group: Any, held: Any, places: Sequence[tuple[nn.Module, str]], parameter: nn.Parameter
+    other: Record, places: Sequence[tuple[nn.Module, str]], parameter: nn.Parameter
 ) -> Any:
-    """Let a group of FSDP2's shard a new parameter, as one that it has; return its record."""
+    """Let a group of FSDP2's shard a new parameter as another one; return what it has of it."""
+    group, held = other
     group.reshard()  # of one that is gathered the new one would stay in parts
     owners, names = [owner for owner, _ in places], [name for _, name in places]
     # as the group itself makes them: torch has no other way to add one
