@@ -222,7 +222,7 @@ class LearnedController(BaseSparsityAlgoController):
         """Return the weights that an optimiser steps, or their scores."""
         stepped = {id(parameter) for parameter in parameters_of(optimizer)}
         # of a weight that is gone the model itself will tell
-        here = [w for w in self._weights if w.module._parameters.get(w.parameter_name) is not None]
+        here = [weight for weight in self._weights if weight.is_in_module]
         return [w for w in here if id(w.weight) in stepped or id(w.scores) in stepped]
 
     @contextmanager

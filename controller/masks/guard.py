@@ -330,9 +330,9 @@ class Guard:
     def _members(self, optimizer: Optimizer) -> list[SparseWeight]:
         # of a weight that is gone the model itself will tell
         ours = {
-            id(weight.module._parameters.get(weight.parameter_name)): weight
+            id(weight.weight): weight  # of one that FSDP2 has gathered its shard
             for weight in self.weights
-            if weight.holds_zeros
+            if weight.holds_zeros and weight.is_in_module
         }
         return [ours[id(p)] for p in parameters_of(optimizer) if id(p) in ours]
 

@@ -260,6 +260,11 @@ class SparseWeight(GroupMask):
         return held
 
     @property
+    def is_in_module(self) -> bool:
+        """False where the parameter has been taken out of its module: ``weight`` is an error."""
+        return self.module._parameters.get(self.parameter_name) is not None
+
+    @property
     def in_parts(self) -> bool:
         """True where it lies in parts on several ranks."""
         return self.shard is not None and not self.shard.on_stages
