@@ -37,7 +37,13 @@ from ..masks.state import masks_schema, masks_state, read_masks, with_names_of
 from ..masks.statistics import SparsifiedModelStatistics, SparsityStatistics, Statistics, summarise
 from ..masks.strip import strip_masks
 from ..masks.targets import Whereabouts, find_targets
-from ..masks.weight import SparseModuleInfo, SparseWeight, Target, dense_weights
+from ..masks.weight import (
+    SparseModuleInfo,
+    SparseWeight,
+    Target,
+    check_at_rest,
+    dense_weights,
+)
 from ..selection.allocation import Distribution
 from ..selection.scorer import Scorer
 from ..selection.thresholds import Scores, check_limits, check_reachable, find_masks, planned
@@ -348,6 +354,7 @@ class BaseSparsityAlgoController:
         reshard(self._model)
         for weight in weights:  # it may have been sharded since, and gathered until now
             weight.follow()
+        check_at_rest([weight for weight in weights if weight.holds_zeros])
         # before training all that is pruned is kept: a state loaded then has other masks
         with dense_weights(weights, keep=None if self._guard.began else True):
             yield
@@ -609,6 +616,8 @@ class BaseSparsityAlgoController:
     def _read_state(self, state: Mapping[str, Mapping[str, Any]]) -> Change:
         """Check a state as a whole; return what takes it over."""
         check(state, {self.name: MAPPING})
+        reshard(self._model)
+        check_at_rest(self._weights)
         # an algorithm without a state of its own has no such entry
         own: dict[str, Any] = {"algorithm_state": {}, **state[self.name]}
         name = f"state[{self.name!r}]"

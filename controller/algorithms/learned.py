@@ -33,7 +33,7 @@ from ..masks.schema import Schema, tensor
 from ..masks.scored import ScoredWeight
 from ..masks.shards import Shard, forget_gone, records_of, reshard
 from ..masks.stages import tell_layouts
-from ..masks.weight import SparseWeight
+from ..masks.weight import SparseWeight, check_at_rest
 from .base import BaseSparsityAlgoController, Change
 from .loss import CompressionLoss
 from .scheduler import StubScheduler
@@ -167,6 +167,9 @@ class LearnedController(BaseSparsityAlgoController):
         """
         for weight in self._weights:
             weight.settle()
+        if freeze:
+            reshard(self._model)
+            check_at_rest(self._weights)
         super().freeze(freeze)
         self._take_frozen()
 

@@ -78,11 +78,22 @@ class LearnedWeight(SparseWeight):
     def is_passed(self, weight: Tensor) -> bool:
         """Tell whether the module has its weight as a forward pass does: gathered by FSDP2, if
         that shards it.
+
+        Raises:
+            ValueError: it is gathered with what is around the controller's model, without what its
+                mask follows from.
         """
+        dimensions = dimensions_of(weight) if is_sharded(weight) else 0
+        alone = self.in_parts and self.multiplied is self.shard
+        fewer = alone and dimensions < self._dimensions
+        if fewer and local_part(weight).shape != self._local_shape:
+            raise ValueError(
+                f"the weight of {self.name!r} must not be gathered by fully_shard of what is "
+                f"around the controller's model, as its mask is not, got {tuple(weight.shape)}; "
+                "create the controller for the model that is around, or before fully_shard"
+            )
         if not is_sharded(weight):
             return True
-        dimensions = dimensions_of(weight)
-        alone = self.in_parts and self.multiplied is self.shard
         return dimensions < self._dimensions or (alone and dimensions == self._dimensions)
 
     @property

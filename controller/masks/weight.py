@@ -718,6 +718,28 @@ class SparseModuleInfo:
         return self.operand.weight
 
 
+def check_at_rest(weights: Sequence[SparseWeight]) -> None:
+    """Refuse to write weights that are gathered: what is written would not reach who reads them.
+
+    Raises:
+        RuntimeError: FSDP2 has gathered one with what is around the controller's model.
+    """
+    gathered = [
+        weight.name
+        for weight in weights
+        if weight.in_parts
+        and not weight.absent
+        # the shard is what a weight is, whatever its module has for a while
+        and weight.module._parameters.get(weight.parameter_name) is not weight.weight
+    ]
+    if gathered:
+        raise RuntimeError(
+            f"the weights of {gathered} must lie in parts as masks change, but an evaluation has "
+            "left them gathered by fully_shard of what is around the controller's model; call "
+            "reshard() of that module first, or create the controller for it"
+        )
+
+
 @torch.no_grad()
 def clear_(weights: Sequence[SparseWeight], tensors: Sequence[Tensor]) -> None:
     """Set what the masks prune to zero, in place: in one launch for all of one pattern and width.

@@ -773,6 +773,37 @@ def test_what_learned_shards_refuse_is_named_on_every_rank(ranks, what, kind, me
         assert message in text
 
 
+def gather_around(group, how):
+    """Let FSDP2 gather weights with what is around the controller's model."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    around = fully_shard(nn.Sequential(model), mesh=mesh_of(group))
+    controller = ts.create_controller(model, config(*how), process_group=group)
+    controller.scheduler.epoch_step()
+    for rests in (True, False):
+        with torch.no_grad():
+            around(torch.ones(2, 3, 8))
+        if rests:
+            around.reshard()
+        controller.scheduler.epoch_step()
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        (("magnitude", "tall"), "RuntimeError", "call reshard() of that module first"),
+        (("sr_ste", "nm", ["3"]), "ValueError", "create the controller for the model that is aro"),
+    ],
+)
+def test_weights_that_are_gathered_around_the_controllers_model_are_named(
+    ranks, how, kind, message
+):
+    for raised, text in ranks.errors(2, gather_around, how):
+        assert raised == kind
+        assert message in text
+
+
 def part(group):
     """Write the scores of one copy of a shard."""
     model = net()
