@@ -51,7 +51,6 @@ class LearnedLoss(CompressionLoss):
         # whether a backward pass has come through it since this was last set to False
         self.was_added = False
         self._weights = list(weights)
-
         # of full weights, until they change; None: other ranks have not been asked
         self._of_all: Tensor | None = None
         self._shards: list[Shard | None] = []
@@ -90,7 +89,7 @@ class LearnedLoss(CompressionLoss):
     def count(self) -> None:
         """Ask other ranks for their numbers; a step begins, whose passes have these."""
         self._of_all, self._is_late = None, False
-        if self.is_live:
+        if self.is_live and any(weight.shard for weight in self._weights):
             self.numbers_of_all()
 
     @property
