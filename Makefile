@@ -22,7 +22,7 @@ demo: $(SETUP)
 # cheapest first
 test: lint test-reference test-interpret test-aot test-launch
 
-# for those who work on it: under two minutes
+# for those who work on it: some four minutes on two cores, which should be two
 FAST := $(PARALLEL) -m "not gpu and not aot and not launch and not slow"
 test-fast: $(SETUP)
 	$(FAST)
